@@ -1,0 +1,60 @@
+"""Build the Cython extension _knn: OpenMP and run-time choice of AVX2/AVX-512 where the compiler has them.
+
+    pip install .                       the portable build: runs on any x86-64 or arm64 machine
+    KNN_NATIVE=1 pip install .          -march=native: for this machine's CPU only
+    python setup.py build_ext --inplace for working on the kernel itself
+"""
+import os
+import subprocess
+import sys
+import tempfile
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+# What the kernel asks of the compiler, tried before it is used.
+OPENMP = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
+CLONES = """
+__attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+int twice(int x) { return 2 * x; }
+int main(void) { return twice(0); }
+"""
+
+
+class BuildKnn(build_ext):
+    def works(self, source, flags=()):
+        """Does this C program compile and link with these flags?"""
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "try.c")
+            with open(path, "w") as file:
+                file.write(source)
+            compiler = list(getattr(self.compiler, "compiler_so", ["cc"]))
+            command = [*compiler, *flags, path, "-o", os.path.join(folder, "try")]
+            try:
+                return subprocess.run(command, capture_output=True).returncode == 0
+            except OSError:
+                return False
+
+    def build_extension(self, extension):
+        if self.compiler.compiler_type == "msvc":
+            extension.extra_compile_args += ["/O2", "/openmp", "/fp:precise"]
+        else:
+            # No contraction to fused multiply-add: float64 distances must be NumPy's to the last bit.
+            extension.extra_compile_args += ["-O3", "-ffp-contract=off"]
+            if self.works(OPENMP, ["-fopenmp"]):
+                extension.extra_compile_args.append("-fopenmp")
+                extension.extra_link_args.append("-fopenmp")
+            else:
+                print("_knn: this compiler has no OpenMP; the kernel will use one thread", file=sys.stderr)
+            if os.environ.get("KNN_NATIVE"):
+                extension.extra_compile_args.append("-march=native")
+            elif self.works(CLONES):
+                extension.define_macros.append(("KNN_CLONES", None))
+        super().build_extension(extension)
+
+
+setup(
+    ext_modules=cythonize([Extension("_knn", ["_knn.pyx"])], annotate=bool(os.environ.get("KNN_ANNOTATE"))),
+    cmdclass={"build_ext": BuildKnn},
+)
