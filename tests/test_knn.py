@@ -135,7 +135,8 @@ def test_kernel_threads_of_its_own():
     results = []
     for threads in (1, 3):
         hits = np.empty((1, 300), np.int32)
-        _knn.count_hits(products, q, space.bounds, x, space.aux, space.offset, 0, columns.codes, columns.members,
+        _knn.count_hits(products, q, space.bounds, x, space.aux, space.offset, 0, columns.codes,
+                        nrprec.bit_planes(columns.codes), columns.members,
                         columns.member_row, columns.values, columns.entry_code, columns.entry_rank,
                         columns.entry_start, columns.entry_count, columns.ranks, hits, threads)
         results.append(hits)
@@ -154,7 +155,8 @@ def test_products_may_be_as_wrong_as_their_bound():
     for _ in range(5):
         noise = rng.choice([-0.9, 0.0, 0.9], exact.shape) * space.bounds[:, None]
         products, hits = (exact + noise).astype(np.float32), np.empty_like(expected)
-        _knn.count_hits(products, q, space.bounds, x, space.aux, space.offset, 0, columns.codes, columns.members,
+        _knn.count_hits(products, q, space.bounds, x, space.aux, space.offset, 0, columns.codes,
+                        nrprec.bit_planes(columns.codes), columns.members,
                         columns.member_row, columns.values, columns.entry_code, columns.entry_rank,
                         columns.entry_start, columns.entry_count, columns.ranks, hits, 2)
         np.testing.assert_array_equal(hits, expected)
