@@ -369,8 +369,6 @@ cdef void start(const Space *space, Row *row, uint32_t deepest) noexcept nogil:
     i = 0
     while i < n:                              # keys of a chunk are still in the first-level cache when counted
         part = min(chunk, n - i)
-        for step in range(0, part, 16):       # the next query's row comes from memory meanwhile
-            PREFETCH(row.product + n + i + step)
         to_keys(row.product + i, space.offset + i, part, row.low, row.scale, row.key + i)
         add_histogram(row.key + i, part, row.above)
         i += part
