@@ -155,9 +155,9 @@ def permute_columns(columns, permutations):
     rows = len(columns.members)
     shift = np.where(columns.member_row >= 0, rows, 0)
     return columns._replace(
-        values=np.concatenate([columns.values[:, p] for p in permutations]),
-        codes=np.concatenate([columns.codes[:, p] for p in permutations]),
-        members=np.concatenate([i[columns.members] for i in inverse]),
+        values=np.concatenate([columns.values.take(p, 1) for p in permutations]),
+        codes=np.concatenate([columns.codes.take(p, 1) for p in permutations]),
+        members=np.concatenate([i.take(columns.members) for i in inverse]),
         member_row=np.concatenate([columns.member_row + shift * i for i in range(len(permutations))]).astype(np.int32))
 
 
@@ -547,8 +547,9 @@ def print_table(names, results, permutations):
         for line, score in zip(lines, scores.values()):
             marked = score.p_holm < SIGNIFICANCE if permutations else score.nr_precision > PUBLISHED_THRESHOLD
             line += [f"{score.r_precision:.4f}", f"{score.nr_precision:.2f}"]
-            line += [f"{score.nr_precision_se:.2f}"] * sampled
-            line += [f"{score.p_holm:.4f}"] * bool(permutations) + ["*" if marked else ""]
+            line += [f"{score.nr_precision_se:.2f}"] if sampled else []
+            line += [f"{score.p_holm:.4f}"] if permutations else []
+            line += ["*" if marked else ""]
     widths = [max(map(len, column)) for column in zip(head, *lines)]
     per = (len(head) - 3) // len(results)
     if len(results) > 1:
