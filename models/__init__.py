@@ -138,7 +138,7 @@ def backbone_spec(model, weights, seed):
     if model not in PREPROCESSING and ":" not in model:
         near = difflib.get_close_matches(model, PREPROCESSING, n=1)
         raise ValueError(f"unknown network {model!r}: expected {', '.join(PREPROCESSING)} or package.module:factory"
-                         + f"; did you mean {near[0]}?" * bool(near))
+                         + (f"; did you mean {near[0]}?" if near else ""))
     return {"name": model, "loss": None, "slug": slug(model), "type": None, "fold": None, "distance": "euclidean",
             "backbone": model, "files": None, "weights": weights, "seed": None, "config": {}, "note": None}
 
