@@ -20,6 +20,7 @@ from PIL import Image
 # ---------------------------------------------------------------- data sets and pictures
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 MAX_PIXELS = 500_000_000  # of one picture: 1.5 GB decoded
+LARGE = 1 << 26  # pixels of a resized picture from which on only the cropped part is made (equal but for rounding)
 Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS takes its place, with an error that names the picture
 
 
@@ -394,13 +395,16 @@ def read_rgb(path, draft=None):
 def resize_and_crop(image, preprocessing, resample=Image.Resampling.BILINEAR):
     """torchvision's Resize and CenterCrop of a PIL image (the same rounding)."""
     new, crop = resized_size(image.size, preprocessing["resize"]), preprocessing["crop"]
+    if not crop:
+        return image.resize(new, resample) if new != image.size else image
+    # torchvision rounds half to even when it crops, and pads the left less when it pads
+    left, top = (round((side - crop) / 2.0) if side >= crop else -((crop - side) // 2) for side in new)
+    if new[0] * new[1] > LARGE and min(new) >= crop:  # a thread-like picture: only its middle is resized
+        x, y = image.width / new[0], image.height / new[1]
+        return image.resize((crop, crop), resample, box=(left * x, top * y, (left + crop) * x, (top + crop) * y))
     if new != image.size:
         image = image.resize(new, resample)
-    if crop:
-        # torchvision rounds half to even when it crops, and pads the left less when it pads
-        left, top = (round((side - crop) / 2.0) if side >= crop else -((crop - side) // 2) for side in image.size)
-        image = image.crop((left, top, left + crop, top + crop))
-    return image
+    return image.crop((left, top, left + crop, top + crop))
 
 
 def resized_size(size, resize):
