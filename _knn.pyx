@@ -24,6 +24,7 @@ from cython.parallel cimport prange, threadid
 from libc.math cimport sqrt
 from libc.stdint cimport int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport qsort
+from libc.string cimport memset
 
 import numpy as np
 
@@ -77,6 +78,30 @@ cdef extern from *:
             histogram[(uint16_t)(key[i] ^ (int16_t)0x8000) >> BIN_SHIFT]++;
     }
 
+    /* The same for keys >= least alone, which AVX-512's compression puts side by side first; chunks of up to CHUNK. */
+    #define CHUNK 4096
+    #if defined(__x86_64__) && defined(__GNUC__)
+    #include <immintrin.h>
+    __attribute__((target("avx512bw,avx512vl,avx512vbmi2,popcnt")))
+    static void add_histogram_above(const int16_t *key, ptrdiff_t n, int16_t least, uint32_t *histogram)
+    {
+        int16_t kept[CHUNK + 32];
+        ptrdiff_t count = 0;
+        for (ptrdiff_t i = 0; i < n; i += 32) {
+            const __mmask32 valid = n - i < 32 ? ((uint32_t)1 << (n - i)) - 1 : ~(uint32_t)0;
+            const __m512i keys = _mm512_maskz_loadu_epi16(valid, key + i);
+            const __mmask32 high = _mm512_mask_cmpge_epi16_mask(valid, keys, _mm512_set1_epi16(least));
+            _mm512_storeu_si512(kept + count, _mm512_maskz_compress_epi16(high, keys));
+            count += __builtin_popcount(high);
+        }
+        add_histogram(kept, count, histogram);
+    }
+    static int has_vbmi2(void) { return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi2"); }
+    #else
+    #define add_histogram_above(key, n, least, histogram) add_histogram(key, n, histogram)
+    static int has_vbmi2(void) { return 0; }
+    #endif
+
     CLONES static int64_t count_above(const int16_t *key, const uint8_t *code, ptrdiff_t n,
                                       int16_t threshold, uint8_t value)
     {
@@ -121,7 +146,6 @@ cdef extern from *:
     /* Both in one pass, by AVX-512 masks: a third of the time of the two loops above, which stay as its plain twin.
        A frequent value also has its pictures as a bit plane, an eighth of the bytes of the codes. */
     #if defined(__x86_64__) && defined(__GNUC__)
-    #include <immintrin.h>
     __attribute__((target("avx512bw,avx512vl,popcnt,bmi")))
     static int64_t scan_avx512(const int16_t *key, const uint8_t *code, const uint64_t *plane, ptrdiff_t n,
                                int16_t low, int16_t high, uint8_t value, int32_t *index, ptrdiff_t *found)
@@ -245,6 +269,9 @@ cdef extern from *:
     void to_keys(const float *product, const float *offset, ptrdiff_t n, float low, float scale,
                  int16_t *key) noexcept nogil
     void add_histogram(const int16_t *key, ptrdiff_t n, uint32_t *histogram) noexcept nogil
+    void add_histogram_above(const int16_t *key, ptrdiff_t n, int16_t least, uint32_t *histogram) noexcept nogil
+    bint has_vbmi2() noexcept nogil
+    const int CHUNK
     int64_t count_codes(const int16_t *key, const uint8_t *code, const uint64_t *plane, ptrdiff_t n,
                         int16_t threshold, uint8_t value, bint avx512) noexcept nogil
     int64_t scan(const int16_t *key, const uint8_t *code, const uint64_t *plane, ptrdiff_t n, int16_t low,
@@ -267,6 +294,7 @@ cdef struct Space:              # what a distance needs, the same for every quer
     ptrdiff_t m
     int distance                # index into DISTANCES
     bint avx512
+    bint vbmi2
 
 cdef struct Row:                # one query at work: its thread's scratch and what is known so far
     const float *product        # (n,) float32 products with every candidate
@@ -345,42 +373,73 @@ cdef void select(item_t *item, ptrdiff_t n, ptrdiff_t k) noexcept nogil:
             return
 
 
-cdef void start(const Space *space, Row *row, uint32_t deepest) noexcept nogil:
-    """Keys and, down to the rank `deepest`, the number of items above each bin; the query itself is left out."""
-    cdef ptrdiff_t n = space.n, i, step, part, chunk = 4096
-    cdef float value, low, high, width
-    cdef uint32_t total = 0, here
-    # The range of the keys from about 1,000 items; whatever lies beyond it shares an edge bin (slower, not wrong).
-    step = max(16, n // 64)                  # runs of 16: a cache line each
-    low = high = row.product[0] + space.offset[0]
+cdef int16_t choose_keys(const Space *space, Row *row, uint32_t deepest) noexcept nogil:
+    """The keys' range, from about 1,000 items; what lies beyond shares an edge bin (slower, not wrong).
+
+    Returns a key that more than `deepest` items are very likely to reach, by the same sample.
+    """
+    cdef ptrdiff_t n = space.n, i, step = max(16, n // 64), count = 0        # runs of 16: a cache line each
+    cdef float value, low = 0, high = 0, width
+    cdef uint16_t[256] coarse
+    cdef double share = <double>deepest / n, needed
     i = 0
     while i < n:
         if i % step < 16 and i != row.query:
             value = row.product[i] + space.offset[i]
-            low = min(low, value)
-            high = max(high, value)
+            low = value if count == 0 else min(low, value)
+            high = value if count == 0 else max(high, value)
+            count += 1
         i += 1 if i % step < 15 else step - 15
     width = max(high - low, <float>1e-30)
-    low -= width * <float>0.03
-    width *= <float>1.25
-    row.low, row.scale = low, <float>65534.0 / width
-    for i in range(BINS):
-        row.above[i] = 0
+    row.low, row.scale = low - width * <float>0.03, <float>65534.0 / (width * <float>1.25)
+    needed = count * share + 5.0 * sqrt(count * share * (1.0 - share)) + 2.0
+    if not space.vbmi2 or needed > 0.7 * count:
+        return -32768
+    for i in range(256):
+        coarse[i] = 0
+    i = 0
+    while i < n:
+        if i % step < 16 and i != row.query:
+            coarse[<ptrdiff_t>min((row.product[i] + space.offset[i] - row.low) * row.scale, <float>65534.0) >> 8] += 1
+        i += 1 if i % step < 15 else step - 15
+    i = 256
+    while i > 0 and needed > 0:
+        i -= 1
+        needed -= coarse[i]
+    return <int16_t>((i << 8) - 32768)
+
+
+cdef void start(const Space *space, Row *row, uint32_t deepest) noexcept nogil:
+    """Keys and, down to the rank `deepest`, the number of items above each bin; the query itself is left out."""
+    cdef ptrdiff_t n = space.n, i, part
+    cdef int16_t least = choose_keys(space, row, deepest)
+    cdef uint32_t total, here
+    memset(row.above, 0, BINS * sizeof(uint32_t))
     i = 0
     while i < n:                              # keys of a chunk are still in the first-level cache when counted
-        part = min(chunk, n - i)
+        part = min(CHUNK, n - i)
         to_keys(row.product + i, space.offset + i, part, row.low, row.scale, row.key + i)
-        add_histogram(row.key + i, part, row.above)
+        if least > -32768:
+            add_histogram_above(row.key + i, part, least, row.above)
+        else:
+            add_histogram(row.key + i, part, row.above)
         i += part
-    row.above[(row.key[row.query] + 32768) >> BIN_SHIFT] -= 1
+    if row.key[row.query] >= least:
+        row.above[(row.key[row.query] + 32768) >> BIN_SHIFT] -= 1
     row.key[row.query] = -32768
-    i = BINS - 1
-    while i >= 0 and total < deepest:         # bins below the deepest rank are never read
-        here = row.above[i]
-        row.above[i] = total
-        total += here
-        i -= 1
-    row.lowest = i + 1
+    while True:
+        total, i = 0, BINS - 1
+        while i >= 0 and total < deepest:     # bins below the deepest rank are never read
+            here = row.above[i]
+            row.above[i] = total
+            total += here
+            i -= 1
+        row.lowest = i + 1
+        if total >= deepest:
+            return
+        memset(row.above, 0, BINS * sizeof(uint32_t))             # an unlucky sample: once more, with every key
+        add_histogram(row.key, n, row.above)
+        row.above[0] -= 1                                         # the query
 
 
 cdef ptrdiff_t resolve(const Space *space, Row *row, int64_t rank, const uint8_t *code,
@@ -466,6 +525,7 @@ cdef Space make_space(const float[:, ::1] x, const double[::1] aux, const float[
     cdef Space space
     space.x, space.aux, space.offset = &x[0, 0], &aux[0], &offset[0]
     space.n, space.m, space.distance, space.avx512 = x.shape[0], x.shape[1], distance, AVX512
+    space.vbmi2 = AVX512 and has_vbmi2()
     return space
 
 

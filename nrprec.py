@@ -32,7 +32,7 @@ DISTANCES = ("euclidean", "squared_euclidean", "cosine", "dot_product", "snr")
 NULLS = ("binomial", "hypergeometric")
 PUBLISHED_THRESHOLD = 2.576  # two-sided 1 % of one z-score; the paper marks the mean of n of them by it
 SIGNIFICANCE = 0.01          # of the Holm-corrected permutation p-value
-BLOCK_ROWS = 256             # queries in one matrix product: more hardly speeds it up (benchmarks/nrprec.py)
+BLOCK_ROWS = 512             # queries in one matrix product: more does not speed it up (benchmarks/nrprec.py)
 WALK = 48                    # a class of fewer than n / WALK pictures is walked, a larger one compared densely
 
 

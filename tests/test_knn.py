@@ -115,6 +115,21 @@ def test_many_candidates_and_a_class_column():
             _knn.AVX512 = before
 
 
+def test_a_sample_that_misleads():
+    """The kernel looks at runs of 16 items, n // 64 apart, to choose the keys' range: here just these are near."""
+    rng = np.random.default_rng(11)
+    n = 20_000
+    x = rng.standard_normal((n, 4)).astype(np.float32) + 50
+    sampled = np.arange(n) % (n // 64) < 16
+    x[sampled] -= 50
+    labels = [rng.integers(0, 2, n), rng.integers(0, 12, n)]
+    space, columns = nrprec.prepare(x, "euclidean"), nrprec.make_columns(labels)
+    queries = np.concatenate([np.flatnonzero(sampled)[:10], np.flatnonzero(~sampled)[:10]])
+    expected = nrprec.count_hits_numpy(space, columns, queries)
+    for part, hits in nrprec.count_blocks(space, columns, queries, 1, 64):
+        np.testing.assert_array_equal(hits, expected[:, part])
+
+
 @pytest.mark.parametrize("threads", (1, 2, 5))
 @pytest.mark.parametrize("memory_mib", (1, 3, 64))
 def test_blocks_and_threads_change_nothing(threads, memory_mib):
