@@ -94,7 +94,8 @@ def open_folder(folder):
     if all("/" in path for path in relative):
         names = [path.split("/")[0] for path in relative]
         classes = sorted(set(names), key=natural_key)
-        labels = np.array([classes.index(name) for name in names], dtype=np.int64)
+        number = {name: i for i, name in enumerate(classes)}
+        labels = np.array([number[name] for name in names], dtype=np.int64)
     return Dataset(folder.resolve().name, folder, "all", [folder / path for path in relative], relative,
                    labels, classes, None, None, None, [])
 
