@@ -2,13 +2,17 @@
 and reading arrays and property tables with errors that teach. Imports without torch.
 """
 import argparse
+import csv
 import difflib
 import hashlib
+import io
+import json
 import os
 import re
 import shutil
 import sys
 import tarfile
+import tempfile
 import warnings
 import zipfile
 from pathlib import Path
@@ -502,14 +506,6 @@ def fail(message):
 
 
 # ---------------------------------------------------------------- arrays and tables on disk
-import csv
-import io
-import json
-import os
-import tempfile
-from pathlib import Path
-
-import numpy as np
 
 IDENTIFIERS = ("frame", "image", "file", "path", "id")  # a first column of this name is no property
 

@@ -115,6 +115,21 @@ def test_many_candidates_and_a_class_column():
             _knn.AVX512 = before
 
 
+def test_a_sample_that_misleads():
+    """The kernel looks at runs of 16 items, n // 64 apart, to choose the keys' range: here just these are near."""
+    rng = np.random.default_rng(11)
+    n = 20_000
+    x = rng.standard_normal((n, 4)).astype(np.float32) + 50
+    sampled = np.arange(n) % (n // 64) < 16
+    x[sampled] -= 50
+    labels = [rng.integers(0, 2, n), rng.integers(0, 12, n)]
+    space, columns = nrprec.prepare(x, "euclidean"), nrprec.make_columns(labels)
+    queries = np.concatenate([np.flatnonzero(sampled)[:10], np.flatnonzero(~sampled)[:10]])
+    expected = nrprec.count_hits_numpy(space, columns, queries)
+    for part, hits in nrprec.count_blocks(space, columns, queries, 1, 64):
+        np.testing.assert_array_equal(hits, expected[:, part])
+
+
 @pytest.mark.parametrize("threads", (1, 2, 5))
 @pytest.mark.parametrize("memory_mib", (1, 3, 64))
 def test_blocks_and_threads_change_nothing(threads, memory_mib):
@@ -135,7 +150,8 @@ def test_kernel_threads_of_its_own():
     results = []
     for threads in (1, 3):
         hits = np.empty((1, 300), np.int32)
-        _knn.count_hits(products, q, space.bounds, x, space.aux, space.offset, 0, columns.codes, columns.members,
+        _knn.count_hits(products, q, space.bounds, x, space.aux, space.offset, 0, columns.codes,
+                        nrprec.bit_planes(columns.codes), columns.members,
                         columns.member_row, columns.values, columns.entry_code, columns.entry_rank,
                         columns.entry_start, columns.entry_count, columns.ranks, hits, threads)
         results.append(hits)
@@ -154,7 +170,8 @@ def test_products_may_be_as_wrong_as_their_bound():
     for _ in range(5):
         noise = rng.choice([-0.9, 0.0, 0.9], exact.shape) * space.bounds[:, None]
         products, hits = (exact + noise).astype(np.float32), np.empty_like(expected)
-        _knn.count_hits(products, q, space.bounds, x, space.aux, space.offset, 0, columns.codes, columns.members,
+        _knn.count_hits(products, q, space.bounds, x, space.aux, space.offset, 0, columns.codes,
+                        nrprec.bit_planes(columns.codes), columns.members,
                         columns.member_row, columns.values, columns.entry_code, columns.entry_rank,
                         columns.entry_start, columns.entry_count, columns.ranks, hits, 2)
         np.testing.assert_array_equal(hits, expected)
