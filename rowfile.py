@@ -269,7 +269,7 @@ def write_json(path, content):
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+            file.write(json.dumps(content, indent=2) + "\n")  # ASCII: file names need not be Unicode
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

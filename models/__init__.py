@@ -99,7 +99,8 @@ def find(dataset=None, loss=None, fold="all", model=None, checkpoint=None, weigh
                 raise FileNotFoundError(f"no checkpoint of {row['name']}, fold {number}: looked for {' and '.join(places)}")
     if not specs:
         raise FileNotFoundError(f"no checkpoint of {loss} for {dataset}: looked for {', '.join(looked[:4])}"
-                                f"{' …' * (len(looked) > 4)}; models/README.md says where they come from")
+                                f"{' …' * (len(looked) > 4)}; models/README.md says where they come from"
+                                + ("" if dataset in rows[0] else "; for networks of another data set give --trained-on"))
     return specs
 
 
@@ -282,7 +283,13 @@ def preprocessing(spec, module=None):
         return dict(usual)
     if not isinstance(own, dict) or set(own) - set(usual):
         raise ValueError(f"{spec['name']}: preprocessing is {own!r}; expected a dict with keys among {', '.join(usual)}")
-    return json.loads(json.dumps({**usual, **own}))
+    settings = json.loads(json.dumps({**usual, **own}))  # as it will be in the JSON: lists, no tuples
+    if not (settings["crop"] or isinstance(settings["resize"], list)):
+        raise ValueError(f"{spec['name']}: preprocessing {own!r} leaves the pictures' sizes different; "
+                         "give crop, or resize as [height, width]")
+    if settings["channels"] not in ("RGB", "BGR") or settings["scale"] not in (1, 255):
+        raise ValueError(f"{spec['name']}: preprocessing {own!r}: channels is RGB or BGR, scale 1 or 255")
+    return settings
 
 
 class EfficientNetLite0(nn.Module):

@@ -218,6 +218,23 @@ def test_two_ranks_are_one_through_torchrun(tmp_path, run):
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_a_progress_bar_with_the_networks_name_on_a_terminal(tmp_path):
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    make_pictures(tmp_path / "p", 70)
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    process = subprocess.Popen([sys.executable, str(ROOT / "embed.py"), "--dataset", "p", "--model", "small_for_test:seven", "--batch", "2",
+                                "--out", "emb.npy"], stderr=end, env={**os.environ, "SLOW": "0.1", "PYTHONPATH": os.getcwd()})
+    assert process.wait() == 0
+    said = os.read(terminal, 100_000).decode()
+    os.close(terminal), os.close(end)
+    assert "small_for_test:seven" in said and "70/70" in said and "pictures/s" in said
+
+
 def test_other_options_are_refused(tmp_path, run):
     make_pictures(tmp_path / "p", 3)
     arguments = ("--dataset", "p", "--out", "emb.npy", "--model")
@@ -367,7 +384,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, run):
         (("--dataset", "p", "--loss", "Arkface"), r"did you mean ArcFace"),
         (("--dataset", "p", "--loss", "Triplet", "--fold", "9"), r"fold 9: expected"),
         (("--dataset", "p", "--checkpoint", "empty"), r"expected trunk_best.pth"),
-        (("--dataset", "p"), r"Give --model, --loss or --checkpoint"),
+        (("--dataset", "p"), r"no checkpoint of all for p: .*--trained-on"),
         (("--dataset", "cars196", *seven), r"car_ims.tgz \(md5 d5c8"),
         (("--dataset", "p", *seven, "--batch", "0"), r"--batch 0: expected at least 1"),
         (("--dataset", "p", *seven, "--split", "dev"), r"invalid choice: 'dev'"),

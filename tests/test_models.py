@@ -251,6 +251,10 @@ def wrong():
     module = nn.Flatten()
     module.preprocessing = {"size": 8}
     return module
+def shapeless():
+    module = nn.Flatten()
+    module.preprocessing = {"crop": None}
+    return module
 def number():
     return 3
 def broken():
@@ -259,7 +263,8 @@ def broken():
     monkeypatch.chdir(tmp_path)
     network = models.load(models.find(model="mine_for_test:sized")[0])
     assert network.preprocessing == {**models.IMAGENET, "resize": 8, "crop": 8} and network.slug == "mine_for_test_sized"
-    for name, message in [("mine_for_test:wrong", "expected a dict with keys among"), ("mine_for_test:number", "returned int"),
+    for name, message in [("mine_for_test:wrong", "expected a dict with keys among"), ("mine_for_test:shapeless", "give crop"),
+                          ("mine_for_test:number", "returned int"),
                           ("mine_for_test:nothing", "can't be imported"), ("mine_for_test:broken", "can't be called .RuntimeError: no"),
                           ("no_such_module:x", "can't be imported")]:
         with pytest.raises(ValueError, match=message):
