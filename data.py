@@ -98,7 +98,8 @@ def open_folder(folder):
     if all("/" in path for path in relative):
         names = [path.split("/")[0] for path in relative]
         classes = sorted(set(names), key=natural_key)
-        labels = np.array([classes.index(name) for name in names], dtype=np.int64)
+        number = {name: i for i, name in enumerate(classes)}
+        labels = np.array([number[name] for name in names], dtype=np.int64)
     return Dataset(folder.resolve().name, folder, "all", [folder / path for path in relative], relative,
                    labels, classes, None, None, None, [])
 
@@ -256,10 +257,10 @@ def read_mat_names(path):
 def load_mat(path, variable):
     from scipy.io import loadmat
 
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not there, but the rest of this layout is; unpack its archive again")
     try:
         content = loadmat(path)
-    except FileNotFoundError:
-        raise
     except Exception as error:  # scipy raises many kinds for damaged files
         raise ValueError(f"{path}: can't be read as a MATLAB file ({error}); download it again") from None
     if variable not in content:
@@ -277,10 +278,10 @@ def read_cub(folder):
     if ids != label_ids:
         raise ValueError(f"{folder / 'image_class_labels.txt'}: {len(label_ids)} labels for {len(ids)} pictures of images.txt, "
                          "or in another order; download both again")
-    labels = np.array([int(number) for number in numbers], dtype=np.int64) - 1
+    labels = from_one(folder / "image_class_labels.txt", numbers)
     classes = [str(number) for number in range(1, max(200, labels.max() + 1) + 1)]
-    for path in relative:  # 001.Black_footed_Albatross/…
-        classes[int(path.split(".")[0]) - 1] = path.split("/")[0]
+    for label, path in zip(labels, relative):  # 001.Black_footed_Albatross/…
+        classes[label] = path.split("/")[0]
     segmentations = next((place for place in (folder / "segmentations", folder.parent / "segmentations") if place.is_dir()), None)
     masks = segmentations and [segmentations / Path(path).with_suffix(".png") for path in relative]
     return (folder, folder / "images.txt", ["images/" + path for path in relative], labels,
@@ -298,8 +299,7 @@ def read_sop(folder):
         rows += part
         splits += [split] * len(part)
     _, classes, super_classes, relative = zip(*rows)
-    numbers = np.array([int(number) for number in classes], dtype=np.int64) - 1
-    super_numbers = np.array([int(number) for number in super_classes], dtype=np.int64) - 1
+    numbers, super_numbers = from_one(folder, classes), from_one(folder, super_classes)
     names = [str(number) for number in range(1, super_numbers.max() + 2)]
     for number, path in zip(super_numbers, relative):  # bicycle_final/…
         names[number] = path.split("/")[0].removesuffix("_final")
@@ -307,8 +307,18 @@ def read_sop(folder):
             [str(number) for number in range(1, numbers.max() + 2)], super_numbers, names, None)
 
 
+def from_one(path, texts):
+    """Class numbers counted from 1, as text -> int64 array counted from 0."""
+    bad = next((text for text in texts if not text.isdecimal() or int(text) < 1), None)
+    if bad is not None:
+        raise ValueError(f"{path}: class {bad!r} is no number from 1 on; download it again")
+    return np.array(texts, dtype=np.int64) - 1
+
+
 def read_lines(path, fields):
     """The lines of a text file, split at blanks into so many fields."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not there, but the rest of this layout is; unpack its archive again")
     rows = [line.split(" ", fields - 1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     bad = next((number for number, row in enumerate(rows, 1) if len(row) != fields), None)
     if bad or not rows:

@@ -330,6 +330,12 @@ def test_damaged_data_sets(cars, cub, sop):
     (cub / "CUB_200_2011" / "image_class_labels.txt").write_text("1 100\n2 101\n")
     with pytest.raises(ValueError, match="2 labels for 3 pictures"):
         data.open_dataset("cub200", cub)
+    (cub / "CUB_200_2011" / "image_class_labels.txt").write_text("1 100\n2 x\n3 200\n")
+    with pytest.raises(ValueError, match="class 'x' is no number"):
+        data.open_dataset("cub200", cub)
+    (cub / "CUB_200_2011" / "image_class_labels.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="image_class_labels.txt: not there"):
+        data.open_dataset("cub200", cub)
     (sop / "sop" / "Stanford_Online_Products" / "Ebay_test.txt").write_text("image_id class_id super_class_id path\n1 2\n")
     with pytest.raises(ValueError, match="line 2 has not 4 fields"):
         data.open_dataset("sop", sop)
