@@ -80,7 +80,7 @@ cdef extern from *:
 
     /* The same for keys >= least alone, which AVX-512's compression puts side by side first; chunks of up to CHUNK. */
     #define CHUNK 4096
-    #if defined(__x86_64__) && defined(__GNUC__)
+    #ifdef KNN_AVX512
     #include <immintrin.h>
     __attribute__((target("avx512bw,avx512vl,avx512vbmi2,popcnt")))
     static void add_histogram_above(const int16_t *key, ptrdiff_t n, int16_t least, uint32_t *histogram)
@@ -145,7 +145,7 @@ cdef extern from *:
 
     /* Both in one pass, by AVX-512 masks: a third of the time of the two loops above, which stay as its plain twin.
        A frequent value also has its pictures as a bit plane, an eighth of the bytes of the codes. */
-    #if defined(__x86_64__) && defined(__GNUC__)
+    #ifdef KNN_AVX512
     __attribute__((target("avx512bw,avx512vl,popcnt,bmi")))
     static int64_t scan_avx512(const int16_t *key, const uint8_t *code, const uint64_t *plane, ptrdiff_t n,
                                int16_t low, int16_t high, uint8_t value, int32_t *index, ptrdiff_t *found)

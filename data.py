@@ -571,7 +571,7 @@ def read_embeddings(path):
         if bad.any():
             row = start + int(bad.argmax())
             column = int((~np.isfinite(result[row])).argmax())
-            raise ValueError(f"{path}: row {row}, column {column} is {array[row, column]}; "
+            raise ValueError(f"{path}: row {row}, column {column} (counting from 0) is {array[row, column]}; "
                              "expected finite numbers within float32's range (remove or mend that picture)")
     return result
 
@@ -597,6 +597,8 @@ def read_table(path):
     if not path.exists():
         raise ValueError(f"{path} does not exist; give a CSV file with a header line")
     raw = path.read_bytes()
+    if raw.startswith(b"\x93NUMPY"):
+        raise ValueError(f"{path} is a .npy array; a table is expected here (the CSV file comes last)")
     if b"\0" in raw:
         line = raw[:raw.index(b"\0")].count(b"\n") + 1
         raise ValueError(f"{path}: line {line} has a NUL byte; save the table as plain UTF-8 CSV")
@@ -606,23 +608,27 @@ def read_table(path):
         line = raw[:error.start].count(b"\n") + 1
         raise ValueError(f"{path}: line {line} is not UTF-8 (byte 0x{raw[error.start]:02x}); "
                          "save the table as UTF-8") from None
-    reader = csv.reader(io.StringIO(text, newline=""))
+    columns, line = [], 0
+    reader = csv.reader(io.StringIO(text.rstrip(), newline=""), strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
         if not any(header):
             raise ValueError(f"{path} is empty; expected a header line and one row for each picture")
         check_header(path, header)
-        columns = [[] for _ in header]
+        columns, line = [[] for _ in header], reader.line_num
         for row in reader:
-            if not row:
+            begins, line = line + 1, reader.line_num
+            row = row or [""] * (len(header) == 1)         # a blank line is a missing value of a single column
+            if len(header) > 1 and not "".join(row).strip() and len(row) < 2:
                 continue
             if len(row) != len(header):
-                raise ValueError(f"{path}: line {reader.line_num} has {len(row)} fields, "
+                raise ValueError(f"{path}: line {begins} has {len(row)} field{'s' * (len(row) != 1)}, "
                                  f"the header {len(header)}; mend that line")
             for column, value in zip(columns, row):
                 column.append(value.strip())
     except csv.Error as error:
-        raise ValueError(f"{path}: line {reader.line_num}: {error}; save the table as plain CSV") from None
+        raise ValueError(f"{path}: line {line + 1 if columns else 1}: {error}; mend the quotes or save the table as "
+                         "plain CSV") from None
     if not columns[0]:
         raise ValueError(f"{path} has a header and no rows; expected one row for each picture")
     return dict(zip(header, columns))
@@ -635,6 +641,8 @@ def check_header(path, header):
             raise ValueError(f"{path}: column {number} of the header has no name; name it or remove it")
         if header.index(name) != number - 1:
             raise ValueError(f"{path}: two columns are named {name!r}; rename one")
+    if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
+        raise ValueError(f"{path}: the header {header[0]!r} has no comma; save the table with commas between the columns")
     if all(is_number(name) for name in header):
         raise ValueError(f"{path}: the first line ({','.join(header[:4])}…) is data; expected a header with column names")
 
@@ -663,14 +671,19 @@ def read_properties(path, names=None):
     chosen = list(dict.fromkeys(names)) if names else properties
     for name in chosen:
         if "" in table[name]:
-            raise ValueError(f"{path}: row {table[name].index('') + 1}, column {name!r} has no value; "
+            raise ValueError(f"{path}: row {table[name].index('')} (counting from 0), column {name!r} has no value; "
                              "fill it in, remove the picture or leave the column out (--properties)")
     return {name: np.array(table[name]) for name in chosen}
 
 
-def check_output(path):
-    """Raise ValueError unless a file can be written at this path; called before the work, not after it."""
+def check_output(path, inputs=()):
+    """Raise ValueError unless a file can be written at this path, over none of the inputs; called before the work."""
     folder = Path(path).resolve().parent
+    if not str(path):
+        raise ValueError("the output has no name; give a file's")
+    for other in inputs:
+        if Path(path).resolve() == Path(other).resolve():
+            raise ValueError(f"{path} is an input; writing there would destroy it: choose another name")
     if Path(path).is_dir():
         raise ValueError(f"{path} is a folder; give the name of a file")
     if not folder.is_dir():
@@ -681,9 +694,10 @@ def check_output(path):
 
 def write_file(path, content):
     """Write bytes under a temporary name in the same folder, flush, rename: never a half-written file."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.resolve().parent, prefix=f".{path.name}.", suffix=".part")
+    path = Path(path).resolve()  # the file that a link names, not the link
+    temporary = None
     try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
@@ -692,8 +706,11 @@ def write_file(path, content):
         os.umask(mask)
         os.chmod(temporary, 0o666 & ~mask)  # mkstemp's 0600 is for secrets
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
+    except BaseException as error:
+        if temporary:
+            os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise OSError(f"{path} can't be written ({error.strerror}); free some space or choose another place") from None
         raise
 
 

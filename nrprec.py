@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import chdtrc
+from scipy.special import gammaincc
 from threadpoolctl import threadpool_limits
 
 try:
@@ -32,6 +32,7 @@ DISTANCES = ("euclidean", "squared_euclidean", "cosine", "dot_product", "snr")
 NULLS = ("binomial", "hypergeometric")
 PUBLISHED_THRESHOLD = 2.576  # two-sided 1 % of one z-score; the paper marks the mean of n of them by it
 SIGNIFICANCE = 0.01          # of the Holm-corrected permutation p-value
+BLOCK_WORK = 4e9             # comparisons in one block at most, a fraction of a second: progress, and Ctrl-C, in between
 BLOCK_ROWS = 512             # queries in one matrix product: more does not speed it up (benchmarks/nrprec.py)
 WALK = 48                    # a class of fewer than n / WALK pictures is walked, a larger one compared densely
 
@@ -55,6 +56,7 @@ def prepare(x, distance):
     cancellation); cosine on normalised ones; SNR, var(a − b) / var(a), ranks like the Euclidean distance of vectors
     centred over their own components. Raises ValueError for a zero vector (cosine) or a constant one (snr).
     """
+    check_vectors(x, distance)
     n, m = x.shape
     working, aux, norms = np.empty((m, n), np.float32), np.zeros(n), np.empty(n)
     centre = x.mean(0, dtype=np.float64) if distance in ("euclidean", "squared_euclidean") else 0.0
@@ -72,9 +74,6 @@ def prepare(x, distance):
             aux[start:start + step] = np.sqrt((part ** 2).sum(1))
         elif distance == "snr":
             aux[start:start + step] = part.var(1)
-    if distance in ("cosine", "snr") and not aux.all():
-        what = "is a zero vector: it has no cosine" if distance == "cosine" else "is constant: its SNR is undefined"
-        raise ValueError(f"row {int((aux == 0).argmax())} {what}; remove that picture or choose another --distance")
     for start in range(0, n, step):
         norms[start:start + step] = np.sqrt((block(start) ** 2).sum(1))
     # A power of two changes no digit, and squares neither overflow nor vanish.
@@ -91,6 +90,17 @@ def prepare(x, distance):
     u, largest = 2.0 ** -24, norms.max()
     bounds = 1.05 * u * ((m + 8) * norms * largest + 4 * largest ** 2) + (m + 4) * 2.0 ** -125
     return Space(x, working, offset, bounds, aux, distance)
+
+
+def check_vectors(x, distance):
+    """Raise ValueError for a zero vector with cosine and for a constant one with snr: neither has a distance."""
+    bad = np.zeros(len(x), bool)
+    if distance == "cosine":
+        bad, what = ~x.any(1), "is a zero vector: it has no cosine"
+    elif distance == "snr":
+        bad, what = (x == x[:, :1]).all(1), "is constant: its SNR is undefined"
+    if bad.any():
+        raise ValueError(f"row {int(bad.argmax())} (counting from 0) {what}; remove that picture or choose another distance")
 
 
 def distances64(x, q, distance, aux):
@@ -200,7 +210,7 @@ def count_blocks(space, columns, queries, threads, memory_mib):
     rows = int((memory_mib * 2 ** 20 - threads * scratch) // (threads * row_bytes))
     workers, inner = (threads, 1) if rows >= 16 else (1, threads)
     rows = rows * threads if workers == 1 else rows
-    rows = max(1, min(rows, BLOCK_ROWS, -(-len(queries) // workers)))
+    rows = max(1, min(rows, BLOCK_ROWS, -(-len(queries) // workers), max(8, int(BLOCK_WORK / (n * k)))))
     planes = bit_planes(columns.codes)
     buffers = deque(np.empty((rows, n), np.float32) for _ in range(workers) if _knn)
 
@@ -233,6 +243,21 @@ def count_blocks(space, columns, queries, threads, memory_mib):
                 future.cancel()                           # Ctrl-C: what has begun ends, nothing else begins
 
 
+def as_embeddings(embeddings):
+    """Embeddings as a float32 array (n, m) in C order. Raises ValueError unless they are real, finite and n >= 2."""
+    if np.iscomplexobj(embeddings):
+        raise ValueError("embeddings are complex; expected real numbers")
+    with np.errstate(over="ignore"):
+        x = np.ascontiguousarray(embeddings, np.float32)
+    if x.ndim != 2 or len(x) < 2 or x.shape[1] < 1:
+        raise ValueError(f"embeddings have shape {x.shape}; expected (n, m) with n >= 2 and m >= 1")
+    if len(x) >= 2 ** 31 - 64:
+        raise ValueError(f"{len(x):,} embeddings; at most 2,147,483,583 can be indexed")
+    if not np.isfinite(x).all():
+        raise ValueError(f"row {int((~np.isfinite(x).all(1)).argmax())} of the embeddings (counting from 0) is not finite")
+    return x
+
+
 def available_threads():
     """The cores that this process may use (a scheduler may grant fewer than the machine has)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -242,8 +267,13 @@ def nearest(embeddings, neighbours, *, distance="euclidean", threads=None):
     """The exact ordered neighbours of every row: indices (n, R) int64 and float64 distances (n, R), the row left out.
 
     embeddings (n, m) real, R = neighbours in 1 … n − 1. Smaller distance first, equal distances by smaller index.
+    Raises ValueError for anything else.
     """
-    x = np.ascontiguousarray(embeddings, np.float32)
+    x = as_embeddings(embeddings)
+    if distance not in DISTANCES:
+        raise ValueError(f"unknown distance {distance!r}; expected one of {', '.join(DISTANCES)}")
+    if not 1 <= neighbours < len(x):
+        raise ValueError(f"{neighbours} neighbours of {len(x)} embeddings; expected 1 to {len(x) - 1}")
     n, space = len(x), prepare(x, distance)
     indices, distances = np.empty((n, neighbours), np.int64), np.empty((n, neighbours))
     rows = max(1, min(BLOCK_ROWS, (1 << 26) // n))
@@ -323,57 +353,59 @@ def nr_precision(embeddings, labels, *, distance="euclidean", null="binomial", m
         return nr_precision(embeddings, {"": labels}, distance=distance, null=null, max_neighbours=max_neighbours,
                             permutations=permutations, queries=queries, seed=seed, threads=threads,
                             memory_mib=memory_mib, progress=progress)[""]
-    if np.iscomplexobj(embeddings):
-        raise ValueError("embeddings are complex; expected real numbers")
-    x = np.ascontiguousarray(embeddings, np.float32)
     check_options(distance, null, max_neighbours, permutations, queries, seed, threads, memory_mib)
-    check_arrays(x, labels)
+    x = as_embeddings(embeddings)
+    check_labels(x, labels)
     n, k, threads = len(x), len(labels), threads or available_threads()
     space, columns = prepare(x, distance), make_columns(list(labels.values()), max_neighbours)
     chosen = np.arange(n)
     if queries is not None and queries < n:
         chosen = np.sort(np.random.default_rng([seed, 0]).choice(n, queries, replace=False))
-    owner = np.repeat(np.arange(k), [len(np.unique(row)) for row in columns.values])  # the property of a table row
-    with np.errstate(invalid="ignore"):
-        depth = np.where(columns.entry_rank >= 0, columns.ranks[columns.entry_rank] if len(columns.ranks) else 0, 0)
-    mean, deviation = null_moments(columns.entry_count, depth, n, null)
-    deviation[(columns.entry_count == n) | (depth == 0)] = np.nan  # constant property; R = 0
+    expected = expect(columns, n, null)
 
-    # As many permuted columns at a time as memory allows; the observed ones ride in the first pass.
+    # As many permuted columns at a time as half the memory takes; the observed ones ride in the first pass.
     each = k * 8 * n + n * 16 + 4 * n * len(columns.members)
-    per_pass = max(1, int(memory_mib * 2 ** 20 // each)) if permutations else 0
-    passes = range(0, permutations, per_pass) if permutations else [0]
-    total, done, permuted = (k + k * permutations) * len(chosen), 0, []
-    for begin in passes:
+    per_pass = int(max(1, min(memory_mib * 2 ** 19 // each, 2e8 // (k * n), 2000))) if permutations else 1
+    total, done, permuted = k * (1 + permutations) * len(chosen), 0, []
+
+    def tick(count):
+        nonlocal done
+        done += count
+        if progress:
+            progress(done, total)
+
+    for begin in range(0, max(1, permutations), per_pass):
         drawn = [np.random.default_rng([seed, 1 + i]).permutation(n)
                  for i in range(begin, min(begin + per_pass, permutations))]
-        batch, observed = columns, begin == 0
-        if drawn:
-            batch = permute_columns(columns, ([np.arange(n)] if observed else []) + drawn)
-        # Sums of hits for each column and value are integers: no order of blocks can change them.
-        width = len(columns.entry_count)
-        sums = np.zeros((len(batch.values) // k, width), np.int64)
-        if observed:
-            squares = np.zeros(width, np.int64)
-        used = np.zeros((len(sums), width), np.int64)
-        for part, hits in count_blocks(space, batch, chosen, threads, memory_mib):
-            rows = batch.values[:, chosen[part]]
-            copy = np.repeat(np.arange(len(sums)), k)[:, None]
-            np.add.at(sums, (copy, rows), hits)
-            np.add.at(used, (copy, rows), 1)
-            if observed:
-                np.add.at(squares, rows[:k], hits[:k].astype(np.int64) ** 2)
-            done += hits.size
-            if progress:
-                progress(done, total)
-        if observed:
-            scores, statistic = observe(sums[0], squares, used[0], depth, mean, deviation, owner, columns, n, k,
-                                        len(chosen))
+        if begin == 0:
+            drawn.insert(0, np.arange(n))
+        sums, squares, used = sum_hits(space, permute_columns(columns, drawn), k, chosen, threads, memory_mib, tick)
+        if begin == 0:
+            scores = observe(sums[0], squares, used[0], expected, columns.entry_count, n)
             sums, used = sums[1:], used[1:]
-        permuted += [weigh(s, u, mean, deviation, owner, k) for s, u in zip(sums, used)]
+        permuted += [mean_z(s, u, expected) for s, u in zip(sums, used)]
     if permutations:
-        scores = add_p_values(scores, statistic, np.array(permuted))
+        scores = add_p_values(scores, np.array(permuted))
     return dict(zip(labels, scores))
+
+
+def sum_hits(space, batch, k, chosen, threads, memory_mib, tick):
+    """Count the hits of a batch of columns, copies of k properties, and add them up by value.
+
+    Returns (sums of hits (copies, t), sums of their squares (t,) in the first copy, queries (copies, t)), int64, for the
+    t rows of the value tables: integers, so that no order of blocks can change them.
+    """
+    copies, width = len(batch.values) // k, len(batch.entry_count)
+    sums, used, squares = np.zeros(copies * width, np.int64), np.zeros(copies * width, np.int64), np.zeros(width, np.int64)
+    first = np.repeat(np.arange(copies) * width, k)[:, None]
+    for part, hits in count_blocks(space, batch, chosen, threads, memory_mib / min(copies, 2)):
+        place, hits = (first + batch.values[:, chosen[part]]).ravel(), hits.ravel().astype(np.int64)
+        np.add.at(sums, place, hits)
+        np.add.at(used, place, 1)
+        observed = k * (part.stop - part.start)
+        np.add.at(squares, place[:observed], hits[:observed] ** 2)
+        tick(len(hits))
+    return sums.reshape(copies, width), squares, used.reshape(copies, width)
 
 
 def check_options(distance, null, max_neighbours, permutations, queries, seed, threads, memory_mib):
@@ -382,59 +414,76 @@ def check_options(distance, null, max_neighbours, permutations, queries, seed, t
         raise ValueError(f"unknown distance {distance!r}; expected one of {', '.join(DISTANCES)}")
     if null not in NULLS:
         raise ValueError(f"unknown null {null!r}; expected one of {', '.join(NULLS)}")
-    for name, value, least in (("max_neighbours", max_neighbours, 1), ("permutations", permutations, 0),
-                               ("queries", queries, 1), ("seed", seed, 0), ("threads", threads, 1),
-                               ("memory_mib", memory_mib, 1)):
-        if value is not None and value < least:
-            raise ValueError(f"{name} is {value}; expected at least {least}")
+    for name, value, least, most in (("max_neighbours", max_neighbours, 1, None), ("permutations", permutations, 0, None),
+                                     ("queries", queries, 1, None), ("seed", seed, 0, None),
+                                     ("threads", threads, 1, 1024), ("memory_mib", memory_mib, 1, None)):
+        if value is None:
+            continue
+        if not isinstance(value, (int, np.integer)):
+            raise ValueError(f"{name} is {value!r}; expected a whole number")
+        if value < least or (most and value > most):
+            raise ValueError(f"{name} is {value}; expected at least {least}" + (f", at most {most}" if most else ""))
 
 
-def check_arrays(x, labels):
-    """Raise ValueError for embeddings and labels that nr_precision() can't work with."""
-    if x.ndim != 2 or len(x) < 2 or x.shape[1] < 1:
-        raise ValueError(f"embeddings have shape {x.shape}; expected (n, m) with n >= 2 and m >= 1")
-    if len(x) >= 2 ** 31 - 64:
-        raise ValueError(f"{len(x):,} embeddings; at most 2,147,483,583 can be indexed")
+def check_labels(x, labels):
+    """Raise ValueError unless there is a label for each row of x in every column."""
     if not labels:
         raise ValueError("no label column; expected at least one")
     for name, label in labels.items():
         if np.shape(label) != (len(x),):
             raise ValueError(f"labels {name!r} have shape {np.shape(label)}; expected ({len(x)},), one for each row")
-    if not np.isfinite(x).all():
-        raise ValueError(f"row {int((~np.isfinite(x).all(1)).argmax())} of the embeddings is not finite")
 
 
-def weigh(sums, used, mean, deviation, owner, k):
-    """Mean z-score of each property: the sums of hits by value, standardised value by value."""
+class Expected(NamedTuple):
+    """What chance gives, for each row of the value tables (t,)."""
+    depth: np.ndarray      # R
+    mean: np.ndarray       # of X
+    deviation: np.ndarray  # of X; nan for a constant property
+    owner: np.ndarray      # int, the property
+
+
+def expect(columns, n, null):
+    """Value tables -> Expected under the null distribution."""
+    depth = np.append(columns.ranks, 0)[columns.entry_rank]  # entry_rank is −1 where R = 0
+    mean, deviation = null_moments(columns.entry_count, depth, n, null)
+    deviation[columns.entry_count == n] = np.nan
+    owner = np.cumsum(columns.entry_start == 0) - 1          # each property's table starts with member 0
+    return Expected(depth, mean, deviation, owner)
+
+
+def mean_z(sums, used, expected):
+    """NR-Prec of each property (k,): the sums of hits, standardised value by value. Queries with R = 0 are left out."""
+    valid = expected.depth > 0
     with np.errstate(invalid="ignore", divide="ignore"):
-        z = np.where(used > 0, (sums - used * mean) / deviation, 0.0)
-        z[np.isnan(deviation) & (mean == 0)] = 0.0        # R = 0: left out
-        counted = np.bincount(owner, np.where(mean > 0, used, 0), k)
-        return np.bincount(owner, z, k) / counted
+        z = np.where(valid & (used > 0), (sums - used * expected.mean) / expected.deviation, 0.0)
+        return np.bincount(expected.owner, z) / np.bincount(expected.owner, np.where(valid, used, 0))
 
 
-def observe(sums, squares, used, depth, mean, deviation, owner, columns, n, k, sampled):
-    """The observed columns' Scores and their statistics (k,)."""
-    statistic = weigh(sums, used, mean, deviation, owner, k)
+def observe(sums, squares, used, expected, counts, n):
+    """The observed columns' Scores: list of k. counts (t,): pictures with each value."""
+    depth, mean, deviation, owner = expected
     valid = np.where(depth > 0, used, 0)
-    queries = np.bincount(owner, valid, k).astype(np.int64)
-    skipped = np.bincount(owner, used, k).astype(np.int64) - queries
-    population = np.bincount(owner, np.where(depth > 0, columns.entry_count, 0), k)
+    queries = np.bincount(owner, valid).astype(np.int64)
+    skipped = np.bincount(owner, used).astype(np.int64) - queries
+    population = np.bincount(owner, np.where(depth > 0, counts, 0))
+    statistic = mean_z(sums, used, expected)
     with np.errstate(invalid="ignore", divide="ignore"):
-        precision = np.bincount(owner, np.where(valid > 0, sums / depth, 0.0), k) / queries
+        precision = np.bincount(owner, np.where(valid > 0, sums / depth, 0.0)) / queries
         # Σ z² of a value = (Σ X² − 2 μ Σ X + N μ²) / σ²
         second = np.where(valid > 0, (squares - 2 * mean * sums + valid * mean ** 2) / deviation ** 2, 0.0)
-        spread = np.bincount(owner, second, k) / queries - statistic ** 2
-        error = np.sqrt(np.maximum(spread, 0) / (queries - 1) * (1 - queries / population))
-    values = np.bincount(owner, minlength=k)
+        spread = np.maximum(np.bincount(owner, second) / queries - statistic ** 2, 0)
+        error = np.sqrt(spread / (queries - 1) * (1 - queries / population))
+    error[queries < 2] = np.nan                              # one query says nothing of the spread
+    values = np.bincount(owner)
+    sampled = used.sum() < len(values) * n
     return [Score(int(values[j]), int(queries[j]), int(skipped[j]), float(precision[j]), float(statistic[j]),
-                  float(error[j]) if sampled < n else None) for j in range(k)], statistic
+                  float(error[j]) if sampled else None) for j in range(len(values))]
 
 
-def add_p_values(scores, statistic, permuted):
+def add_p_values(scores, permuted):
     """Two-sided permutation p-values of the means, permuted (N, k), and Holm's correction over the properties."""
-    centre = permuted.mean(0)
-    far = np.abs(statistic - centre) * (1 - 1e-12)        # equal up to rounding counts as equally extreme
+    statistic, centre = np.array([score.nr_precision for score in scores]), permuted.mean(0)
+    far = np.abs(statistic - centre) * (1 - 1e-12)           # equal up to rounding counts as equally extreme
     p = (1 + (np.abs(permuted - centre) >= far).sum(0)) / (1 + len(permuted))
     p[np.isnan(statistic)] = np.nan
     return [score._replace(p_value=float(a), p_holm=float(b)) for score, a, b in zip(scores, p, holm(p))]
@@ -445,24 +494,42 @@ def add_p_values(scores, statistic, permuted):
 def dependent_pairs(labels, level=SIGNIFICANCE):
     """Pairs of properties that depend on each other: [(name, name, bias-corrected Cramér's V, Holm-corrected p)].
 
-    Chi-square test of every pair with at least five pictures expected for each pair of values on average (the test's
-    usual condition); V after Bergsma (2013). labels: {name: (n,) array}.
+    Chi-square of every pair. Its distribution is a gamma distribution with the mean and variance that chi-square has
+    under all permutations of one column (Mielke & Berry 1985), which holds for rare values too, where chi-square's
+    usual one gives false alarms. V after Bergsma (2013). labels: {name: (n,) array}.
     """
     codes = {name: np.unique(label, return_inverse=True)[1].reshape(-1) for name, label in labels.items()}
+    counts = {name: np.bincount(code) for name, code in codes.items()}
     names, tested = list(codes), []
     for i, a in enumerate(names):
         for b in names[:i]:
-            n, rows, columns = len(codes[a]), int(codes[a].max()) + 1, int(codes[b].max()) + 1
-            if min(rows, columns) < 2 or n < 5 * rows * columns:
-                continue
-            table = np.bincount(codes[a] * columns + codes[b], minlength=rows * columns).reshape(rows, columns)
-            expected = table.sum(1, keepdims=True) * table.sum(0) / n
-            chi2, freedom = ((table - expected) ** 2 / expected).sum(), (rows - 1) * (columns - 1)
-            phi2 = max(0.0, chi2 / n - freedom / (n - 1))
-            r, c = rows - (rows - 1) ** 2 / (n - 1), columns - (columns - 1) ** 2 / (n - 1)
-            tested.append((b, a, float(np.sqrt(phi2 / (min(r, c) - 1))), float(chdtrc(freedom, chi2))))
+            result = chi_square(codes[b], codes[a], counts[b], counts[a])
+            if result:
+                tested.append((b, a, *result))
     adjusted = holm([p for *_, p in tested])
     return [(a, b, v, float(p)) for (a, b, v, _), p in zip(tested, adjusted) if p < level]
+
+
+def chi_square(a, b, count_a, count_b):
+    """(bias-corrected Cramér's V, p) of two code columns (n,) with their counts; None where nothing can depend
+    (a constant column, one with all values distinct)."""
+    n, r, c = len(a), len(count_a), len(count_b)
+    if n < 4 or min(r, c) < 2 or max(r, c) == n:
+        return None
+    pairs = a.astype(np.int64) * c + b
+    if r * c <= 4 * n:
+        cells = np.flatnonzero(observed := np.bincount(pairs))
+        observed = observed[cells]
+    else:
+        cells, observed = np.unique(pairs, return_counts=True)
+    chi2 = n * ((observed.astype(np.float64) ** 2 / count_a[cells // c] / count_b[cells % c]).sum() - 1)
+    v1, v2 = (r - 1) * (n - r) / (n - 1), (c - 1) * (n - c) / (n - 1)
+    w1, w2 = ((n / count_a).sum() - r * r) / (n - 2), ((n / count_b).sum() - c * c) / (n - 2)
+    mean = n * (r - 1) * (c - 1) / (n - 1)
+    variance = 2 * n * (v1 - w1) * (v2 - w2) / (n - 3) + n * n * w1 * w2 / (n - 1)
+    phi2 = max(0.0, chi2 / n - (r - 1) * (c - 1) / (n - 1))
+    least = min(r - (r - 1) ** 2 / (n - 1), c - (c - 1) ** 2 / (n - 1)) - 1
+    return float(np.sqrt(phi2 / least)), float(gammaincc(mean * mean / variance, chi2 * mean / variance))
 
 
 def quantile_bins(name, values, bins):
@@ -474,8 +541,10 @@ def quantile_bins(name, values, bins):
         except ValueError:
             numbers[row] = np.nan
         if not np.isfinite(numbers[row]):
-            raise ValueError(f"--bin {name}={bins}: row {row + 1} of {name!r} is {value!r}; only numbers can be binned")
-    edges = np.quantile(numbers, np.arange(1, bins) / bins)
+            raise ValueError(f"--bin {name}={bins}: row {row} (counting from 0) of {name!r} is {value!r}; only numbers can be binned")
+    edges = np.quantile(numbers, np.arange(1, bins) / bins, method="inverted_cdf")
+    lower = numbers[numbers < numbers.max()]              # an edge at the maximum would leave nothing above it
+    edges = np.minimum(edges, lower.max()) if len(lower) else edges
     return np.searchsorted(np.unique(edges), numbers, side="left")
 
 
@@ -512,13 +581,17 @@ def parse_arguments(argv):
 def read_labels(arguments):
     """The properties as {name: array}, chosen and binned as asked. ValueError says what is wrong where."""
     import data
-    names = [name.strip() for name in arguments.properties.split(",")] if arguments.properties else None
+    names = [name.strip() for name in arguments.properties.split(",")] if arguments.properties is not None else None
     labels = data.read_properties(arguments.properties_csv, names)
+    binned = set()
     for option in arguments.bin:
         name, _, bins = option.rpartition("=")
+        if name in binned:
+            raise ValueError(f"--bin {option}: {name} is cut already; give each property once")
+        binned.add(name)
         if name not in labels:
             raise ValueError(f"--bin {option}: expected PROPERTY=N with one of {', '.join(labels)}")
-        if not bins.isdigit() or int(bins) < 2:
+        if not bins.isdecimal() or int(bins) < 2:
             raise ValueError(f"--bin {option}: {bins!r} bins; expected a whole number from 2")
         labels[name] = quantile_bins(name, labels[name], int(bins))
     return labels
@@ -533,38 +606,37 @@ def short_names(paths):
     return last if len(set(last)) == len(paths) else ["/".join(p) for p in parts]
 
 
-def warnings_for(labels, arguments, n, scores):
-    """The warnings, a line each."""
-    for name, score in scores.items():
-        if score.values == 1:
+def warnings_before(labels, permutations):
+    """What is known before counting, a line each."""
+    for name, label in labels.items():
+        values, n = len(np.unique(label)), len(label)
+        if values == 1:
             yield f"{name} is constant: its NR-Prec is not defined (nan)"
-        elif score.values > n / 2:
-            yield (f"{name} has {score.values:,} values for {n:,} pictures: hardly any has a neighbour to find; "
+        elif values > n / 2:
+            yield (f"{name} has {values:,} values for {n:,} pictures: hardly any has a neighbour to find; "
                    f"cut it with --bin {name}=10 or leave it out with --properties")
-        if score.skipped:
-            yield f"{name}: {score.skipped:,} of {score.skipped + score.queries:,} queries skipped, no other picture has their value"
     for a, b, v, p in dependent_pairs(labels):
         yield (f"{a} and {b} depend on each other (Cramér's V {v:.2f}, Holm-corrected p {p:.1g}): "
                "the method assumes independent properties, so one may show for the other")
-    if arguments.permutations:
-        testable = sum(score.values > 1 for score in scores.values())
-        if arguments.permutations < 1000:
-            yield f"{arguments.permutations} permutations are few: p-values below 1,000 are coarse"
-        if testable / (1 + arguments.permutations) >= SIGNIFICANCE:
-            yield (f"{arguments.permutations:,} permutations of {testable} properties can't give p_holm < "
-                   f"{SIGNIFICANCE}: nothing can be marked; use --permutations {100 * testable:,} or more")
+    if permutations:
+        testable = sum(len(np.unique(label)) > 1 for label in labels.values())
+        if permutations < 1000:
+            yield f"{permutations} permutations: fewer than 1,000 give coarse p-values"
+        if testable / (1 + permutations) >= SIGNIFICANCE:
+            yield (f"{permutations:,} permutations of {testable} properties can't give p_holm < {SIGNIFICANCE}: "
+                   f"nothing can be marked; use --permutations {100 * testable:,} or more")
 
 
 def print_table(names, results, permutations):
     """The aligned table: properties in rows, embeddings side by side, the mark and what it means."""
     sampled = any(s.nr_precision_se is not None for scores in results for s in scores.values())
     head = ["property", "values", "queries"]
-    lines = [[name, f"{score.values:,}", f"{score.queries:,}"] for name, score in results[0].items()]
+    lines = [[" ".join(name.split()), f"{score.values:,}", f"{score.queries:,}"] for name, score in results[0].items()]
     for scores in results:
         head += ["R-Prec", "NR-Prec"] + ["± s.e."] * sampled + ["p_holm"] * bool(permutations) + [""]
         for line, score in zip(lines, scores.values()):
             marked = score.p_holm < SIGNIFICANCE if permutations else score.nr_precision > PUBLISHED_THRESHOLD
-            line += [f"{score.r_precision:.4f}", f"{score.nr_precision:.2f}"]
+            line += [f"{score.r_precision:.4f}", f"{score.nr_precision + 0.0:.2f}".replace("-0.00", "0.00")]
             line += [f"{score.nr_precision_se:.2f}"] if sampled else []
             line += [f"{score.p_holm:.4f}"] if permutations else []
             line += ["*" if marked else ""]
@@ -609,13 +681,24 @@ def say(kind, text):
     print(f"nrprec.py: {kind}: {text}", file=sys.stderr)
 
 
+def say_before(labels, arguments):
+    """The notes and warnings that are known before counting."""
+    n = len(next(iter(labels.values())))
+    if arguments.queries is not None and arguments.queries > n:
+        say("note", f"--queries {arguments.queries:,} is more than the {n:,} pictures: all are used")
+    if _knn is None:
+        say("note", "the extension _knn is not built (pip install .): counting in NumPy, exact but slow")
+    for warning in warnings_before(labels, arguments.permutations):
+        say("warning", warning)
+
+
 def run(arguments):
     import data
     from tqdm import tqdm
     check_options(arguments.distance, arguments.null, arguments.max_neighbours, arguments.permutations,
                   arguments.queries, arguments.seed, arguments.threads, arguments.memory_mib)
-    if arguments.out:
-        data.check_output(arguments.out)
+    if arguments.out is not None:
+        data.check_output(arguments.out, [*arguments.embeddings, arguments.properties_csv])
     labels = read_labels(arguments)
     rows = len(next(iter(labels.values())))
     results, names = [], short_names(arguments.embeddings)
@@ -624,23 +707,24 @@ def run(arguments):
         if len(x) != rows:
             raise ValueError(f"{file} has {len(x):,} embeddings, {arguments.properties_csv} {rows:,} rows; "
                              "both must list the same pictures in the same order")
-        if arguments.queries is not None and arguments.queries > rows and not results:
-            say("note", f"--queries {arguments.queries:,} is more than the {rows:,} pictures: all are used")
-        if _knn is None and not results:
-            say("note", "the extension _knn is not built (pip install .): counting in NumPy, exact but slow")
+        try:
+            check_vectors(x, arguments.distance)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+        if not results:
+            say_before(labels, arguments)
         with tqdm(total=1.0, desc=name, delay=2, disable=None, leave=False, unit_scale=True, file=sys.stderr,
                   bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left") as bar:
-            try:
-                results.append(nr_precision(
-                    x, labels, distance=arguments.distance, null=arguments.null,
-                    max_neighbours=arguments.max_neighbours, permutations=arguments.permutations,
-                    queries=arguments.queries, seed=arguments.seed, threads=arguments.threads,
-                    memory_mib=arguments.memory_mib, progress=lambda done, total: bar.update(done / total - bar.n)))
-            except ValueError as error:
-                raise ValueError(f"{file}: {error}") from None
-    for warning in warnings_for(labels, arguments, rows, results[0]):
-        say("warning", warning)
-    if arguments.out:
+            results.append(nr_precision(
+                x, labels, distance=arguments.distance, null=arguments.null, max_neighbours=arguments.max_neighbours,
+                permutations=arguments.permutations, queries=arguments.queries, seed=arguments.seed,
+                threads=arguments.threads, memory_mib=arguments.memory_mib,
+                progress=lambda done, total: bar.update(done / total - bar.n)))
+    for name, score in results[0].items():
+        if score.skipped:
+            say("warning", f"{name}: {score.skipped:,} of {score.skipped + score.queries:,} queries skipped, "
+                           "no other picture has their value")
+    if arguments.out is not None:
         write_rows(arguments.out, arguments, [data.read_sidecar(file) for file in arguments.embeddings], results)
     print_table(names, results, arguments.permutations)
 
@@ -649,8 +733,12 @@ def main(argv=None):
     arguments = parse_arguments(argv)
     try:
         run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:                                   # the reader of our table has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, MemoryError) as error:
-        print(f"nrprec.py: {error or 'out of memory: lower --memory-mib'}", file=sys.stderr)
+        message = " ".join(str(error).split()) or "out of memory: lower --memory-mib"
+        print(f"nrprec.py: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("nrprec.py: interrupted", file=sys.stderr)

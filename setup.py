@@ -22,7 +22,19 @@ int main(void) { return twice(0); }
 """
 
 
+AVX512 = """
+#include <immintrin.h>
+__attribute__((target("avx512bw,avx512vl,avx512vbmi2,popcnt,bmi")))
+int first(const void *p) { return _mm512_movepi16_mask(_mm512_maskz_compress_epi16(1, _mm512_loadu_si512(p))); }
+int main(void) { char bytes[64] = {0}; return __builtin_cpu_supports("avx512vbmi2") && first(bytes); }
+"""
+
+
 class BuildKnn(build_ext):
+    def finalize_options(self):
+        super().finalize_options()
+        self.force = True  # an object file of other flags would be taken as up to date
+
     def works(self, source, flags=()):
         """Does this C program compile and link with these flags?"""
         with tempfile.TemporaryDirectory() as folder:
@@ -51,6 +63,8 @@ class BuildKnn(build_ext):
                 extension.extra_compile_args.append("-march=native")
             elif self.works(CLONES):
                 extension.define_macros.append(("KNN_CLONES", None))
+            if self.works(AVX512):
+                extension.define_macros.append(("KNN_AVX512", None))
         super().build_extension(extension)
 
 

@@ -8,7 +8,6 @@ Prints seconds, ratios and peak memory; asserts nothing. Embeddings are random (
 cardinalities. The products' figure is the best of several block shapes and ways of threading on the same threads.
 """
 import argparse
-import os
 import resource
 import sys
 import time
@@ -81,7 +80,7 @@ def main():
     parser.add_argument("--dim", type=int, default=128, help="dimension (default: 128)")
     parser.add_argument("--queries", type=int, help="subset of queries (default: all)")
     parser.add_argument("--properties", type=int, default=11, help="how many, Table 5's repeated (default: 11)")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=nrprec.available_threads())
     parser.add_argument("--memory-mib", type=int, default=512)
     parser.add_argument("--plain", action="store_true", help="also time the argpartition version")
     arguments = parser.parse_args()

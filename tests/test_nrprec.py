@@ -3,9 +3,13 @@ must hold; and the command line with every bad input."""
 import csv
 import json
 import os
+import pty
 import resource
+import select
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -211,11 +215,35 @@ def test_other_number_types_are_converted(dtype):
     (dict(seed=-1), "seed is -1"), (dict(labels=SIX[:5]), "(6,)"), (dict(labels={}), "no label column"),
     (dict(embeddings=LINE[:, 0]), "(n, m)"), (dict(embeddings=LINE * 1j), "complex"),
     (dict(embeddings=LINE * np.nan), "row 0"), (dict(embeddings=LINE - LINE, distance="cosine"), "zero vector"),
-    (dict(embeddings=LINE, distance="snr"), "constant")))
+    (dict(embeddings=LINE, distance="snr"), "constant"), (dict(max_neighbours=2.5), "whole number"),
+    (dict(queries=2.5), "whole number"), (dict(permutations=1.5), "whole number")))
 def test_arguments_out_of_range(change, words):
     arguments = {"embeddings": LINE, "labels": SIX, **change}
     with pytest.raises(ValueError, match=words.replace("(", r"\(").replace(")", r"\)")):
         nr_precision(**arguments)
+
+
+@pytest.mark.parametrize("arguments, words", (
+    ((LINE, 6), "1 to 5"), ((LINE, 0), "1 to 5"), ((LINE * np.nan, 2), "row 0"), ((LINE[:, 0], 2), "shape")))
+def test_lists_of_impossible_input(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        nrprec.nearest(*arguments)
+    with pytest.raises(ValueError, match="manhattan"):
+        nrprec.nearest(LINE, 2, distance="manhattan")
+
+
+def test_one_query_has_no_standard_error():
+    assert np.isnan(nr_precision(LINE, SIX, queries=1).nr_precision_se)
+
+
+def test_p_value_is_two_sided_and_counts_ties():
+    """Planted anti-clustering is as extreme as clustering; a permutation as extreme as the observed counts."""
+    x = np.repeat(np.arange(30), 2)[:, None] * 10.0 + np.tile([0, 1], 30)[:, None]
+    label = np.tile([0, 1], 30)                          # each one's nearest neighbour has the other value
+    score = nr_precision(x, label, max_neighbours=1, permutations=99)
+    assert score.r_precision == 0 and score.p_value == 1 / 100
+    two = nr_precision(LINE[[0, 1, 3, 4]], np.array([0, 0, 1, 1]), permutations=400)
+    assert two.p_value > 0.25                            # a third of the permutations are the observed clustering
 
 
 # ---------------------------------------------------------------- dependence and bins
@@ -229,6 +257,38 @@ def test_dependent_pairs_are_found_and_independent_ones_are_not():
     assert (a, b) == ("a", "e") and 0.3 < v < 0.5 and p < 1e-10
 
 
+def test_rare_values_give_no_false_alarms():
+    rng, alarms = np.random.default_rng(12), 0
+    for _ in range(60):
+        alarms += bool(nrprec.dependent_pairs({str(i): rng.choice(3, 600, p=[0.97, 0.015, 0.015]) for i in range(6)}))
+    assert alarms <= 4
+
+
+def test_many_valued_columns_are_tested_too():
+    rng = np.random.default_rng(13)
+    label = rng.integers(0, 150, 600)
+    pairs = nrprec.dependent_pairs({"class": label, "super": label // 10, "other": rng.integers(0, 40, 600)})
+    assert [pair[:2] for pair in pairs] == [("class", "super")]
+
+
+def test_pairs_are_corrected_for_their_number():
+    """Twelve columns have 66 pairs: some raw p-value below 0.01 is likely, a corrected one is not."""
+    found = [nrprec.dependent_pairs({str(i): rng.integers(0, 4, 200) for i in range(12)})
+             for rng in map(np.random.default_rng, range(20))]
+    assert sum(map(bool, found)) <= 2
+
+
+def test_chi_square_against_its_permutations():
+    rng = np.random.default_rng(14)
+    a, b = rng.choice(4, 80, p=[0.7, 0.1, 0.1, 0.1]), rng.integers(0, 3, 80)
+    b[a == 3] = 0
+    table = lambda b: np.histogram2d(a, b, (4, 3))[0]
+    chi2 = lambda b: ((table(b) - (e := np.outer(np.bincount(a), np.bincount(b)) / 80)) ** 2 / e).sum()
+    permuted = np.array([chi2(rng.permutation(b)) for _ in range(4000)])
+    p = nrprec.chi_square(a, b, np.bincount(a), np.bincount(b))[1]
+    assert p == pytest.approx((permuted >= chi2(b)).mean(), abs=0.02)
+
+
 def test_cramers_v_of_identical_columns_is_one():
     a = np.arange(600) % 6
     assert nrprec.dependent_pairs({"a": a, "b": a * 7})[0][2] == pytest.approx(1)
@@ -239,7 +299,8 @@ def test_quantile_bins_are_equally_full():
     bins = nrprec.quantile_bins("x", numbers.astype(str), 4)
     np.testing.assert_array_equal(np.bincount(bins), [250] * 4)
     assert (np.diff(bins[np.argsort(numbers)]) >= 0).all()
-    assert len(np.unique(nrprec.quantile_bins("x", np.array(["1", "1", "1", "2"]), 3))) == 2
+    for numbers in (["1", "1", "1", "2"], ["1", "2", "2", "2"], ["1", "1", "2", "2"]):
+        assert len(np.unique(nrprec.quantile_bins("x", np.array(numbers), 2))) == 2
 
 
 # ---------------------------------------------------------------- the command line
@@ -311,7 +372,7 @@ def test_warnings_are_one_line_each(files, run_script):
     lines = done.stderr.splitlines()
     assert all(line.startswith("nrprec.py: warning: ") for line in lines)
     for words in ("fixed is constant", "--bin uid=10", "58 of 60 queries skipped", "one and two depend on each other",
-                  "50 permutations are few", "nothing can be marked"):
+                  "fewer than 1,000", "nothing can be marked"):
         assert sum(words in line for line in lines) == 1, words
     assert "nan" in [line for line in done.stdout.splitlines() if line.startswith("fixed")][0]
 
@@ -362,7 +423,7 @@ def bad_arrays(folder):
     ("truncated.npy", "truncated"), ("header_only.npy", "header"), ("nothing.npy", "not a .npy file"),
     ("archive.npz", "archive"), ("pickle.npy", "Python objects"), ("one_d.npy", "two dimensions"),
     ("three_d.npy", "two dimensions"), ("empty.npy", "is empty"), ("no_columns.npy", "is empty"),
-    ("one_row.npy", "one row"), ("complex.npy", "complex64"), ("text.npy", "dtype"), ("nan.npy", "row 7"),
+    ("one_row.npy", "one row"), ("complex.npy", "complex64"), ("text.npy", "dtype"), ("nan.npy", "row 7, column 2"),
     ("inf.npy", "row 59"), ("large.npy", "row 3"), ("fewer.npy", "59 embeddings")))
 def test_bad_embeddings(files, capsys, name, words):
     bad_arrays(files)
@@ -392,11 +453,13 @@ def test_zero_vector_has_no_cosine(files, capsys):
 
 @pytest.mark.parametrize("content, words", (
     (b"", ["is empty"]), (b"\n\n", ["is empty"]), (b"frame,a\n", ["no rows"]), (b"0,1\n1,2\n", ["header"]),
-    (b"frame,a\n0,1\n1,2,3\n", ["line 3", "3 fields"]), (b"frame,a\n0,1\n1\n", ["line 3", "1 fields"]),
-    (b"frame,a\n0,\n1,2\n", ["row 1", "'a'", "no value"]), (b"frame,a,a\n0,1,2\n", ["'a'"]),
+    (b"frame,a\n0,1\n1,2,3\n", ["line 3", "3 fields"]), (b"frame,a\n0,1\n1\n", ["line 3", "1 field,"]),
+    (b"frame,a\n0,\n1,2\n", ["row 0", "'a'", "no value"]), (b"frame,a,a\n0,1,2\n", ["'a'"]),
     (b"frame,,a\n0,1,2\n", ["column 2"]), (b"frame\n0\n1\n", ["identifying column 'frame'"]),
     (b"frame,a\n0,\x00\n", ["line 2", "NUL"]), (b"frame,a\n0,b\n1,\xe9\n", ["line 3", "UTF-8"]),
-    (b'frame,a\n0,"' + b"x" * 200000 + b'"\n', ["line"])))
+    (b'frame,a\n0,"' + b"x" * 200000 + b'"\n', ["line 2"]), (b'frame,a\n0,b\n1,"c\n2,d\n', ["line 3", "quotes"]),
+    (b"frame;a;b\n0;1;2\n", ["no comma"]), (b"frame\ta\n0\t1\n", ["no comma"]), (b"a\n1\n\n2\n", ["row 1", "no value"]),
+    (b"frame,a\n0,1\n  \n1\n", ["line 4", "1 field,"])))
 def test_bad_tables(files, capsys, content, words):
     (files / "bad.csv").write_bytes(content)
     expect_one_line(capsys, files, [str(files / "emb.npy"), str(files / "bad.csv")], "bad.csv", *words)
@@ -404,7 +467,7 @@ def test_bad_tables(files, capsys, content, words):
 
 @pytest.mark.parametrize("options, words", (
     (["--max-neighbours", "0"], ["max_neighbours is 0"]), (["--distance", "manhattan"], ["manhattan", "cosine"]),
-    (["--null", "poisson"], ["poisson"]), (["--bin", "shape=3"], ["row 1", "'a'", "only numbers"]),
+    (["--null", "poisson"], ["poisson"]), (["--bin", "shape=3"], ["row 0", "'a'", "only numbers"]),
     (["--bin", "size"], ["PROPERTY=N"]), (["--bin", "width=3"], ["shape, size, angle"]),
     (["--bin", "size=1"], ["from 2"]), (["--bin", "size=x"], ["whole number"]), (["--properties", "colour"], ["'colour'", "angle"]),
     (["--properties", "frame"], ["'frame'"]), (["--queries", "0"], ["queries is 0"]), (["--queries", "few"], ["few"]),
@@ -428,11 +491,11 @@ def test_missing_table_and_output_folder(files, capsys, monkeypatch):
 def test_full_disk_leaves_nothing(files):
     """A file-size limit of 100 bytes stands for the full disk: the write fails midway, for real."""
     command = [sys.executable, str(ROOT / "nrprec.py"), str(files / "emb.npy"), str(files / "props.csv"),
-               "--out", str(files / "out.csv")]
+               "--properties", "shape", "--out", str(files / "out.csv")]
     done = subprocess.run(command, capture_output=True, text=True,
                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)))
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("nrprec.py: ")
-    assert "Traceback" not in done.stderr
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("nrprec.py: ") and "out.csv" in done.stderr and "free some space" in done.stderr
     assert sorted(os.listdir(files)) == ["emb.npy", "props.csv"]
 
 
@@ -443,8 +506,53 @@ def test_an_existing_result_survives_a_failure(files, capsys):
     assert out.read_text() == "earlier"
 
 
+def test_output_through_a_link_and_over_an_input(files, capsys):
+    emb, props = str(files / "emb.npy"), str(files / "props.csv")
+    (files / "folder").mkdir()
+    (files / "link.csv").symlink_to(files / "folder" / "target.csv")
+    assert nrprec.main([emb, props, "--out", str(files / "link.csv")]) == 0
+    assert (files / "folder" / "target.csv").read_text().startswith("embeddings,") and (files / "link.csv").is_symlink()
+    before = (files / "props.csv").read_bytes()
+    assert nrprec.main([emb, props, "--out", props]) == 2 and "is an input" in capsys.readouterr().err
+    assert (files / "props.csv").read_bytes() == before
+    expect_one_line(capsys, files, [props, emb], "is a .npy array")
+
+
+def on_a_terminal(command, seconds=60, interrupt_after=None):
+    """Run with stderr on a pseudo-terminal -> (status, what it showed)."""
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=follower)
+    os.close(follower)
+    shown, end = b"", time.time() + seconds
+    while time.time() < end:
+        if interrupt_after and interrupt_after in shown:
+            process.send_signal(signal.SIGINT)
+            interrupt_after = None
+        if select.select([leader], [], [], 0.1)[0]:
+            try:
+                shown += os.read(leader, 4096)
+            except OSError:                               # the process has closed its end
+                break
+    process.wait(timeout=10)
+    os.close(leader)
+    return process.returncode, shown.decode()
+
+
+def test_progress_bar_on_a_terminal_and_ctrl_c(files):
+    """Long work shows a bar after two seconds; Ctrl-C then ends it with one line and status 130."""
+    command = [sys.executable, str(ROOT / "nrprec.py"), str(files / "emb.npy"), str(files / "props.csv"),
+               "--permutations", "2000000", "--threads", "1"]
+    begin = time.time()
+    status, shown = on_a_terminal(command, interrupt_after=b"%|")
+    assert status == 130 and "nrprec.py: interrupted" in shown and "Traceback" not in shown
+    assert time.time() - begin > 2
+    status, shown = on_a_terminal([*command[:4], "--properties", "shape"])       # quick work shows none
+    assert status == 0 and shown == ""
+
+
 def test_shipped_example(run_script):
     """The README's first command, on the real embeddings that ship with the project."""
     done = run_script("nrprec.py", "examples/cars/emb.npy", "examples/cars/props.csv", cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() in (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    assert done.stdout.strip() in readme and "@@" not in readme
