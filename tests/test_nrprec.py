@@ -1,14 +1,17 @@
 """R-Precision, NR-Prec, their errors and p-values: by hand, against an independent reference, as properties that
 must hold; and the command line with every bad input."""
 import csv
+import fcntl
 import json
 import os
 import pty
 import resource
 import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import numpy as np
@@ -521,6 +524,7 @@ def test_output_through_a_link_and_over_an_input(files, capsys):
 def on_a_terminal(command, seconds=60, interrupt_after=None):
     """Run with stderr on a pseudo-terminal -> (status, what it showed)."""
     leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))   # a bar needs columns
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=follower)
     os.close(follower)
     shown, end = b"", time.time() + seconds
