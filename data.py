@@ -720,7 +720,7 @@ def write_table(path, header, rows):
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     writer.writerows(["" if value is None else value for value in row] for row in rows)
-    write_file(path, text.getvalue().encode("utf-8"))
+    write_file(path, text.getvalue().encode("utf-8", "surrogateescape"))  # a file name may be any bytes
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ Stop it as you like: the same command continues, with any number of processes, a
 The values depend on pictures and network alone: batch, workers and ranks change them by at most 1e-5.
 """
 import argparse
-import csv
-import io
 import os
 import sys
 from collections import deque
@@ -184,21 +182,6 @@ def listed(relative):
     return {"number": len(relative), "sha256": data.pictures_sha256(relative)}
 
 
-def write_table(path, header, rows):
-    """A CSV through a temporary name; nothing is touched when it is there with the same content."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    content = text.getvalue().encode("utf-8", "surrogateescape")
-    if path.exists() and path.read_bytes() == content:
-        return
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def write_labels(dataset, array, prefix):
     """<prefix>labels.csv (which picture each row is, and its class) and <prefix>classes.csv of a complete array."""
     left_out = set(data.read_sidecar(array)["pictures"].get("left_out", []))
@@ -206,11 +189,11 @@ def write_labels(dataset, array, prefix):
     if dataset.labels is not None:
         header.append("class")
         columns.append(dataset.labels.tolist())
-        write_table(Path(f"{prefix}classes.csv"), ["class", "name"], list(enumerate(dataset.classes)))
+        data.write_table(Path(f"{prefix}classes.csv"), ["class", "name"], list(enumerate(dataset.classes)))
     if dataset.super_labels is not None:
         header.append("super_class")
         columns.append([dataset.super_classes[label] for label in dataset.super_labels])
-    write_table(Path(f"{prefix}labels.csv"), header, [row for row in zip(*columns) if row[0] not in left_out])
+    data.write_table(Path(f"{prefix}labels.csv"), header, [row for row in zip(*columns) if row[0] not in left_out])
 
 
 def finish(dataset, file):
@@ -310,6 +293,8 @@ def parse():
 
 def main():
     args = parse()
+    if args.out.suffix == ".npy":
+        data.check_output(args.out)
     rank, ranks = rowfile.my_share()
     dataset = data.open_dataset(args.dataset, args.data_root, args.split)
     loss = args.loss or (None if args.model or args.checkpoint else "all")
