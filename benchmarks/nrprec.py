@@ -1,0 +1,119 @@
+"""How fast is nrprec.py? Its whole NR-Prec against its floor, the bare float32 products, in one run.
+
+    python benchmarks/nrprec.py --n 100000 --dim 128
+    python benchmarks/nrprec.py --n 1000000 --queries 2000
+    python benchmarks/nrprec.py --n 10000 --plain               # and against what one would write
+
+Prints seconds, ratios and peak memory; asserts nothing. Embeddings are random (seeded), labels have Table 5's
+cardinalities. The products' figure is the best of several block shapes and ways of threading on the same threads.
+"""
+import argparse
+import os
+import resource
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import nrprec  # noqa: E402
+
+TABLE_5 = {"model": 6, "rotation_z": 8, "color_hue": 10, "color_sat": 9, "color_val": 9, "bg_color_hue": 10,
+           "bg_color_sat": 9, "bg_color_val": 9, "camera_loc_z": 4, "sun_elevation": 3, "sun_rotation": 8}
+
+
+def bare_products(x, queries, threads, rows, workers, seconds=4.0):
+    """Seconds for `queries` rows of x @ x.T in float32, block by block, results overwritten: extrapolated from a few
+    seconds' work. workers threads multiply side by side, BLAS uses threads // workers each."""
+    n = len(x)
+    transposed = np.ascontiguousarray(x.T)
+    buffers = [np.empty((rows, n), np.float32) for _ in range(workers)]
+    done, stop = [0] * workers, time.perf_counter() + seconds
+
+    def work(worker):
+        while time.perf_counter() < stop:
+            start = (worker + done[worker] * workers) * rows % max(1, n - rows)
+            np.matmul(x[start:start + rows], transposed, out=buffers[worker][:len(x[start:start + rows])])
+            done[worker] += 1
+
+    with threadpool_limits(threads // workers), ThreadPoolExecutor(workers) as pool:
+        begin = time.perf_counter()
+        list(pool.map(work, range(workers)))
+        took = time.perf_counter() - begin
+    return took * queries / (sum(done) * rows)
+
+
+def best_products(x, queries, threads):
+    """(seconds, description) of the fastest block shape."""
+    tried = []
+    for workers in sorted({1, threads}):
+        for rows in (64, 128, 256, 512):
+            rows = min(rows, len(x), max(1, (1 << 29) // (4 * len(x) * workers)))
+            tried.append((bare_products(x, queries, threads, rows, workers), f"{workers} × {rows} rows"))
+    return min(tried)
+
+
+def plain(x, labels, queries):
+    """What one would write: argpartition over the same blocks, one property at a time, in NumPy (float32)."""
+    n, squared, result = len(x), (x ** 2).sum(1), {}
+    for name, label in labels.items():
+        count = np.bincount(label)
+        total = 0.0
+        for start in range(0, queries, 256):
+            q = np.arange(start, min(start + 256, queries))
+            d = squared - 2 * x[q] @ x.T
+            d[np.arange(len(q)), q] = np.inf
+            for i, row in zip(q, d):
+                r = count[label[i]] - 1
+                p = count[label[i]] / n
+                hits = (label[np.argpartition(row, r - 1)[:r]] == label[i]).sum()
+                total += (hits - r * p) / np.sqrt(r * p * (1 - p))
+        result[name] = total / queries
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n", type=int, default=100_000, help="pictures (default: 100,000)")
+    parser.add_argument("--dim", type=int, default=128, help="dimension (default: 128)")
+    parser.add_argument("--queries", type=int, help="subset of queries (default: all)")
+    parser.add_argument("--properties", type=int, default=11, help="how many, Table 5's repeated (default: 11)")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--memory-mib", type=int, default=512)
+    parser.add_argument("--plain", action="store_true", help="also time the argpartition version")
+    arguments = parser.parse_args()
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((arguments.n, arguments.dim), dtype=np.float32)
+    cards = list(TABLE_5.items())
+    labels = {f"{cards[i % 11][0]}_{i // 11}": rng.integers(0, cards[i % 11][1], arguments.n).astype(np.int32)
+              for i in range(arguments.properties)}
+    queries = min(arguments.queries or arguments.n, arguments.n)
+
+    begin = time.perf_counter()
+    scores = nrprec.nr_precision(x, labels, queries=arguments.queries, threads=arguments.threads,
+                                 memory_mib=arguments.memory_mib)
+    ours = time.perf_counter() - begin
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    products, shape = best_products(x, queries, arguments.threads)
+    print(f"n = {arguments.n:,}, m = {arguments.dim}, {len(labels)} properties, {queries:,} queries, "
+          f"{arguments.threads} threads, kernel {'built' if nrprec._knn else 'not built (NumPy twin)'}")
+    print(f"bare float32 products   {products:9.2f} s   best block {shape}, "
+          f"{2 * arguments.n * queries * arguments.dim / products / 1e9:,.0f} GFLOP/s")
+    print(f"whole NR-Prec           {ours:9.2f} s   {ours / products:.2f} × the products")
+    print(f"peak memory             {peak:9.0f} MiB (embeddings {x.nbytes / 2 ** 20:,.0f} MiB among them)")
+    if arguments.plain:
+        begin = time.perf_counter()
+        with threadpool_limits(arguments.threads):
+            reference = plain(x, labels, queries)
+        took = time.perf_counter() - begin
+        largest = max(abs(reference[name] - scores[name].nr_precision) for name in labels)
+        print(f"argpartition, plainly   {took:9.2f} s   {took / ours:.1f} × ours; "
+              f"largest difference of an NR-Prec {largest:.1e} (float32 ties)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,641 @@
+"""Which image properties does an embedding cluster by? R-Precision and Normalized R-Precision (NR-Prec) of
+every property, exact at any size (Kobs et al., ICCV 2021, section 4).
+
+    python nrprec.py examples/cars/emb.npy examples/cars/props.csv
+    python nrprec.py a/emb.npy b/emb.npy props.csv --out nrprec.csv       # side by side, and as rows
+    python nrprec.py emb.npy props.csv --null hypergeometric --permutations 2000
+    python nrprec.py emb.npy props.csv --queries 2000                     # a sample, with standard errors
+
+Reads: embeddings as .npy, (n, m); properties as .csv with a header and n rows in the same order.
+Writes: a table on stdout and, with --out, one CSV row for each embedding file and property.
+In Python: nr_precision(embeddings, labels), which takes arrays and needs only numpy, scipy and threadpoolctl
+(with the extension _knn beside it: fast; without: the same numbers, slowly).
+"""
+import argparse
+import os
+import sys
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import chdtrc
+from threadpoolctl import threadpool_limits
+
+try:
+    import _knn
+except ImportError:
+    _knn = None  # the NumPy twin count_hits_numpy() counts instead
+
+DISTANCES = ("euclidean", "squared_euclidean", "cosine", "dot_product", "snr")
+NULLS = ("binomial", "hypergeometric")
+PUBLISHED_THRESHOLD = 2.576  # two-sided 1 % of one z-score; the paper marks the mean of n of them by it
+SIGNIFICANCE = 0.01          # of the Holm-corrected permutation p-value
+BLOCK_ROWS = 256             # queries in one matrix product: more hardly speeds it up (benchmarks/nrprec.py)
+WALK = 48                    # a class of fewer than n / WALK pictures is walked, a larger one compared densely
+
+
+# ---------------------------------------------------------------- the five distances, ready for the kernel
+
+class Space(NamedTuple):
+    """Embeddings prepared for one distance: similarity of q and i = rows of `working` multiplied + offset[i]."""
+    x: np.ndarray        # (n, m) float32, the embeddings as they came
+    working: np.ndarray  # (m, n) float32: centred, normalised or scaled by a power of two; norms are at most about 1
+    offset: np.ndarray   # (n,) float32
+    bounds: np.ndarray   # (n,) float64: |float32 similarity − true similarity| of query q is at most bounds[q]
+    aux: np.ndarray      # (n,) float64: norms (cosine), variances (snr), else zeros
+    distance: str
+
+
+def prepare(x, distance):
+    """Embeddings x (n, m) float32 -> Space. Every distance is one inner product plus an offset for each candidate:
+
+    squared Euclidean / 2 = (‖a‖² / 2) − (a·b − ‖b‖² / 2), on vectors with their mean subtracted (float32
+    cancellation); cosine on normalised ones; SNR, var(a − b) / var(a), ranks like the Euclidean distance of vectors
+    centred over their own components. Raises ValueError for a zero vector (cosine) or a constant one (snr).
+    """
+    n, m = x.shape
+    working, aux, norms = np.empty((m, n), np.float32), np.zeros(n), np.empty(n)
+    centre = x.mean(0, dtype=np.float64) if distance in ("euclidean", "squared_euclidean") else 0.0
+    step = max(1, (1 << 20) // m)
+
+    def block(start):
+        part = x[start:start + step].astype(np.float64)
+        if distance == "cosine":
+            return part / aux[start:start + step, None]
+        return part - part.mean(1, keepdims=True) if distance == "snr" else part - centre
+
+    for start in range(0, n, step):
+        part = x[start:start + step].astype(np.float64)
+        if distance == "cosine":
+            aux[start:start + step] = np.sqrt((part ** 2).sum(1))
+        elif distance == "snr":
+            aux[start:start + step] = part.var(1)
+    if distance in ("cosine", "snr") and not aux.all():
+        what = "is a zero vector: it has no cosine" if distance == "cosine" else "is constant: its SNR is undefined"
+        raise ValueError(f"row {int((aux == 0).argmax())} {what}; remove that picture or choose another --distance")
+    for start in range(0, n, step):
+        norms[start:start + step] = np.sqrt((block(start) ** 2).sum(1))
+    # A power of two changes no digit, and squares neither overflow nor vanish.
+    exponent = -int(np.frexp(norms.max())[1]) if norms.max() > 0 else 0
+    for start in range(0, n, step):
+        part = np.ldexp(block(start), exponent).astype(np.float32)
+        working[:, start:start + step] = part.T
+        norms[start:start + step] = np.sqrt((part.astype(np.float64) ** 2).sum(1))
+    offset = np.zeros(n, np.float32)
+    if distance not in ("cosine", "dot_product"):
+        offset = (-norms ** 2 / 2).astype(np.float32)
+    # Rounding of a float32 product of m terms in any order, of the working rows, the offset and the sum; the 5 %
+    # covers second-order terms and the float64 side, the last term what underflows.
+    u, largest = 2.0 ** -24, norms.max()
+    bounds = 1.05 * u * ((m + 8) * norms * largest + 4 * largest ** 2) + (m + 4) * 2.0 ** -125
+    return Space(x, working, offset, bounds, aux, distance)
+
+
+def distances64(x, q, distance, aux):
+    """Float64 distances of every row of x (n, m) from row q: the definition that all counts here equal, to the bit."""
+    a, b = x[q].astype(np.float64), x.astype(np.float64)
+    if distance == "cosine":
+        return 1.0 - ((a / aux[q]) * (b / aux[:, None])).sum(1)
+    if distance == "dot_product":
+        return -(a * b).sum(1)
+    if distance == "snr":
+        return (a - b).var(1) / aux[q]
+    squared = ((a - b) ** 2).sum(1)
+    return np.sqrt(squared) if distance == "euclidean" else squared
+
+
+# ---------------------------------------------------------------- label columns and their counts
+
+class Columns(NamedTuple):
+    """Label columns for one pass: what each query's value is, how many share it, how deep its R reaches.
+
+    A value is a row of the tables entry_*; tables of one property are shared by its permuted columns.
+    """
+    values: np.ndarray       # (k, n) int32: every picture's value as a row of the tables
+    codes: np.ndarray        # (k, n) uint8: 1 … of frequent values, 0 otherwise
+    members: np.ndarray      # (w, n) int32: pictures sorted by value, for columns with rare values
+    member_row: np.ndarray   # (k,) int32: a column's row in members, or −1
+    entry_code: np.ndarray   # (t,) uint8
+    entry_rank: np.ndarray   # (t,) int32: which of `ranks` is R, −1: R = 0
+    entry_start: np.ndarray  # (t,) int32: first member
+    entry_count: np.ndarray  # (t,) int32: c, the pictures with this value
+    ranks: np.ndarray        # (s,) int64: the distinct R
+
+
+def make_columns(labels, max_neighbours=None):
+    """Label columns (list of (n,) arrays of any kind) -> Columns."""
+    n, first = len(labels[0]), 0
+    values, codes, members, member_row, tables = [], [], [], [], []
+    for label in labels:
+        value, count = np.unique(label, return_inverse=True, return_counts=True)[1:]
+        value = value.reshape(-1).astype(np.int32)
+        frequent = count * WALK >= n                      # at most WALK values, so one byte holds the code
+        code = np.where(frequent, np.cumsum(frequent), 0).astype(np.uint8)
+        values.append(value + np.int32(first))
+        codes.append(code[value])
+        member_row.append(-1 if frequent.all() else len(members))
+        if not frequent.all():
+            members.append(np.argsort(value, kind="stable").astype(np.int32))
+        tables.append((code, count, np.cumsum(count) - count))
+        first += len(count)
+    code, count, start = (np.concatenate(parts) for parts in zip(*tables))
+    depth = np.minimum(count - 1, max_neighbours or n)
+    ranks = np.unique(depth[depth > 0]).astype(np.int64)
+    rank = np.where(depth > 0, np.searchsorted(ranks, depth), -1)
+    return Columns(np.array(values), np.array(codes), np.array(members, np.int32).reshape(len(members), n),
+                   np.array(member_row, np.int32), code, rank.astype(np.int32), start.astype(np.int32),
+                   count.astype(np.int32), ranks)
+
+
+def permute_columns(columns, permutations):
+    """The columns under each permutation of the pictures ((p, n) int), permutation by permutation: k·p columns."""
+    inverse = np.argsort(permutations, axis=1).astype(np.int32)
+    rows = len(columns.members)
+    shift = np.where(columns.member_row >= 0, rows, 0)
+    return columns._replace(
+        values=np.concatenate([columns.values[:, p] for p in permutations]),
+        codes=np.concatenate([columns.codes[:, p] for p in permutations]),
+        members=np.concatenate([i[columns.members] for i in inverse]),
+        member_row=np.concatenate([columns.member_row + shift * i for i in range(len(permutations))]).astype(np.int32))
+
+
+def count_hits_numpy(space, columns, queries):
+    """The plain twin of the kernel: hits (k, len(queries)) int32 by float64 distances and a stable sort."""
+    hits = np.zeros((len(columns.values), len(queries)), np.int32)
+    for b, q in enumerate(queries):
+        d = distances64(space.x, q, space.distance, space.aux)
+        d[q] = np.inf
+        order = np.argsort(d, kind="stable")
+        order = order[order != q]                         # by its index, even where distances are infinite
+        for k, values in enumerate(columns.values):
+            rank = columns.entry_rank[values[q]]
+            if rank >= 0:
+                hits[k, b] = (values[order[:columns.ranks[rank]]] == values[q]).sum()
+    return hits
+
+
+def count_blocks(space, columns, queries, threads, memory_mib):
+    """Yield (slice of queries, hits (k, block) int32), exact, in no particular order.
+
+    Each thread multiplies a block of queries by all candidates and counts in it. Where the memory allows only a few
+    rows for each thread, one block at a time is shared by all of them.
+    """
+    n, k = len(space.x), len(columns.values)
+    row_bytes = 4 * n + 16 * k
+    scratch = 24 * n                                      # the kernel's, for each thread
+    rows = int((memory_mib * 2 ** 20 - threads * scratch) // (threads * row_bytes))
+    workers, inner = (threads, 1) if rows >= 16 else (1, threads)
+    rows = rows * threads if workers == 1 else rows
+    rows = max(1, min(rows, BLOCK_ROWS, -(-len(queries) // workers)))
+    buffers = deque(np.empty((rows, n), np.float32) for _ in range(workers) if _knn)
+
+    def count(start):
+        part = slice(start, min(start + rows, len(queries)))
+        q = queries[part]
+        if _knn is None:
+            return part, count_hits_numpy(space, columns, q)
+        products = buffers.pop()
+        np.matmul(np.ascontiguousarray(space.working[:, q].T), space.working, out=products[:len(q)])
+        hits = np.empty((k, len(q)), np.int32)
+        _knn.count_hits(products[:len(q)], q, space.bounds[q], space.x, space.aux, space.offset,
+                        DISTANCES.index(space.distance), columns.codes, columns.members, columns.member_row,
+                        np.ascontiguousarray(columns.values[:, q]), columns.entry_code, columns.entry_rank,
+                        columns.entry_start, columns.entry_count, columns.ranks, hits, inner)
+        buffers.append(products)
+        return part, hits
+
+    with threadpool_limits(inner), ThreadPoolExecutor(workers) as pool:
+        starts, waiting = iter(range(0, len(queries), rows)), deque()
+        try:
+            for start in starts:
+                waiting.append(pool.submit(count, start))
+                if len(waiting) > workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()                           # Ctrl-C: what has begun ends, nothing else begins
+
+
+def available_threads():
+    """The cores that this process may use (a scheduler may grant fewer than the machine has)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def nearest(embeddings, neighbours, *, distance="euclidean", threads=None):
+    """The exact ordered neighbours of every row: indices (n, R) int64 and float64 distances (n, R), the row left out.
+
+    embeddings (n, m) real, R = neighbours in 1 … n − 1. Smaller distance first, equal distances by smaller index.
+    """
+    x = np.ascontiguousarray(embeddings, np.float32)
+    n, space = len(x), prepare(x, distance)
+    indices, distances = np.empty((n, neighbours), np.int64), np.empty((n, neighbours))
+    rows = max(1, min(BLOCK_ROWS, (1 << 26) // n))
+    for start in range(0, n, rows):
+        q = np.arange(start, min(start + rows, n))
+        if _knn is None:
+            for i in q:
+                d = distances64(x, i, distance, space.aux)
+                order = np.argsort(d, kind="stable")
+                indices[i] = order[order != i][:neighbours]
+                distances[i] = d[indices[i]]
+            continue
+        products = np.matmul(np.ascontiguousarray(space.working[:, q].T), space.working)
+        _knn.nearest(products, q, space.bounds[q], x, space.aux, space.offset, DISTANCES.index(distance),
+                     indices[start:q[-1] + 1], distances[start:q[-1] + 1], threads or available_threads())
+    return indices, distances
+
+
+# ---------------------------------------------------------------- R-Precision, NR-Prec and their significance
+
+class Score(NamedTuple):
+    """One property's result."""
+    values: int                   # distinct values
+    queries: int                  # queries with R > 0
+    skipped: int                  # queries left out because no other picture has their value (R = 0)
+    r_precision: float            # mean of X / R (Eq. 4)
+    nr_precision: float           # mean of (X − E X) / sd X (Eq. 5, with the square root); nan for a constant property
+    nr_precision_se: float = None  # with a subset of queries: standard error of that mean
+    p_value: float = None         # with permutations
+    p_holm: float = None
+
+
+def null_moments(count, depth, n, null):
+    """Mean and standard deviation of the hits X among R = depth candidates, for values that `count` of n pictures have.
+
+    binomial: p = c / n (the paper). hypergeometric: R draws without replacement from the n − 1 others.
+    """
+    count, depth = count.astype(np.float64), depth.astype(np.float64)
+    if null == "binomial":
+        p = count / n
+        return depth * p, np.sqrt(depth * p * (1 - p))
+    p = (count - 1) / (n - 1)
+    return depth * p, np.sqrt(depth * p * (1 - p) * (n - 1 - depth) / max(n - 2, 1))
+
+
+def holm(p_values):
+    """Holm's correction of m p-values: (m,) -> (m,), nan stays nan and does not count."""
+    p_values = np.asarray(p_values, np.float64)
+    adjusted = np.full(len(p_values), np.nan)
+    order = [i for i in np.argsort(p_values, kind="stable") if not np.isnan(p_values[i])]
+    running = 0.0
+    for position, i in enumerate(order):
+        running = max(running, min(1.0, (len(order) - position) * p_values[i]))
+        adjusted[i] = running
+    return adjusted
+
+
+def nr_precision(embeddings, labels, *, distance="euclidean", null="binomial", max_neighbours=None, permutations=0,
+                 queries=None, seed=0, threads=None, memory_mib=512, progress=None):
+    """R-Precision and Normalized R-Precision of label columns (Kobs et al., Eq. 4 and 5).
+
+    embeddings      (n, m) real numbers, used as float32; finite
+    labels          {name: (n,) array of any comparable kind}, or one such array
+    distance        euclidean, squared_euclidean, cosine, dot_product or snr
+    null            binomial (the paper) or hypergeometric (exact for drawing without replacement)
+    max_neighbours  R = min(c − 1, K): the released procedure with K = 1023
+    permutations    N: p = (1 + extreme) / (1 + N), extreme: as far from the permuted columns' mean as the observed
+    queries         a random subset of so many queries, with standard errors; seed: of subset and permutations
+    threads         all that this process may use; memory_mib: for blocks of similarities and permuted columns
+    progress        called with (queries × columns done, in all) after each block
+
+    Returns {name: Score}, or one Score for one array. Counts are exact: equal to float64 brute force with ties by
+    index. Results do not depend on threads, memory_mib, the BLAS or the order of the properties.
+    Raises ValueError for shapes that do not fit, numbers that are not finite and options out of range.
+    """
+    if not isinstance(labels, dict):
+        return nr_precision(embeddings, {"": labels}, distance=distance, null=null, max_neighbours=max_neighbours,
+                            permutations=permutations, queries=queries, seed=seed, threads=threads,
+                            memory_mib=memory_mib, progress=progress)[""]
+    if np.iscomplexobj(embeddings):
+        raise ValueError("embeddings are complex; expected real numbers")
+    x = np.ascontiguousarray(embeddings, np.float32)
+    check_arguments(x, labels, distance, null, max_neighbours, permutations, queries, seed, threads, memory_mib)
+    n, k, threads = len(x), len(labels), threads or available_threads()
+    space, columns = prepare(x, distance), make_columns(list(labels.values()), max_neighbours)
+    chosen = np.arange(n)
+    if queries is not None and queries < n:
+        chosen = np.sort(np.random.default_rng([seed, 0]).choice(n, queries, replace=False))
+    owner = np.repeat(np.arange(k), [len(np.unique(row)) for row in columns.values])  # the property of a table row
+    with np.errstate(invalid="ignore"):
+        depth = np.where(columns.entry_rank >= 0, columns.ranks[columns.entry_rank] if len(columns.ranks) else 0, 0)
+    mean, deviation = null_moments(columns.entry_count, depth, n, null)
+    deviation[(columns.entry_count == n) | (depth == 0)] = np.nan  # constant property; R = 0
+
+    # As many permuted columns at a time as memory allows; the observed ones ride in the first pass.
+    each = k * 6 * n + n * 16 + 4 * n * len(columns.members)
+    per_pass = max(1, int(memory_mib * 2 ** 20 // each)) if permutations else 0
+    passes = range(0, permutations, per_pass) if permutations else [0]
+    total, done, permuted = (k + k * permutations) * len(chosen), 0, []
+    for begin in passes:
+        drawn = [np.random.default_rng([seed, 1 + i]).permutation(n)
+                 for i in range(begin, min(begin + per_pass, permutations))]
+        batch, observed = columns, begin == 0
+        if drawn:
+            batch = permute_columns(columns, ([np.arange(n)] if observed else []) + drawn)
+        # Sums of hits for each column and value are integers: no order of blocks can change them.
+        width = len(columns.entry_count)
+        sums = np.zeros((len(batch.values) // k, width), np.int64)
+        if observed:
+            squares = np.zeros(width, np.int64)
+        used = np.zeros((len(sums), width), np.int64)
+        for part, hits in count_blocks(space, batch, chosen, threads, memory_mib):
+            rows = batch.values[:, chosen[part]]
+            copy = np.repeat(np.arange(len(sums)), k)[:, None]
+            np.add.at(sums, (copy, rows), hits)
+            np.add.at(used, (copy, rows), 1)
+            if observed:
+                np.add.at(squares, rows[:k], hits[:k].astype(np.int64) ** 2)
+            done += hits.size
+            if progress:
+                progress(done, total)
+        if observed:
+            scores, statistic = observe(sums[0], squares, used[0], depth, mean, deviation, owner, columns, n, k,
+                                        len(chosen))
+            sums, used = sums[1:], used[1:]
+        permuted += [weigh(s, u, mean, deviation, owner, k) for s, u in zip(sums, used)]
+    if permutations:
+        scores = add_p_values(scores, statistic, np.array(permuted))
+    return dict(zip(labels, scores))
+
+
+def check_arguments(x, labels, distance, null, max_neighbours, permutations, queries, seed, threads,
+                    memory_mib):
+    """Raise ValueError for what nr_precision() can't work with: what arrived, what was expected."""
+    if x.ndim != 2 or len(x) < 2 or x.shape[1] < 1:
+        raise ValueError(f"embeddings have shape {x.shape}; expected (n, m) with n >= 2 and m >= 1")
+    if len(x) >= 2 ** 31 - 64:
+        raise ValueError(f"{len(x):,} embeddings; at most 2,147,483,583 can be indexed")
+    if not labels:
+        raise ValueError("no label column; expected at least one")
+    for name, label in labels.items():
+        if np.shape(label) != (len(x),):
+            raise ValueError(f"labels {name!r} have shape {np.shape(label)}; expected ({len(x)},), one for each row")
+    if not np.isfinite(x).all():
+        raise ValueError(f"row {int((~np.isfinite(x).all(1)).argmax())} of the embeddings is not finite")
+    if distance not in DISTANCES:
+        raise ValueError(f"unknown distance {distance!r}; expected one of {', '.join(DISTANCES)}")
+    if null not in NULLS:
+        raise ValueError(f"unknown null {null!r}; expected one of {', '.join(NULLS)}")
+    for name, value, least in (("max_neighbours", max_neighbours, 1), ("permutations", permutations, 0),
+                               ("queries", queries, 1), ("seed", seed, 0), ("threads", threads, 1), ("memory_mib", memory_mib, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"{name} is {value}; expected at least {least}")
+
+
+def weigh(sums, used, mean, deviation, owner, k):
+    """Mean z-score of each property: the sums of hits by value, standardised value by value."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        z = np.where(used > 0, (sums - used * mean) / deviation, 0.0)
+        z[np.isnan(deviation) & (mean == 0)] = 0.0        # R = 0: left out
+        counted = np.bincount(owner, np.where(mean > 0, used, 0), k)
+        return np.bincount(owner, z, k) / counted
+
+
+def observe(sums, squares, used, depth, mean, deviation, owner, columns, n, k, sampled):
+    """The observed columns' Scores and their statistics (k,)."""
+    statistic = weigh(sums, used, mean, deviation, owner, k)
+    valid = np.where(depth > 0, used, 0)
+    queries = np.bincount(owner, valid, k).astype(np.int64)
+    skipped = np.bincount(owner, used, k).astype(np.int64) - queries
+    population = np.bincount(owner, np.where(depth > 0, columns.entry_count, 0), k)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        precision = np.bincount(owner, np.where(valid > 0, sums / depth, 0.0), k) / queries
+        # Σ z² of a value = (Σ X² − 2 μ Σ X + N μ²) / σ²
+        second = np.where(valid > 0, (squares - 2 * mean * sums + valid * mean ** 2) / deviation ** 2, 0.0)
+        spread = np.bincount(owner, second, k) / queries - statistic ** 2
+        error = np.sqrt(np.maximum(spread, 0) / (queries - 1) * (1 - queries / population))
+    values = np.bincount(owner, minlength=k)
+    return [Score(int(values[j]), int(queries[j]), int(skipped[j]), float(precision[j]), float(statistic[j]),
+                  float(error[j]) if sampled < n else None) for j in range(k)], statistic
+
+
+def add_p_values(scores, statistic, permuted):
+    """Two-sided permutation p-values of the means, permuted (N, k), and Holm's correction over the properties."""
+    centre = permuted.mean(0)
+    far = np.abs(statistic - centre) * (1 - 1e-12)        # equal up to rounding counts as equally extreme
+    p = (1 + (np.abs(permuted - centre) >= far).sum(0)) / (1 + len(permuted))
+    p[np.isnan(statistic)] = np.nan
+    return [score._replace(p_value=float(a), p_holm=float(b)) for score, a, b in zip(scores, p, holm(p))]
+
+
+# ---------------------------------------------------------------- what the method assumes of the properties
+
+def dependent_pairs(labels, level=SIGNIFICANCE):
+    """Pairs of properties that depend on each other: [(name, name, bias-corrected Cramér's V, Holm-corrected p)].
+
+    Chi-square test of every pair with at least five pictures expected for each pair of values on average (the test's
+    usual condition); V after Bergsma (2013). labels: {name: (n,) array}.
+    """
+    codes = {name: np.unique(label, return_inverse=True)[1].reshape(-1) for name, label in labels.items()}
+    names, tested = list(codes), []
+    for i, a in enumerate(names):
+        for b in names[:i]:
+            n, rows, columns = len(codes[a]), int(codes[a].max()) + 1, int(codes[b].max()) + 1
+            if min(rows, columns) < 2 or n < 5 * rows * columns:
+                continue
+            table = np.bincount(codes[a] * columns + codes[b], minlength=rows * columns).reshape(rows, columns)
+            expected = table.sum(1, keepdims=True) * table.sum(0) / n
+            chi2, freedom = ((table - expected) ** 2 / expected).sum(), (rows - 1) * (columns - 1)
+            phi2 = max(0.0, chi2 / n - freedom / (n - 1))
+            r, c = rows - (rows - 1) ** 2 / (n - 1), columns - (columns - 1) ** 2 / (n - 1)
+            tested.append((b, a, float(np.sqrt(phi2 / (min(r, c) - 1))), float(chdtrc(freedom, chi2))))
+    adjusted = holm([p for *_, p in tested])
+    return [(a, b, v, float(p)) for (a, b, v, _), p in zip(tested, adjusted) if p < level]
+
+
+def quantile_bins(name, values, bins):
+    """A numeric column (n,) of str -> (n,) int: which of so many bins of about equally many pictures."""
+    numbers = np.empty(len(values))
+    for row, value in enumerate(values):
+        try:
+            numbers[row] = float(value)
+        except ValueError:
+            numbers[row] = np.nan
+        if not np.isfinite(numbers[row]):
+            raise ValueError(f"--bin {name}={bins}: row {row + 1} of {name!r} is {value!r}; only numbers can be binned")
+    edges = np.quantile(numbers, np.arange(1, bins) / bins)
+    return np.searchsorted(np.unique(edges), numbers, side="left")
+
+
+# ---------------------------------------------------------------- the command
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("embeddings", nargs="+", metavar="EMB.npy", help="embeddings, (n, m), one or several files")
+    parser.add_argument("properties_csv", metavar="PROPS.csv", help="properties: a header and n rows; a first column "
+                        "named frame, image, file, path or id identifies the picture and is no property")
+    parser.add_argument("--properties", metavar="A,B", help="only these columns (default: all)")
+    parser.add_argument("--distance", default="euclidean", choices=DISTANCES,
+                        help="how neighbours are ranked (default: euclidean, on the raw embeddings as released; "
+                             "cosine is the paper's Eq. 3 for every loss but SNR)")
+    parser.add_argument("--null", default="binomial", choices=NULLS,
+                        help="the chance distribution of hits (default: binomial, the paper's; hypergeometric is exact)")
+    parser.add_argument("--max-neighbours", type=int, metavar="K",
+                        help="look at min(R, K) neighbours; 1023 is what the released code did (default: all R)")
+    parser.add_argument("--permutations", type=int, default=0, metavar="N",
+                        help="p-values from N permutations of each property, Holm-corrected (default: 0, none)")
+    parser.add_argument("--queries", type=int, metavar="N",
+                        help="a random subset of N queries, with standard errors (default: all)")
+    parser.add_argument("--bin", action="append", default=[], metavar="PROPERTY=N",
+                        help="cut a numeric column into N quantile bins; repeatable")
+    parser.add_argument("--seed", type=int, default=0, help="of permutations and query subset (default: 0)")
+    parser.add_argument("--threads", type=int, metavar="N", help="for BLAS and the kernel alike (default: all)")
+    parser.add_argument("--memory-mib", type=int, default=512, metavar="MIB",
+                        help="for blocks of similarities and permuted columns; the block size follows (default: 512)")
+    parser.add_argument("--out", metavar="FILE.csv", help="also write one row for each embedding file and property")
+    parser.error = lambda message: parser.exit(2, f"nrprec.py: {message} (--help explains)\n")
+    return parser.parse_args(argv)
+
+
+def read_labels(arguments):
+    """The properties as {name: array}, chosen and binned as asked. ValueError says what is wrong where."""
+    import data
+    names = [name.strip() for name in arguments.properties.split(",")] if arguments.properties else None
+    labels = data.read_properties(arguments.properties_csv, names)
+    for option in arguments.bin:
+        name, _, bins = option.rpartition("=")
+        if name not in labels:
+            raise ValueError(f"--bin {option}: expected PROPERTY=N with one of {', '.join(labels)}")
+        if not bins.isdigit() or int(bins) < 2:
+            raise ValueError(f"--bin {option}: {bins!r} bins; expected a whole number from 2")
+        labels[name] = quantile_bins(name, labels[name], int(bins))
+    return labels
+
+
+def short_names(paths):
+    """What tells the files apart: stems where they differ, else the paths without what all of them share."""
+    parts = [Path(path).with_suffix("").parts for path in paths]
+    while len(parts) > 1 and min(map(len, parts)) > 1 and len({p[-1] for p in parts}) == 1:
+        parts = [p[:-1] for p in parts]
+    last = [p[-1] for p in parts]
+    return last if len(set(last)) == len(paths) else ["/".join(p) for p in parts]
+
+
+def warnings_for(labels, arguments, n, scores):
+    """The warnings, a line each."""
+    for name, score in scores.items():
+        if score.values == 1:
+            yield f"{name} is constant: its NR-Prec is not defined (nan)"
+        elif score.values > n / 2:
+            yield (f"{name} has {score.values:,} values for {n:,} pictures: hardly any has a neighbour to find; "
+                   f"cut it with --bin {name}=10 or leave it out with --properties")
+        if score.skipped:
+            yield f"{name}: {score.skipped:,} of {score.skipped + score.queries:,} queries skipped, no other picture has their value"
+    for a, b, v, p in dependent_pairs(labels):
+        yield (f"{a} and {b} depend on each other (Cramér's V {v:.2f}, Holm-corrected p {p:.1g}): "
+               "the method assumes independent properties, so one may show for the other")
+    if arguments.permutations:
+        testable = sum(score.values > 1 for score in scores.values())
+        if arguments.permutations < 1000:
+            yield f"{arguments.permutations} permutations are few: p-values below 1,000 are coarse"
+        if testable / (1 + arguments.permutations) >= SIGNIFICANCE:
+            yield (f"{arguments.permutations:,} permutations of {testable} properties can't give p_holm < "
+                   f"{SIGNIFICANCE}: nothing can be marked; use --permutations {100 * testable:,} or more")
+
+
+def print_table(names, results, permutations):
+    """The aligned table: properties in rows, embeddings side by side, the mark and what it means."""
+    sampled = any(s.nr_precision_se is not None for scores in results for s in scores.values())
+    head = ["property", "values", "queries"]
+    lines = [[name, f"{score.values:,}", f"{score.queries:,}"] for name, score in results[0].items()]
+    for scores in results:
+        head += ["R-Prec", "NR-Prec"] + ["± s.e."] * sampled + ["p_holm"] * bool(permutations) + [""]
+        for line, score in zip(lines, scores.values()):
+            marked = score.p_holm < SIGNIFICANCE if permutations else score.nr_precision > PUBLISHED_THRESHOLD
+            line += [f"{score.r_precision:.4f}", f"{score.nr_precision:.2f}"]
+            line += [f"{score.nr_precision_se:.2f}"] * sampled
+            line += [f"{score.p_holm:.4f}"] * bool(permutations) + ["*" if marked else ""]
+    widths = [max(map(len, column)) for column in zip(head, *lines)]
+    per = (len(head) - 3) // len(results)
+    if len(results) > 1:
+        title = " " * (sum(widths[:3]) + 4)
+        for i, name in enumerate(names):
+            space = widths[3 + i * per:3 + (i + 1) * per]
+            room = sum(space) + 2 * (per - 1)
+            title += "  " + (name if len(name) <= room else "…" + name[1 - room:]).ljust(room)
+        print(title.rstrip())
+    for line in [head] + lines:
+        cells = [line[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(line[1:], widths[1:])]
+        print("  ".join(cells).rstrip())
+    if permutations:
+        print(f"\n* p_holm < {SIGNIFICANCE}: {permutations:,} permutations of each property, Holm-corrected over "
+              f"{len(lines)} properties")
+    else:
+        print(f"\n* NR-Prec > {PUBLISHED_THRESHOLD}: the published mark, one z-score's 1 % threshold applied to a mean "
+              "of many; --permutations N tests the mean")
+
+
+def write_rows(path, arguments, sidecars, results):
+    """The long-form CSV; columns loss and fold stand in front where the arrays' JSON files tell them."""
+    import data
+    known = any(sidecar.get("loss") is not None for sidecar in sidecars)
+    header = ["loss", "fold"] * known + ["embeddings", "property", "values", "queries", "skipped", "distance", "null",
+                                         "max_neighbours", "r_precision", "nr_precision", "nr_precision_se",
+                                         "p_value", "p_holm"]
+    rows = []
+    for file, sidecar, scores in zip(arguments.embeddings, sidecars, results):
+        for name, s in scores.items():
+            rows.append([sidecar.get("loss"), sidecar.get("fold")] * known
+                        + [file, name, s.values, s.queries, s.skipped, arguments.distance, arguments.null,
+                           arguments.max_neighbours, s.r_precision, s.nr_precision, s.nr_precision_se, s.p_value,
+                           s.p_holm])
+    data.write_table(path, header, rows)
+
+
+def say(kind, text):
+    print(f"nrprec.py: {kind}: {text}", file=sys.stderr)
+
+
+def run(arguments):
+    import data
+    from tqdm import tqdm
+    if arguments.out:
+        data.check_output(arguments.out)
+    labels = read_labels(arguments)
+    rows = len(next(iter(labels.values())))
+    if _knn is None:
+        say("note", "the extension _knn is not built (pip install .): counting in NumPy, exact but slow")
+    results, names = [], short_names(arguments.embeddings)
+    for file, name in zip(arguments.embeddings, names):
+        x = data.read_embeddings(file)
+        if len(x) != rows:
+            raise ValueError(f"{file} has {len(x):,} embeddings, {arguments.properties_csv} {rows:,} rows; "
+                             "both must list the same pictures in the same order")
+        if arguments.queries is not None and arguments.queries > rows and not results:
+            say("note", f"--queries {arguments.queries:,} is more than the {rows:,} pictures: all are used")
+        with tqdm(total=1.0, desc=name, delay=2, disable=None, leave=False, unit_scale=True, file=sys.stderr,
+                  bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left") as bar:
+            try:
+                results.append(nr_precision(
+                    x, labels, distance=arguments.distance, null=arguments.null,
+                    max_neighbours=arguments.max_neighbours, permutations=arguments.permutations,
+                    queries=arguments.queries, seed=arguments.seed, threads=arguments.threads,
+                    memory_mib=arguments.memory_mib, progress=lambda done, total: bar.update(done / total - bar.n)))
+            except ValueError as error:
+                raise ValueError(f"{file}: {error}") from None
+    for warning in warnings_for(labels, arguments, rows, results[0]):
+        say("warning", warning)
+    if arguments.out:
+        write_rows(arguments.out, arguments, [data.read_sidecar(file) for file in arguments.embeddings], results)
+    print_table(names, results, arguments.permutations)
+
+
+def main(argv=None):
+    arguments = parse_arguments(argv)
+    try:
+        run(arguments)
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"nrprec.py: {error or 'out of memory: lower --memory-mib'}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("nrprec.py: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
