@@ -21,15 +21,24 @@ The paper says: absolute value of the averaged gradient, then the mean over chan
 The authors' code says: mean over channels, absolute value of every copy, then the sum (--order released).
 The two give different maps (README); the default is the paper's.
 """
+import argparse
 import copy
 import hashlib
+import io
 import itertools
+import os
+import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from tqdm import tqdm
 
 # ---------------------------------------------------------------- SmoothGrad
 
@@ -59,14 +68,7 @@ def smoothgrad(network, pictures, baseline, distance, *, samples=50, noise=0.15,
     Raises ValueError for options out of range, when the network returns no 2-D embeddings, and when no gradient
     reaches the pictures.
     """
-    if samples < 1:
-        raise ValueError(f"samples is {samples}; expected at least 1 noisy copy")
-    if not 0 <= noise < float("inf"):
-        raise ValueError(f"noise is {noise}; expected a standard deviation of 0 or more, as a share of max - min (0.15)")
-    if order not in ("paper", "released"):
-        raise ValueError(f"order is {order!r}; expected 'paper' or 'released'")
-    if not 0 < percentile <= 100:
-        raise ValueError(f"percentile is {percentile}; expected a number above 0, at most 100")
+    check_options(samples, noise, order, percentile, batch)
     n = len(pictures)
     baseline = baseline.expand_as(pictures)
     with torch.no_grad():
@@ -91,6 +93,20 @@ def smoothgrad(network, pictures, baseline, distance, *, samples=50, noise=0.15,
     nothing = (spans == 0) & (pictures == baseline).flatten(1).all(dim=1)
     # what is left there is rounding, which min-max scaling would blow up to a map
     return scale_maps(saliency.masked_fill(nothing[:, None, None], 0), percentile)
+
+
+def check_options(samples, noise, order, percentile, batch):
+    """Raise ValueError for options of smoothgrad that are out of range."""
+    if samples < 1:
+        raise ValueError(f"samples is {samples}; expected at least 1 noisy copy")
+    if not 0 <= noise < float("inf"):
+        raise ValueError(f"noise is {noise}; expected a standard deviation of 0 or more, as a share of max - min (0.15)")
+    if order not in ("paper", "released"):
+        raise ValueError(f"order is {order!r}; expected 'paper' or 'released'")
+    if not 0 < percentile <= 100:
+        raise ValueError(f"percentile is {percentile}; expected a number above 0, at most 100")
+    if batch < 1:
+        raise ValueError(f"batch is {batch}; expected at least 1 copy at a time")
 
 
 def noisy_copies(pictures, sigmas, seeds, samples, antithetic=False):
@@ -255,3 +271,160 @@ def gradient_break(network, picture):
                 return f"inside layer {name} ({type(module).__name__})"
             last = f"after layer {name} ({type(module).__name__})"
     return last or "(no layer can be named)"
+
+
+# ---------------------------------------------------------------- the sanity check: randomised layers
+
+
+def weighted_layers(network, picture):
+    """Names of the layers with parameters of their own, in the order a picture (1, C, H, W) passes them."""
+    with torch.no_grad():
+        calls, _ = module_calls(network, picture)
+    return list(dict.fromkeys(name for name, module, *_ in calls if any(True for _ in module.parameters(recurse=False))))
+
+
+def randomise(network, layers, pictures, seed):
+    """A copy of the network whose `layers` are as before any training (Adebayo et al. 2018, cascading when layers
+    are the topmost ones).
+
+    Convolutions and linear layers draw He-normal weights and zero biases, from (seed, layer) alone; batch norms get
+    weight 1 and bias 0 and take their statistics from one pass of pictures (B, C, H, W): with those of the trained
+    network, which no longer fit, activations would die or explode. Other layers use their own reset_parameters.
+    """
+    network = copy.deepcopy(network).eval()
+    fresh = []
+    for name in layers:
+        module = network.get_submodule(name)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(noise_seed(seed, name, 0))
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.reset_parameters()
+                fresh.append((module, module.momentum))
+                module.train().momentum = 1.0
+            elif isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+    with torch.no_grad():
+        network(pictures)
+    for module, momentum in fresh:
+        module.eval().momentum = momentum
+    return network
+
+
+# ---------------------------------------------------------------- the gallery
+
+# Dark violet over red to light yellow: lightness grows evenly, so it survives colour blindness and grey printing.
+HEAT = np.array([[0, 0, 4], [31, 12, 72], [85, 15, 109], [136, 34, 106], [186, 54, 85], [227, 89, 51], [249, 142, 9],
+                 [249, 203, 53], [252, 255, 164]], dtype=np.float64)
+
+
+def heat(saliency_map, picture=None):
+    """Map (H, W) in [0, 1] in colour, uint8 (H, W, 3); over the grey picture (H, W, 3) if one is given. nan is grey."""
+    known = np.isfinite(saliency_map)
+    position = np.where(known, saliency_map, 0).astype(np.float64) * (len(HEAT) - 1)
+    colours = np.stack([np.interp(position, range(len(HEAT)), channel) for channel in HEAT.T], axis=-1)
+    colours[~known] = 128
+    if picture is not None:
+        strength = (0.25 + 0.75 * np.where(known, saliency_map, 0).astype(np.float64))[..., None]
+        colours = strength * colours + (1 - strength) * picture.mean(axis=2, keepdims=True)
+    return colours.round().astype(np.uint8)
+
+
+def draw_gallery(rows, names, titles, cell=168, across=8):
+    """Rows of cells under their names as one PIL image: Figure 2's picture, then a map for each network.
+
+    rows: for each picture the list of its cells, uint8 (H, W, 3); names: of the cells; titles: of the pictures.
+    Rows longer than `across` are broken, and the names then stand above every line.
+    """
+    font, small = ImageFont.load_default(size=15), ImageFont.load_default(size=12)
+    gap, caption = 8, 18
+    columns = min(across, len(names))
+    lines = [range(start, min(start + across, len(names))) for start in range(0, len(names), across)]
+    wrapped = [wrap(name, font, cell) for name in names]
+    heads = [caption * max(len(wrapped[i]) for i in line) + 4 for line in lines]
+    per_row = sum(heads) + len(lines) * (cell + gap) + caption + gap if len(lines) > 1 else cell + caption + 2 * gap
+    top = heads[0] if len(lines) == 1 else 0
+    sheet = Image.new("RGB", (columns * (cell + gap) + gap, gap + top + len(rows) * per_row), "white")
+    draw = ImageDraw.Draw(sheet)
+
+    def head(line, y, height):
+        for column, i in enumerate(line):
+            x = gap + column * (cell + gap) + cell / 2
+            for number, text in enumerate(reversed(wrapped[i])):
+                draw.text((x, y + height - 4 - number * caption), text, fill="black", font=font, anchor="ms")
+
+    y = gap
+    if len(lines) == 1:
+        head(lines[0], y, top)
+        y += top
+    for cells, title in zip(rows, titles):
+        for line, height in zip(lines, heads):
+            if len(lines) > 1:
+                head(line, y, height)
+                y += height
+            for column, i in enumerate(line):
+                image = Image.fromarray(cells[i]).resize((cell, cell), Image.Resampling.LANCZOS)
+                sheet.paste(image, (gap + column * (cell + gap), y))
+            y += cell + gap
+        draw.text((gap, y + 6), shorten(title, small, cell * columns), fill=(90, 90, 90), font=small, anchor="ls")
+        y += caption + gap
+    return sheet
+
+
+def wrap(text, font, width):
+    """Words in lines no wider than width pixels; a word that is too long is shortened."""
+    lines = [""]
+    for word in text.replace("_", " ").split():
+        if lines[-1] and font.getlength(f"{lines[-1]} {word}") > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return [shorten(line, font, width) for line in lines]
+
+
+def shorten(text, font, width):
+    while font.getlength(text) > width:
+        text = "…" + text[2:]
+    return text
+
+
+# ---------------------------------------------------------------- the command
+
+
+def say(text):
+    print(f"saliency.py: {text}", file=sys.stderr)
+
+
+def out_of_memory(error):
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+
+
+def maps_of(ready, stem, pictures, baselines, distance, seeds, args):
+    """smoothgrad on the device, with half the batch when its memory does not suffice -> float16 array (b, H, W)."""
+    while True:
+        try:
+            maps = smoothgrad(ready, pictures.to(args.device), baselines.to(args.device), distance, samples=args.samples,
+                              noise=args.noise, order=args.order, percentile=args.percentile, seeds=seeds,
+                              antithetic=args.antithetic, batch=args.batch, stem=stem,
+                              autocast=torch.bfloat16 if args.precision == "bf16" else None)
+            return maps.half().cpu().numpy()
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        if args.batch == 1:
+            raise ValueError(f"out of memory on {args.device} with a single copy; use a smaller network or another --device")
+        if not args.halved:
+            say(f"out of memory with {args.batch} copies at a time: going on with {args.batch // 2} (--batch), or fewer")
+        args.batch, args.halved = args.batch // 2, True
+        if args.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def prepare(module, preprocessing, device):
+    """(folded, frozen, channels-last network on the device, its linear stem or None)."""
+    example = torch.from_numpy(data.normalise(EXAMPLE.integers(0, 256, (1, *data.input_size(preprocessing), 3), dtype=np.uint8),
+                                              preprocessing)).to(device)
+    ready = fold_batchnorm(module.to(device), example).requires_grad_(False).to(memory_format=torch.channels_last)
+    return ready, linear_stem(ready, example)
