@@ -228,6 +228,15 @@ class RowFile:
         for path in (self.part, self.beside, self.marks):
             path.unlink(missing_ok=True)
 
+    def give_up(self, alone):
+        """Keep what is there for the next run; a file without a single row is removed if no other process uses it."""
+        if self.closed:
+            return
+        self.flush()
+        if alone and self.missing() == self.shape[0]:
+            self.remove()
+        self.close()
+
     def close(self):
         """Close, keeping what is there for the next run (locks end here)."""
         if not self.closed:
