@@ -40,6 +40,10 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
+import data
+import models
+import rowfile
+
 # ---------------------------------------------------------------- SmoothGrad
 
 
@@ -423,8 +427,308 @@ def maps_of(ready, stem, pictures, baselines, distance, seeds, args):
 
 
 def prepare(module, preprocessing, device):
-    """(folded, frozen, channels-last network on the device, its linear stem or None)."""
-    example = torch.from_numpy(data.normalise(EXAMPLE.integers(0, 256, (1, *data.input_size(preprocessing), 3), dtype=np.uint8),
-                                              preprocessing)).to(device)
+    """The network on the device, folded, frozen, channels-last, and its linear stem (None where it has none)."""
+    pixels = np.random.default_rng(0).integers(0, 256, (1, *data.input_size(preprocessing), 3), dtype=np.uint8)
+    example = torch.from_numpy(data.normalise(pixels, preprocessing)).to(device)
     ready = fold_batchnorm(module.to(device), example).requires_grad_(False).to(memory_format=torch.channels_last)
     return ready, linear_stem(ready, example)
+
+
+def load(path, preprocessing, baseline):
+    """A picture and its baseline as the network's input, float32 (3, H, W) each; or the error of one that can't be read.
+
+    baseline: "black"; "mean", the picture's own mean colour; "blur", the picture under a Gaussian of 1/16 of its side.
+    """
+    try:
+        pixels = data.load_pixels(path, preprocessing)
+    except (ValueError, OSError) as error:
+        return error
+    if baseline == "black":
+        start = np.zeros_like(pixels)
+    elif baseline == "mean":
+        start = np.broadcast_to(pixels.mean(axis=(0, 1)).round().astype(np.uint8), pixels.shape)
+    else:
+        start = np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(min(pixels.shape[:2]) / 16)))
+    return torch.from_numpy(data.normalise(pixels, preprocessing)), torch.from_numpy(data.normalise(start, preprocessing))
+
+
+def claimed(file, shares, paths, preprocessing, baseline, workers):
+    """Yield (rows, what load returns for each), the next block being decoded while this one is at work."""
+    with ThreadPoolExecutor(workers) as pool:
+        blocks = []
+        for start, stop in shares:
+            rows = file.claim(start, stop).tolist()
+            blocks.append((rows, [pool.submit(load, paths[row], preprocessing, baseline) for row in rows]))
+            if len(blocks) == 2:
+                rows, futures = blocks.pop(0)
+                yield rows, [future.result() for future in futures]
+        for rows, futures in blocks:
+            yield rows, [future.result() for future in futures]
+
+
+def fill(file, spec, pictures, distance, name, seed, args, share):
+    """Compute the maps that are missing in one RowFile. pictures: [(number in the data set, path)] of its rows."""
+    network = models.load(spec)
+    ready, stem = prepare(network.module, network.preprocessing, args.device)
+    paths = [path for _, path in pictures]
+    together = max(1, round(4 * args.batch / args.samples))  # pictures in one call
+    nans = zeros = 0
+    bar = tqdm(total=file.missing(), desc=network.name, delay=2, unit=" maps", disable=share[0] > 0 or not sys.stderr.isatty())
+    blocks = claimed(file, rowfile.shares(len(paths), *share), paths, network.preprocessing, args.baseline, args.workers)
+    with bar:
+        for rows, loaded in blocks:
+            for row, error in [item for item in zip(rows, loaded) if isinstance(item[1], Exception)]:
+                if not args.skip_unreadable:
+                    raise ValueError(f"{error}, or leave it out with --skip-unreadable")
+                say(f"left out: {error}")
+                file.leave_out([row])
+            good = [item for item in zip(rows, loaded) if not isinstance(item[1], Exception)]
+            for start in range(0, len(good), together):
+                part = [row for row, _ in good[start:start + together]]
+                inputs, baselines = (torch.stack(tensors) for tensors in zip(*(pair for _, pair in good[start:start + together])))
+                seeds = [noise_seed(seed, name, pictures[row][0]) for row in part]
+                try:
+                    maps = maps_of(ready, stem, inputs, baselines, distance, seeds, args)
+                except ValueError as error:
+                    raise ValueError(f"{network.name}: {error}") from None
+                for row, found in zip(part, maps):
+                    if np.isnan(found).any():
+                        say(f"{network.name}: {paths[row]}: a gradient is not finite; its map is nan, compare.py leaves it out")
+                        nans += 1
+                    zeros += not found.any()
+                file.write(part, maps)
+                bar.update(len(part))
+    for count, what in (nans, "nan (a gradient is not finite)"), (zeros, "all zeros (a constant map)"):
+        if count:
+            say(f"{network.name}: {count:,} maps are {what}")
+
+
+def listed(relative):
+    return {"number": len(relative), "sha256": data.pictures_sha256(relative)}
+
+
+def finish(file, relative):
+    """Rename the complete array; pictures that could not be read are left out of array and JSON alike."""
+    left_out = set(file.left_out().tolist())
+    if not left_out:
+        return file.finish()
+    keep = [name for row, name in enumerate(relative) if row not in left_out]
+    pictures = {**listed(keep), "left_out": [relative[row] for row in sorted(left_out)], "listed": listed(relative)}
+    return file.finish({**file.about, "pictures": pictures})
+
+
+def about(dataset, spec, relative, distance, ceiling, args):
+    """The JSON beside the array."""
+    options = {key: getattr(args, key) for key in ("samples", "noise", "order", "baseline", "percentile", "seed", "shared_noise",
+                                                   "antithetic", "precision", "limit", "pick")}
+    return {"dataset": dataset.name, "split": dataset.split, **models.describe(spec), "distance": distance,
+            "options": {**options, "ceiling": ceiling},
+            "versions": {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__},
+            "pictures": listed(relative)}
+
+
+def chosen_rows(n, limit, pick):
+    """Numbers of the pictures asked for. Raises ValueError for numbers that are not there."""
+    if pick is None:
+        return list(range(n if limit is None else min(limit, n)))
+    bad = [i for i in pick if not 0 <= i < n]
+    if bad:
+        raise ValueError(f"--pick {bad[0]}: there are {n:,} pictures; expected numbers from 0 to {n - 1}")
+    return list(dict.fromkeys(pick))
+
+
+def make_gallery(path, arrays, preprocessings, names, pictures, relative, overlay, most=8):
+    """Write the gallery of the first `most` pictures (all that were picked) as one PNG or, eight pictures each, several."""
+    rows = []
+    for i in range(min(most, len(pictures))):
+        cells = []
+        for array, preprocessing in zip(arrays, preprocessings):
+            kept = data.read_sidecar(array)["pictures"].get("left_out", [])
+            if relative[i] in kept:
+                break
+            row = i - sum(name in kept for name in relative[:i])
+            pixels = data.load_pixels(pictures[i][1], preprocessing)
+            cells = cells or [pixels]
+            cells.append(heat(data.read_array(array)[row], pixels if overlay else None))
+        else:
+            rows.append((cells, relative[i]))
+    for page, start in enumerate(range(0, len(rows), 8)):
+        cells, titles = zip(*rows[start:start + 8])
+        png = io.BytesIO()
+        draw_gallery(cells, ["Picture", *names], titles).save(png, "PNG")
+        data.write_file(path if page == 0 else path.with_name(f"{path.stem}_{page + 1}{path.suffix}"), png.getvalue())
+
+
+def sanity(spec, pictures, distance, args, most=16):
+    """Rows of sanity.csv: how the maps' correlation with the trained network's falls as layers are randomised."""
+    network = models.load(spec)
+    loaded = [load(path, network.preprocessing, args.baseline) for _, path in pictures[:most]]
+    loaded = [pair for pair in loaded if not isinstance(pair, Exception)]
+    inputs, baselines = (torch.stack(tensors) for tensors in zip(*loaded))
+    layers = weighted_layers(network.module, inputs[:1])
+    counts = np.unique(np.linspace(0, len(layers), args.randomise + 1).round().astype(int))
+    found = []
+    for step in tqdm([None, *counts.tolist()], desc=f"{network.name}, randomised", delay=2, disable=not sys.stderr.isatty()):
+        module = randomise(network.module, layers[len(layers) - (step or 0):], inputs, args.seed)
+        ready, stem = prepare(module, network.preprocessing, args.device)
+        # the trained map has other noise than all that it is compared with: 0 layers gives the noise ceiling
+        seeds = [noise_seed(f"{args.seed} ceiling" if step is None else args.seed, network.name, i) for i in range(len(inputs))]
+        maps = maps_of(ready, stem, inputs, baselines, distance, seeds, args).reshape(len(inputs), -1).astype(np.float64)
+        if step is None:
+            trained = maps
+            continue
+        with np.errstate(invalid="ignore"):
+            r = np.array([np.corrcoef(a, b)[0, 1] for a, b in zip(maps, trained)])
+        z = np.arctanh(np.clip(r[np.isfinite(r)], -0.999999, 0.999999))
+        found.append([spec["loss"] or spec["name"], spec["fold"], step, len(layers), layers[-step] if step else None, len(z),
+                      *([float(np.tanh(z.mean())), float(np.tanh(z.std()))] if len(z) else [None, None])])
+    return found
+
+
+def torch_device(name):
+    """torch.device from --device; each rank of a machine takes its own GPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no GPU that torch can use; give --device cpu")
+    if name == "cuda":
+        local = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+        name = f"cuda:{local % torch.cuda.device_count()}"
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: unknown; expected auto, cpu, cuda or cuda:N") from None
+
+
+def fail(message):
+    say(" ".join(str(message).split()))
+    sys.exit(2)
+
+
+def integers(text):
+    return [int(part) for part in text.split(",")]
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error = fail
+    add = parser.add_argument_group("pictures and networks, as embed.py names them").add_argument
+    add("--dataset", required=True, metavar="NAME|FOLDER|CSV", help="cars196, cub200, sop, a folder or a CSV with a path column")
+    add("--split", default="test", choices=["train", "test", "all"], help="of a data set with splits (test)")
+    add("--data-root", metavar="DIR", help="folder of the published data sets (DML_DATA_ROOT, else data/)")
+    add("--model", help="a network without a loss: bninception, inception_v3, efficientnet_lite0 or package.module:factory")
+    add("--loss", help="a loss of models/losses.csv (name or slug), several with commas, None, or all (all that are there)")
+    add("--fold", default="all", help="0, 1, 2, 3, several with commas, or all (all)")
+    add("--trained-on", metavar="DATASET", help="the data set whose checkpoints are taken (--dataset)")
+    add("--checkpoint", metavar="DIR", help="a folder with trunk_best.pth and embedder_best.pth")
+    add("--models", default=models.MODELS, metavar="DIR", help="folder of the checkpoints (models/)")
+    add("--weights", metavar="FILE", help="ImageNet weights of the backbone (torch's hub cache)")
+    add("--network-seed", type=int, default=0, metavar="N", help="of the random layer of --loss None: embed.py's --seed (0)")
+    add("--out", type=Path, default=Path("results"), metavar="FILE.npy|DIR",
+        help="one network's array, or the folder of all: DIR/<dataset>/<slug>/fold<k>/maps.npy (results)")
+    add("--skip-unreadable", action="store_true", help="leave pictures out that can't be read, and name them (stop there)")
+    add("--limit", type=int, metavar="N", help="only the first N pictures")
+    add("--pick", type=integers, metavar="I,J,K", help="only the pictures of these numbers, counted from 0")
+    add = parser.add_argument_group("maps").add_argument
+    add("--samples", type=int, default=50, metavar="L", help="noisy copies of a picture (50)")
+    add("--noise", type=float, default=0.15, metavar="S", help="standard deviation, as a share of the picture's max - min (0.15)")
+    add("--order", default="paper", choices=["paper", "released"], help="of absolute value and averages, see above (paper)")
+    add("--distance", choices=list(models.DISTANCES), help="of l2-normalised embeddings (the loss's own)")
+    add("--baseline", default="black", choices=["black", "mean", "blur"],
+        help="whose embedding the distance is to: a black picture, the picture's mean colour, the picture blurred (black)")
+    add("--percentile", type=float, default=99.0, metavar="P", help="values above it are cut to it (99)")
+    add("--seed", type=int, default=0, metavar="N", help="of the noise (0)")
+    add("--shared-noise", action="store_true", help="the same noise for all networks: raises their correlations (independent)")
+    add("--antithetic", action="store_true", help="every second copy takes the negative noise of the one before (independent)")
+    add = parser.add_argument_group("can the maps be trusted").add_argument
+    add("--ceiling", action="store_true", help="also maps_ceiling.npy, with other noise: compare.py then gives the noise ceiling")
+    add("--randomise", type=int, nargs="?", const=8, metavar="STEPS",
+        help="also sanity.csv: the first 16 pictures' maps after re-initialising ever more layers from the top (8 steps)")
+    add = parser.add_argument_group("picture × network").add_argument
+    add("--gallery", type=Path, metavar="FILE.png", help="the first 8 pictures, or all of --pick; 8 on a page, further pages FILE_2.png …")
+    add("--overlay", action="store_true", help="the maps over the grey pictures")
+    add = parser.add_argument_group("speed").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
+    add("--precision", default="fp32", choices=["fp32", "tf32", "bf16"], help="of the network's arithmetic (fp32)")
+    add("--batch", type=int, metavar="N", help="copies at a time (10 on a CPU, 250 on a GPU; halved when memory runs out)")
+    add("--workers", type=int, default=min(16, os.cpu_count() or 1), metavar="N", help="threads that decode (number of CPUs, at most 16)")
+    return parser.parse_args(argv)
+
+
+def check(args):
+    """Settle the arguments that depend on each other; raises ValueError before anything is read or written."""
+    args.device = torch_device(args.device)
+    args.halved = False
+    if args.batch is None:
+        args.batch = 10 if args.device.type == "cpu" else 250
+    check_options(args.samples, args.noise, args.order, args.percentile, args.batch)
+    for name in ("limit", "randomise", "workers"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
+    if args.gallery:
+        data.check_output(args.gallery)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+
+
+def main(argv=None):
+    args = parse(argv)
+    check(args)
+    rank, ranks = rowfile.my_share()
+    dataset = data.open_dataset(args.dataset, args.data_root, args.split)
+    specs = models.find(args.trained_on or dataset.name, args.loss, args.fold, args.model, args.checkpoint,
+                        args.weights, args.network_seed, args.models)
+    for note in [*dataset.notes, *(spec["note"] for spec in specs)]:
+        if note and rank == 0:
+            say(note)
+    one = args.out.suffix == ".npy"
+    if one and len(specs) > 1:
+        raise ValueError(f"--out {args.out} is one array, but {len(specs)} networks were asked for "
+                         f"({specs[0]['name']}, {specs[1]['name']}, …); give a folder")
+    chosen = chosen_rows(len(dataset.paths), args.limit, args.pick)
+    pictures = [(i, dataset.paths[i]) for i in chosen]
+    relative = [dataset.relative[i] for i in chosen]
+
+    arrays, descriptions, done = [], [], 0
+    for spec in specs:
+        name = args.distance or spec["distance"]
+        array = args.out if one else args.out / dataset.name / spec["slug"] / f"fold{spec['fold'] or 0}" / "maps.npy"
+        for ceiling in [False, True][:1 + args.ceiling]:
+            path = array.with_name(f"{array.stem}_ceiling.npy") if ceiling else array
+            description = about(dataset, spec, relative, name, ceiling, args)
+            shape = (len(pictures), *data.input_size(description["preprocessing"]))
+            file = rowfile.RowFile(path, shape, np.float16, description, retry=not args.skip_unreadable)
+            done += file.complete
+            try:
+                if not file.complete:
+                    fill(file, spec, pictures, models.distance(name), "" if args.shared_noise else spec["name"],
+                         f"{args.seed} ceiling" if ceiling else args.seed, args, (rank, ranks))
+                    if not finish(file, relative):
+                        say(f"{path}: {file.missing():,} rows are left to other processes; "
+                            "run the command again if one of them was stopped")
+            finally:
+                if not file.complete:
+                    file.give_up(alone=ranks == 1)
+            if not ceiling:
+                arrays.append(path)
+                descriptions.append(description)
+    if rank == 0 and done == len(specs) * (1 + args.ceiling):
+        say(f"all {done} arrays are there already")
+    if rank == 0 and args.randomise:
+        rows = [row for spec in specs for row in sanity(spec, pictures, models.distance(args.distance or spec["distance"]), args)]
+        folder = args.out.parent if one else args.out / dataset.name
+        data.write_table(folder / "sanity.csv", ["model", "fold", "layers", "of", "lowest", "n", "correlation", "correlation_std"], rows)
+    if rank == 0 and args.gallery and all(path.exists() for path in arrays):
+        preprocessings = [description["preprocessing"] for description in descriptions]
+        make_gallery(args.gallery, arrays, preprocessings, [spec["name"] for spec in specs], pictures, relative, args.overlay,
+                     len(pictures) if args.pick else 8)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        say("stopped; the same command continues")
+        sys.exit(130)
