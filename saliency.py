@@ -522,7 +522,7 @@ def about(dataset, spec, relative, distance, ceiling, args):
     options = {key: getattr(args, key) for key in ("samples", "noise", "order", "baseline", "percentile", "seed", "shared_noise",
                                                    "antithetic", "precision", "limit", "pick")}
     return {"dataset": dataset.name, "split": dataset.split, **models.describe(spec), "distance": distance,
-            "options": {**options, "ceiling": ceiling},
+            "options": {**options, "ceiling": ceiling, "noise_of": "" if args.shared_noise else spec["name"]},
             "versions": {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__},
             "pictures": listed(relative)}
 
