@@ -501,10 +501,10 @@ def read_masks(files, shape, about):
     return np.stack(masks)
 
 
-def write_masks(networks, shape, number, args):
+def write_masks(networks, shape, files, number, args):
     """masks.csv: each network's share of saliency inside the object, with its chance levels."""
     n, *size = shape
-    files, about = mask_files(networks, n, args), networks[0]["about"]
+    about = networks[0]["about"]
     total = np.zeros(size)
     for start in range(0, n, number):
         total += read_masks(files[start:start + number], tuple(size), about).sum(axis=0)
@@ -634,6 +634,7 @@ def main(argv=None):
     shape = open_alike(networks)
     if len(networks) < 2 and not args.masks:
         raise ValueError(f"one map file arrived ({networks[0]['path']}), two or more are compared; --masks also takes one")
+    masks = mask_files(networks, shape[0], args) if args.masks else None
     number = max(1, (args.memory_mib << 20) // (2 * 4 * len(networks) * shape[1] * shape[2]))
 
     if len(networks) > 1:
@@ -641,7 +642,7 @@ def main(argv=None):
         if args.figure:
             write_figure(args.figure, networks, rows, reliability)
     if args.masks:
-        write_masks(networks, shape, number, args)
+        write_masks(networks, shape, masks, number, args)
     if args.embeddings:
         write_embeddings(networks, args)
 

@@ -729,6 +729,8 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         fail(error)
+    except (MemoryError, torch.cuda.OutOfMemoryError) as error:
+        fail(f"out of memory: {error}; use a smaller network or another --device")
     except KeyboardInterrupt:
         say("stopped; the same command continues")
         sys.exit(130)

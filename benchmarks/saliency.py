@@ -30,7 +30,7 @@ import data  # noqa: E402
 import models  # noqa: E402
 import saliency  # noqa: E402
 
-COPIES = (10, 20, 50, 100, 200, 300, 600)
+COPIES = (10, 20, 50, 100, 200, 300)
 
 
 def network(backbone, seed=0):

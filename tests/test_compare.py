@@ -180,3 +180,195 @@ def test_overlap_by_hand(rng):
     assert (a == b).all()
     with pytest.raises(ValueError, match="row 1 is zero"):
         compare.normalised(np.array([[1.0, 0], [0, 0]]))
+
+
+# ---------------------------------------------------------------- the command
+
+
+def save(path, maps, **about):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, maps.astype(np.float16))
+    if about:
+        path.with_suffix(".json").write_text(json.dumps(about))
+    return path
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_bare_files_against_the_formulas(place, rng):
+    maps = rng.random((3, 9, 12, 10)).astype(np.float16)
+    maps[1, 4] = 0  # constant
+    maps[2, 5, 0, 0] = np.nan
+    for name, one in zip("abc", maps):
+        save(place / f"{name}.npy", one)
+    for memory in (1, 256):
+        compare.main(["a.npy", "b.npy", "c.npy", "--out", "c.csv", "--per-picture", "p.npy", "--memory-mib", str(memory)])
+        rows, pictures = read("c.csv"), np.load("p.npy")
+        assert [(row["model_a"], row["model_b"]) for row in rows] == [("a.npy", "b.npy"), ("a.npy", "c.npy"), ("b.npy", "c.npy")]
+        assert [(row["n"], row["left_out"]) for row in rows] == [("8", "1"), ("8", "1"), ("7", "2")]
+        assert pictures.shape == (9, 3, 2) and np.isnan(pictures[4, 0]).all() and np.isnan(pictures[5, 1]).all()
+        kept = [i for i in range(9) if i not in (4, 5)]
+        expected = np.array([by_the_book(maps[[1, 2], i]) for i in kept])[:, :, 0]
+        np.testing.assert_allclose(pictures[kept, 2], expected, atol=1e-6)
+        row, z = rows[2], np.arctanh(expected[:, 0])
+        assert float(row["correlation"]) == pytest.approx(np.tanh(z.mean()), abs=1e-6)
+        assert float(row["correlation_std"]) == pytest.approx(np.tanh(z.std()), abs=1e-6)
+        assert float(row["jsd"]) == pytest.approx(expected[:, 1].mean(), abs=1e-6)
+        assert float(row["jsd_std"]) == pytest.approx(expected[:, 1].std(), abs=1e-6)
+        assert float(row["correlation_low"]) < float(row["correlation"]) < float(row["correlation_high"])
+        assert row["ceiling"] == row["corrected"] == "" and row["fold_a"] == ""
+    assert sorted(path.name for path in place.iterdir()) == ["a.npy", "b.npy", "c.csv", "c.npy", "p.npy"]
+
+
+def published(place, rng, shared=False):
+    """Noisy views of one truth for a network, in the papers' layout, with second maps for the ceiling."""
+    truth = rng.random((6, 30, 30))
+    for slug, name, noise in [("triplet", "Triplet", 0.1), ("arcface", "ArcFace", 0.2), ("none", "None", 0.3)]:
+        for fold in (0, 1):
+            for second in ("", "_ceiling"):
+                maps = np.clip(truth + noise * rng.normal(size=truth.shape), 0, 1)
+                options = {"seed": 0, "noise_of": "" if shared else f"{name} fold {fold}", "ceiling": bool(second)}
+                save(place / f"results/cars196/{slug}/fold{fold}/maps{second}.npy", maps, loss=name, fold=fold, options=options,
+                     pictures={"number": 6, "sha256": "x"}, preprocessing={"resize": 32, "crop": 30})
+
+
+def test_folds_ceilings_and_figure(place, rng):
+    published(place, rng)
+    compare.main(["--dataset", "cars196", "--figure", "f.png"])
+    rows = read("results/cars196/compare.csv")
+    key = [(row["model_a"], row["fold_a"], row["model_b"], row["fold_b"]) for row in rows]
+    assert key[:3] == [("Triplet", "0", "ArcFace", "0"), ("Triplet", "0", "None", "0"), ("ArcFace", "0", "None", "0")]
+    assert len(key) == 6 and all(fold_a == fold_b for _, fold_a, _, fold_b in key)
+    for row in rows:  # all see the same truth: the ceiling is reached
+        assert float(row["ceiling"]) == pytest.approx(float(row["correlation"]), abs=0.05)
+        assert float(row["corrected"]) == pytest.approx(float(row["correlation"]) / float(row["ceiling"]))
+    with Image.open("f.png") as figure:
+        assert figure.width > 200
+    compare.main(["--dataset", "cars196", "--fold", "1"])
+    assert {row["fold_a"] for row in read("results/cars196/compare.csv")} == {"1"}
+    compare.main(["--dataset", "cars196", "--all-folds", "--out", "all.csv"])
+    within = [row for row in read("all.csv") if row["model_a"] == row["model_b"]]
+    assert len(read("all.csv")) == 9 and [(row["fold_a"], row["fold_b"]) for row in within] == [("0", "1")] * 3
+
+
+def test_shared_noise_has_no_ceiling(place, rng, capsys):
+    published(place, rng, shared=True)
+    compare.main(["--dataset", "cars196"])
+    assert all(row["ceiling"] == "" for row in read("results/cars196/compare.csv"))
+    assert "share their noise" in capsys.readouterr().err
+
+
+def test_masks_through_the_command(place, rng):
+    maps, masks = rng.random((4, 8, 8)).astype(np.float16), rng.random((4, 8, 8)) < 0.3
+    save(place / "a.npy", maps)
+    for i, mask in enumerate(masks):
+        (place / "m").mkdir(exist_ok=True)
+        Image.fromarray((mask * 255).astype(np.uint8)).save(place / "m" / f"{i}.png")
+    compare.main(["a.npy", "--masks", "m", "--out", "out.csv"])
+    rows = {row["measure"]: row for row in read("masks.csv")}
+    expected = compare.mask_shares(maps, masks, masks.mean(0), 4).mean(0)
+    for value, name in zip(expected, compare.MASK_COLUMNS):
+        assert float(rows[name]["mean"]) == pytest.approx(value, abs=1e-9) and rows[name]["n"] == "4"
+        assert float(rows[name]["low"]) <= float(rows[name]["mean"]) <= float(rows[name]["high"])
+    assert not (place / "out.csv").exists()  # one network: there is no pair
+
+
+def test_masks_follow_resize_and_crop(place, rng):
+    (place / "set/images").mkdir(parents=True), (place / "set/masks").mkdir()
+    for i in range(2):
+        mask = np.zeros((40, 60), dtype=np.uint8)
+        mask[:, 30 * i:30 * i + 30] = 255  # the left half, the right half
+        Image.fromarray(mask).save(place / f"set/masks/{i}.png")
+        Image.fromarray(np.stack([mask] * 3, axis=2)).save(place / f"set/images/{i}.png")
+    maps = np.zeros((2, 20, 20))
+    maps[:, :, :10] = 1  # the left half after resize to 20 × 30 and crop to 20 × 20
+    save(place / "a.npy", maps, preprocessing={"resize": 20, "crop": 20}, pictures={"number": 2})
+    compare.main(["a.npy", "--masks", "set/masks", "--dataset", "set/images", "--out", "x.csv"])
+    rows = {row["measure"]: float(row["mean"]) for row in read("masks.csv")}
+    assert [rows[name] for name in ("share", "area", "other", "pointing")] == pytest.approx([0.5] * 4)
+    (place / "set/masks/1.png").unlink()
+    with pytest.raises(ValueError, match=r"masks are missing for 1 of 2 pictures \(1\.png\)"):
+        compare.main(["a.npy", "--masks", "set/masks", "--dataset", "set/images"])
+    with pytest.raises(ValueError, match="1 PNG files for 2 maps"):
+        compare.main(["a.npy", "--masks", "set/masks"])
+
+
+def test_embeddings_through_the_command(place, rng):
+    published(place, rng)
+    x = rng.normal(size=(50, 4))
+    for slug in ("triplet", "arcface", "none"):
+        for fold in (0, 1):
+            np.save(place / f"results/cars196/{slug}/fold{fold}/emb.npy", (x if slug != "none" else rng.normal(size=(50, 4))).astype(np.float32))
+    compare.main(["--dataset", "cars196", "--embeddings"])
+    rows = read("results/cars196/embeddings.csv")
+    assert len(rows) == 6 and float(rows[0]["cka"]) == pytest.approx(1, abs=1e-5) and float(rows[0]["overlap"]) == 1
+    assert float(rows[1]["cka"]) < 0.5 and float(rows[1]["overlap_chance"]) == pytest.approx(10 / 49)
+    assert float(rows[1]["overlap_low"]) < float(rows[1]["overlap"]) < 0.5
+    (place / "results/cars196/none/fold1/emb.npy").unlink()
+    with pytest.raises(ValueError, match="1 networks have no emb.npy"):
+        compare.main(["--dataset", "cars196", "--embeddings"])
+
+
+def test_bad_input_teaches_and_leaves_nothing(place, rng):
+    maps = rng.random((4, 6, 6))
+    save(place / "a.npy", maps, pictures={"number": 4, "sha256": "one"}, preprocessing={"resize": 8, "crop": 6})
+    save(place / "other.npy", maps, pictures={"number": 4, "sha256": "two"}, preprocessing={"resize": 8, "crop": 6})
+    save(place / "crop.npy", maps, pictures={"number": 4, "sha256": "one"}, preprocessing={"resize": 16, "crop": 6})
+    save(place / "small.npy", maps[:, :5])
+    save(place / "few.npy", maps[:3])
+    save(place / "flat.npy", maps[0])
+    save(place / "empty.npy", maps[:0])
+    high = maps.copy()
+    high[2, 1, 1] = 1.5
+    save(place / "high.npy", high)
+    np.save(place / "objects.npy", np.array([{}]), allow_pickle=True)
+    (place / "text.npy").write_text("no array")
+    before = sorted(place.iterdir())
+    for arguments, said in [
+        (["a.npy", "small.npy"], r"a\.npy and small\.npy differ in shape, \(4, 6, 6\) and \(4, 5, 6\)"),
+        (["a.npy", "few.npy"], r"a\.npy and few\.npy differ in shape"),
+        (["a.npy", "other.npy"], r"a\.npy and other\.npy have different lists of pictures"),
+        (["a.npy", "crop.npy"], r"a\.npy and crop\.npy have different resize or crop"),
+        (["a.npy", "high.npy", "--per-picture", "p.npy"], r"high\.npy: picture 2 has values from .* to 1\.5; expected maps in \[0, 1\]"),
+        (["a.npy"], r"one map file arrived \(a\.npy\)"),
+        (["a.npy", "flat.npy"], r"flat\.npy has shape \(6, 6\)"),
+        (["empty.npy", "empty.npy"], "is empty"),
+        (["a.npy", "objects.npy"], "Python objects"),
+        (["a.npy", "text.npy"], "not a .npy file"),
+        (["a.npy", "missing.npy"], r"missing\.npy does not exist"),
+        (["a.npy", "a.npy", "--out", "nowhere/x.csv"], "does not exist"),
+        (["a.npy", "a.npy", "--masks", "nowhere"], "no such folder"),
+        (["a.npy", "a.npy", "--masks"], "name it with --dataset"),
+        (["a.npy", "a.npy", "--replicates", "0"], "--replicates 0"),
+        (["a.npy", "a.npy", "--fold", "x"], None),
+        (["--dataset", "cars196"], "no maps in results/cars196"),
+        ([], "which maps"),
+    ]:
+        if said is None:
+            with pytest.raises(SystemExit):
+                compare.main(arguments)
+            continue
+        with pytest.raises((ValueError, OSError), match=said):
+            compare.main(arguments)
+        assert sorted(place.iterdir()) == before, arguments
+
+
+def test_one_line_and_status_two(place, rng, run_script):
+    save(place / "a.npy", rng.random((3, 4, 4)))
+    done = run_script("compare.py", "a.npy", cwd=place)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("compare.py: one map file")
+    done = run_script("compare.py", "a.npy", "a.npy", "--fold", "x", cwd=place)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    done = run_script("compare.py", "a.npy", "a.npy", "--out", "pair.csv", cwd=place)
+    assert done.returncode == 0 and float(read(place / "pair.csv")[0]["correlation"]) > 0.999998
+    assert float(read(place / "pair.csv")[0]["jsd"]) < 1e-6
+    assert "compare.csv" in run_script("compare.py", "--help").stdout

@@ -480,7 +480,11 @@ def test_memory_that_does_not_suffice_halves_the_batch_once_said(place, monkeypa
     run("--out", "maps.npy", "--batch", 9)
     assert capsys.readouterr().err.count("out of memory") == 1
     assert np.isfinite(np.load("maps.npy")).all()
-    monkeypatch.setattr(saliency, "distance_gradients", lambda *a, **k: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("")))
+
+    def no_memory(*arguments, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(saliency, "smoothgrad", no_memory)
     with pytest.raises(ValueError, match="with a single copy"):
         run("--out", "other.npy", "--batch", 2)
     assert not list(place.glob("other*"))
