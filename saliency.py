@@ -84,6 +84,7 @@ def smoothgrad(network, pictures, baseline, distance, *, samples=50, noise=0.15,
     while chunk := list(itertools.islice(copies, batch)):
         which, noisy = zip(*chunk)
         gradients = distance_gradients(network, torch.stack(noisy), origins[list(which)], distance, autocast, through)
+        gradients = gradients.to(pictures.dtype)  # a stem's are bfloat16 under autocast: too coarse to be summed
         if order == "released":
             gradients = gradients.mean(dim=1).abs()  # (B, H, W)
         for i in dict.fromkeys(which):
@@ -174,7 +175,7 @@ def distance_gradients(network, pictures, origins, distance, autocast=None, stem
 def pull_back(stem, gradient, picture):
     """Gradient (C, H, W) with respect to a picture from the one with respect to the linear stem's output."""
     picture = picture.detach()[None].requires_grad_()
-    return torch.autograd.grad(stem(picture), picture, gradient[None].to(picture.dtype))[0][0]
+    return torch.autograd.grad(stem(picture), picture, gradient[None])[0][0]
 
 
 def scale_maps(saliency, percentile=99.0):
