@@ -339,44 +339,37 @@ def heat(saliency_map, picture=None):
 
 
 def draw_gallery(rows, names, titles, cell=168, across=8):
-    """Rows of cells under their names as one PIL image: Figure 2's picture, then a map for each network.
+    """Figure 2 for several pictures, as one PIL image: each picture's cells under their names, its title below.
 
-    rows: for each picture the list of its cells, uint8 (H, W, 3); names: of the cells; titles: of the pictures.
-    Rows longer than `across` are broken, and the names then stand above every line.
+    rows: for each picture the list of its cells, uint8 (H, W, 3): the picture, then a map for each network;
+    names: of the cells; titles: of the pictures. Lines have up to `across` cells: a longer row is broken, and
+    several short rows stand side by side.
     """
-    font, small = ImageFont.load_default(size=15), ImageFont.load_default(size=12)
-    gap, caption = 8, 18
-    columns = min(across, len(names))
-    lines = [range(start, min(start + across, len(names))) for start in range(0, len(names), across)]
-    wrapped = [wrap(name, font, cell) for name in names]
-    heads = [caption * max(len(wrapped[i]) for i in line) + 4 for line in lines]
-    per_row = sum(heads) + len(lines) * (cell + gap) + caption + gap if len(lines) > 1 else cell + caption + 2 * gap
-    top = heads[0] if len(lines) == 1 else 0
-    sheet = Image.new("RGB", (columns * (cell + gap) + gap, gap + top + len(rows) * per_row), "white")
-    draw = ImageDraw.Draw(sheet)
-
-    def head(line, y, height):
-        for column, i in enumerate(line):
-            x = gap + column * (cell + gap) + cell / 2
-            for number, text in enumerate(reversed(wrapped[i])):
-                draw.text((x, y + height - 4 - number * caption), text, fill="black", font=font, anchor="ms")
-
-    y = gap
-    if len(lines) == 1:
-        head(lines[0], y, top)
-        y += top
-    for cells, title in zip(rows, titles):
-        for line, height in zip(lines, heads):
-            if len(lines) > 1:
-                head(line, y, height)
-                y += height
-            for column, i in enumerate(line):
-                image = Image.fromarray(cells[i]).resize((cell, cell), Image.Resampling.LANCZOS)
-                sheet.paste(image, (gap + column * (cell + gap), y))
-            y += cell + gap
-        draw.text((gap, y + 6), shorten(title, small, cell * columns), fill=(90, 90, 90), font=small, anchor="ls")
-        y += caption + gap
+    strips = [draw_strip(cells, names, title, cell, across) for cells, title in zip(rows, titles)]
+    width, height = strips[0].size
+    beside = min(max(1, across // len(names)), len(strips))
+    lines = -(-len(strips) // beside)
+    sheet = Image.new("RGB", (beside * width, lines * height), "white")
+    for number, strip in enumerate(strips):
+        sheet.paste(strip, (number % beside * width, number // beside * height))
     return sheet
+
+
+def draw_strip(cells, names, title, cell, across, gap=8, text=18):
+    """One picture's part of the gallery."""
+    font, small = ImageFont.load_default(size=15), ImageFont.load_default(size=12)
+    wrapped = [wrap(name, font, cell) for name in names]
+    head = text * max(len(lines) for lines in wrapped) + 4
+    columns, lines = min(across, len(cells)), -(-len(cells) // across)
+    strip = Image.new("RGB", (columns * (cell + gap) + 2 * gap, lines * (head + cell + gap) + text + 2 * gap), "white")
+    draw = ImageDraw.Draw(strip)
+    for i, pixels in enumerate(cells):
+        x, y = 2 * gap + i % across * (cell + gap), gap + i // across * (head + cell + gap) + head
+        strip.paste(Image.fromarray(pixels).resize((cell, cell), Image.Resampling.LANCZOS), (x, y))
+        for number, line in enumerate(reversed(wrapped[i])):
+            draw.text((x + cell / 2, y - 5 - number * text), line, fill="black", font=font, anchor="ms")
+    draw.text((2 * gap, strip.height - 2 * gap), shorten(title, small, cell * columns), fill=(90, 90, 90), font=small, anchor="ls")
+    return strip
 
 
 def wrap(text, font, width):
@@ -538,8 +531,8 @@ def chosen_rows(n, limit, pick):
     return list(dict.fromkeys(pick))
 
 
-def make_gallery(path, arrays, preprocessings, names, pictures, relative, overlay, most=8):
-    """Write the gallery of the first `most` pictures (all that were picked) as one PNG or, eight pictures each, several."""
+def make_gallery(path, arrays, preprocessings, names, pictures, relative, overlay, most):
+    """Write the gallery of the first `most` pictures as one PNG or, eight pictures each, several."""
     rows = []
     for i in range(min(most, len(pictures))):
         cells = []
@@ -720,9 +713,10 @@ def main(argv=None):
         folder = args.out.parent if one else args.out / dataset.name
         data.write_table(folder / "sanity.csv", ["model", "fold", "layers", "of", "lowest", "n", "correlation", "correlation_std"], rows)
     if rank == 0 and args.gallery and all(path.exists() for path in arrays):
-        preprocessings = [description["preprocessing"] for description in descriptions]
-        make_gallery(args.gallery, arrays, preprocessings, [spec["name"] for spec in specs], pictures, relative, args.overlay,
-                     len(pictures) if args.pick else 8)
+        one_fold = len({spec["fold"] for spec in specs}) == 1
+        names = [spec["loss"] if one_fold and spec["loss"] else spec["name"] for spec in specs]
+        make_gallery(args.gallery, arrays, [description["preprocessing"] for description in descriptions], names, pictures, relative,
+                     args.overlay, len(pictures) if args.pick else 8)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@
 
 The straightforward way: one picture at a time, its copies one batch, parameters requiring gradients, batch norm as it
 is, NCHW float32, loss.backward(). Ours: smoothgrad on a folded, frozen, channels-last network. Both get the same noise;
-they take turns, and medians are printed. On a GPU also: the share of the card's measured matrix rate, the time split
+they take turns, and medians are printed, also of processor time (all threads), which other programs disturb less.
+On a GPU also: the share of the card's measured matrix rate, the time split
 and the best batch.
 
 --ceiling: for each number of copies the mean correlation (Fisher z) of two maps of one picture with independent noise,
@@ -77,6 +78,13 @@ def clock(function, device):
     return time.perf_counter() - start, result
 
 
+def processor_clock(function, device):
+    """((seconds, processor seconds), result)."""
+    start = time.process_time()
+    seconds, result = clock(function, device)
+    return (seconds, time.process_time() - start), result
+
+
 def peak_mib(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
@@ -105,19 +113,20 @@ def compare_speed(args, device):
     straightforward(module, pictures[0], black, distance, args.samples, 0)
     times, agreement = [], []
     for i in itertools.islice(itertools.cycle(range(len(pictures))), args.repeat):
-        fast, a = clock(lambda: ours(i), device)
-        slow, b = clock(lambda: straightforward(module, pictures[i], black, distance, args.samples, i), device)
+        fast, a = processor_clock(lambda: ours(i), device)
+        slow, b = processor_clock(lambda: straightforward(module, pictures[i], black, distance, args.samples, i), device)
         times.append((fast, slow))
         agreement.append(correlation(a, b))
+    times = np.array(times)  # (turns, ours or not, wall or processor)
     fast, slow = np.median(times, axis=0)
     print(f"{args.backbone}, {args.samples} copies of {tuple(pictures.shape[1:])}, {args.precision}, {device}, "
           f"{torch.get_num_threads()} threads, batch {args.batch}, median of {args.repeat}")
-    print(f"straightforward  {slow:.3f} s a picture ({min(t[1] for t in times):.3f} to {max(t[1] for t in times):.3f}), "
-          f"peak memory of the process {peak_mib(device):,.0f} MiB")
-    print(f"smoothgrad       {fast:.3f} s a picture ({min(t[0] for t in times):.3f} to {max(t[0] for t in times):.3f}), "
-          f"peak before the other ran {ours_peak:,.0f} MiB, once a network {took_prepare:.1f} s to prepare")
-    print(f"ratio            {slow / fast:.2f} ×, median of the turns' own ratios {np.median([b / a for a, b in times]):.2f} ×; "
-          f"correlation of the maps {min(agreement):.6f} or more")
+    for name, (wall, processor), all_times, peak in [("straightforward", slow, times[:, 1, 0], peak_mib(device)),
+                                                     ("smoothgrad", fast, times[:, 0, 0], ours_peak)]:
+        print(f"{name:16} {wall:.3f} s a picture ({all_times.min():.3f} to {all_times.max():.3f}), {processor:.3f} processor seconds, "
+              f"peak memory of the process by then {peak:,.0f} MiB")
+    print(f"ratio            {slow[0] / fast[0]:.2f} ×, of processor time {slow[1] / fast[1]:.2f} ×; correlation of the maps "
+          f"{min(agreement):.6f} or more; {took_prepare:.1f} s to prepare a network")
     if device.type == "cuda":
         on_gpu(ours, ready, preprocessing, args, device)
 

@@ -434,7 +434,8 @@ def test_gallery_pages_and_overlay(place):
     assert (saliency.heat(np.zeros((2, 2))) == saliency.HEAT[0].astype(int)).all()
     assert saliency.heat(np.array([[1.0, np.nan]]))[0].tolist() == [[252, 255, 164], [128] * 3]
     sheet = saliency.draw_gallery([[picture] * 16], ["Picture", *[f"Multi Similarity + Miner {i}" for i in range(15)]], ["a/picture.jpg"])
-    assert sheet.width == 8 * 176 + 8
+    assert sheet.width == 8 * 176 + 16 and sheet.height > 2 * 168
+    assert saliency.draw_gallery([[picture] * 2] * 5, ["Picture", "ArcFace"], ["a"] * 5).width == 4 * (2 * 176 + 16)
 
 
 def test_sanity_check_falls(place):
