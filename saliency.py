@@ -13,9 +13,10 @@ Output: maps.npy, float16 (n, H, W), values in [0, 1], row i is picture i, at th
 An interrupted run goes on where it stopped when the same command runs again.
 
 A map depends on the picture, the network, the options and the seed, not on batch size, order, process or restart:
-the noise of picture i comes from (seed, name of the network, i) alone. What remains is the order of float32 sums
-inside the convolutions, which follows batch size and threads: maps then differ by less than 1e-3, nearly always
-by the last bit of float16. CPU and CUDA draw different noise.
+the noise of picture i comes from (seed, name of the network, i) alone. What remains is the order of float32 sums.
+Measured, EfficientNet-Lite0, 50 copies: another batch size moves no value of a map by more than 1e-6; another number
+of threads moves single values by up to 0.008 (where a unit sits on the kink of its ReLU, rounding decides the
+gradient), at a correlation of 0.9999997. CPU and CUDA draw different noise.
 
 The paper says: absolute value of the averaged gradient, then the mean over channels (--order paper).
 The authors' code says: mean over channels, absolute value of every copy, then the sum (--order released).
