@@ -3,7 +3,7 @@
 Input: a folder of pictures, a rendered set, a CSV with a path column, or a published data set (cars196, cub200, sop),
 and networks: ImageNet backbones, your own, or the papers' checkpoints (models/README.md says where to put them).
 Output: emb.npy, float32 (n, m), the raw output, row i is picture i; emb.json beside it says how it was made;
-labels.csv and classes.csv where the data set has classes.
+labels.csv lists the pictures, with their classes where the data set has them (names in classes.csv).
 
     python embed.py --dataset my_pictures --model efficientnet_lite0 --out emb.npy
     python embed.py --dataset my_pictures --model my_package.networks:resnet --out emb.npy
@@ -112,7 +112,8 @@ def claimed(files, shares):
 def fill(networks, files, paths, shares, options, bar):
     """Embed the pictures the files lack, for networks that share a preprocessing."""
     preprocessing, device = networks[0].preprocessing, options.device
-    batches = decoded(paths, claimed(files, shares), preprocessing, options.batch, options.workers, options.draft)
+    size = options.batch or batch_size(networks[0], device)
+    batches = decoded(paths, claimed(files, shares), preprocessing, size, options.workers, options.draft)
     for batch in batches:
         for row, lacking, pixels in [item for item in batch if isinstance(item[2], Exception)]:
             if not options.skip_unreadable:
@@ -149,10 +150,18 @@ def batch_size(network, device):
         free, most = torch.cuda.mem_get_info(device)[0], 256
     else:
         each = 60 * picture.numel() * 4  # the widest layers' activations, several at a time
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        most = 32
+        free, most = free_memory(), 32
     fits = max(1, int(free / 2 / each))
     return min(most, 1 << (fits.bit_length() - 1))
+
+
+def free_memory():
+    """Bytes of main memory that may be used: what Linux calls available, elsewhere half of all."""
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def about(dataset, spec, args):
@@ -182,17 +191,17 @@ def write_table(path, header, rows):
 
 
 def write_labels(dataset, array, prefix):
-    """<prefix>labels.csv and <prefix>classes.csv of the pictures in a complete array."""
-    if dataset.labels is None:
-        return
+    """<prefix>labels.csv (which picture each row is, and its class) and <prefix>classes.csv of a complete array."""
     left_out = set(data.read_sidecar(array)["pictures"].get("left_out", []))
-    columns = [dataset.relative, dataset.labels.tolist()]
-    header, names = ["path", "class"], list(enumerate(dataset.classes))
+    header, columns = ["path"], [dataset.relative]
+    if dataset.labels is not None:
+        header.append("class")
+        columns.append(dataset.labels.tolist())
+        write_table(Path(f"{prefix}classes.csv"), ["class", "name"], list(enumerate(dataset.classes)))
     if dataset.super_labels is not None:
         header.append("super_class")
         columns.append([dataset.super_classes[label] for label in dataset.super_labels])
     write_table(Path(f"{prefix}labels.csv"), header, [row for row in zip(*columns) if row[0] not in left_out])
-    write_table(Path(f"{prefix}classes.csv"), ["class", "name"], names)
 
 
 def finish(dataset, file):
@@ -218,7 +227,6 @@ def fill_all(dataset, todo, args, rank, ranks):
     networks = [network._replace(module=network.module.to(args.device)) for network in networks]
     dimensions = [embed(n.module, torch.from_numpy(data.black_picture(n.preprocessing))[None].to(args.device)).shape[1]
                   for n in networks]
-    args.batch = args.batch or batch_size(networks[0], args.device)
     n, files = len(dataset.paths), []
     try:
         for (_, path, content), dimension in zip(todo, dimensions):
@@ -262,7 +270,7 @@ def parse():
     add("--split", default="test", choices=["train", "test", "all"], help="of a data set with splits (test)")
     add("--data-root", metavar="DIR", help="folder of the published data sets (DML_DATA_ROOT, else data/)")
     add("--model", help="a network without a loss: bninception, inception_v3, efficientnet_lite0 or package.module:factory")
-    add("--loss", help="a loss of models/losses.csv (name or slug), several with commas, None, or all (all that are there)")
+    add("--loss", help="a loss of models/losses.csv (name or slug), several with commas, None, or all: what is there (all)")
     add("--fold", default="all", help="0, 1, 2, 3, several with commas, or all (all)")
     add("--trained-on", metavar="DATASET", help="the data set whose checkpoints are taken (--dataset)")
     add("--checkpoint", metavar="DIR", help="a folder with trunk_best.pth and embedder_best.pth")
@@ -275,22 +283,27 @@ def parse():
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
     add("--precision", default="fp32", choices=["fp32", "tf32", "bf16"], help="of the network's arithmetic (fp32)")
     add("--batch", type=int, metavar="N", help="pictures at a time (from the free memory)")
-    add("--workers", type=int, default=min(16, os.cpu_count() or 1), metavar="N", help="threads that decode (number of CPUs, at most 16)")
+    add("--workers", type=int, metavar="N", help="threads that decode (CPUs of this rank, at most 16)")
     add("--draft", action="store_true", help="let the JPEG decoder shrink large pictures: faster, other values (README)")
     args = parser.parse_args()
     for name in ("batch", "workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: expected at least 1")
+    cpus = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    args.workers = args.workers or min(16, max(1, cpus))
+    args.device = device(args.device)
+    if args.precision == "tf32" and args.device.type == "cpu":
+        parser.error("--precision tf32 is an NVIDIA GPU's; on a CPU give fp32 or bf16")
     return args
 
 
 def main():
     args = parse()
-    args.device = device(args.device)
     rank, ranks = rowfile.my_share()
     dataset = data.open_dataset(args.dataset, args.data_root, args.split)
-    specs = models.find(args.trained_on or dataset.name, args.loss, args.fold, args.model, args.checkpoint,
-                        args.weights, args.seed, args.models)
+    loss = args.loss or (None if args.model or args.checkpoint else "all")
+    specs = models.find(args.trained_on or dataset.name, loss, args.fold, args.model, args.checkpoint, args.weights,
+                        args.seed, args.models)
     for note in [*dataset.notes, *(spec["note"] for spec in specs)]:
         if note and rank == 0:
             print(f"embed.py: {note}", file=sys.stderr)

@@ -32,7 +32,7 @@ DISTANCES = ("euclidean", "squared_euclidean", "cosine", "dot_product", "snr")
 NULLS = ("binomial", "hypergeometric")
 PUBLISHED_THRESHOLD = 2.576  # two-sided 1 % of one z-score; the paper marks the mean of n of them by it
 SIGNIFICANCE = 0.01          # of the Holm-corrected permutation p-value
-BLOCK_ROWS = 256             # queries in one matrix product: more hardly speeds it up (benchmarks/nrprec.py)
+BLOCK_ROWS = 512             # queries in one matrix product: more does not speed it up (benchmarks/nrprec.py)
 WALK = 48                    # a class of fewer than n / WALK pictures is walked, a larger one compared densely
 
 
@@ -149,15 +149,27 @@ def make_columns(labels, max_neighbours=None):
                    count.astype(np.int32), ranks)
 
 
+def bit_planes(codes):
+    """codes (k, n) uint8 -> (p, k, ⌈n/64⌉) uint64: bit i of [c − 1, column] says codes[column, i] == c, c <= p <= 16.
+
+    Read by the kernel's AVX-512 loops only: an eighth of the bytes. Elsewhere p is 0.
+    """
+    k, n = codes.shape
+    planes = np.zeros((min(16, int(codes.max())) if _knn and _knn.AVX512 else 0, k, -(-n // 64)), np.uint64)
+    for c in range(len(planes)):
+        planes.view(np.uint8)[c, :, :-(-n // 8)] = np.packbits(codes == c + 1, axis=1, bitorder="little")
+    return planes
+
+
 def permute_columns(columns, permutations):
     """The columns under each permutation of the pictures ((p, n) int), permutation by permutation: k·p columns."""
     inverse = np.argsort(permutations, axis=1).astype(np.int32)
     rows = len(columns.members)
     shift = np.where(columns.member_row >= 0, rows, 0)
     return columns._replace(
-        values=np.concatenate([columns.values[:, p] for p in permutations]),
-        codes=np.concatenate([columns.codes[:, p] for p in permutations]),
-        members=np.concatenate([i[columns.members] for i in inverse]),
+        values=np.concatenate([columns.values.take(p, 1) for p in permutations]),
+        codes=np.concatenate([columns.codes.take(p, 1) for p in permutations]),
+        members=np.concatenate([i.take(columns.members) for i in inverse]),
         member_row=np.concatenate([columns.member_row + shift * i for i in range(len(permutations))]).astype(np.int32))
 
 
@@ -189,6 +201,7 @@ def count_blocks(space, columns, queries, threads, memory_mib):
     workers, inner = (threads, 1) if rows >= 16 else (1, threads)
     rows = rows * threads if workers == 1 else rows
     rows = max(1, min(rows, BLOCK_ROWS, -(-len(queries) // workers)))
+    planes = bit_planes(columns.codes)
     buffers = deque(np.empty((rows, n), np.float32) for _ in range(workers) if _knn)
 
     def count(start):
@@ -200,7 +213,7 @@ def count_blocks(space, columns, queries, threads, memory_mib):
         np.matmul(np.ascontiguousarray(space.working[:, q].T), space.working, out=products[:len(q)])
         hits = np.empty((k, len(q)), np.int32)
         _knn.count_hits(products[:len(q)], q, space.bounds[q], space.x, space.aux, space.offset,
-                        DISTANCES.index(space.distance), columns.codes, columns.members, columns.member_row,
+                        DISTANCES.index(space.distance), columns.codes, planes, columns.members, columns.member_row,
                         np.ascontiguousarray(columns.values[:, q]), columns.entry_code, columns.entry_rank,
                         columns.entry_start, columns.entry_count, columns.ranks, hits, inner)
         buffers.append(products)
@@ -326,7 +339,7 @@ def nr_precision(embeddings, labels, *, distance="euclidean", null="binomial", m
     deviation[(columns.entry_count == n) | (depth == 0)] = np.nan  # constant property; R = 0
 
     # As many permuted columns at a time as memory allows; the observed ones ride in the first pass.
-    each = k * 6 * n + n * 16 + 4 * n * len(columns.members)
+    each = k * 8 * n + n * 16 + 4 * n * len(columns.members)
     per_pass = max(1, int(memory_mib * 2 ** 20 // each)) if permutations else 0
     passes = range(0, permutations, per_pass) if permutations else [0]
     total, done, permuted = (k + k * permutations) * len(chosen), 0, []
@@ -547,8 +560,9 @@ def print_table(names, results, permutations):
         for line, score in zip(lines, scores.values()):
             marked = score.p_holm < SIGNIFICANCE if permutations else score.nr_precision > PUBLISHED_THRESHOLD
             line += [f"{score.r_precision:.4f}", f"{score.nr_precision:.2f}"]
-            line += [f"{score.nr_precision_se:.2f}"] * sampled
-            line += [f"{score.p_holm:.4f}"] * bool(permutations) + ["*" if marked else ""]
+            line += [f"{score.nr_precision_se:.2f}"] if sampled else []
+            line += [f"{score.p_holm:.4f}"] if permutations else []
+            line += ["*" if marked else ""]
     widths = [max(map(len, column)) for column in zip(head, *lines)]
     per = (len(head) - 3) // len(results)
     if len(results) > 1:

@@ -105,12 +105,15 @@ class RowFile:
         self.complete = is_complete(path, about)
         if self.complete:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.beside.exists():
             refuse_other(self.part, self.beside, about)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.array = os.open(self.part, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise OSError(f"{self.path}: can't be written ({error.strerror}); choose another place for the output") from None
         self.header = npy_header(self.shape, self.dtype)
         self.row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
-        self.array = os.open(self.part, os.O_RDWR | os.O_CREAT, 0o666)
         self.state = os.open(self.marks, os.O_RDWR | os.O_CREAT, 0o666)
         self.pending, self.flushed, self.closed = [], time.monotonic(), False
         self.allocate()
@@ -134,8 +137,9 @@ class RowFile:
                 os.ftruncate(self.state, self.shape[0])
             write_json(self.beside, self.about)
         except OSError as error:
-            self.remove()
-            raise OSError(error.errno, f"{error.strerror}: {size / 2**20:,.1f} MiB are needed", str(self.path)) from None
+            if not self.read_marks().any():
+                self.remove()
+            raise OSError(f"{self.path}: {error.strerror}: {size / 2**20:,.1f} MiB are needed there") from None
 
     def claim(self, start, stop):
         """Missing rows in [start, stop), locked for this process until it ends -> int array; none if another is at them."""
@@ -265,7 +269,7 @@ def write_json(path, content):
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+            file.write(json.dumps(content, indent=2) + "\n")  # ASCII: file names need not be Unicode
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,7 +99,8 @@ def find(dataset=None, loss=None, fold="all", model=None, checkpoint=None, weigh
                 raise FileNotFoundError(f"no checkpoint of {row['name']}, fold {number}: looked for {' and '.join(places)}")
     if not specs:
         raise FileNotFoundError(f"no checkpoint of {loss} for {dataset}: looked for {', '.join(looked[:4])}"
-                                f"{' …' * (len(looked) > 4)}; models/README.md says where they come from")
+                                f"{' …' * (len(looked) > 4)}; models/README.md says where they come from"
+                                + ("" if dataset in rows[0] else "; for networks of another data set give --trained-on"))
     return specs
 
 
@@ -138,7 +140,7 @@ def backbone_spec(model, weights, seed):
     if model not in PREPROCESSING and ":" not in model:
         near = difflib.get_close_matches(model, PREPROCESSING, n=1)
         raise ValueError(f"unknown network {model!r}: expected {', '.join(PREPROCESSING)} or package.module:factory"
-                         + f"; did you mean {near[0]}?" * bool(near))
+                         + (f"; did you mean {near[0]}?" if near else ""))
     return {"name": model, "loss": None, "slug": slug(model), "type": None, "fold": None, "distance": "euclidean",
             "backbone": model, "files": None, "weights": weights, "seed": None, "config": {}, "note": None}
 
@@ -260,14 +262,14 @@ def load(spec):
     settings = preprocessing(spec, trunk)
     if spec["files"]:
         load_weights(trunk, spec["files"][0])
-        module = nn.Sequential(trunk, load_linear(spec["files"][1]))
+        module = nn.Sequential(trunk, load_linear(spec["files"][1], FEATURES.get(spec["backbone"])))
         source, digest = str(spec["files"][0].parent), files_sha256(spec["files"])
     elif digest:
         module, source = trunk, None
     else:
         path = imagenet_file(spec["backbone"], spec["weights"])
         load_weights(trunk, path)
-        module = nn.Sequential(trunk, random_linear(1024, DIMENSION, spec["seed"], spec["fold"])) if spec["loss"] else trunk
+        module = nn.Sequential(trunk, random_linear(FEATURES[spec["backbone"]], DIMENSION, spec["seed"], spec["fold"])) if spec["loss"] else trunk
         source, digest = path.name, files_sha256([path])
     kept = {key: spec[key] for key in ("name", "loss", "slug", "type", "fold", "distance", "backbone")}
     return Network(**kept, checkpoint=source, checkpoint_sha256=digest, preprocessing=settings, module=module.eval())
@@ -281,7 +283,13 @@ def preprocessing(spec, module=None):
         return dict(usual)
     if not isinstance(own, dict) or set(own) - set(usual):
         raise ValueError(f"{spec['name']}: preprocessing is {own!r}; expected a dict with keys among {', '.join(usual)}")
-    return json.loads(json.dumps({**usual, **own}))
+    settings = json.loads(json.dumps({**usual, **own}))  # as it will be in the JSON: lists, no tuples
+    if not (settings["crop"] or isinstance(settings["resize"], list)):
+        raise ValueError(f"{spec['name']}: preprocessing {own!r} leaves the pictures' sizes different; "
+                         "give crop, or resize as [height, width]")
+    if settings["channels"] not in ("RGB", "BGR") or settings["scale"] not in (1, 255):
+        raise ValueError(f"{spec['name']}: preprocessing {own!r}: channels is RGB or BGR, scale 1 or 255")
+    return settings
 
 
 class EfficientNetLite0(nn.Module):
@@ -322,6 +330,7 @@ def efficientnet_lite0():
 
 
 BACKBONES = {"bninception": bninception, "inception_v3": inception_v3, "efficientnet_lite0": efficientnet_lite0}
+FEATURES = {"bninception": 1024, "inception_v3": 2048, "efficientnet_lite0": 1280}
 # What ImageNet files hold beyond the embedding network: classifiers and the auxiliary head.
 CLASSIFIERS = ("last_linear.", "fc.", "AuxLogits.", "network._fc.")
 
@@ -356,12 +365,13 @@ def from_factory(name):
     sys.path.insert(0, os.getcwd())
     try:
         factory = getattr(importlib.import_module(module_name), function)
-    except Exception as error:  # whatever the user's module raises while it is imported
-        raise ValueError(f"{name}: can't be imported ({type(error).__name__}: {error}); expected package.module:factory, "
-                         "a callable that returns a torch.nn.Module") from None
+        network = factory()
+    except Exception as error:  # whatever the user's module raises
+        done = "called" if "factory" in locals() else "imported"
+        raise ValueError(f"{name}: can't be {done} ({type(error).__name__}: {error}); expected package.module:factory, "
+                         "a callable without arguments that returns a torch.nn.Module") from None
     finally:
         sys.path.remove(os.getcwd())
-    network = factory()
     if not isinstance(network, nn.Module):
         raise ValueError(f"{name} returned {type(network).__name__}; expected a torch.nn.Module")
     return network
@@ -370,7 +380,9 @@ def from_factory(name):
 def read_state(path):
     """A checkpoint's tensors by name, without running code: {str: Tensor}, `module.` of DataParallel removed."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols: what matters is refused below
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # UnpicklingError, RuntimeError, EOFError, KeyError, …: whatever the bytes provoke
@@ -405,7 +417,7 @@ def load_weights(trunk, path):
     trunk.load_state_dict(state, strict=False)
 
 
-def load_linear(path):
+def load_linear(path, features=None):
     """The embedder's linear layer: `net.0.*` (and the same tensors again as `last_linear.*`), or plain `weight` and `bias`."""
     state = read_state(path)
     layers = {prefix: (state.pop(f"{prefix}weight"), state.pop(f"{prefix}bias"))
@@ -416,8 +428,9 @@ def load_linear(path):
     weight, bias = next(iter(layers.values()))
     if any(not (torch.equal(weight, w) and torch.equal(bias, b)) for w, b in layers.values()):
         raise ValueError(f"{path}: net.0.* and last_linear.* differ; expected the same layer twice")
-    if weight.ndim != 2 or bias.shape != weight.shape[:1]:
-        raise ValueError(f"{path}: misshapen: weight {tuple(weight.shape)}, bias {tuple(bias.shape)}")
+    if weight.ndim != 2 or bias.shape != weight.shape[:1] or features not in (None, weight.shape[1]):
+        raise ValueError(f"{path}: misshapen: weight {tuple(weight.shape)}, bias {tuple(bias.shape)}; "
+                         f"expected (dimension, {features or 'features'}) and (dimension,)")
     linear = nn.Linear(weight.shape[1], weight.shape[0])
     linear.load_state_dict({"weight": weight, "bias": bias})
     return linear

@@ -1,0 +1,194 @@
+"""The kernel's counts and lists equal float64 brute force with ties by index: for every distance, cardinality,
+kind of input, block, thread count and instruction set."""
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import nrprec
+
+_knn = pytest.importorskip("_knn", reason="the extension is not built: pip install .")
+
+
+def brute_force_lists(x, distance):
+    """The literal definition, independent of nrprec.py: every other row in order, nearest first, ties by index."""
+    x, lists = x.astype(np.float64), []
+    for q in range(len(x)):
+        if distance in ("euclidean", "squared_euclidean"):
+            d = ((x[q] - x) ** 2).sum(1)
+            d = np.sqrt(d) if distance == "euclidean" else d
+        elif distance == "cosine":
+            unit = x / np.sqrt((x ** 2).sum(1))[:, None]
+            d = 1 - (unit[q] * unit).sum(1)
+        elif distance == "dot_product":
+            d = -(x[q] * x).sum(1)
+        else:
+            d = np.var(x[q] - x, axis=1) / np.var(x[q])
+        order = np.lexsort((np.arange(len(x)), d))
+        lists.append(order[order != q])
+    return lists
+
+
+def brute_force_hits(lists, labels, max_neighbours=None):
+    hits = np.zeros((len(labels), len(lists)), int)
+    for k, label in enumerate(labels):
+        for q, order in enumerate(lists):
+            depth = min((label == label[q]).sum() - 1, max_neighbours or len(label))
+            hits[k, q] = (label[order[:depth]] == label[q]).sum()
+    return hits
+
+
+def kernel_hits(x, labels, distance, max_neighbours=None, threads=1, memory_mib=64, avx512=None):
+    space = nrprec.prepare(np.ascontiguousarray(x, np.float32), distance)
+    columns = nrprec.make_columns(labels, max_neighbours)
+    hits = np.full((len(labels), len(x)), -1, np.int32)
+    before = _knn.AVX512
+    try:
+        _knn.AVX512 = before if avx512 is None else avx512 and before
+        for part, block in nrprec.count_blocks(space, columns, np.arange(len(x)), threads, memory_mib):
+            hits[:, part] = block
+    finally:
+        _knn.AVX512 = before
+    return hits
+
+
+def embeddings_of(kind, n, m, rng):
+    x = rng.standard_normal((n, m)).astype(np.float32)
+    return {
+        "normal": lambda: x,
+        "integers": lambda: np.round(x),                                       # many ties
+        "duplicates": lambda: x[rng.integers(0, max(1, n // 6), n)],           # duplicates of the query
+        "identical": lambda: np.tile(x[:1] + 1, (n, 1)),                       # nothing but ties
+        "signs": lambda: np.where(x > 0, np.float32(0.1), np.float32(-0.1)),   # ties that float32 can't represent
+        "tiny": lambda: x * np.float32(1e-38),                                 # denormal
+        "huge": lambda: np.clip(x, -3, 3) * np.float32(1e38),                  # squares overflow float32
+        "far": lambda: x + np.float32(10000),                                  # cancellation
+        "outlier": lambda: np.concatenate([x[:-1], x[-1:] * np.float32(1e6)]),  # wide error bounds
+        "nearly": lambda: (1 + np.arange(n) % 3 * 2.0 ** -23)[:, None] * np.ones((n, m), np.float32),  # last bit
+    }[kind]().astype(np.float32)
+
+
+KINDS = ("normal", "integers", "duplicates", "identical", "signs", "tiny", "huge", "far", "outlier", "nearly")
+
+
+@pytest.mark.parametrize("distance", nrprec.DISTANCES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_counts_equal_brute_force(kind, distance):
+    rng = np.random.default_rng([KINDS.index(kind), nrprec.DISTANCES.index(distance)])
+    for n, m in ((2, 1), (3, 2), (65, 7), (150, 8), (211, 130), (130, 300)):
+        x = embeddings_of(kind, n, m, rng)
+        labels = [rng.integers(0, v, n) for v in (1, 2, 3, 10, max(2, n // 3), n)] + [np.arange(n)]
+        try:
+            nrprec.prepare(x, distance)
+        except ValueError:
+            assert distance in ("cosine", "snr")                # zero or constant vectors have no such distance
+            continue
+        lists = brute_force_lists(x, distance)
+        twin = nrprec.count_hits_numpy(nrprec.prepare(x, distance), nrprec.make_columns(labels), np.arange(n))
+        np.testing.assert_array_equal(twin, brute_force_hits(lists, labels))
+        np.testing.assert_array_equal(kernel_hits(x, labels, distance), twin)
+        np.testing.assert_array_equal(kernel_hits(x, labels, distance, avx512=False), twin)
+        np.testing.assert_array_equal(kernel_hits(x, labels, distance, max_neighbours=5),
+                                      brute_force_hits(lists, labels, 5))
+        for depth in {1, n // 2, n - 1} - {0}:
+            indices, distances = nrprec.nearest(x, depth, distance=distance, threads=2)
+            np.testing.assert_array_equal(indices, [order[:depth] for order in lists])
+            assert (np.diff(distances, axis=1) >= 0).all()
+
+
+def test_many_candidates_and_a_class_column():
+    """n that no block divides, more candidates than 32,768-item parts, 20,000 classes beside one of half of all."""
+    rng = np.random.default_rng(5)
+    n = 40_007
+    x = np.round(rng.standard_normal((n, 6)) * 4).astype(np.float32) / 4      # ties across the whole range
+    classes = np.where(rng.random(n) < 0.5, 0, rng.integers(0, 20_000, n))
+    labels = [rng.integers(0, 9, n), classes, rng.integers(0, 2, n)]
+    queries = np.sort(rng.choice(n, 40, replace=False))
+    space, columns = nrprec.prepare(x, "euclidean"), nrprec.make_columns(labels)
+    expected = nrprec.count_hits_numpy(space, columns, queries)
+    for avx512 in (False, True):
+        before, _knn.AVX512 = _knn.AVX512, avx512 and _knn.AVX512
+        try:
+            for part, hits in nrprec.count_blocks(space, columns, queries, 2, 64):
+                np.testing.assert_array_equal(hits, expected[:, part])
+        finally:
+            _knn.AVX512 = before
+
+
+def test_a_sample_that_misleads():
+    """The kernel looks at runs of 16 items, n // 64 apart, to choose the keys' range: here just these are near."""
+    rng = np.random.default_rng(11)
+    n = 20_000
+    x = rng.standard_normal((n, 4)).astype(np.float32) + 50
+    sampled = np.arange(n) % (n // 64) < 16
+    x[sampled] -= 50
+    labels = [rng.integers(0, 2, n), rng.integers(0, 12, n)]
+    space, columns = nrprec.prepare(x, "euclidean"), nrprec.make_columns(labels)
+    queries = np.concatenate([np.flatnonzero(sampled)[:10], np.flatnonzero(~sampled)[:10]])
+    expected = nrprec.count_hits_numpy(space, columns, queries)
+    for part, hits in nrprec.count_blocks(space, columns, queries, 1, 64):
+        np.testing.assert_array_equal(hits, expected[:, part])
+
+
+@pytest.mark.parametrize("threads", (1, 2, 5))
+@pytest.mark.parametrize("memory_mib", (1, 3, 64))
+def test_blocks_and_threads_change_nothing(threads, memory_mib):
+    rng = np.random.default_rng(6)
+    x = rng.standard_normal((1003, 19)).astype(np.float32)[rng.integers(0, 900, 1003)]
+    labels = [rng.integers(0, v, 1003) for v in (3, 40, 700)]
+    np.testing.assert_array_equal(kernel_hits(x, labels, "cosine", threads=threads, memory_mib=memory_mib),
+                                  kernel_hits(x, labels, "cosine"))
+
+
+def test_kernel_threads_of_its_own():
+    """count_hits(threads=…) shares the queries of one block by OpenMP where it was built with it."""
+    rng = np.random.default_rng(7)
+    x = rng.standard_normal((300, 5)).astype(np.float32)
+    space, columns = nrprec.prepare(x, "euclidean"), nrprec.make_columns([rng.integers(0, 7, 300)])
+    q = np.arange(300)
+    products = np.ascontiguousarray(space.working.T) @ space.working
+    results = []
+    for threads in (1, 3):
+        hits = np.empty((1, 300), np.int32)
+        _knn.count_hits(products, q, space.bounds, x, space.aux, space.offset, 0, columns.codes,
+                        nrprec.bit_planes(columns.codes), columns.members,
+                        columns.member_row, columns.values, columns.entry_code, columns.entry_rank,
+                        columns.entry_start, columns.entry_count, columns.ranks, hits, threads)
+        results.append(hits)
+    np.testing.assert_array_equal(*results)
+
+
+def test_products_may_be_as_wrong_as_their_bound():
+    """Whatever the BLAS: similarities disturbed by up to the stated bound give the same counts."""
+    rng = np.random.default_rng(8)
+    x = np.round(rng.standard_normal((400, 12)) * 8).astype(np.float32) / 8
+    x[200:] = x[:200] * (1 + rng.integers(-1, 2, (200, 1)) * np.float32(2.0 ** -20))   # near ties beside exact ones
+    labels = [rng.integers(0, v, 400) for v in (2, 6, 80)]
+    space, columns, q = nrprec.prepare(x, "euclidean"), nrprec.make_columns(labels), np.arange(400)
+    exact = (space.working.T.astype(np.float64) @ space.working).astype(np.float32)
+    expected = nrprec.count_hits_numpy(space, columns, q)
+    for _ in range(5):
+        noise = rng.choice([-0.9, 0.0, 0.9], exact.shape) * space.bounds[:, None]
+        products, hits = (exact + noise).astype(np.float32), np.empty_like(expected)
+        _knn.count_hits(products, q, space.bounds, x, space.aux, space.offset, 0, columns.codes,
+                        nrprec.bit_planes(columns.codes), columns.members,
+                        columns.member_row, columns.values, columns.entry_code, columns.entry_rank,
+                        columns.entry_start, columns.entry_count, columns.ranks, hits, 2)
+        np.testing.assert_array_equal(hits, expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_small_input(data):
+    n, m = data.draw(st.integers(2, 30)), data.draw(st.integers(1, 10))
+    value = st.one_of(st.integers(-2, 2).map(float), st.floats(width=32, allow_nan=False, allow_infinity=False))
+    x = np.array(data.draw(st.lists(value, min_size=n * m, max_size=n * m)), np.float32).reshape(n, m)
+    labels = [np.array(data.draw(st.lists(st.integers(0, 4), min_size=n, max_size=n)))]
+    distance = data.draw(st.sampled_from(nrprec.DISTANCES))
+    try:
+        space = nrprec.prepare(x, distance)
+    except ValueError:
+        return
+    twin = nrprec.count_hits_numpy(space, nrprec.make_columns(labels), np.arange(n))
+    np.testing.assert_array_equal(kernel_hits(x, labels, distance), twin)
+    np.testing.assert_array_equal(kernel_hits(x, labels, distance, avx512=False), twin)

@@ -1,0 +1,449 @@
+"""R-Precision, NR-Prec, their errors and p-values: by hand, against an independent reference, as properties that
+must hold; and the command line with every bad input."""
+import csv
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import nrprec
+from conftest import ROOT
+from nrprec import nr_precision
+
+LINE = np.array([0, 1, 2, 10, 11, 12], np.float32)[:, None]
+SIX = np.array(list("aabbab"))
+
+
+# ---------------------------------------------------------------- worked out by hand
+
+def test_six_points_on_a_line():
+    """Each value three times: R = 2, p = 1/2. Hits by hand: 1, 1, 0, 1, 0, 1 (query 1 and 4 have ties)."""
+    score = nr_precision(LINE, SIX)
+    assert (score.values, score.queries, score.skipped) == (2, 6, 0)
+    assert score.r_precision == pytest.approx(4 / 12)
+    assert score.nr_precision == pytest.approx((4 / 6 - 1) / np.sqrt(0.5))
+    # Hypergeometric: N = 5 others, K = 2 of them right, 2 draws: mean 0.8, variance 2 · 0.4 · 0.6 · 3/4 = 0.36.
+    assert nr_precision(LINE, SIX, null="hypergeometric").nr_precision == pytest.approx((4 / 6 - 0.8) / 0.6)
+
+
+def test_released_procedure_cuts_the_lists():
+    """One neighbour: hits 1, 1 (tie to the smaller index), 0, 0, 0 (tie), 0."""
+    score = nr_precision(LINE, SIX, max_neighbours=1)
+    assert score.r_precision == pytest.approx(2 / 6)
+    assert score.nr_precision == pytest.approx((2 / 6 - 1 / 2) / 0.5)
+
+
+def test_ties_go_to_the_smaller_index():
+    x = np.array([0, 1, 2, 9], np.float32)[:, None]
+    assert nr_precision(x, np.array(list("abba"))).r_precision == 0.25       # query 1 takes index 0, an a
+    assert nr_precision(x[[2, 1, 0, 3]], np.array(list("bbaa"))).r_precision == 0.5   # now index 0 is a b
+
+
+def test_query_is_left_out_by_its_index():
+    """Its duplicates count; the first neighbour is not assumed to be the query."""
+    x = np.zeros((4, 3), np.float32)
+    assert nr_precision(x, np.array([0, 1, 1, 0])).r_precision == 0.25       # only query 3 finds index 0 first
+
+
+def test_singletons_are_skipped_and_counted():
+    score = nr_precision(LINE, np.array(list("aabbab")[:-1] + ["z"]))
+    assert (score.values, score.queries, score.skipped) == (3, 5, 1)
+    # a: R = 2, hits 1, 1, 0 of queries 0, 1, 4; b = {2, 3}: R = 1, hits 0, 0.
+    z_a, z_b = (2 / 3 - 1) / np.sqrt(0.5), (0 - 1 / 3) / np.sqrt(2 / 9)
+    assert score.r_precision == pytest.approx((0.5 + 0.5) / 5)
+    assert score.nr_precision == pytest.approx((3 * z_a + 2 * z_b) / 5)
+
+
+def test_constant_and_all_distinct_properties():
+    constant, distinct = nr_precision(LINE, {"c": np.ones(6), "d": np.arange(6)}, permutations=5).values()
+    assert constant.r_precision == 1 and np.isnan(constant.nr_precision) and np.isnan(constant.p_value)
+    assert distinct.queries == 0 and distinct.skipped == 6
+    assert np.isnan(distinct.r_precision) and np.isnan(distinct.nr_precision) and np.isnan(distinct.p_holm)
+
+
+def test_distances_differ_where_they_must():
+    x = np.array([[1, 0], [0.9, 0.1], [10, 1], [0, 2], [0, 3], [5, 5]], np.float32)
+    first = {d: nrprec.nearest(x, 1, distance=d)[0][0, 0] for d in ("euclidean", "cosine", "dot_product")}
+    assert first == {"euclidean": 1, "cosine": 2, "dot_product": 2}
+    assert nrprec.nearest(x, 1, distance="dot_product")[0][1, 0] == 2
+    # SNR ignores a constant added to every component; the Euclidean distance does not.
+    x = np.array([[0, 1, 2], [7, 8, 9.1], [0.5, 1, 1]], np.float32)
+    assert nrprec.nearest(x, 1, distance="snr")[0][0, 0] == 1
+    assert nrprec.nearest(x, 1, distance="euclidean")[0][0, 0] == 2
+
+
+def test_holm_by_hand():
+    np.testing.assert_allclose(nrprec.holm([0.01, 0.04, 0.03, np.nan]), [0.03, 0.06, 0.06, np.nan])
+    np.testing.assert_allclose(nrprec.holm([0.5, 0.9]), [1.0, 1.0])
+
+
+# ---------------------------------------------------------------- against an independent reference
+
+def hits_by_loops(x, label):
+    """X and R of every query, in plain Python on float64 Euclidean distances."""
+    x, hits, depth = x.astype(np.float64), [], []
+    for q in range(len(x)):
+        others = sorted((float(((x[q] - x[i]) ** 2).sum()), i) for i in range(len(x)) if i != q)
+        r = int((label == label[q]).sum()) - 1
+        hits.append(sum(label[i] == label[q] for _, i in others[:r]))
+        depth.append(r)
+    return np.array(hits, float), np.array(depth, float)
+
+
+def reference(x, label, null="binomial"):
+    n, (hits, r) = len(x), hits_by_loops(x, label)
+    c, keep = r + 1, r > 0
+    with np.errstate(all="ignore"):
+        p = c / n if null == "binomial" else r / (n - 1)
+        shrink = 1 if null == "binomial" else (n - 1 - r) / (n - 2)
+        z = (hits - r * p) / np.sqrt(r * p * (1 - p) * shrink)
+        return (hits / r)[keep].mean(), z[keep].mean(), z[keep]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(4, 60), st.integers(1, 8), st.integers(2, 12), st.integers(0, 10 ** 6),
+       st.sampled_from(nrprec.NULLS))
+def test_equals_plain_loops(n, m, cardinality, seed, null):
+    rng = np.random.default_rng(seed)
+    x = np.round(rng.standard_normal((n, m)) * 2).astype(np.float32)
+    label = rng.integers(0, cardinality, n)
+    label[:4] = [0, 0, 1, 1]
+    score = nr_precision(x, label, null=null)
+    precision, normalized, z = reference(x, label, null)
+    assert score.queries == len(z) and score.skipped == n - len(z)
+    assert score.r_precision == pytest.approx(precision) and score.nr_precision == pytest.approx(normalized)
+
+
+def test_p_values_against_a_direct_permutation_test():
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((40, 3)).astype(np.float32)
+    label = (x[:, 0] + 0.7 * rng.standard_normal(40) > 0).astype(int)
+    score = nr_precision(x, label, permutations=60, seed=9)
+    permuted = np.array([reference(x, label[np.random.default_rng([9, 1 + i]).permutation(40)])[1] for i in range(60)])
+    extreme = (np.abs(permuted - permuted.mean()) >= abs(score.nr_precision - permuted.mean()) - 1e-9).sum()
+    assert score.p_value == pytest.approx((1 + extreme) / 61)
+
+
+def test_standard_error_of_a_query_subset():
+    rng = np.random.default_rng(4)
+    x, label = rng.standard_normal((300, 4)).astype(np.float32), rng.integers(0, 5, 300)
+    full, z = nr_precision(x, label), reference(x, label)[2]
+    assert full.nr_precision_se is None
+    scores = [nr_precision(x, label, queries=60, seed=seed) for seed in range(200)]
+    one = np.sort(np.random.default_rng([0, 0]).choice(300, 60, replace=False))
+    assert scores[0].nr_precision == pytest.approx(z[one].mean())
+    assert scores[0].nr_precision_se == pytest.approx(z[one].std(ddof=1) / np.sqrt(60) * np.sqrt(1 - 60 / 300))
+    means = np.array([score.nr_precision for score in scores])
+    errors = np.array([score.nr_precision_se for score in scores])
+    assert abs(means.mean() - full.nr_precision) < 4 * errors.mean() / np.sqrt(200)
+    assert 0.8 < means.std() / errors.mean() < 1.25          # the stated error is the observed one
+
+
+# ---------------------------------------------------------------- properties that must hold
+
+def test_planted_clusters_reach_the_maximum():
+    label = np.repeat(np.arange(6), 50)
+    x = np.eye(6, dtype=np.float32)[label] + np.random.default_rng(0).normal(0, 0.01, (300, 6))
+    score = nr_precision(x, label, permutations=200)
+    assert score.r_precision == 1
+    assert score.nr_precision == pytest.approx(np.sqrt(49 * (1 - 1 / 6) / (1 / 6)))
+    assert score.p_value == 1 / 201
+
+
+def test_random_embeddings_stay_inside_the_permutation_distribution():
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((300, 16)).astype(np.float32)
+    p = [nr_precision(x, {str(v): rng.integers(0, v, 300) for v in (2, 3, 6, 10, 100)}, permutations=300,
+                      null=null)[str(v)].p_value for null in nrprec.NULLS for v in (2, 3, 6, 10, 100)]
+    assert min(p) > 0.005 and max(p) > 0.3
+
+
+def test_hypergeometric_null_is_unbiased_where_the_binomial_is_not():
+    """DESIGN's erratum: with p = c / n the null mean is about −sqrt((1 − p) / n), without replacement it is 0."""
+    rng = np.random.default_rng(2)
+    x, n = rng.standard_normal((200, 8)).astype(np.float32), 200
+    labels = {str(i): rng.integers(0, 2, n) for i in range(150)}
+    mean = {null: np.mean([s.nr_precision for s in nr_precision(x, labels, null=null).values()])
+            for null in nrprec.NULLS}
+    assert abs(mean["hypergeometric"]) < 0.02
+    assert mean["binomial"] == pytest.approx(-np.sqrt(0.5 / n), abs=0.015)
+
+
+def test_nothing_but_input_options_and_seed_matters():
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((500, 9)).astype(np.float32)
+    labels = {"few": rng.integers(0, 3, 500), "some": rng.integers(0, 30, 500).astype(str),
+              "many": rng.integers(0, 200, 500)}
+    options = dict(permutations=40, queries=350, seed=3)
+    one = nr_precision(x, labels, threads=1, memory_mib=512, **options)
+    for threads, memory_mib in ((2, 1), (3, 2), (2, 64)):              # 1 MiB: several passes of a few permutations
+        assert nr_precision(x, labels, threads=threads, memory_mib=memory_mib, **options) == one
+    backwards = nr_precision(x, dict(reversed(labels.items())), **options)
+    assert {name: s._replace(p_holm=0) for name, s in backwards.items()} == \
+           {name: s._replace(p_holm=0) for name, s in one.items()}
+    assert nr_precision(x, labels, **{**options, "seed": 4}) != one
+
+
+def test_without_the_extension_the_numbers_are_the_same(monkeypatch):
+    rng = np.random.default_rng(6)
+    x, labels = rng.standard_normal((120, 5)), {"a": rng.integers(0, 4, 120), "b": rng.integers(0, 60, 120)}
+    fast = nr_precision(x, labels, permutations=5)
+    monkeypatch.setattr(nrprec, "_knn", None)
+    assert nr_precision(x, labels, permutations=5) == fast
+
+
+@pytest.mark.parametrize("dtype", (np.float16, np.float64, np.int16, bool))
+def test_other_number_types_are_converted(dtype):
+    x = np.round(np.random.default_rng(7).standard_normal((60, 4)) * 3).astype(dtype)
+    label = np.arange(60) % 4
+    assert nr_precision(x, label) == nr_precision(x.astype(np.float32), label)
+
+
+@pytest.mark.parametrize("change, words", (
+    (dict(distance="manhattan"), "manhattan"), (dict(null="normal"), "normal"), (dict(max_neighbours=0), "at least 1"),
+    (dict(queries=0), "queries is 0"), (dict(permutations=-1), "permutations is -1"), (dict(threads=0), "threads is 0"),
+    (dict(seed=-1), "seed is -1"), (dict(labels=SIX[:5]), "(6,)"), (dict(labels={}), "no label column"),
+    (dict(embeddings=LINE[:, 0]), "(n, m)"), (dict(embeddings=LINE * 1j), "complex"),
+    (dict(embeddings=LINE * np.nan), "row 0"), (dict(embeddings=LINE - LINE, distance="cosine"), "zero vector"),
+    (dict(embeddings=LINE, distance="snr"), "constant")))
+def test_arguments_out_of_range(change, words):
+    arguments = {"embeddings": LINE, "labels": SIX, **change}
+    with pytest.raises(ValueError, match=words.replace("(", r"\(").replace(")", r"\)")):
+        nr_precision(**arguments)
+
+
+# ---------------------------------------------------------------- dependence and bins
+
+def test_dependent_pairs_are_found_and_independent_ones_are_not():
+    rng = np.random.default_rng(8)
+    labels = {name: rng.integers(0, v, 600) for name, v in (("a", 6), ("b", 8), ("c", 10), ("d", 3))}
+    assert nrprec.dependent_pairs(labels) == []
+    labels["e"] = np.where(rng.random(600) < 0.4, labels["a"], rng.integers(0, 6, 600))
+    (a, b, v, p), = nrprec.dependent_pairs(labels)
+    assert (a, b) == ("a", "e") and 0.3 < v < 0.5 and p < 1e-10
+
+
+def test_cramers_v_of_identical_columns_is_one():
+    a = np.arange(600) % 6
+    assert nrprec.dependent_pairs({"a": a, "b": a * 7})[0][2] == pytest.approx(1)
+
+
+def test_quantile_bins_are_equally_full():
+    numbers = np.random.default_rng(9).standard_normal(1000)
+    bins = nrprec.quantile_bins("x", numbers.astype(str), 4)
+    np.testing.assert_array_equal(np.bincount(bins), [250] * 4)
+    assert (np.diff(bins[np.argsort(numbers)]) >= 0).all()
+    assert len(np.unique(nrprec.quantile_bins("x", np.array(["1", "1", "1", "2"]), 3))) == 2
+
+
+# ---------------------------------------------------------------- the command line
+
+@pytest.fixture
+def files(tmp_path):
+    """emb.npy (60, 5) and props.csv with three properties."""
+    rng = np.random.default_rng(10)
+    np.save(tmp_path / "emb.npy", rng.standard_normal((60, 5)).astype(np.float32))
+    write_csv(tmp_path / "props.csv", ["frame,shape,size,angle"]
+              + [f"{i},{'abc'[i % 3]},{i // 3 % 4},{i * 0.37:.2f}" for i in range(60)])
+    return tmp_path
+
+
+def write_csv(path, lines, ending="\n"):
+    path.write_bytes((ending.join(lines) + ending).encode())
+    return path
+
+
+def test_table_and_rows(files, run_script):
+    out = files / "nrprec.csv"
+    done = run_script("nrprec.py", files / "emb.npy", files / "props.csv", "--properties", "shape,size", "--out", out)
+    assert done.returncode == 0 and done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["property", "values", "queries", "R-Prec", "NR-Prec"]
+    assert lines[1].split()[:3] == ["shape", "3", "60"]
+    with open(out, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ("embeddings,property,values,queries,skipped,distance,null,max_neighbours,r_precision,"
+                             "nr_precision,nr_precision_se,p_value,p_holm").split(",")
+    labels = {"shape": np.arange(60) % 3, "size": np.arange(60) // 3 % 4}
+    for row, (name, score) in zip(rows, nr_precision(np.load(files / "emb.npy"), labels).items()):
+        assert row["property"] == name and row["embeddings"] == str(files / "emb.npy")
+        assert float(row["nr_precision"]) == score.nr_precision and float(row["r_precision"]) == score.r_precision
+        assert row["distance"] == "euclidean" and row["null"] == "binomial" and row["skipped"] == "0"
+        assert row["max_neighbours"] == row["nr_precision_se"] == row["p_value"] == row["p_holm"] == ""
+    assert not [name for name in os.listdir(files) if name.endswith(".part")]
+
+
+def test_several_embeddings_every_option(files, run_script):
+    np.save(files / "other.npy", np.load(files / "emb.npy")[:, :2].astype(np.float64))
+    (files / "emb.json").write_text(json.dumps({"loss": "Triplet", "fold": 2}))
+    out = files / "o.csv"
+    done = run_script("nrprec.py", files / "emb.npy", files / "other.npy", files / "props.csv", "--distance", "cosine",
+                      "--null", "hypergeometric", "--max-neighbours", 10, "--permutations", 1100, "--queries", 40,
+                      "--bin", "angle=5", "--seed", 1, "--threads", 2, "--memory-mib", 64, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "emb" in done.stdout.splitlines()[0] and "other" in done.stdout.splitlines()[0]
+    assert "p_holm < 0.01: 1,100 permutations" in done.stdout and "± s.e." in done.stdout
+    rows = list(csv.DictReader(out.open(newline="")))
+    assert len(rows) == 6 and list(rows[0])[:3] == ["loss", "fold", "embeddings"]
+    assert rows[0]["loss"] == "Triplet" and rows[3]["loss"] == "" and rows[2]["values"] == "5"
+    assert all(row["max_neighbours"] == "10" and row["p_holm"] and row["nr_precision_se"] for row in rows)
+
+
+def test_folders_name_embeddings_of_one_file_name(files, run_script):
+    for loss in ("triplet", "margin"):
+        (files / loss).mkdir()
+        np.save(files / loss / "emb.npy", np.load(files / "emb.npy"))
+    done = run_script("nrprec.py", files / "triplet/emb.npy", files / "margin/emb.npy", files / "props.csv")
+    assert done.stdout.splitlines()[0].split() == ["triplet", "margin"]
+
+
+def test_warnings_are_one_line_each(files, run_script):
+    write_csv(files / "props.csv", ["id,one,two,same,fixed,uid"]
+              + [f"p{i},{i % 2},{i % 2},{i // 2 % 29},x,{i if i else 1}" for i in range(60)])
+    done = run_script("nrprec.py", files / "emb.npy", files / "props.csv", "--permutations", 50)
+    assert done.returncode == 0
+    lines = done.stderr.splitlines()
+    assert all(line.startswith("nrprec.py: warning: ") for line in lines)
+    for words in ("fixed is constant", "--bin uid=10", "58 of 60 queries skipped", "one and two depend on each other",
+                  "50 permutations are few", "nothing can be marked"):
+        assert sum(words in line for line in lines) == 1, words
+    assert "nan" in [line for line in done.stdout.splitlines() if line.startswith("fixed")][0]
+
+
+def test_more_queries_than_pictures_says_so(files, run_script):
+    done = run_script("nrprec.py", files / "emb.npy", files / "props.csv", "--queries", 100, "--properties", "shape")
+    assert done.returncode == 0 and "all are used" in done.stderr
+    assert done.stdout == run_script("nrprec.py", files / "emb.npy", files / "props.csv", "--properties", "shape").stdout
+
+
+def test_byte_order_mark_and_crlf(files, run_script):
+    plain = run_script("nrprec.py", files / "emb.npy", files / "props.csv").stdout
+    text = (files / "props.csv").read_text()
+    (files / "windows.csv").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert run_script("nrprec.py", files / "emb.npy", files / "windows.csv").stdout == plain
+
+
+def test_help_teaches_and_torch_is_not_loaded(run_script):
+    done = run_script("nrprec.py", "--help")
+    assert done.returncode == 0 and "--permutations" in done.stdout and "python nrprec.py" in done.stdout
+    code = "import sys, nrprec, data; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def bad_arrays(folder):
+    rng = np.random.default_rng(0)
+    good = rng.standard_normal((60, 5)).astype(np.float32)
+    nan, infinite, large = good.copy(), good.copy(), good.astype(np.float64)
+    nan[7, 2], infinite[59, 0], large[3, 1] = np.nan, -np.inf, 1e300
+    arrays = {"one_d": good[:, 0], "three_d": good[:, :, None], "empty": good[:0], "no_columns": good[:, :0],
+              "one_row": good[:1], "complex": good * 1j, "text": good.astype(str), "nan": nan, "inf": infinite,
+              "large": large, "fewer": good[:59], "pickle": np.array([{}, []] * 30, dtype=object)}
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array, allow_pickle=True)
+    zero = good.copy()
+    zero[11] = 0
+    np.save(folder / "zero.npy", zero)
+    whole = (folder / "emb.npy").read_bytes()
+    (folder / "truncated.npy").write_bytes(whole[:-100])
+    (folder / "header_only.npy").write_bytes(whole[:20])
+    (folder / "nothing.npy").write_bytes(b"")
+    (folder / "words.npy").write_text("1,2\n3,4\n")
+    np.savez(folder / "archive.npz", good)
+
+
+@pytest.mark.parametrize("name, words", (
+    ("missing.npy", "does not exist"), ("", "is a folder"), ("words.npy", "not a .npy file"),
+    ("truncated.npy", "truncated"), ("header_only.npy", "header"), ("nothing.npy", "not a .npy file"),
+    ("archive.npz", "archive"), ("pickle.npy", "Python objects"), ("one_d.npy", "two dimensions"),
+    ("three_d.npy", "two dimensions"), ("empty.npy", "is empty"), ("no_columns.npy", "is empty"),
+    ("one_row.npy", "one row"), ("complex.npy", "complex64"), ("text.npy", "dtype"), ("nan.npy", "row 7"),
+    ("inf.npy", "row 59"), ("large.npy", "row 3"), ("fewer.npy", "59 embeddings")))
+def test_bad_embeddings(files, capsys, name, words):
+    bad_arrays(files)
+    expect_one_line(capsys, files, [str(files / name), str(files / "props.csv")], words)
+
+
+def expect_one_line(capsys, files, arguments, *words):
+    out = files / "out.csv"
+    try:
+        status = nrprec.main([*arguments, "--out", str(out)])
+    except SystemExit as error:                           # argparse
+        status = error.code
+    captured = capsys.readouterr()
+    assert status == 2 and captured.out == ""
+    assert captured.err.startswith("nrprec.py: ") and captured.err.count("\n") == 1, captured.err
+    assert all(word in captured.err for word in words), captured.err
+    assert not out.exists() and not [name for name in os.listdir(files) if name.endswith(".part")]
+
+
+def test_zero_vector_has_no_cosine(files, capsys):
+    bad_arrays(files)
+    expect_one_line(capsys, files, [str(files / "zero.npy"), str(files / "props.csv"), "--distance", "cosine"],
+                    "zero.npy", "row 11", "zero vector")
+    assert nrprec.main([str(files / "zero.npy"), str(files / "props.csv")]) == 0
+
+
+@pytest.mark.parametrize("content, words", (
+    (b"", ["is empty"]), (b"\n\n", ["is empty"]), (b"frame,a\n", ["no rows"]), (b"0,1\n1,2\n", ["header"]),
+    (b"frame,a\n0,1\n1,2,3\n", ["line 3", "3 fields"]), (b"frame,a\n0,1\n1\n", ["line 3", "1 fields"]),
+    (b"frame,a\n0,\n1,2\n", ["row 1", "'a'", "no value"]), (b"frame,a,a\n0,1,2\n", ["'a'"]),
+    (b"frame,,a\n0,1,2\n", ["column 2"]), (b"frame\n0\n1\n", ["identifying column 'frame'"]),
+    (b"frame,a\n0,\x00\n", ["line 2", "NUL"]), (b"frame,a\n0,b\n1,\xe9\n", ["line 3", "UTF-8"]),
+    (b'frame,a\n0,"' + b"x" * 200000 + b'"\n', ["line"])))
+def test_bad_tables(files, capsys, content, words):
+    (files / "bad.csv").write_bytes(content)
+    expect_one_line(capsys, files, [str(files / "emb.npy"), str(files / "bad.csv")], "bad.csv", *words)
+
+
+@pytest.mark.parametrize("options, words", (
+    (["--max-neighbours", "0"], ["max_neighbours is 0"]), (["--distance", "manhattan"], ["manhattan", "cosine"]),
+    (["--null", "poisson"], ["poisson"]), (["--bin", "shape=3"], ["row 1", "'a'", "only numbers"]),
+    (["--bin", "size"], ["PROPERTY=N"]), (["--bin", "width=3"], ["shape, size, angle"]),
+    (["--bin", "size=1"], ["from 2"]), (["--bin", "size=x"], ["whole number"]), (["--properties", "colour"], ["'colour'", "angle"]),
+    (["--properties", "frame"], ["'frame'"]), (["--queries", "0"], ["queries is 0"]), (["--queries", "few"], ["few"]),
+    (["--permutations", "-5"], ["-5"]), (["--threads", "0"], ["threads is 0"]), (["--memory-mib", "0"], ["memory_mib is 0"]),
+    (["--seed", "-1"], ["seed is -1"]), (["--colour"], ["--colour"])))
+def test_bad_options(files, capsys, options, words):
+    expect_one_line(capsys, files, [str(files / "emb.npy"), str(files / "props.csv"), *options], *words)
+
+
+def test_missing_table_and_output_folder(files, capsys, monkeypatch):
+    emb, props = str(files / "emb.npy"), str(files / "props.csv")
+    expect_one_line(capsys, files, [emb, str(files / "none.csv")], "none.csv", "does not exist")
+    expect_one_line(capsys, files, [emb, str(files)], "is a folder")
+    for out, words in ((files / "no" / "o.csv", "does not exist"), (files, "is a folder")):
+        assert nrprec.main([emb, props, "--out", str(out)]) == 2
+        assert words in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda *_: False)   # root may write anywhere
+    expect_one_line(capsys, files, [emb, props], "can't be written to")
+
+
+def test_full_disk_leaves_nothing(files):
+    """A file-size limit of 100 bytes stands for the full disk: the write fails midway, for real."""
+    command = [sys.executable, str(ROOT / "nrprec.py"), str(files / "emb.npy"), str(files / "props.csv"),
+               "--out", str(files / "out.csv")]
+    done = subprocess.run(command, capture_output=True, text=True,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)))
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("nrprec.py: ")
+    assert "Traceback" not in done.stderr
+    assert sorted(os.listdir(files)) == ["emb.npy", "props.csv"]
+
+
+def test_an_existing_result_survives_a_failure(files, capsys):
+    out = files / "out.csv"
+    out.write_text("earlier")
+    assert nrprec.main([str(files / "emb.npy"), str(files / "none.csv"), "--out", str(out)]) == 2
+    assert out.read_text() == "earlier"
+
+
+def test_shipped_example(run_script):
+    """The README's first command, on the real embeddings that ship with the project."""
+    done = run_script("nrprec.py", "examples/cars/emb.npy", "examples/cars/props.csv", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in (ROOT / "README.md").read_text()
