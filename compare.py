@@ -293,16 +293,16 @@ def open_alike(networks):
             raise ValueError(f"{network['path']} is empty: shape {array.shape}")
         shapes.append(array.shape)
     for network, shape in zip(networks, shapes):
-        pair = f"{networks[0]['path']} and {network['path']}"
         if shape != shapes[0]:
-            raise ValueError(f"{pair} differ in shape, {shapes[0]} and {shape}; expected maps of the same pictures and size")
-        for key, what in (("pictures", "lists of pictures"), ("preprocessing", "resize or crop")):
-            a, b = ([{"pictures": about["pictures"].get("sha256")} if key == "pictures" else
-                     {part: about["preprocessing"].get(part) for part in ("resize", "crop")}] if about.get(key) else None
-                    for about in (networks[0]["about"], network["about"]))
-            if a and b and a != b:
-                raise ValueError(f"{pair} have different {what} ({a[0]}, {b[0]}): their pixels are not the same pixels; "
-                                 "make both maps from the same pictures with the same preprocessing")
+            raise ValueError(f"{networks[0]['path']} and {network['path']} differ in shape, {shapes[0]} and {shape}; "
+                             "expected maps of the same pictures and size")
+    for what, key, parts in ("lists of pictures", "pictures", ["sha256"]), ("resize or crop", "preprocessing", ["resize", "crop"]):
+        told = [(network["path"], {part: network["about"][key].get(part) for part in parts})
+                for network in networks if network["about"].get(key)]
+        for path, values in told:
+            if values != told[0][1]:
+                raise ValueError(f"{told[0][0]} and {path} have different {what} ({told[0][1]}, {values}): their pixels are not the "
+                                 "same pixels; make both maps from the same pictures with the same preprocessing")
     return shapes[0]
 
 

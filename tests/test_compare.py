@@ -291,7 +291,7 @@ def test_masks_follow_resize_and_crop(place, rng):
         Image.fromarray(np.stack([mask] * 3, axis=2)).save(place / f"set/images/{i}.png")
     maps = np.zeros((2, 20, 20))
     maps[:, :, :10] = 1  # the left half after resize to 20 × 30 and crop to 20 × 20
-    save(place / "a.npy", maps, preprocessing={"resize": 20, "crop": 20}, pictures={"number": 2})
+    save(place / "a.npy", maps, preprocessing={"resize": 20, "crop": 20}, pictures={})
     compare.main(["a.npy", "--masks", "set/masks", "--dataset", "set/images", "--out", "x.csv"])
     rows = {row["measure"]: float(row["mean"]) for row in read("masks.csv")}
     assert [rows[name] for name in ("share", "area", "other", "pointing")] == pytest.approx([0.5] * 4)
