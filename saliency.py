@@ -469,7 +469,8 @@ def fill(file, spec, pictures, distance, name, seed, args, share):
     together = max(1, round(4 * args.batch / args.samples))  # pictures in one call
     nans = zeros = 0
     bar = tqdm(total=file.missing(), desc=network.name, delay=2, unit=" maps", disable=share[0] > 0 or not sys.stderr.isatty())
-    blocks = claimed(file, rowfile.shares(len(paths), *share), paths, network.preprocessing, args.baseline, args.workers)
+    shares = rowfile.shares(len(paths), *share, block=max(4, together))  # small: maps are slow, ranks end together
+    blocks = claimed(file, shares, paths, network.preprocessing, args.baseline, args.workers)
     with bar:
         for rows, loaded in blocks:
             for row, error in [item for item in zip(rows, loaded) if isinstance(item[1], Exception)]:
@@ -635,7 +636,8 @@ def parse(argv):
     add("--percentile", type=float, default=99.0, metavar="P", help="values above it are cut to it (99)")
     add("--seed", type=int, default=0, metavar="N", help="of the noise (0)")
     add("--shared-noise", action="store_true", help="the same noise for all networks: raises their correlations (independent)")
-    add("--antithetic", action="store_true", help="every second copy takes the negative noise of the one before (independent)")
+    add("--antithetic", action="store_true", help="every second copy takes the negative noise of the one before: in the paper's order "
+        "50 copies then serve like 62, in the released order there is nothing to gain (independent noise)")
     add = parser.add_argument_group("can the maps be trusted").add_argument
     add("--ceiling", action="store_true", help="also maps_ceiling.npy, with other noise: compare.py then gives the noise ceiling")
     add("--randomise", type=int, nargs="?", const=8, metavar="STEPS",

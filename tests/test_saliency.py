@@ -380,10 +380,6 @@ def test_ceiling_seed_and_shared_noise(place):
 
 def test_interrupted_run_goes_on(place, monkeypatch, capsys):
     run("--out", "whole.npy")
-    import rowfile
-    monkeypatch.setattr(rowfile, "BLOCK", 4)
-    shares = rowfile.shares
-    monkeypatch.setattr(rowfile, "shares", lambda n, *share: shares(n, *share, block=4))
     original, calls = saliency.smoothgrad, []
 
     def dies(*arguments, **options):
