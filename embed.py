@@ -20,7 +20,7 @@ import os
 import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -64,11 +64,11 @@ def embed(module, pictures, precision="fp32"):
     return output.float().cpu().numpy()
 
 
-def decoded(paths, wanted, preprocessing, batch, workers, draft=False):
-    """Decode ahead in threads, each picture once.
+def decoded(paths, wanted, preprocessing, ahead, workers, draft=False):
+    """Decode in threads, up to `ahead` pictures before they are asked for, each picture once.
 
-    wanted: iterable of (row of paths, networks that want it). Yields batches [(row, networks, pixels)];
-    pixels is uint8 (H, W, 3), or the ValueError or OSError of a picture that can't be read.
+    wanted: iterable of (row of paths, networks that want it). Yields (row, networks, pixels); pixels is uint8 (H, W, 3),
+    or the ValueError or OSError of a picture that can't be read.
     """
     def decode(row):
         try:
@@ -76,27 +76,40 @@ def decoded(paths, wanted, preprocessing, batch, workers, draft=False):
         except (ValueError, OSError) as error:
             return error
 
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            queue, ahead = deque(), 2 * batch + workers
-            ready = []
-            for row, networks in wanted:
-                queue.append((row, networks, pool.submit(decode, row)))
-                if len(queue) >= ahead:
-                    row, networks, future = queue.popleft()
-                    ready.append((row, networks, future.result()))
-                if len(ready) == batch:
-                    yield ready
-                    ready = []
-            for row, networks, future in queue:
-                ready.append((row, networks, future.result()))
-                if len(ready) == batch:
-                    yield ready
-                    ready = []
-            if ready:
-                yield ready
-        finally:
-            pool.shutdown(cancel_futures=True)
+    pool, queue = ThreadPoolExecutor(workers), deque()
+    try:
+        for row, networks in wanted:
+            queue.append((row, networks, pool.submit(decode, row)))
+            if len(queue) > ahead:
+                row, networks, future = queue.popleft()
+                yield row, networks, future.result()
+        while queue:
+            row, networks, future = queue.popleft()
+            yield row, networks, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def batches(items, size, preprocessing, device):
+    """Batches of decoded's items on the device, the next one being made while this one is used.
+
+    Yields ([(row, networks)], float32 (B, 3, H, W), [(row, networks, error)]); B may be 0.
+    """
+    def make():
+        batch = list(islice(items, size))
+        good = [item for item in batch if not isinstance(item[2], Exception)]
+        pixels = torch.from_numpy(np.stack([item[2] for item in good])).to(device) if good else None
+        bad = [item for item in batch if isinstance(item[2], Exception)]
+        return [item[:2] for item in good], to_input(pixels, preprocessing) if good else None, bad
+
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(make)
+        while True:
+            rows, pictures, bad = following.result()
+            if not rows and not bad:
+                return
+            following = pool.submit(make)
+            yield rows, pictures, bad
 
 
 def claimed(files, shares):
@@ -111,32 +124,27 @@ def claimed(files, shares):
 
 def fill(networks, files, paths, shares, options, bar):
     """Embed the pictures the files lack, for networks that share a preprocessing."""
-    preprocessing, device = networks[0].preprocessing, options.device
-    size = options.batch or batch_size(networks[0], device)
-    batches = decoded(paths, claimed(files, shares), preprocessing, size, options.workers, options.draft)
-    for batch in batches:
-        for row, lacking, pixels in [item for item in batch if isinstance(item[2], Exception)]:
+    preprocessing, size = networks[0].preprocessing, options.batch or batch_size(networks[0], options.device)
+    items = decoded(paths, claimed(files, shares), preprocessing, size + options.workers, options.workers, options.draft)
+    for rows, pictures, bad in batches(items, size, preprocessing, options.device):
+        for row, lacking, error in bad:
             if not options.skip_unreadable:
-                raise ValueError(f"{pixels}, or leave it out with --skip-unreadable")
-            print(f"embed.py: left out: {pixels}", file=sys.stderr)
+                raise ValueError(f"{error}, or leave it out with --skip-unreadable")
+            print(f"embed.py: left out: {error}", file=sys.stderr)
             for number in lacking:
                 files[number].leave_out([row])
-        batch = [item for item in batch if not isinstance(item[2], Exception)]
-        if not batch:
-            continue
-        pictures = to_input(torch.from_numpy(np.stack([item[2] for item in batch])).to(device), preprocessing)
         for number, (network, file) in enumerate(zip(networks, files)):
-            mine = [i for i, item in enumerate(batch) if number in item[1]]
+            mine = [i for i, (_, lacking) in enumerate(rows) if number in lacking]
             if not mine:
                 continue
             bar.set_description(network.name, refresh=False)
-            values = embed(network.module, pictures if len(mine) == len(batch) else pictures[mine], options.precision)
-            rows = [batch[i][0] for i in mine]
+            values = embed(network.module, pictures if len(mine) == len(rows) else pictures[mine], options.precision)
+            numbers = [rows[i][0] for i in mine]
             if not np.isfinite(values).all():
-                bad = rows[int(np.isfinite(values).all(axis=1).argmin())]
-                raise ValueError(f"{network.name} gives nan or infinity for {paths[bad]}; check its weights and preprocessing")
-            file.write(rows, values)
-            bar.update(len(rows))
+                nan = numbers[int(np.isfinite(values).all(axis=1).argmin())]
+                raise ValueError(f"{network.name} gives nan or infinity for {paths[nan]}; check its weights and preprocessing")
+            file.write(numbers, values)
+            bar.update(len(numbers))
 
 
 def batch_size(network, device):
@@ -166,7 +174,8 @@ def free_memory():
 
 def about(dataset, spec, args):
     """The JSON beside the array."""
-    return {"dataset": dataset.name, "split": dataset.split, **models.describe(spec), "options": {"precision": args.precision, "draft": args.draft},
+    return {"dataset": dataset.name, "split": dataset.split, **models.describe(spec),
+            "options": {"precision": args.precision, "draft": args.draft},
             "versions": {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__},
             "pictures": listed(dataset.relative)}
 
@@ -205,13 +214,14 @@ def write_labels(dataset, array, prefix):
 
 
 def finish(dataset, file):
-    """Rename the complete array; leave the pictures that could not be read out of its JSON and labels too."""
-    left_out = file.left_out().tolist()
-    if not left_out:
-        return file.finish()
-    keep = [name for row, name in enumerate(dataset.relative) if row not in set(left_out)]
-    pictures = {**listed(keep), "left_out": [dataset.relative[row] for row in left_out], "listed": listed(dataset.relative)}
-    return file.finish({**file.about, "pictures": pictures})
+    """Rename the array if it is complete; pictures left out are missing from its JSON's list too, and named there."""
+    def about(left_out):
+        rows = set(left_out)
+        keep = [name for row, name in enumerate(dataset.relative) if row not in rows]
+        return {**file.about, "pictures": {**listed(keep), "left_out": [dataset.relative[row] for row in left_out],
+                                           "listed": listed(dataset.relative)}}
+
+    return file.finish(about)
 
 
 def place(dataset, spec, out):
@@ -235,9 +245,10 @@ def fill_all(dataset, todo, args, rank, ranks):
         total = sum(file.missing() for _, file in at_work)
         with tqdm(total=total, delay=2, unit=" pictures", disable=rank > 0 or not sys.stderr.isatty()) as bar:
             if at_work:
-                fill(*zip(*at_work), dataset.paths, rowfile.shares(n, rank, ranks), args, bar)
+                # Twice: the second round takes over what a process left that died after the first came by.
+                fill(*zip(*at_work), dataset.paths, 2 * rowfile.shares(n, rank, ranks), args, bar)
         for file in files:
-            if not finish(dataset, file):
+            if not finish(dataset, file) and ranks == 1:
                 print(f"embed.py: {file.path}: {file.missing():,} rows are left to other processes; "
                       "run the command again if one of them was stopped", file=sys.stderr)
     finally:
@@ -319,7 +330,7 @@ def main():
         if path.exists():
             write_labels(dataset, path, f"{path.with_suffix('')}." if path == args.out else f"{args.out / dataset.name}/")
     if rank == 0 and not todo:
-        print(f"embed.py: all {len(wanted)} arrays are there already", file=sys.stderr)
+        print(f"embed.py: nothing to do: {len(wanted)} of {len(wanted)} arrays are there", file=sys.stderr)
 
 
 def fail(message):

@@ -116,6 +116,7 @@ class RowFile:
         self.row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
         self.state = os.open(self.marks, os.O_RDWR | os.O_CREAT, 0o666)
         self.pending, self.flushed, self.closed = [], time.monotonic(), False
+        self.claimed = np.zeros(self.shape[0], dtype=bool)
         self.allocate()
         if is_complete(path, about):  # another process was done in the meantime
             self.complete = True
@@ -142,14 +143,19 @@ class RowFile:
             raise OSError(f"{self.path}: {error.strerror}: {size / 2**20:,.1f} MiB are needed there") from None
 
     def claim(self, start, stop):
-        """Missing rows in [start, stop), locked for this process until it ends -> int array; none if another is at them."""
+        """Missing rows in [start, stop), locked for this process until it ends -> int array.
+
+        None if another process is at the block; a row is given once to one RowFile.
+        """
         try:
             fcntl.lockf(self.state, fcntl.LOCK_EX | fcntl.LOCK_NB, stop - start, start)
         except (BlockingIOError, PermissionError):
             return np.empty(0, dtype=np.int64)
         except OSError:  # no locks on this file system
             pass
-        return start + np.flatnonzero(self.read_marks(start, stop) == MISSING)
+        rows = start + np.flatnonzero((self.read_marks(start, stop) == MISSING) & ~self.claimed[start:stop])
+        self.claimed[rows] = True
+        return rows
 
     def write(self, rows, values):
         """values (len(rows), …) become the rows of these numbers."""
@@ -190,7 +196,8 @@ class RowFile:
     def finish(self, about=None):
         """Rename to the final name if every row is there; True if the array is complete (whoever completed it).
 
-        about: the JSON to write instead, for an array some rows of which were left out.
+        about: the JSON to write when rows were left out, or a function that makes it from their numbers, asked
+        when no process can leave out more.
         """
         if self.complete:
             return True
@@ -204,8 +211,9 @@ class RowFile:
         if not self.path.exists():
             if self.missing():
                 return False
-            array = self.without_left_out()
-            write_json(self.path.with_suffix(".json"), about or self.about)
+            array, left_out = self.without_left_out(), self.left_out().tolist()
+            content = about(left_out) if callable(about) else about
+            write_json(self.path.with_suffix(".json"), content if left_out and content else self.about)
             os.replace(array, self.path)
             sync_folder(self.path.parent)
         self.remove()

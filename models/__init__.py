@@ -121,7 +121,8 @@ def wanted_losses(loss, dataset, folder):
             near = difflib.get_close_matches(name.strip().casefold(), known, n=3, cutoff=0.4)
             names = list(dict.fromkeys(known[key]["name"] for key in near)) or [row["name"] for row in rows]
             raise ValueError(f"unknown loss {name.strip()!r}: did you mean {' or '.join(names)}?")
-        chosen.append(row)
+        if row not in chosen:
+            chosen.append(row)
     return chosen
 
 
@@ -133,7 +134,7 @@ def wanted_folds(fold, row, dataset, folder):
     numbers = [part.strip() for part in str(fold).split(",")]
     if not all(number in map(str, FOLDS) for number in numbers):
         raise ValueError(f"fold {fold}: expected 0, 1, 2 or 3, several with commas, or all")
-    return [int(number) for number in numbers]
+    return sorted({int(number) for number in numbers})
 
 
 def backbone_spec(model, weights, seed):

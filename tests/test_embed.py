@@ -203,7 +203,7 @@ def test_kill_9_and_again_gives_the_same_array_and_a_third_run_does_nothing(tmp_
     assert not list(tmp_path.glob("*.part")) + list(tmp_path.glob("*.rows"))
     before = os.stat("emb.npy").st_mtime_ns
     status, said = run(*arguments, "--out", "emb.npy")
-    assert status == 0 and "there already" in said and os.stat("emb.npy").st_mtime_ns == before
+    assert status == 0 and "nothing to do" in said and os.stat("emb.npy").st_mtime_ns == before
 
 
 def test_two_ranks_are_one_through_torchrun(tmp_path, run):
@@ -310,7 +310,7 @@ def test_all_losses_and_folds_of_a_published_data_set(cub, run):
         rows = list(csv.DictReader(file))
     assert rows[0] == {"path": "images/101.Bird_1/1.jpg", "class": "100"} and len(rows) == 6
     assert "100,101.Bird_1" in Path("results/cub200/classes.csv").read_text().splitlines()
-    assert run(*arguments, "--loss", "all")[1].endswith("all 7 arrays are there already\n")
+    assert run(*arguments, "--loss", "all")[1].endswith("nothing to do: 7 of 7 arrays are there\n")
 
 
 def test_pictures_of_one_data_set_through_networks_of_another(cub, run):

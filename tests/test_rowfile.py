@@ -115,6 +115,7 @@ def test_several_writers_share_the_rows_and_survive_each_other(tmp_path):
 def test_a_claimed_block_is_nobody_elses(tmp_path):
     file = RowFile(tmp_path / "a.npy", (200, 3), "float32", {"a": 1})
     assert file.claim(0, 195).tolist() == list(range(195))
+    assert file.claim(0, 195).tolist() == []  # nor given twice
     writer = process(WRITER, tmp_path / "a.npy", 0, 1, 0)
     assert writer.communicate()[0].split() == ["5"]
     file.write(range(195), np.zeros((195, 3)))
@@ -151,10 +152,11 @@ def test_rows_left_out_are_removed_and_can_be_tried_again(tmp_path):
     file.leave_out([2])
     file.write([8, 9], values[8:])
     pictures = {"number": 9, "sha256": "y", "left_out": ["c.jpg"], "listed": ABOUT["pictures"]}
-    assert file.finish({**ABOUT, "pictures": pictures})
+    assert file.finish(lambda rows: {**ABOUT, "pictures": pictures, "rows": rows})
+    assert json.loads(path.with_suffix(".json").read_text())["rows"] == [2]
     assert np.load(path)[:, 0].tolist() == [0, 1, 3, 4, 5, 6, 7, 8, 9]
     assert sorted(os.listdir(tmp_path)) == ["a.json", "a.npy"]
-    assert rowfile.is_complete(path, ABOUT)
+    assert rowfile.is_complete(path, {**ABOUT, "rows": [2]})
 
 
 def test_a_full_disk_is_noticed_before_the_work_starts(tmp_path):
