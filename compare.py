@@ -445,8 +445,10 @@ def report(networks, rows, reliability, shared):
         say(f"up to {left_out:,} of {rows[0][4] + rows[0][5]:,} pictures left out of a pair: their maps are constant or nan")
     if shared:
         say(f"{shared:,} of {len(rows):,} pairs share their noise, which raises correlations; no ceiling is given for them")
-    elif len(reliability) < len(networks):
-        say(f"no ceiling for {len(networks) - len(reliability)} of {len(networks)} networks: a low correlation may be noise alone; "
+        return
+    first = [network for network in networks if not network["about"].get("options", {}).get("ceiling")]
+    if len(reliability) < len(first):
+        say(f"no ceiling for {len(first) - len(reliability)} of {len(first)} networks: a low correlation may be noise alone; "
             "python saliency.py … --ceiling makes their second maps")
 
 

@@ -558,9 +558,9 @@ def make_gallery(path, arrays, preprocessings, names, pictures, relative, overla
 def sanity(spec, pictures, distance, args, most=16):
     """Rows of sanity.csv: how the maps' correlation with the trained network's falls as layers are randomised."""
     network = models.load(spec)
-    loaded = [load(path, network.preprocessing, args.baseline) for _, path in pictures[:most]]
-    loaded = [pair for pair in loaded if not isinstance(pair, Exception)]
-    inputs, baselines = (torch.stack(tensors) for tensors in zip(*loaded))
+    loaded = [(number, load(path, network.preprocessing, args.baseline)) for number, path in pictures[:most]]
+    loaded = [(number, pair) for number, pair in loaded if not isinstance(pair, Exception)]
+    inputs, baselines = (torch.stack(tensors) for tensors in zip(*(pair for _, pair in loaded)))
     layers = weighted_layers(network.module, inputs[:1])
     counts = np.unique(np.linspace(0, len(layers), args.randomise + 1).round().astype(int))
     found = []
@@ -568,7 +568,7 @@ def sanity(spec, pictures, distance, args, most=16):
         module = randomise(network.module, layers[len(layers) - (step or 0):], inputs, args.seed)
         ready, stem = prepare(module, network.preprocessing, args.device)
         # the trained map has other noise than all that it is compared with: 0 layers gives the noise ceiling
-        seeds = [noise_seed(f"{args.seed} ceiling" if step is None else args.seed, network.name, i) for i in range(len(inputs))]
+        seeds = [noise_seed(f"{args.seed} ceiling" if step is None else args.seed, network.name, number) for number, _ in loaded]
         maps = maps_of(ready, stem, inputs, baselines, distance, seeds, args).reshape(len(inputs), -1).astype(np.float64)
         if step is None:
             trained = maps
