@@ -326,7 +326,8 @@ def nr_precision(embeddings, labels, *, distance="euclidean", null="binomial", m
     if np.iscomplexobj(embeddings):
         raise ValueError("embeddings are complex; expected real numbers")
     x = np.ascontiguousarray(embeddings, np.float32)
-    check_arguments(x, labels, distance, null, max_neighbours, permutations, queries, seed, threads, memory_mib)
+    check_options(distance, null, max_neighbours, permutations, queries, seed, threads, memory_mib)
+    check_arrays(x, labels)
     n, k, threads = len(x), len(labels), threads or available_threads()
     space, columns = prepare(x, distance), make_columns(list(labels.values()), max_neighbours)
     chosen = np.arange(n)
@@ -375,9 +376,21 @@ def nr_precision(embeddings, labels, *, distance="euclidean", null="binomial", m
     return dict(zip(labels, scores))
 
 
-def check_arguments(x, labels, distance, null, max_neighbours, permutations, queries, seed, threads,
-                    memory_mib):
-    """Raise ValueError for what nr_precision() can't work with: what arrived, what was expected."""
+def check_options(distance, null, max_neighbours, permutations, queries, seed, threads, memory_mib):
+    """Raise ValueError for options of nr_precision() that are unknown or out of range."""
+    if distance not in DISTANCES:
+        raise ValueError(f"unknown distance {distance!r}; expected one of {', '.join(DISTANCES)}")
+    if null not in NULLS:
+        raise ValueError(f"unknown null {null!r}; expected one of {', '.join(NULLS)}")
+    for name, value, least in (("max_neighbours", max_neighbours, 1), ("permutations", permutations, 0),
+                               ("queries", queries, 1), ("seed", seed, 0), ("threads", threads, 1),
+                               ("memory_mib", memory_mib, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"{name} is {value}; expected at least {least}")
+
+
+def check_arrays(x, labels):
+    """Raise ValueError for embeddings and labels that nr_precision() can't work with."""
     if x.ndim != 2 or len(x) < 2 or x.shape[1] < 1:
         raise ValueError(f"embeddings have shape {x.shape}; expected (n, m) with n >= 2 and m >= 1")
     if len(x) >= 2 ** 31 - 64:
@@ -389,14 +402,6 @@ def check_arguments(x, labels, distance, null, max_neighbours, permutations, que
             raise ValueError(f"labels {name!r} have shape {np.shape(label)}; expected ({len(x)},), one for each row")
     if not np.isfinite(x).all():
         raise ValueError(f"row {int((~np.isfinite(x).all(1)).argmax())} of the embeddings is not finite")
-    if distance not in DISTANCES:
-        raise ValueError(f"unknown distance {distance!r}; expected one of {', '.join(DISTANCES)}")
-    if null not in NULLS:
-        raise ValueError(f"unknown null {null!r}; expected one of {', '.join(NULLS)}")
-    for name, value, least in (("max_neighbours", max_neighbours, 1), ("permutations", permutations, 0),
-                               ("queries", queries, 1), ("seed", seed, 0), ("threads", threads, 1), ("memory_mib", memory_mib, 1)):
-        if value is not None and value < least:
-            raise ValueError(f"{name} is {value}; expected at least {least}")
 
 
 def weigh(sums, used, mean, deviation, owner, k):
@@ -607,12 +612,12 @@ def say(kind, text):
 def run(arguments):
     import data
     from tqdm import tqdm
+    check_options(arguments.distance, arguments.null, arguments.max_neighbours, arguments.permutations,
+                  arguments.queries, arguments.seed, arguments.threads, arguments.memory_mib)
     if arguments.out:
         data.check_output(arguments.out)
     labels = read_labels(arguments)
     rows = len(next(iter(labels.values())))
-    if _knn is None:
-        say("note", "the extension _knn is not built (pip install .): counting in NumPy, exact but slow")
     results, names = [], short_names(arguments.embeddings)
     for file, name in zip(arguments.embeddings, names):
         x = data.read_embeddings(file)
@@ -621,6 +626,8 @@ def run(arguments):
                              "both must list the same pictures in the same order")
         if arguments.queries is not None and arguments.queries > rows and not results:
             say("note", f"--queries {arguments.queries:,} is more than the {rows:,} pictures: all are used")
+        if _knn is None and not results:
+            say("note", "the extension _knn is not built (pip install .): counting in NumPy, exact but slow")
         with tqdm(total=1.0, desc=name, delay=2, disable=None, leave=False, unit_scale=True, file=sys.stderr,
                   bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left") as bar:
             try:

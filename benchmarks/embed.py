@@ -3,7 +3,8 @@
     python benchmarks/embed.py --dataset ../shared/renders
     python benchmarks/embed.py --dataset ../shared/renders --model bninception --repeat 4 --precision bf16
 
-Prints pictures a second of both, their ratio, decodes for each picture and the peak memory of a short and a long run.
+Prints the time and the processor time a picture of both (on a machine in use by others only the latter tells much),
+their ratio, decodes for each picture and the peak memory of a short and a long run.
 The whole command is timed from main() to its end: listing, loading the network, hashing, decoding, writing, renaming.
 bninception and inception_v3 get random weights where the real ones are not at hand: they take the same time.
 """
@@ -25,22 +26,18 @@ import models
 
 
 def bare(module, preprocessing, batch, device, precision, seconds):
-    """Pictures a second of the forward pass alone: the better of the two memory layouts."""
-    pictures = torch.rand(batch, *data.black_picture(preprocessing).shape, device=device)
-    best = 0
-    for layout in (torch.contiguous_format, torch.channels_last):
-        inputs = pictures.contiguous(memory_format=layout)
-        embed.embed(module, inputs, precision)
-        start, done = time.perf_counter(), 0
-        while time.perf_counter() - start < seconds:
-            embed.embed(module, inputs, precision)
-            done += batch
-        best = max(best, done / (time.perf_counter() - start))
-    return best
+    """Seconds and processor seconds a picture of the forward pass alone, in the memory layout that embed.py uses."""
+    pictures = embed.to_input(torch.randint(0, 256, (batch, *data.input_size(preprocessing), 3), dtype=torch.uint8).to(device), preprocessing)
+    embed.embed(module, pictures, precision)
+    start, processor, done = time.perf_counter(), time.process_time(), 0
+    while time.perf_counter() - start < seconds:
+        embed.embed(module, pictures, precision)
+        done += batch
+    return (time.perf_counter() - start) / done, (time.process_time() - processor) / done
 
 
-def whole(arguments):
-    """Seconds of embed.main(), decodes counted."""
+def whole(arguments, n):
+    """Seconds, processor seconds and decodes a picture of embed.main()."""
     decodes, read = [0], data.load_pixels
 
     def counted(*rest):
@@ -48,10 +45,10 @@ def whole(arguments):
         return read(*rest)
 
     data.load_pixels, sys.argv = counted, ["embed.py", *map(str, arguments)]
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     embed.main()
     data.load_pixels = read
-    return time.perf_counter() - start, decodes[0]
+    return (time.perf_counter() - start) / n, (time.process_time() - processor) / n, decodes[0] / n
 
 
 def repeat(paths, times, folder):
@@ -67,13 +64,15 @@ def main():
     add("--dataset", required=True, help="a folder of pictures or a rendered set")
     add("--model", default="efficientnet_lite0")
     add("--repeat", type=int, default=1, metavar="N", help="take every picture N times (1)")
+    add("--pictures", type=int, metavar="N", help="the first N (all)")
+    add("--seconds", type=float, default=5, help="of each bare measurement (5)")
     add("--rounds", type=int, default=3, help="alternations of bare and whole (3)")
     add("--batch", type=int, help="as embed.py chooses")
     add("--workers", type=int, default=None)
     add("--device", default="auto")
     add("--precision", default="fp32", choices=["fp32", "tf32", "bf16"])
     args = parser.parse_args()
-    paths = data.open_dataset(args.dataset).paths
+    paths = data.open_dataset(args.dataset).paths[:args.pictures]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "pictures").mkdir()
@@ -94,14 +93,14 @@ def main():
         print(f"{args.model}, {args.precision}, {device}, {torch.get_num_threads()} threads, batch {batch}, {n} pictures")
         ratios = []
         for turn in range(args.rounds):
-            before = bare(network.module, network.preprocessing, batch, device, args.precision, 3)
-            seconds, decodes = whole([*command, "--out", folder / f"{turn}.npy"])
-            after = bare(network.module, network.preprocessing, batch, device, args.precision, 3)
-            reference = (before + after) / 2
-            ratios.append(n / seconds / reference)
-            print(f"bare {before:7.1f} and {after:7.1f} pictures/s, whole command {n / seconds:7.1f}, ratio {ratios[-1]:.3f}, "
-                  f"{decodes / n:.2f} decodes a picture", flush=True)
-        print(f"median ratio {np.median(ratios):.3f}")
+            before = bare(network.module, network.preprocessing, batch, device, args.precision, args.seconds)
+            seconds, processor, decodes = whole([*command, "--out", folder / f"{turn}.npy"], n)
+            after = bare(network.module, network.preprocessing, batch, device, args.precision, args.seconds)
+            ratios.append([(before[0] + after[0]) / 2 / seconds, (before[1] + after[1]) / 2 / processor])
+            print(f"ms a picture: bare {before[0] * 1e3:.1f} and {after[0] * 1e3:.1f} (processor {before[1] * 1e3:.1f} and "
+                  f"{after[1] * 1e3:.1f}), whole {seconds * 1e3:.1f} (processor {processor * 1e3:.1f}); "
+                  f"ratio {ratios[-1][0]:.3f} (processor {ratios[-1][1]:.3f}); {decodes:.2f} decodes a picture", flush=True)
+        print("median ratio {:.3f}, of processor time {:.3f}".format(*np.median(ratios, axis=0)))
         for times in (1, 4):  # peak memory of processes of their own
             code = "import resource, sys; sys.path.insert(0, sys.argv.pop(1)); import embed; embed.main(); " \
                    "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"

@@ -26,8 +26,8 @@ TABLE_5 = {"model": 6, "rotation_z": 8, "color_hue": 10, "color_sat": 9, "color_
 
 
 def bare_products(x, queries, threads, rows, workers, seconds=4.0):
-    """Seconds for `queries` rows of x @ x.T in float32, block by block, results overwritten: extrapolated from a few
-    seconds' work. workers threads multiply side by side, BLAS uses threads // workers each."""
+    """Seconds, and CPU seconds, for `queries` rows of x @ x.T in float32, block by block, results overwritten:
+    extrapolated from a few seconds' work. workers threads multiply side by side, BLAS uses threads // workers each."""
     n = len(x)
     transposed = np.ascontiguousarray(x.T)
     buffers = [np.empty((rows, n), np.float32) for _ in range(workers)]
@@ -40,14 +40,14 @@ def bare_products(x, queries, threads, rows, workers, seconds=4.0):
             done[worker] += 1
 
     with threadpool_limits(threads // workers), ThreadPoolExecutor(workers) as pool:
-        begin = time.perf_counter()
+        begin = time.perf_counter(), time.process_time()
         list(pool.map(work, range(workers)))
-        took = time.perf_counter() - begin
-    return took * queries / (sum(done) * rows)
+        took = time.perf_counter() - begin[0], time.process_time() - begin[1]
+    return tuple(seconds * queries / (sum(done) * rows) for seconds in took)
 
 
 def best_products(x, queries, threads):
-    """(seconds, description) of the fastest block shape."""
+    """((seconds, CPU seconds), description) of the fastest block shape."""
     tried = []
     for workers in sorted({1, threads}):
         for rows in (64, 128, 256, 512):
@@ -93,17 +93,18 @@ def main():
               for i in range(arguments.properties)}
     queries = min(arguments.queries or arguments.n, arguments.n)
 
-    begin = time.perf_counter()
+    begin = time.perf_counter(), time.process_time()
     scores = nrprec.nr_precision(x, labels, queries=arguments.queries, threads=arguments.threads,
                                  memory_mib=arguments.memory_mib)
-    ours = time.perf_counter() - begin
+    ours, ours_cpu = time.perf_counter() - begin[0], time.process_time() - begin[1]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    products, shape = best_products(x, queries, arguments.threads)
+    (products, products_cpu), shape = best_products(x, queries, arguments.threads)
     print(f"n = {arguments.n:,}, m = {arguments.dim}, {len(labels)} properties, {queries:,} queries, "
           f"{arguments.threads} threads, kernel {'built' if nrprec._knn else 'not built (NumPy twin)'}")
     print(f"bare float32 products   {products:9.2f} s   best block {shape}, "
           f"{2 * arguments.n * queries * arguments.dim / products / 1e9:,.0f} GFLOP/s")
-    print(f"whole NR-Prec           {ours:9.2f} s   {ours / products:.2f} × the products")
+    print(f"whole NR-Prec           {ours:9.2f} s   {ours / products:.2f} × the products "
+          f"({ours_cpu / products_cpu:.2f} × in CPU seconds, which other load on the machine disturbs less)")
     print(f"peak memory             {peak:9.0f} MiB (embeddings {x.nbytes / 2 ** 20:,.0f} MiB among them)")
     if arguments.plain:
         begin = time.perf_counter()

@@ -180,6 +180,10 @@ def checkpoint_spec(place, loss, fold):
         row = wanted_losses(loss, None, MODELS)[0]
     elif published:
         row = published[0]
+    elif re.fullmatch(r"fold\d+", place.resolve().name):  # trained/<dataset>/<slug>/fold<k>
+        name = place.resolve().parent.name
+        row = next((row for row in losses() if row["slug"] == name),
+                   {"name": name, "slug": name, "type": None, "distance": "euclidean"})
     found = re.search(r"(?:Test50_50_Partitions4_|fold)(\d+)", text)
     number = int(fold) if str(fold).isdigit() else int(found.group(1)) if found else None
     return files_spec(place, files, note, row, number)

@@ -109,6 +109,8 @@ def test_own_networks_come_first_and_a_folder_can_be_named(tmp_path, trunk, embe
     for place in (published, published.parent):
         spec, = models.find(checkpoint=place)
         assert (spec["loss"], spec["fold"], spec["slug"]) == ("Triplet", 0, "triplet")
+    spec, = models.find(checkpoint=own)
+    assert (spec["loss"], spec["fold"], spec["slug"], spec["distance"]) == ("Triplet", 0, "triplet", "cosine")
     new = tmp_path / "trained" / "cars196" / "my_loss" / "fold5"
     new.parent.mkdir()
     own.rename(new)
