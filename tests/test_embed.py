@@ -235,6 +235,17 @@ def test_a_progress_bar_with_the_networks_name_on_a_terminal(tmp_path):
     assert "small_for_test:seven" in said and "70/70" in said and "pictures/s" in said
 
 
+def test_a_task_of_a_slurm_array_begins_with_its_share_and_goes_on_with_what_nobody_does(tmp_path, run, monkeypatch):
+    make_pictures(tmp_path / "p", 100)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
+    written, write = [], rowfile.RowFile.write
+    monkeypatch.setattr(rowfile.RowFile, "write", lambda self, rows, values: written.extend(rows) or write(self, rows, values))
+    assert run("--dataset", "p", "--model", "small_for_test:seven", "--out", "emb.npy") == (0, "")
+    assert sorted(written) == list(range(100)) and written[:36] == list(range(64, 100))
+    assert np.load("emb.npy").shape == (100, 7)
+
+
 def test_other_options_are_refused(tmp_path, run):
     make_pictures(tmp_path / "p", 3)
     arguments = ("--dataset", "p", "--out", "emb.npy", "--model")
