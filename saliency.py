@@ -614,7 +614,7 @@ def parse(argv):
     add("--split", default="test", choices=["train", "test", "all"], help="of a data set with splits (test)")
     add("--data-root", metavar="DIR", help="folder of the published data sets (DML_DATA_ROOT, else data/)")
     add("--model", help="a network without a loss: bninception, inception_v3, efficientnet_lite0 or package.module:factory")
-    add("--loss", help="a loss of models/losses.csv (name or slug), several with commas, None, or all (all that are there)")
+    add("--loss", help="a loss of models/losses.csv (name or slug), several with commas, None, or all: what is there (all)")
     add("--fold", default="all", help="0, 1, 2, 3, several with commas, or all (all)")
     add("--trained-on", metavar="DATASET", help="the data set whose checkpoints are taken (--dataset)")
     add("--checkpoint", metavar="DIR", help="a folder with trunk_best.pth and embedder_best.pth")
@@ -673,7 +673,8 @@ def main(argv=None):
     check(args)
     rank, ranks = rowfile.my_share()
     dataset = data.open_dataset(args.dataset, args.data_root, args.split)
-    specs = models.find(args.trained_on or dataset.name, args.loss, args.fold, args.model, args.checkpoint,
+    loss = args.loss or (None if args.model or args.checkpoint else "all")
+    specs = models.find(args.trained_on or dataset.name, loss, args.fold, args.model, args.checkpoint,
                         args.weights, args.network_seed, args.models)
     for note in [*dataset.notes, *(spec["note"] for spec in specs)]:
         if note and rank == 0:
