@@ -380,3 +380,377 @@ def class_subsets(labels, numbers, repeats, seed):
         for r in range(repeats if k < len(classes) else 1):        # all of them: one way only
             drawn = np.random.default_rng([seed, 3, k, r]).choice(len(classes), k, replace=False)
             yield k, r, np.flatnonzero(np.isin(labels, classes[drawn]))
+
+
+# ---------------------------------------------------------------- figures
+
+def font(size):
+    from PIL import ImageFont
+    try:
+        return ImageFont.load_default(size)
+    except TypeError:                                     # Pillow before 10.1: one size
+        return ImageFont.load_default()
+
+
+def nice_ticks(top):
+    """About four round numbers from 0 up to `top`."""
+    step = 10.0 ** np.floor(np.log10(top / 4))
+    step *= next(f for f in (1, 2, 2.5, 5, 10) if f * step >= top / 4.5)
+    return np.arange(0, top * 1.0001, step)
+
+
+def axes(draw, box, title, x_ticks, y_ticks, x_label, y_label, scale):
+    """Frame, ticks and words of a panel. scale: a function of (x, y) to pixels."""
+    left, top, right, bottom = box
+    small, large = font(26), font(30)
+    for x, text in x_ticks:
+        at = scale(x, 0)[0]
+        draw.line([(at, bottom), (at, bottom + 8)], (0, 0, 0), 2)
+        draw.text((at, bottom + 14), text, (0, 0, 0), small, anchor="mt")
+    for y in y_ticks:
+        at = scale(0, y)[1]
+        draw.line([(left - 8, at), (left, at)], (0, 0, 0), 2)
+        draw.text((left - 14, at), f"{y:g}", (0, 0, 0), small, anchor="rm")
+    draw.line([(left, top), (left, bottom), (right, bottom)], (0, 0, 0), 2)
+    draw.text((left, top - 54), title, (0, 0, 0), large, anchor="ls")
+    draw.text((left, top - 20), y_label, GREY, small, anchor="ls")
+    draw.text(((left + right) / 2, bottom + 54), x_label, (0, 0, 0), small, anchor="mt")
+
+
+def legend(draw, right, top, entries):
+    """Coloured words, one below the other, flush right."""
+    for colour, text in entries:
+        draw.text((right, top), text, colour, font(26), anchor="rt")
+        top += 36
+
+
+def draw_histograms(image, box, title, y_label, positive, negative, unit, entries):
+    """Two overlaid histograms over [−1, 1]: red positives, blue negatives, as in Fig. 1."""
+    from PIL import Image, ImageDraw
+    left, top, right, bottom = box
+    bins, high = len(positive), max(positive.max(), negative.max()) / unit * 1.05
+
+    def scale(x, y):
+        return left + (x + 1) / 2 * (right - left), bottom - y / high * (bottom - top)
+
+    for values, colour in ((negative / unit, BLUE), (positive / unit, RED)):
+        heights, edges = np.repeat(values, 2), np.repeat(np.linspace(-1, 1, bins + 1), 2)[1:-1]
+        outline = [scale(x, y) for x, y in zip(edges, heights)]
+        layer = Image.new("RGBA", image.size)
+        draw = ImageDraw.Draw(layer)
+        draw.polygon([scale(-1, 0), *outline, scale(1, 0)], fill=(*colour, 110))
+        draw.line(outline, (*colour, 255), 3, joint="curve")
+        image.alpha_composite(layer)
+    draw = ImageDraw.Draw(image)
+    axes(draw, box, title, [(x, f"{x:g}") for x in (-1, -0.5, 0, 0.5, 1)], nice_ticks(high), "inner product", y_label,
+         scale)
+    legend(draw, right, top, entries)
+
+
+def pairs_figure(results, bins):
+    """Fig. 1 for each (name, Score): left pairs as counted, right normalised by area -> PNG bytes."""
+    from PIL import Image
+    image = Image.new("RGBA", (1800, 640 * len(results)), "white")
+    for row, (name, score) in enumerate(results):
+        positive, negative = score.histograms[bins]
+        top, most = 640 * row + 130, max(positive.max(), negative.max())
+        unit, word = next((u, w) for u, w in ((1e9, "billion pairs"), (1e6, "million pairs"), (1e3, "thousand pairs"),
+                                              (1, "pairs")) if most >= u)
+        draw_histograms(image, (110, top, 860, top + 400), f"{name}: before normalising", f"{word} in a bin", positive,
+                        negative, unit, [(RED, f"{score.positive_pairs:,} positive pairs"),
+                                         (BLUE, f"{score.negative_pairs:,} negative pairs")])
+        draw_histograms(image, (1010, top, 1760, top + 400), "normalised by area", f"share in each of {bins:,} bins",
+                        positive / positive.sum(), negative / negative.sum(), 1.0,
+                        [((0, 0, 0), f"JSD {score.jsd[bins]:.3f}"), (RED, f"mean {score.positive_mean:.3f}"),
+                         (BLUE, f"mean {score.negative_mean:.3f}")])
+    return png(image)
+
+
+def class_figure(name, curves, numbers):
+    """How the metrics depend on the number of classes: mean and standard deviation over the subsets -> PNG bytes.
+
+    curves: {metric: [values of the subsets of so many classes, …]}; right: relative to the fewest classes.
+    """
+    from PIL import Image, ImageDraw
+    image = Image.new("RGBA", (1800, 640), "white")
+    draw, colours = ImageDraw.Draw(image), (RED, BLUE, GREEN)
+    means = {metric: np.array([np.mean(v) for v in values]) for metric, values in curves.items()}
+    highest = max(float(np.nanmax(np.divide(m, m[0]))) for m in means.values() if m[0] > 0)
+    for box, relative, high in (((110, 130, 860, 530), False, 1.0), ((1010, 130, 1760, 530), True, highest * 1.05)):
+        left, top, right, bottom = box
+
+        def scale(x, y):
+            x = np.log(x / numbers[0]) / max(np.log(numbers[-1] / numbers[0]), 1e-9) if x else 0
+            return left + 20 + x * (right - left - 40), bottom - y / high * (bottom - top)
+
+        for colour, (metric, values) in zip(colours, curves.items()):
+            base = means[metric][0] if relative else 1.0
+            if base > 0:
+                points = [scale(k, m / base) for k, m in zip(numbers, means[metric])]
+                draw.line(points, colour, 4)
+                for k, v, (x, y) in zip(numbers, values, points):
+                    low, up = (scale(k, (np.mean(v) + side * np.std(v)) / base)[1] for side in (-1, 1))
+                    draw.line([(x, max(up, top)), (x, min(low, bottom))], colour, 2)
+                    draw.ellipse([x - 7, y - 7, x + 7, y + 7], colour)
+        title = "relative to the fewest classes" if relative else f"{name}: random subsets of classes"
+        axes(draw, box, title, [(k, f"{k}") for k in numbers], nice_ticks(high), "classes",
+             "mean over the subsets" + ("" if relative else " ± standard deviation"), scale)
+        if not relative:
+            legend(draw, right, top, [(c, metric) for c, metric in zip(colours, curves)])
+    return png(image)
+
+
+def png(image):
+    file = io.BytesIO()
+    image.convert("RGB").save(file, "PNG")
+    return file.getvalue()
+
+
+# ---------------------------------------------------------------- the command
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("embeddings", nargs="+", metavar="EMB.npy", help="embeddings, (n, m), one or several files")
+    parser.add_argument("labels_csv", metavar="LABELS.csv", help="labels.csv or props.csv: a header and n rows")
+    parser.add_argument("--label", default="class", metavar="COLUMN", help="whose equal values make a pair positive: "
+                        "the class or any property (default: class)")
+    parser.add_argument("--bins", default="200", metavar="N[,N]", help="equal bins over [-1, 1]; several numbers give "
+                        "a row each, in one pass (default: 200; the paper does not state its own)")
+    parser.add_argument("--recall", default="1,2,4,8", metavar="K[,K]", help="the K's of Recall@K (default: 1,2,4,8; "
+                        "1,10,100,1000 is usual for SOP)")
+    parser.add_argument("--permutations", type=int, default=10, metavar="N", help="of the labels, for jsd_null: what the "
+                        "JSD would be if labels meant nothing, which is not 0 with few pairs (default: 10; 0: none)")
+    parser.add_argument("--train", nargs=2, metavar=("EMB.npy", "LABELS.csv"), help="the training split beside: rows of "
+                        "its own and a column `split`; a JSD above the test split's is overfitting")
+    parser.add_argument("--classes", metavar="N[,N]", help="also random subsets of so many classes (of two pictures or "
+                        "more): does a metric depend on their number?")
+    parser.add_argument("--repeats", type=int, default=10, metavar="N", help="subsets for each number (default: 10)")
+    parser.add_argument("--out", metavar="FILE.csv", help="a row for each embedding file, split, subset and number of bins")
+    parser.add_argument("--histograms", metavar="FILE.csv", help="the counts of every bin")
+    parser.add_argument("--intervals", metavar="FILE.csv", help="95%% intervals over classes, printed too: bootstrap "
+                        "percentiles for means over queries, delete-one-class jackknife for the JSD; twice the time")
+    parser.add_argument("--figure", metavar="FILE.png", help="the histograms before and after normalising (Fig. 1)")
+    parser.add_argument("--class-figure", metavar="FILE.png", help="the metrics against the number of classes")
+    parser.add_argument("--seed", type=int, default=0, help="of permutations, subsets and bootstrap (default: 0)")
+    parser.add_argument("--threads", type=int, metavar="N", help="for BLAS and the kernel alike (default: all)")
+    parser.error = lambda message: parser.exit(2, f"pairs.py: {message} (--help explains)\n")
+    return parser.parse_args(argv)
+
+
+def whole_numbers(option, text):
+    """"1,2,4" -> [1, 2, 4], each once, in the order given."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise ValueError(f"{option} {text}: expected whole numbers separated by commas")
+    return list(dict.fromkeys(int(part) for part in parts))
+
+
+def short_names(paths):
+    """What tells the files apart: stems where they differ, else the paths without what all of them share."""
+    parts = [Path(path).with_suffix("").parts for path in paths]
+    while len(parts) > 1 and min(map(len, parts)) > 1 and len({p[-1] for p in parts}) == 1:
+        parts = [p[:-1] for p in parts]
+    last = [p[-1] for p in parts]
+    return last if len(set(last)) == len(paths) else ["/".join(p) for p in parts]
+
+
+class Result(NamedTuple):
+    """What one row of the outputs is about."""
+    file: str
+    name: str
+    split: str      # test, or train
+    sidecar: dict
+    subset: int     # classes of a random subset, None: all
+    repeat: int
+    score: Score
+
+
+def print_table(results, bins, recall):
+    """The aligned table: metrics in rows, embeddings side by side; intervals in brackets where they were asked for."""
+    def cell(value, interval):
+        return f"{value:.4f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+
+    scores, lines = [r.score for r in results], [[""] + [r.name for r in results]]
+    for name, field in (("pictures", "n"), ("classes", "classes"), ("positive pairs", "positive_pairs"),
+                        ("negative pairs", "negative_pairs")):
+        lines.append([name] + [f"{getattr(s, field):,}" for s in scores])
+    for name, field in (("positive mean", "positive_mean"), ("negative mean", "negative_mean")):
+        lines.append([name] + [f"{getattr(s, field):.4f}" for s in scores])
+    for b in bins:
+        lines.append([f"JSD, {b:,} bins"] + [cell(s.jsd[b], s.intervals.get(("jsd", b))) for s in scores])
+        lines.append(["  labels permuted"] + [cell(s.jsd_null[b], None) for s in scores])
+    for k in recall:
+        lines.append([f"Recall@{k}"] + [cell(s.recall[k], s.intervals.get(("recall", k))) for s in scores])
+    for name, field in (("R-Precision", "r_precision"), ("MAP@R", "map_at_r")):
+        lines.append([name] + [cell(getattr(s, field), s.intervals.get((field, None))) for s in scores])
+    print_aligned(lines)
+    if scores[0].intervals:
+        print(f"\n[ ] {LEVEL:.0%} intervals over classes: {BOOTSTRAP:,} bootstrap resamples of the classes (Recall, "
+              "R-Precision, MAP@R);\n    each class left out once, with all its pairs (JSD: jackknife, Student's t)")
+
+
+def print_aligned(lines):
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        cells = [line[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(line[1:], widths[1:])]
+        print("  ".join(cells).rstrip())
+
+
+def subset_curves(results, numbers, bins, recall):
+    """{metric: [values of the subsets of numbers[0] classes, …]} of one embedding."""
+    metrics = {"JSD": lambda s: s.jsd[bins], f"Recall@{recall}": lambda s: s.recall[recall],
+               "MAP@R": lambda s: s.map_at_r}
+    return {name: [[metric(r.score) for r in results if r.subset == k] for k in numbers]
+            for name, metric in metrics.items()}
+
+
+def print_subsets(name, curves, numbers):
+    """Mean ± standard deviation over the subsets, and how far the mean moves from the fewest classes to the most."""
+    print(f"\n{name}: random subsets of classes, mean ± standard deviation over the subsets")
+    lines = [["classes"] + list(curves)]
+    for i, k in enumerate(numbers):
+        lines.append([f"{k}"] + [f"{np.mean(v[i]):.4f} ± {np.std(v[i]):.4f}" for v in curves.values()])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        change = [np.divide(np.mean(v[-1]), np.mean(v[0])) - 1 for v in curves.values()]
+    lines.append([f"{numbers[0]} to {numbers[-1]}"] + [f"{c:+.1%}" for c in change])
+    print_aligned(lines)
+
+
+def write_outputs(arguments, results, bins, recall, numbers):
+    """The CSV files and figures that were asked for, each whole or not at all."""
+    import data
+    known = any(r.sidecar.get("loss") is not None for r in results)
+    front = ["loss", "fold"] * known + ["split"] * bool(arguments.train)
+    whole = [r for r in results if r.subset is None]
+
+    def begin(r):
+        return [r.sidecar.get("loss"), r.sidecar.get("fold")] * known + [r.split] * bool(arguments.train)
+
+    if arguments.out:
+        header = front + ["classes", "repeat"] * bool(numbers) + [
+            "embeddings", "label", "n", "positive_pairs", "negative_pairs", "positive_mean", "negative_mean", "jsd",
+            "jsd_null", "bins", *(f"recall_at_{k}" for k in recall), "r_precision", "map_at_r"]
+        data.write_table(arguments.out, header, [
+            begin(r) + [r.score.classes, r.repeat] * bool(numbers)
+            + [r.file, arguments.label, r.score.n, r.score.positive_pairs, r.score.negative_pairs,
+               r.score.positive_mean, r.score.negative_mean, r.score.jsd[b],
+               r.score.jsd_null[b] if arguments.permutations else None, b, *r.score.recall.values(),
+               r.score.r_precision, r.score.map_at_r] for r in results for b in bins])
+    if arguments.histograms:
+        data.write_table(arguments.histograms, front + ["embeddings", "label", "bins", "low", "high", "positive", "negative"], [
+            begin(r) + [r.file, arguments.label, b, 2 * i / b - 1, 2 * (i + 1) / b - 1, int(p), int(q)]
+            for r in whole for b in bins for i, (p, q) in enumerate(zip(*r.score.histograms[b]))])
+    if arguments.intervals:
+        values = {"jsd": lambda s, b: s.jsd[b], "recall": lambda s, k: s.recall[k],
+                  "r_precision": lambda s, _: s.r_precision, "map_at_r": lambda s, _: s.map_at_r}
+        data.write_table(arguments.intervals, front + ["embeddings", "label", "metric", "bins", "value", "low", "high",
+                                                       "level", "method"], [
+            begin(r) + [r.file, arguments.label, f"recall_at_{k}" if name == "recall" else name,
+                        k if name == "jsd" else None, values[name](r.score, k), low, high, LEVEL,
+                        "jackknife" if name == "jsd" else "bootstrap"]
+            for r in whole for (name, k), (low, high) in r.score.intervals.items()])
+    if arguments.figure:
+        data.write_file(arguments.figure, pairs_figure([(r.name, r.score) for r in whole], bins[0]))
+    if arguments.class_figure:
+        data.write_file(arguments.class_figure, class_figure(
+            results[0].name, subset_curves([r for r in results if r.name == results[0].name], numbers, bins[0],
+                                           recall[0]), numbers))
+
+
+def say(kind, text):
+    print(f"pairs.py: {kind}: {text}", file=sys.stderr)
+
+
+def read_split(file, labels_csv, label):
+    """Embeddings (n, m) and labels (n,) of one split. ValueError says what is wrong where."""
+    import data
+    try:
+        labels = data.read_properties(labels_csv, [label])[label]
+    except ValueError as error:
+        raise ValueError(f"{error} (--label chooses the column)" if "no property" in str(error) else error) from None
+    x = data.read_embeddings(file)
+    if len(x) != len(labels):
+        raise ValueError(f"{file} has {len(x):,} embeddings, {labels_csv} {len(labels):,} rows; "
+                         "both must list the same pictures in the same order")
+    return x, labels
+
+
+def check_options(arguments, bins, recall, numbers):
+    """Raise ValueError for options that do not fit, and for outputs that can't be written, before the work."""
+    import data
+    outputs = [arguments.out, arguments.histograms, arguments.intervals, arguments.figure, arguments.class_figure]
+    outputs = [Path(path).resolve() for path in outputs if path]
+    for path in outputs:
+        data.check_output(path)
+        if outputs.count(path) > 1:
+            raise ValueError(f"two outputs would go to {path}; give each a name of its own")
+    if arguments.class_figure and not numbers:
+        raise ValueError("--class-figure needs --classes: the numbers of classes to compare")
+    for name, values, least in (("--bins", bins, 1), ("--recall", recall, 1), ("--classes", numbers, 2),
+                                ("--repeats", [arguments.repeats], 1)):
+        if values and min(values) < least:
+            raise ValueError(f"{name} is {min(values)}; expected at least {least}")
+
+
+def run(arguments):
+    import data
+    from tqdm import tqdm
+    bins, recall = whole_numbers("--bins", arguments.bins), whole_numbers("--recall", arguments.recall)
+    numbers = sorted(whole_numbers("--classes", arguments.classes)) if arguments.classes else []
+    check_options(arguments, bins, recall, numbers)
+    if _knn is None:
+        say("note", "the extension _knn is not built (pip install .): counting in NumPy, exact but slow")
+    names = short_names(arguments.embeddings)
+    jobs = [(file, arguments.labels_csv, name, "test") for file, name in zip(arguments.embeddings, names)]
+    if arguments.train:
+        jobs += [(*arguments.train, "train", "train")]
+        jobs[:-1] = [(file, table, "test" if len(names) == 1 else f"{name}, test", split)
+                     for file, table, name, split in jobs[:-1]]
+    results, options = [], dict(bins=bins, recall=recall, permutations=arguments.permutations, seed=arguments.seed,
+                                threads=arguments.threads)
+    for file, table, name, split in jobs:
+        x, labels = read_split(file, table, arguments.label)
+        sidecar, enough = data.read_sidecar(file), int((np.unique(labels, return_counts=True)[1] > 1).sum())
+        if numbers and numbers[-1] > enough:
+            raise ValueError(f"--classes {numbers[-1]}: {table} has {enough:,} classes of two or more pictures; "
+                             "ask for no more than these")
+        with tqdm(total=1.0, desc=name, delay=2, disable=None, leave=False, file=sys.stderr,
+                  bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left") as bar:
+            subsets = list(class_subsets(labels, numbers, arguments.repeats, arguments.seed))
+            share = 1 / (1 + len(subsets))
+            try:
+                score = pair_scores(x, labels, intervals=bool(arguments.intervals), **options,
+                                    progress=lambda done, total: bar.update(done / total * share - bar.n))
+            except ValueError as error:
+                raise ValueError(f"{file}, {arguments.label} of {table}: {error}") from None
+            results.append(Result(file, name, split, sidecar, None, None, score))
+            for k, repeat, rows in subsets:
+                results.append(Result(file, name, split, sidecar, k, repeat,
+                                      pair_scores(x[rows], labels[rows], **options)))
+                bar.update(share)
+        if score.lone:
+            say("warning", f"{name}: {score.lone:,} of {score.n:,} pictures are alone in their class: they make no "
+                "positive pair and are no queries")
+    whole = [r for r in results if r.subset is None]
+    write_outputs(arguments, results, bins, recall, numbers)
+    print_table(whole, bins, recall)
+    for r in whole if numbers else []:
+        print_subsets(r.name, subset_curves([s for s in results if s.name == r.name], numbers, bins[0], recall[0]),
+                      numbers)
+
+
+def main(argv=None):
+    arguments = parse_arguments(argv)
+    try:
+        run(arguments)
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"pairs.py: {error or 'out of memory'}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("pairs.py: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
