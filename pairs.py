@@ -418,10 +418,9 @@ def axes(draw, box, title, x_ticks, y_ticks, x_label, y_label, scale):
 
 
 def legend(draw, right, top, entries):
-    """Coloured words, one below the other, flush right."""
-    for colour, text in entries:
-        draw.text((right, top), text, colour, font(26), anchor="rt")
-        top += 36
+    """Coloured words above the panel, where no curve can be: one below the other, flush right."""
+    for row, (colour, text) in enumerate(entries):
+        draw.text((right, top - 20 - 34 * (len(entries) - 1 - row)), text, colour, font(26), anchor="rs")
 
 
 def draw_histograms(image, box, title, y_label, positive, negative, unit, entries):
@@ -454,22 +453,23 @@ def pairs_figure(results, bins):
     for row, (name, score) in enumerate(results):
         positive, negative = score.histograms[bins]
         top, most = 640 * row + 130, max(positive.max(), negative.max())
+        name = name if len(name) <= 22 else "..." + name[-19:]     # the legend begins on the right
         unit, word = next((u, w) for u, w in ((1e9, "billion pairs"), (1e6, "million pairs"), (1e3, "thousand pairs"),
                                               (1, "pairs")) if most >= u)
         draw_histograms(image, (110, top, 860, top + 400), f"{name}: before normalising", f"{word} in a bin", positive,
                         negative, unit, [(RED, f"{score.positive_pairs:,} positive pairs"),
                                          (BLUE, f"{score.negative_pairs:,} negative pairs")])
-        draw_histograms(image, (1010, top, 1760, top + 400), "normalised by area", f"share in each of {bins:,} bins",
-                        positive / positive.sum(), negative / negative.sum(), 1.0,
-                        [((0, 0, 0), f"JSD {score.jsd[bins]:.3f}"), (RED, f"mean {score.positive_mean:.3f}"),
-                         (BLUE, f"mean {score.negative_mean:.3f}")])
+        draw_histograms(image, (1010, top, 1760, top + 400), f"normalised by area: JSD {score.jsd[bins]:.3f}",
+                        f"share in each of {bins:,} bins", positive / positive.sum(), negative / negative.sum(), 1.0,
+                        [(RED, f"positive mean {score.positive_mean:.3f}"),
+                         (BLUE, f"negative mean {score.negative_mean:.3f}")])
     return png(image)
 
 
 def class_figure(name, curves, numbers):
     """How the metrics depend on the number of classes: mean and standard deviation over the subsets -> PNG bytes.
 
-    curves: {metric: [values of the subsets of so many classes, …]}; right: relative to the fewest classes.
+    curves: {metric: [values of the subsets of so many classes, …]}; on the right relative to the fewest classes.
     """
     from PIL import Image, ImageDraw
     image = Image.new("RGBA", (1800, 640), "white")
@@ -489,14 +489,15 @@ def class_figure(name, curves, numbers):
                 points = [scale(k, m / base) for k, m in zip(numbers, means[metric])]
                 draw.line(points, colour, 4)
                 for k, v, (x, y) in zip(numbers, values, points):
-                    low, up = (scale(k, (np.mean(v) + side * np.std(v)) / base)[1] for side in (-1, 1))
-                    draw.line([(x, max(up, top)), (x, min(low, bottom))], colour, 2)
+                    low, up = (scale(k, np.mean(v) + side * np.std(v))[1] for side in (-1, 1))
+                    if not relative:
+                        draw.line([(x, max(up, top)), (x, min(low, bottom))], colour, 2)
                     draw.ellipse([x - 7, y - 7, x + 7, y + 7], colour)
         title = "relative to the fewest classes" if relative else f"{name}: random subsets of classes"
         axes(draw, box, title, [(k, f"{k}") for k in numbers], nice_ticks(high), "classes",
              "mean over the subsets" + ("" if relative else " ± standard deviation"), scale)
         if not relative:
-            legend(draw, right, top, [(c, metric) for c, metric in zip(colours, curves)])
+            legend(draw, right, top, list(zip(colours, curves)))
     return png(image)
 
 
