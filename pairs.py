@@ -81,6 +81,22 @@ def count_pairs_numpy(space, order, ranges, groups, bins):
     return counts
 
 
+def in_turn(work, jobs, threads):
+    """Yield work(*job) in the order of the jobs, from so many threads with one BLAS thread each."""
+    with threadpool_limits(1), ThreadPoolExecutor(threads) as pool:
+        waiting = deque()
+        try:
+            for job in jobs:
+                waiting.append(pool.submit(work, *job))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()                           # Ctrl-C: what has begun ends, nothing else begins
+
+
 def count_pairs(space, order, ranges, groups, bins, threads, progress=None):
     """Histograms of inner products of the row at position p with those at begin <= q < split and split <= q < end.
 
@@ -93,6 +109,13 @@ def count_pairs(space, order, ranges, groups, bins, threads, progress=None):
     counts = np.zeros((groups[-1] + 1, 2, sum(bins)), np.int64)
     buffers = deque(np.empty(ROWS * COLUMNS, np.float32) for _ in range(threads))
 
+    def tiles():
+        for a in range(0, n, ROWS):
+            b = min(a + ROWS, n)
+            last = int(ranges[2, a:b].max())
+            for c in range(int(ranges[0, a:b].min()), last, COLUMNS):
+                yield a, b, c, min(c + COLUMNS, last)
+
     def count(a, b, c, d):
         buffer = buffers.pop()
         products = buffer[:(b - a) * (d - c)].reshape(b - a, d - c)
@@ -100,30 +123,12 @@ def count_pairs(space, order, ranges, groups, bins, threads, progress=None):
         tile = np.zeros((groups[b - 1] - groups[a] + 1, 2, sum(bins)), np.int64)
         _knn.pair_histogram(products, a, c, ranges, groups, order, space.x, space.norms, space.bound, kinds, tile)
         buffers.append(buffer)
-        return a, b, tile
+        return a, b, tile, products.size
 
-    def collect(future):
-        a, b, tile = future.result()
+    for a, b, tile, size in in_turn(count, tiles(), threads):
         counts[groups[a]:groups[b - 1] + 1] += tile       # integers: no order of tiles can change the sums
-        if progress and a != collect.row:
-            progress(float((ranges[2, collect.row:a] - ranges[0, collect.row:a]).sum()))
-            collect.row = a
-    collect.row = 0
-
-    with threadpool_limits(1), ThreadPoolExecutor(threads) as pool:
-        waiting = deque()
-        try:
-            for a in range(0, n, ROWS):
-                b = min(a + ROWS, n)
-                for c in range(ranges[0, a:b].min(), ranges[2, a:b].max(), COLUMNS):
-                    waiting.append(pool.submit(count, a, b, c, min(c + COLUMNS, ranges[2, a:b].max())))
-                    if len(waiting) > 2 * threads:
-                        collect(waiting.popleft())
-            while waiting:
-                collect(waiting.popleft())
-        finally:
-            for future in waiting:
-                future.cancel()                           # Ctrl-C: what has begun ends, nothing else begins
+        if progress:
+            progress(size)
     return counts
 
 
@@ -210,19 +215,9 @@ def rank_queries(space, value, relevant, neighbours, threads, progress=None):
             first[part] = hits[part] = precision[part] = 0
         return len(q) * n
 
-    with threadpool_limits(1), ThreadPoolExecutor(threads) as pool:
-        waiting = deque()
-        try:
-            for start in range(0, n, rows):
-                waiting.append(pool.submit(rank, start))
-                if len(waiting) > 2 * threads or start + rows >= n:
-                    while waiting and (len(waiting) > threads or start + rows >= n):
-                        done = waiting.popleft().result()
-                        if progress:
-                            progress(done)
-        finally:
-            for future in waiting:
-                future.cancel()
+    for size in in_turn(rank, ((start,) for start in range(0, n, rows)), threads):
+        if progress:
+            progress(size)
     return first, hits, precision
 
 
@@ -364,12 +359,13 @@ def jackknife(observed, histograms, parts):
     """(low, high) of the JSD: each class left out once, with all its positive and negative pairs; Student's t.
 
     histograms (2, bins); parts (classes, 2, bins): the pairs with a picture of that class. Counts are exact.
+    (nan, nan) where without some class no positive or no negative pair is left.
     """
     c = len(parts)
     with np.errstate(invalid="ignore"):
         left = jensen_shannon(histograms[0] - parts[:, 0], histograms[1] - parts[:, 1])
     half = stdtrit(c - 1, (1 + LEVEL) / 2) * np.sqrt((c - 1) / c * ((left - left.mean()) ** 2).sum())
-    return float(max(0.0, observed - half)), float(min(1.0, observed + half))   # nan: too few classes to leave one out
+    return float(np.clip(observed - half, 0, 1)), float(np.clip(observed + half, 0, 1))
 
 
 def class_subsets(labels, numbers, repeats, seed):
@@ -732,6 +728,9 @@ def run(arguments):
         if score.lone:
             say("warning", f"{name}: {score.lone:,} of {score.n:,} pictures are alone in their class: they make no "
                 "positive pair and are no queries")
+        if any(np.isnan(low) for low, _ in score.intervals.values()):
+            say("warning", f"{name}: without one of its {score.classes:,} classes no positive or no negative pair is "
+                "left, so the JSD has no interval (nan)")
     whole = [r for r in results if r.subset is None]
     write_outputs(arguments, results, bins, recall, numbers)
     print_table(whole, bins, recall)

@@ -470,6 +470,13 @@ def test_lone_pictures_are_named(files, run_script):
     assert read_rows(files / "o.csv")[0]["jsd_null"] == ""
 
 
+def test_two_classes_have_no_jackknife(files, run_script):
+    done = run_script("pairs.py", files / "emb.npy", files / "emb.csv", "--label", "super_class", "--intervals",
+                      files / "i.csv")
+    assert done.returncode == 0 and done.stderr.count("\n") == 1 and "the JSD has no interval (nan)" in done.stderr
+    assert [r["low"] == "nan" for r in read_rows(files / "i.csv")] == [False] * 6 + [True]
+
+
 def test_without_the_extension_it_says_so(files, monkeypatch, capsys):
     arguments = [str(files / "emb.npy"), str(files / "emb.csv"), "--intervals", str(files / "i.csv")]
     assert pairs.main(arguments) == 0
