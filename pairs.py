@@ -35,6 +35,7 @@ RANKED_BYTES = 1 << 25     # of a thread's block of whole rows, for the rankings
 MOST_BINS = 32_000         # a 16-bit key has to hold them
 LEVEL = 0.95               # of the intervals
 BOOTSTRAP = 1000           # resamples of the classes
+PERMUTED = "JSD, labels permuted"
 RED, BLUE, GREEN, GREY = (214, 39, 40), (31, 119, 180), (44, 160, 44), (120, 120, 120)
 
 
@@ -268,58 +269,72 @@ def pair_scores(embeddings, labels, *, bins=(200,), recall=(1, 2, 4, 8), permuta
     check_arguments(x, labels, bins, recall, permutations, seed, threads)
     n, threads, counted = len(x), threads or available_threads(), finest(bins)
     value, sizes = np.unique(labels, return_inverse=True, return_counts=True)[1:]
-    value = value.reshape(-1)
-    positives = int((sizes * (sizes - 1) // 2).sum())
-    negatives = n * (n - 1) // 2 - positives
-    if not positives:
-        raise ValueError(f"the {n:,} labels are all distinct: there is no positive pair; choose a coarser label")
-    if not negatives:
-        raise ValueError("there is one class only: no negative pair; choose a label with at least two values")
-    total = n * n * (2.0 if intervals else 1.5) + permutations * positives
-    done = [0.0]
+    value, relevant = value.reshape(-1), sizes[value.reshape(-1)] - 1          # R of each row
+    positives, negatives = count_kinds(n, sizes)
+    done, total = [0.0], n * n * (2.0 if intervals else 1.5) + permutations * positives
 
     def advance(part):
         done[0] = min(total, done[0] + part)
         if progress:
             progress(done[0], total)
 
-    space = normalise(x)
-    order = np.argsort(value, kind="stable")              # class by class
-    begin, last = np.arange(1, n + 1), np.full(n, n)      # each pair once: from the next position on
-    start = np.repeat(np.cumsum(sizes) - sizes, sizes)
-    end = np.repeat(np.cumsum(sizes), sizes)
-    groups = np.repeat(np.arange(len(sizes)), sizes) if intervals else np.zeros(n, np.int64)
-    counts = count_pairs(space, order, np.array([begin, end, last]), groups, counted, threads, advance)
-    histograms = split_bins(counts.sum(0), counted, bins)
+    space, order = normalise(x), np.argsort(value, kind="stable")
+    counts = count_classes(space, order, sizes, counted, intervals, threads, advance)
+    histograms = split_bins(counts[0], counted, bins)
     jsd = {b: float(jensen_shannon(*histograms[b])) for b in bins}
+    null = permuted_divergence(space, sizes, counted, histograms, permutations, seed, threads, advance)
 
-    null = {b: [] for b in bins}
-    for i in range(permutations):                         # the same sizes of classes, filled at random
-        drawn = np.random.default_rng([seed, 1, i]).permutation(n)
-        permuted = count_pairs(space, drawn, np.array([begin, end, end]), np.zeros(n, np.int64), counted, threads,
-                               advance)
-        for b, (p, _) in split_bins(permuted[0], counted, bins).items():
-            null[b].append(float(jensen_shannon(p, histograms[b].sum(0) - p)))
-    null = {b: float(np.mean(v)) if v else float("nan") for b, v in null.items()}
-
-    relevant = sizes[value] - 1
     first, hits, precision = rank_queries(space, value, relevant, max(recall), threads, advance)
     asked = relevant > 0
     each = {("recall", k): (first > 0) & (first <= k) for k in recall}
     each["r_precision", None] = hits / np.maximum(relevant, 1)
     each["map_at_r", None] = precision / np.maximum(relevant, 1)   # MAP@R = (1/R) Σ_{k=1..R} Precision@k · p(k)
     means = {name: float(e[asked].mean()) for name, e in each.items()}
-
-    bounds = {}
+    bounds = bootstrap(each, value, asked, seed) if intervals else {}
     if intervals:
-        bounds = bootstrap(each, value, asked, seed)
-        before = np.array([np.zeros(n, np.int64), np.zeros(n, np.int64), start])
-        counts[:, 1] += count_pairs(space, order, before, groups, counted, threads, advance)[:, 1]
-        parts = split_bins(counts, counted, bins)         # (classes, 2, bins): negatives of a class are with any other
+        parts = split_bins(counts[1:], counted, bins)
         bounds |= {("jsd", b): jackknife(jsd[b], histograms[b], parts[b]) for b in bins}
     return Score(n, len(sizes), int((~asked).sum()), positives, negatives, *pair_means(space, order, value, sizes),
                  jsd, null, {k: means["recall", k] for k in recall}, means["r_precision", None],
                  means["map_at_r", None], histograms, bounds)
+
+
+def count_kinds(n, sizes):
+    """(positive pairs, negative pairs); ValueError where there are none."""
+    positives = int((sizes * (sizes - 1) // 2).sum())
+    if not positives:
+        raise ValueError(f"the {n:,} labels are all distinct: there is no positive pair; choose a coarser label")
+    if len(sizes) < 2:
+        raise ValueError("there is one class only: no negative pair; choose a label with at least two values")
+    return positives, n * (n - 1) // 2 - positives
+
+
+def count_classes(space, order, sizes, bins, apart, threads, advance):
+    """Histograms of positive and negative pairs: counts[0] (2, Σ bins) of all; apart: counts[1 + c] of those with a
+    picture of class c. order (n,): rows sorted by class."""
+    n = len(order)
+    start, end = np.repeat(np.cumsum(sizes) - sizes, sizes), np.repeat(np.cumsum(sizes), sizes)
+    groups = np.repeat(np.arange(len(sizes)), sizes) if apart else np.zeros(n, np.int64)
+    later = np.array([np.arange(1, n + 1), end, np.full(n, n)])   # each pair once: with what follows
+    counts = count_pairs(space, order, later, groups, bins, threads, advance)
+    total = counts.sum(0, keepdims=True)
+    if apart:
+        before = np.array([np.zeros(n, np.int64), np.zeros(n, np.int64), start])
+        counts[:, 1] += count_pairs(space, order, before, groups, bins, threads, advance)[:, 1]
+    return np.concatenate([total, counts]) if apart else total
+
+
+def permuted_divergence(space, sizes, counted, histograms, permutations, seed, threads, advance):
+    """{bins: mean JSD over permutations of the labels}; nan without. Their negatives are all pairs − positives."""
+    n = int(sizes.sum())
+    end = np.repeat(np.cumsum(sizes), sizes)
+    ranges, drawn = np.array([np.arange(1, n + 1), end, end]), {b: [] for b in histograms}
+    for i in range(permutations):                         # the same sizes of classes, filled at random
+        order = np.random.default_rng([seed, 1, i]).permutation(n)
+        counts = count_pairs(space, order, ranges, np.zeros(n, np.int64), counted, threads, advance)
+        for b, (p, _) in split_bins(counts[0], counted, histograms).items():
+            drawn[b].append(float(jensen_shannon(p, histograms[b].sum(0) - p)))
+    return {b: float(np.mean(values)) if values else float("nan") for b, values in drawn.items()}
 
 
 def check_arguments(x, labels, bins, recall, permutations, seed, threads):
@@ -413,10 +428,13 @@ def axes(draw, box, title, x_ticks, y_ticks, x_label, y_label, scale):
     draw.text(((left + right) / 2, bottom + 54), x_label, (0, 0, 0), small, anchor="mt")
 
 
-def legend(draw, right, top, entries):
-    """Coloured words above the panel, where no curve can be: one below the other, flush right."""
-    for row, (colour, text) in enumerate(entries):
-        draw.text((right, top - 20 - 34 * (len(entries) - 1 - row)), text, colour, font(26), anchor="rs")
+def legend(draw, right, top, rows):
+    """Two rows of coloured words above the panel, where no curve can be, flush right."""
+    for row, entries in enumerate(rows):
+        at = right
+        for colour, text in reversed(entries):
+            draw.text((at, top - 54 + 34 * row), text, colour, font(26), anchor="rs")
+            at -= draw.textlength(text, font(26)) + 30
 
 
 def draw_histograms(image, box, title, y_label, positive, negative, unit, entries):
@@ -453,47 +471,51 @@ def pairs_figure(results, bins):
         unit, word = next((u, w) for u, w in ((1e9, "billion pairs"), (1e6, "million pairs"), (1e3, "thousand pairs"),
                                               (1, "pairs")) if most >= u)
         draw_histograms(image, (110, top, 860, top + 400), f"{name}: before normalising", f"{word} in a bin", positive,
-                        negative, unit, [(RED, f"{score.positive_pairs:,} positive pairs"),
-                                         (BLUE, f"{score.negative_pairs:,} negative pairs")])
+                        negative, unit, [[(RED, f"{score.positive_pairs:,} positive pairs")],
+                                         [(BLUE, f"{score.negative_pairs:,} negative pairs")]])
         draw_histograms(image, (1010, top, 1760, top + 400), f"normalised by area: JSD {score.jsd[bins]:.3f}",
                         f"share in each of {bins:,} bins", positive / positive.sum(), negative / negative.sum(), 1.0,
-                        [(RED, f"positive mean {score.positive_mean:.3f}"),
-                         (BLUE, f"negative mean {score.negative_mean:.3f}")])
+                        [[(RED, f"positive mean {score.positive_mean:.3f}")],
+                         [(BLUE, f"negative mean {score.negative_mean:.3f}")]])
     return png(image)
 
 
-def class_figure(name, curves, numbers):
-    """How the metrics depend on the number of classes: mean and standard deviation over the subsets -> PNG bytes.
-
-    curves: {metric: [values of the subsets of so many classes, …]}; on the right relative to the fewest classes.
-    """
-    from PIL import Image, ImageDraw
-    image = Image.new("RGBA", (1800, 640), "white")
-    draw, colours = ImageDraw.Draw(image), (RED, BLUE, GREEN)
+def draw_curves(draw, box, title, y_label, curves, numbers, relative):
+    """Mean and standard deviation of each metric over the subsets against the number of classes (logarithmic)."""
+    left, top, right, bottom = box
     means = {metric: np.array([np.mean(v) for v in values]) for metric, values in curves.items()}
-    highest = max(float(np.nanmax(np.divide(m, m[0]))) for m in means.values() if m[0] > 0)
-    for box, relative, high in (((110, 130, 860, 530), False, 1.0), ((1010, 130, 1760, 530), True, highest * 1.05)):
-        left, top, right, bottom = box
+    if relative:
+        means = {metric: m / m[0] for metric, m in means.items() if m[0] > 0 and metric != PERMUTED}
+    high = max([1.0, *(float(m.max()) for m in means.values())]) * (1.05 if relative else 1.0)
 
-        def scale(x, y):
-            x = np.log(x / numbers[0]) / max(np.log(numbers[-1] / numbers[0]), 1e-9) if x else 0
-            return left + 20 + x * (right - left - 40), bottom - y / high * (bottom - top)
+    def scale(x, y):
+        x = np.log(x / numbers[0]) / max(np.log(numbers[-1] / numbers[0]), 1e-9) if x else 0
+        return left + 20 + x * (right - left - 40), bottom - y / high * (bottom - top)
 
-        for colour, (metric, values) in zip(colours, curves.items()):
-            base = means[metric][0] if relative else 1.0
-            if base > 0:
-                points = [scale(k, m / base) for k, m in zip(numbers, means[metric])]
-                draw.line(points, colour, 4)
-                for k, v, (x, y) in zip(numbers, values, points):
-                    low, up = (scale(k, np.mean(v) + side * np.std(v))[1] for side in (-1, 1))
-                    if not relative:
-                        draw.line([(x, max(up, top)), (x, min(low, bottom))], colour, 2)
-                    draw.ellipse([x - 7, y - 7, x + 7, y + 7], colour)
-        title = "relative to the fewest classes" if relative else f"{name}: random subsets of classes"
-        axes(draw, box, title, [(k, f"{k}") for k in numbers], nice_ticks(high), "classes",
-             "mean over the subsets" + ("" if relative else " ± standard deviation"), scale)
-        if not relative:
-            legend(draw, right, top, list(zip(colours, curves)))
+    for colour, (metric, values) in zip((RED, BLUE, GREEN, GREY), curves.items()):
+        points = [scale(k, m) for k, m in zip(numbers, means.get(metric, []))]
+        draw.line(points, colour, 4)
+        for v, m, (x, y) in zip(values, means.get(metric, []), points):
+            draw.ellipse([x - 7, y - 7, x + 7, y + 7], colour)
+            if not relative:
+                low, up = (scale(0, min(max(m + side * np.std(v), 0), high))[1] for side in (-1, 1))
+                draw.line([(x, up), (x, low)], colour, 2)
+    axes(draw, box, title, [(k, f"{k:,}") for k in numbers], nice_ticks(high), "classes", y_label, scale)
+
+
+def class_figure(results, numbers):
+    """For each (name, curves as of subset_curves()): how the metrics depend on the number of classes -> PNG bytes."""
+    from PIL import Image, ImageDraw
+    image = Image.new("RGBA", (1800, 640 * len(results)), "white")
+    draw = ImageDraw.Draw(image)
+    for row, (name, curves) in enumerate(results):
+        top, name = 640 * row + 130, name if len(name) <= 22 else "..." + name[-19:]
+        draw_curves(draw, (110, top, 860, top + 400), name, "random subsets of classes, mean ± s.d.", curves, numbers,
+                    False)
+        draw_curves(draw, (1010, top, 1760, top + 400), "relative to the fewest classes", "mean over the subsets",
+                    curves, numbers, True)
+        entries = list(zip((RED, BLUE, GREEN, GREY), curves))
+        legend(draw, 860, top, [entries[:3], entries[3:]])
     return png(image)
 
 
@@ -596,7 +618,9 @@ def print_aligned(lines):
 def subset_curves(results, numbers, bins, recall):
     """{metric: [values of the subsets of numbers[0] classes, …]} of one embedding."""
     metrics = {"JSD": lambda s: s.jsd[bins], f"Recall@{recall}": lambda s: s.recall[recall],
-               "MAP@R": lambda s: s.map_at_r}
+               "MAP@R": lambda s: s.map_at_r, PERMUTED: lambda s: s.jsd_null[bins]}
+    if np.isnan(results[0].score.jsd_null[bins]):
+        del metrics[PERMUTED]
     return {name: [[metric(r.score) for r in results if r.subset == k] for k in numbers]
             for name, metric in metrics.items()}
 
@@ -609,7 +633,8 @@ def print_subsets(name, curves, numbers):
         lines.append([f"{k}"] + [f"{np.mean(v[i]):.4f} ± {np.std(v[i]):.4f}" for v in curves.values()])
     with np.errstate(divide="ignore", invalid="ignore"):
         change = [np.divide(np.mean(v[-1]), np.mean(v[0])) - 1 for v in curves.values()]
-    lines.append([f"{numbers[0]} to {numbers[-1]}"] + [f"{c:+.1%}" for c in change])
+    lines.append([f"{numbers[0]} to {numbers[-1]}"] + [f"{c:+.1%}" for c in change[:3]])
+    lines[-1] += [""] * (len(curves) - 3)
     print_aligned(lines)
 
 
@@ -650,8 +675,8 @@ def write_outputs(arguments, results, bins, recall, numbers):
         data.write_file(arguments.figure, pairs_figure([(r.name, r.score) for r in whole], bins[0]))
     if arguments.class_figure:
         data.write_file(arguments.class_figure, class_figure(
-            results[0].name, subset_curves([r for r in results if r.name == results[0].name], numbers, bins[0],
-                                           recall[0]), numbers))
+            [(r.name, subset_curves([s for s in results if s.name == r.name], numbers, bins[0], recall[0]))
+             for r in whole], numbers))
 
 
 def say(kind, text):

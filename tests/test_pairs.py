@@ -451,7 +451,7 @@ def test_every_option(files, run_script):
         ("recall_at_1", "", "bootstrap"), ("recall_at_10", "", "bootstrap"), ("r_precision", "", "bootstrap"),
         ("map_at_r", "", "bootstrap"), ("jsd", "20", "jackknife"), ("jsd", "40", "jackknife")]
     assert all(float(r["low"]) <= float(r["value"]) <= float(r["high"]) for r in intervals)
-    for option, rows in (("figure", 3), ("class-figure", 1)):
+    for option, rows in (("figure", 3), ("class-figure", 3)):
         with Image.open(names[option]) as image:
             assert image.size == (1800, 640 * rows)
             assert len(image.convert("RGB").getcolors(1 << 24)) > 20
