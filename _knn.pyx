@@ -787,9 +787,8 @@ def pair_histogram(const float[:, ::1] products, ptrdiff_t first_row, ptrdiff_t 
 
 
 cdef float margin_of(double bound, ptrdiff_t bins) noexcept nogil:
-    """The error bound in bins, with to_bins()'s own two roundings; 2 (all is open) where it reaches half a bin."""
-    cdef double margin = 0.5 * bins * (1.01 * bound + 4.0 * 2.0 ** -24) + 1e-6
-    return <float>margin if margin < 0.49 else <float>2.0
+    """The error bound in bins, with to_bins()'s own two roundings. From half a bin on everything is open."""
+    return <float>(0.5 * bins * (1.01 * bound + 4.0 * 2.0 ** -24) + 1e-6)
 
 
 cdef void flush(uint32_t[:, :, ::1] histogram, const int64_t[::1] bins, int64_t *counts,

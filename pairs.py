@@ -594,7 +594,7 @@ def print_table(results, bins, recall):
                         ("negative pairs", "negative_pairs")):
         lines.append([name] + [f"{getattr(s, field):,}" for s in scores])
     for name, field in (("positive mean", "positive_mean"), ("negative mean", "negative_mean")):
-        lines.append([name] + [f"{getattr(s, field):.4f}" for s in scores])
+        lines.append([name] + [f"{round(getattr(s, field), 4) + 0.0:.4f}" for s in scores])   # never −0.0000
     for b in bins:
         lines.append([f"JSD, {b:,} bins"] + [cell(s.jsd[b], s.intervals.get(("jsd", b))) for s in scores])
         lines.append(["  labels permuted"] + [cell(s.jsd_null[b], None) for s in scores])

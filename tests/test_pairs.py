@@ -249,13 +249,13 @@ def test_products_may_be_as_wrong_as_their_bound():
     expected = pairs.count_pairs_numpy(space, position, ranges, value, [200, 30])
     ranked = pairs.rank_queries_numpy(space, value, position, relevant, 4)
     exact = space.unit.astype(np.float64) @ space.unit.T
-    for _ in range(4):
-        products = (exact + rng.choice([-0.8, 0.0, 0.8], exact.shape) * space.bound).astype(np.float32)
+    for bound in (space.bound, 1e-4, 1e-3, 0.04):            # beyond the true one: many pairs beside edges; bins open
+        products = (exact + rng.choice([-0.98, 0.0, 0.98], exact.shape) * (bound - 2e-7)).astype(np.float32)
         counts = np.zeros_like(expected)
-        knn.pair_histogram(products, 0, 0, ranges, value, position, x, space.norms, space.bound, np.array([200, 30]), counts)
+        knn.pair_histogram(products, 0, 0, ranges, value, position, x, space.norms, bound, np.array([200, 30]), counts)
         np.testing.assert_array_equal(counts, expected)
         got = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n)
-        knn.rank_hits(products, position, np.full(n, space.bound), x, space.norms, np.zeros(n, np.float32),
+        knn.rank_hits(products, position, np.full(n, bound), x, space.norms, np.zeros(n, np.float32),
                       value.astype(np.int32), relevant, 4, *got)
         for a, b in zip(got, ranked):
             np.testing.assert_array_equal(a, b)
@@ -293,6 +293,18 @@ def test_jsd_null_falls_as_positives_grow():
     # Labels that mean nothing: the JSD itself is no farther from 0 than its null.
     score = pair_scores(rng.standard_normal((600, 8)).astype(np.float32), np.arange(600) % 150)
     assert score.jsd[200] == pytest.approx(score.jsd_null[200], rel=0.25)
+
+
+def test_jsd_null_against_labels_permuted_literally():
+    rng = np.random.default_rng(13)
+    x, labels = rng.standard_normal((50, 3)).astype(np.float32), np.sort(rng.integers(0, 9, 50))
+    expected = []
+    for i in range(4):
+        permuted = np.empty(50, int)
+        permuted[np.random.default_rng([7, 1, i]).permutation(50)] = labels
+        positive, negative, *_ = reference(x, permuted, 20, (1,))
+        expected.append(jensenshannon(positive, negative, base=2) ** 2)
+    assert pair_scores(x, labels, bins=(20,), permutations=4, seed=7).jsd_null[20] == pytest.approx(np.mean(expected))
 
 
 def test_separated_and_collapsed_classes():
