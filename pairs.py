@@ -201,7 +201,6 @@ def rank_queries(space, value, relevant, neighbours, threads, progress=None):
     rows = max(1, min(256, RANKED_BYTES // (4 * n), -(-n // threads)))
     first, hits, precision = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n)
     value, offset, bounds = value.astype(np.int32), np.zeros(n, np.float32), np.full(n, space.bound)
-    candidates = np.ascontiguousarray(space.unit.T)
 
     def rank(start):
         q = np.arange(start, min(start + rows, n))
@@ -209,7 +208,7 @@ def rank_queries(space, value, relevant, neighbours, threads, progress=None):
         if _knn is None:
             first[part], hits[part], precision[part] = rank_queries_numpy(space, value, q, relevant[part], neighbours)
         elif relevant[part].any():
-            products = np.matmul(space.unit[part], candidates)
+            products = np.matmul(space.unit[part], space.unit.T)
             _knn.rank_hits(products, q, bounds[part], space.x, space.norms, offset, value, relevant[part], neighbours,
                            first[part], hits[part], precision[part])
         else:
