@@ -159,7 +159,7 @@ def jensen_shannon(p, q):
 
 
 def pair_means(space, order, value, sizes):
-    """Mean inner products of positive and of negative pairs, from vector sums: Σ_{i<j} u_i·u_j = (‖Σ u‖² − Σ ‖u‖²) / 2."""
+    """Mean inner products of positive and negative pairs, from vector sums: Σ_{i<j} u_i·u_j = (‖Σ u‖² − Σ ‖u‖²) / 2."""
     (n, m), step = space.x.shape, max(1, (1 << 20) // space.x.shape[1])
     sums, squares = np.zeros((len(sizes), m)), 0.0
     for start in range(0, n, step):
@@ -193,7 +193,7 @@ def rank_queries_numpy(space, value, queries, relevant, neighbours):
 
 
 def rank_queries(space, value, relevant, neighbours, threads, progress=None):
-    """For each row: rank of its nearest positive (0: not among the first), hits among its R nearest, Σ Precision@k · p(k).
+    """For each row: rank of its nearest positive (0: not seen), hits among its R nearest, Σ Precision@k · p(k).
 
     value (n,) int: classes; relevant (n,): R. Neighbours by cosine distance, equal ones by smaller index; exact.
     """
@@ -353,7 +353,8 @@ def check_arguments(x, labels, bins, recall, permutations, seed, threads):
             raise ValueError(f"{name} is empty; expected at least one number")
         for v in values:
             if v < least or most and v > most:
-                raise ValueError(f"{name} is {v}; expected at least {least}" + (f" and at most {most:,}" if most else ""))
+                above = f" and at most {most:,}" if most else ""
+                raise ValueError(f"{name} is {v}; expected at least {least}{above}")
 
 
 def bootstrap(each, value, asked, seed, resamples=BOOTSTRAP):
@@ -536,14 +537,14 @@ def parse_arguments(argv):
                         "a row each, in one pass (default: 200; the paper does not state its own)")
     parser.add_argument("--recall", default="1,2,4,8", metavar="K[,K]", help="the K's of Recall@K (default: 1,2,4,8; "
                         "1,10,100,1000 is usual for SOP)")
-    parser.add_argument("--permutations", type=int, default=10, metavar="N", help="of the labels, for jsd_null: what the "
-                        "JSD would be if labels meant nothing, which is not 0 with few pairs (default: 10; 0: none)")
-    parser.add_argument("--train", nargs=2, metavar=("EMB.npy", "LABELS.csv"), help="the training split beside: rows of "
-                        "its own and a column `split`; a JSD above the test split's is overfitting")
+    parser.add_argument("--permutations", type=int, default=10, metavar="N", help="of the labels, for jsd_null: what "
+                        "the JSD would be if labels meant nothing, which is not 0 with few pairs (default: 10; 0: none)")
+    parser.add_argument("--train", nargs=2, metavar=("EMB.npy", "LABELS.csv"), help="the training split beside: rows "
+                        "of its own and a column `split`; a JSD above the test split's is overfitting")
     parser.add_argument("--classes", metavar="N[,N]", help="also random subsets of so many classes (of two pictures or "
                         "more): does a metric depend on their number?")
     parser.add_argument("--repeats", type=int, default=10, metavar="N", help="subsets for each number (default: 10)")
-    parser.add_argument("--out", metavar="FILE.csv", help="a row for each embedding file, split, subset and number of bins")
+    parser.add_argument("--out", metavar="FILE.csv", help="a row for each embedding file, subset and number of bins")
     parser.add_argument("--histograms", metavar="FILE.csv", help="the counts of every bin")
     parser.add_argument("--intervals", metavar="FILE.csv", help="95%% intervals over classes, printed too: bootstrap "
                         "percentiles for means over queries, delete-one-class jackknife for the JSD; twice the time")
@@ -638,7 +639,7 @@ def print_subsets(name, curves, numbers):
 
 
 def write_outputs(arguments, results, bins, recall, numbers):
-    """The CSV files and figures that were asked for, each whole or not at all."""
+    """The CSV files and Fig. 1 where they were asked for, each whole or not at all."""
     import data
     known = any(r.sidecar.get("loss") is not None for r in results)
     front = ["loss", "fold"] * known + ["split"] * bool(arguments.train)
@@ -658,7 +659,8 @@ def write_outputs(arguments, results, bins, recall, numbers):
                r.score.jsd_null[b] if arguments.permutations else None, b, *r.score.recall.values(),
                r.score.r_precision, r.score.map_at_r] for r in results for b in bins])
     if arguments.histograms:
-        data.write_table(arguments.histograms, front + ["embeddings", "label", "bins", "low", "high", "positive", "negative"], [
+        header = front + ["embeddings", "label", "bins", "low", "high", "positive", "negative"]
+        data.write_table(arguments.histograms, header, [
             begin(r) + [r.file, arguments.label, b, 2 * i / b - 1, 2 * (i + 1) / b - 1, int(p), int(q)]
             for r in whole for b in bins for i, (p, q) in enumerate(zip(*r.score.histograms[b]))])
     if arguments.intervals:
@@ -672,10 +674,6 @@ def write_outputs(arguments, results, bins, recall, numbers):
             for r in whole for (name, k), (low, high) in r.score.intervals.items()])
     if arguments.figure:
         data.write_file(arguments.figure, pairs_figure([(r.name, r.score) for r in whole], bins[0]))
-    if arguments.class_figure:
-        data.write_file(arguments.class_figure, class_figure(
-            [(r.name, subset_curves([s for s in results if s.name == r.name], numbers, bins[0], recall[0]))
-             for r in whole], numbers))
 
 
 def say(kind, text):
@@ -713,54 +711,74 @@ def check_options(arguments, bins, recall, numbers):
             raise ValueError(f"{name} is {min(values)}; expected at least {least}")
 
 
-def run(arguments):
+def list_jobs(arguments):
+    """[(embeddings file, labels file, name, split)]: what the rows and columns of the outputs are."""
+    names = short_names(arguments.embeddings)
+    if arguments.train:
+        names = ["test"] if len(names) == 1 else [f"{name}, test" for name in names]
+    jobs = [(file, arguments.labels_csv, name, "test") for file, name in zip(arguments.embeddings, names)]
+    return jobs + ([(*arguments.train, "train", "train")] if arguments.train else [])
+
+
+def score_file(file, table, name, split, arguments, bins, recall, numbers):
+    """The Results of one embedding: of all classes first, then of the subsets."""
     import data
     from tqdm import tqdm
+    x, labels = read_split(file, table, arguments.label)
+    enough = int((np.unique(labels, return_counts=True)[1] > 1).sum())
+    if numbers and numbers[-1] > enough:
+        raise ValueError(f"--classes {numbers[-1]}: {table} has {enough:,} classes of two or more pictures; "
+                         "ask for no more than these")
+    options = dict(bins=bins, recall=recall, permutations=arguments.permutations, seed=arguments.seed,
+                   threads=arguments.threads)
+    sidecar, subsets = data.read_sidecar(file), list(class_subsets(labels, numbers, arguments.repeats, arguments.seed))
+    with tqdm(total=1.0, desc=name, delay=2, disable=None, leave=False, file=sys.stderr,
+              bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left") as bar:
+        share = 1 / (1 + len(subsets))
+        try:
+            score = pair_scores(x, labels, intervals=bool(arguments.intervals), **options,
+                                progress=lambda done, total: bar.update(done / total * share - bar.n))
+        except ValueError as error:
+            raise ValueError(f"{file}, {arguments.label} of {table}: {error}") from None
+        results = [Result(file, name, split, sidecar, None, None, score)]
+        for k, repeat, rows in subsets:
+            results.append(Result(file, name, split, sidecar, k, repeat, pair_scores(x[rows], labels[rows], **options)))
+            bar.update(share)
+    return results
+
+
+def warnings_for(name, score):
+    """The warnings, a line each."""
+    if score.lone:
+        yield (f"{name}: {score.lone:,} of {score.n:,} pictures are alone in their class: they make no positive pair "
+               "and are no queries")
+    if any(np.isnan(low) for low, _ in score.intervals.values()):
+        yield (f"{name}: without one of its {score.classes:,} classes no positive or no negative pair is left, so the "
+               "JSD has no interval (nan)")
+
+
+def run(arguments):
     bins, recall = whole_numbers("--bins", arguments.bins), whole_numbers("--recall", arguments.recall)
     numbers = sorted(whole_numbers("--classes", arguments.classes)) if arguments.classes else []
     check_options(arguments, bins, recall, numbers)
     if _knn is None:
         say("note", "the extension _knn is not built (pip install .): counting in NumPy, exact but slow")
-    names = short_names(arguments.embeddings)
-    jobs = [(file, arguments.labels_csv, name, "test") for file, name in zip(arguments.embeddings, names)]
-    if arguments.train:
-        jobs += [(*arguments.train, "train", "train")]
-        jobs[:-1] = [(file, table, "test" if len(names) == 1 else f"{name}, test", split)
-                     for file, table, name, split in jobs[:-1]]
-    results, options = [], dict(bins=bins, recall=recall, permutations=arguments.permutations, seed=arguments.seed,
-                                threads=arguments.threads)
-    for file, table, name, split in jobs:
-        x, labels = read_split(file, table, arguments.label)
-        sidecar, enough = data.read_sidecar(file), int((np.unique(labels, return_counts=True)[1] > 1).sum())
-        if numbers and numbers[-1] > enough:
-            raise ValueError(f"--classes {numbers[-1]}: {table} has {enough:,} classes of two or more pictures; "
-                             "ask for no more than these")
-        with tqdm(total=1.0, desc=name, delay=2, disable=None, leave=False, file=sys.stderr,
-                  bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left") as bar:
-            subsets = list(class_subsets(labels, numbers, arguments.repeats, arguments.seed))
-            share = 1 / (1 + len(subsets))
-            try:
-                score = pair_scores(x, labels, intervals=bool(arguments.intervals), **options,
-                                    progress=lambda done, total: bar.update(done / total * share - bar.n))
-            except ValueError as error:
-                raise ValueError(f"{file}, {arguments.label} of {table}: {error}") from None
-            results.append(Result(file, name, split, sidecar, None, None, score))
-            for k, repeat, rows in subsets:
-                results.append(Result(file, name, split, sidecar, k, repeat,
-                                      pair_scores(x[rows], labels[rows], **options)))
-                bar.update(share)
-        if score.lone:
-            say("warning", f"{name}: {score.lone:,} of {score.n:,} pictures are alone in their class: they make no "
-                "positive pair and are no queries")
-        if any(np.isnan(low) for low, _ in score.intervals.values()):
-            say("warning", f"{name}: without one of its {score.classes:,} classes no positive or no negative pair is "
-                "left, so the JSD has no interval (nan)")
+    results = []
+    for job in list_jobs(arguments):
+        results += score_file(*job, arguments, bins, recall, numbers)
     whole = [r for r in results if r.subset is None]
+    for r in whole:
+        for warning in warnings_for(r.name, r.score):
+            say("warning", warning)
+    curves = [(r.name, subset_curves([s for s in results if s.name == r.name], numbers, bins[0], recall[0]))
+              for r in whole if numbers]
     write_outputs(arguments, results, bins, recall, numbers)
+    if arguments.class_figure:
+        import data
+        data.write_file(arguments.class_figure, class_figure(curves, numbers))
     print_table(whole, bins, recall)
-    for r in whole if numbers else []:
-        print_subsets(r.name, subset_curves([s for s in results if s.name == r.name], numbers, bins[0], recall[0]),
-                      numbers)
+    for name, curve in curves:
+        print_subsets(name, curve, numbers)
 
 
 def main(argv=None):
