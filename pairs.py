@@ -540,14 +540,16 @@ def parse_arguments(argv):
     parser.add_argument("--permutations", type=int, default=10, metavar="N", help="of the labels, for jsd_null: what "
                         "the JSD would be if labels meant nothing, which is not 0 with few pairs (default: 10; 0: none)")
     parser.add_argument("--train", nargs=2, metavar=("EMB.npy", "LABELS.csv"), help="the training split beside: rows "
-                        "of its own and a column `split`; a JSD above the test split's is overfitting")
+                        "of its own and a column `split`; the paper reads a JSD above the test split's as "
+                        "overfitting")
     parser.add_argument("--classes", metavar="N[,N]", help="also random subsets of so many classes (of two pictures or "
                         "more): does a metric depend on their number?")
     parser.add_argument("--repeats", type=int, default=10, metavar="N", help="subsets for each number (default: 10)")
     parser.add_argument("--out", metavar="FILE.csv", help="a row for each embedding file, subset and number of bins")
     parser.add_argument("--histograms", metavar="FILE.csv", help="the counts of every bin")
     parser.add_argument("--intervals", metavar="FILE.csv", help="95%% intervals over classes, printed too: bootstrap "
-                        "percentiles for means over queries, delete-one-class jackknife for the JSD; twice the time")
+                        "percentiles for means over queries, delete-one-class jackknife for the JSD; counts all pairs "
+                        "twice")
     parser.add_argument("--figure", metavar="FILE.png", help="the histograms before and after normalising (Fig. 1)")
     parser.add_argument("--class-figure", metavar="FILE.png", help="the metrics against the number of classes")
     parser.add_argument("--seed", type=int, default=0, help="of permutations, subsets and bootstrap (default: 0)")
