@@ -247,6 +247,51 @@ cdef extern from *:
         }
     }
 
+    /* Inner products in -1 .. 1 -> bins 0 .. bins - 1 of equal width, 1 in the last; `bins` itself where the rounding
+       error (margin, in bins) leaves two of them open. half = bins / 2; beyond the outermost edges nothing is open. */
+    CLONES static void to_bins(const float *product, ptrdiff_t n, float half, float margin, int16_t *key)
+    {
+        const float top = 2.0f * half - 0.5f, other = 1.0f - margin;
+        const int32_t open = (int32_t)(2.0f * half);
+        for (ptrdiff_t i = 0; i < n; i++) {
+            float x = product[i] * half + half;
+            x = x < 0.5f ? 0.5f : x;
+            x = x > top ? top : x;
+            const int32_t bin = (int32_t)x;
+            const float part = x - (float)bin;
+            key[i] = (int16_t)((part < margin) | (part > other) ? open : bin);
+        }
+    }
+
+    /* Few bins are hit again and again: eight histograms side by side, so that no store waits for the one before. */
+    #define COPIES 8
+    static void add_bins(const int16_t *key, ptrdiff_t n, uint32_t *histogram, ptrdiff_t stride)
+    {
+        uint32_t *h0 = histogram, *h1 = h0 + stride, *h2 = h1 + stride, *h3 = h2 + stride;
+        uint32_t *h4 = h3 + stride, *h5 = h4 + stride, *h6 = h5 + stride, *h7 = h6 + stride;
+        ptrdiff_t i = 0;
+        for (; i + 8 <= n; i += 8) {
+            uint64_t a, b;
+            memcpy(&a, key + i, 8);
+            memcpy(&b, key + i + 4, 8);
+            h0[a & 0xffff]++;
+            h1[a >> 16 & 0xffff]++;
+            h2[a >> 32 & 0xffff]++;
+            h3[a >> 48]++;
+            h4[b & 0xffff]++;
+            h5[b >> 16 & 0xffff]++;
+            h6[b >> 32 & 0xffff]++;
+            h7[b >> 48]++;
+        }
+        for (; i < n; i++) h0[key[i]]++;
+    }
+
+    /* The summands of an inner product of normalised rows; unit is the first row, normalised already. */
+    CLONES static void unit_products(const double *unit, const float *b, double norm, ptrdiff_t m, double *term)
+    {
+        for (ptrdiff_t j = 0; j < m; j++) term[j] = unit[j] * ((double)b[j] / norm);
+    }
+
     typedef struct { double distance; int64_t index; } item_t;
 
     static inline int item_less(item_t a, item_t b)
@@ -279,6 +324,10 @@ cdef extern from *:
     bint has_avx512() noexcept nogil
     void squared_differences(const float *a, const float *b, ptrdiff_t m, double *term) noexcept nogil
     double pairwise_sum(const double *a, ptrdiff_t n) noexcept nogil
+    const int COPIES
+    void to_bins(const float *product, ptrdiff_t n, float half, float margin, int16_t *key) noexcept nogil
+    void add_bins(const int16_t *key, ptrdiff_t n, uint32_t *histogram, ptrdiff_t stride) noexcept nogil
+    void unit_products(const double *unit, const float *b, double norm, ptrdiff_t m, double *term) noexcept nogil
     bint item_less(item_t a, item_t b) noexcept nogil
     int compare_items(const void *a, const void *b) noexcept nogil
 
@@ -670,3 +719,186 @@ cdef void nearest_row(const Space *space, const float *product, ptrdiff_t query,
     for i in range(rank):
         indices[b, i] = item[i].index
         distances[b, i] = item[i].distance
+
+
+# ---------------------------------------------------------------- pairs: histograms and rankings (pairs.py)
+
+def pair_histogram(const float[:, ::1] products, ptrdiff_t first_row, ptrdiff_t first_column,
+                   const int64_t[:, ::1] ranges, const int64_t[::1] groups, const int64_t[::1] order,
+                   const float[:, ::1] x, const double[::1] norms, double bound, const int64_t[::1] bins,
+                   int64_t[:, :, ::1] counts):
+    """Add one tile of pairs to histograms of their inner products, exactly.
+
+    The bin of rows a and b is min(floor((s + 1) · (bins / 2)), bins − 1), at least 0, with s NumPy's float64
+    ((a / ‖a‖) * (b / ‖b‖)).sum(): what the float32 product leaves open within its error bound is evaluated so.
+
+    products   (B, T) float32   normalised rows at positions first_row … · those at first_column …
+    ranges     (3, n) int64     of a position p: begin, split, end; columns begin <= q < split go to counts[:, 0],
+                                split <= q < end to counts[:, 1]
+    groups     (n,)   int64     ascending: position p counts in counts[groups[p] − groups[first_row]]
+    order      (n,)   int64     position p holds row order[p] of
+    x          (n, m) float32   the embeddings as they came; norms (n,) float64
+    bound      |float32 product − s| is at most this
+    bins       (k,)   int64     1 … 32,000 each; counts (groups of the tile, 2, sum of bins) int64, added to
+    """
+    cdef ptrdiff_t rows = products.shape[0], columns = products.shape[1], m = x.shape[1], kinds = bins.shape[0]
+    cdef ptrdiff_t slots = 0, width = 0, r, p, k, i, j, low, high, split, found = 0, group = groups[first_row], at
+    cdef bint avx512 = AVX512, ready
+    cdef double s
+    for k in range(kinds):
+        slots += bins[k] + 1                  # the last slot of each: left open
+        width += bins[k]
+    cdef uint32_t[:, :, ::1] histogram = np.zeros((2, COPIES, slots), np.uint32)
+    cdef int16_t[::1] key = np.empty(columns + 64, np.int16)
+    cdef int32_t[::1] index = np.empty(columns + 64, np.int32)
+    cdef double[::1] unit = np.empty(m), term = np.empty(m)
+    with nogil:
+        for r in range(rows):
+            p = first_row + r
+            if groups[p] != group:
+                flush(histogram, bins, &counts[group - groups[first_row], 0, 0], width)
+                group = groups[p]
+            low = max(ranges[0, p] - first_column, 0)
+            high = min(ranges[2, p] - first_column, columns)
+            split = min(max(ranges[1, p] - first_column, low), high)
+            if low >= high:
+                continue
+            ready, at = False, 0
+            for k in range(kinds):
+                to_bins(&products[r, low], high - low, <float>(0.5 * bins[k]), margin_of(bound, bins[k]), &key[0])
+                add_bins(&key[0], split - low, &histogram[0, 0, at], slots)
+                add_bins(&key[split - low], high - split, &histogram[1, 0, at], slots)
+                scan(&key[0], NULL, NULL, high - low, <int16_t>bins[k], <int16_t>bins[k], 0, &index[0], &found, avx512)
+                for i in range(found):
+                    for j in range(0, m, 16):
+                        PREFETCH(&x[order[first_column + low + index[i]], j])
+                if found and not ready:
+                    for j in range(m):
+                        unit[j] = <double>x[order[p], j] / norms[order[p]]
+                    ready = True
+                for i in range(found):
+                    j = order[first_column + low + index[i]]
+                    unit_products(&unit[0], &x[j, 0], norms[j], m, &term[0])
+                    s = (pairwise_sum(&term[0], m) + 1.0) * (0.5 * bins[k])
+                    j = min(max(<ptrdiff_t>s, 0), bins[k] - 1)            # s > −1: truncation is floor after clipping
+                    histogram[0 if index[i] < split - low else 1, 0, at + j] += 1
+                at += bins[k] + 1
+        flush(histogram, bins, &counts[group - groups[first_row], 0, 0], width)
+
+
+cdef float margin_of(double bound, ptrdiff_t bins) noexcept nogil:
+    """The error bound in bins, with to_bins()'s own two roundings. From half a bin on everything is open."""
+    return <float>(0.5 * bins * (1.01 * bound + 4.0 * 2.0 ** -24) + 1e-6)
+
+
+cdef void flush(uint32_t[:, :, ::1] histogram, const int64_t[::1] bins, int64_t *counts,
+                ptrdiff_t width) noexcept nogil:
+    """Add the copies to counts (2, width) and clear them; what was left open has been counted meanwhile."""
+    cdef ptrdiff_t side, copy, k, b, at, to
+    for side in range(2):
+        for copy in range(COPIES):
+            at = to = 0
+            for k in range(bins.shape[0]):
+                for b in range(bins[k]):
+                    counts[side * width + to + b] += histogram[side, copy, at + b]
+                at += bins[k] + 1
+                to += bins[k]
+    memset(&histogram[0, 0, 0], 0, 2 * COPIES * histogram.shape[2] * sizeof(uint32_t))
+
+
+def rank_hits(const float[:, ::1] products, const int64_t[::1] queries, const double[::1] bounds,
+              const float[:, ::1] x, const double[::1] norms, const float[::1] offset, const int32_t[::1] values,
+              const int64_t[::1] relevant, int64_t neighbours,
+              int64_t[::1] first, int64_t[::1] hits, double[::1] precision):
+    """Each query's candidates in order of cosine distance (ties by index): where those of its value stand.
+
+    values     (n,) int32     classes; relevant (B,) int64: R, the other rows of the query's class
+    neighbours                look at max(R, neighbours) candidates at least
+    first      (B,) int64     rank of the nearest hit among these, from 1; 0: none
+    hits       (B,) int64     among the R nearest
+    precision  (B,) float64   Σ_{k=1..R} Precision@k · p(k), not yet divided by R
+    Other arguments as count_hits(). No list is kept: memory does not grow with R.
+    """
+    cdef Space space = make_space(x, norms, offset, 2)
+    cdef ptrdiff_t n = space.n, m = space.m, b
+    cdef int16_t[::1] key = np.empty(n, np.int16)
+    cdef uint32_t[::1] above = np.empty(BINS, np.uint32)
+    cdef int32_t[::1] index = np.empty(n + 64, np.int32)
+    cdef double[::1] item = np.empty(2 * n, np.float64), term = np.empty(m), unit = np.empty(m)
+    cdef Row row
+    row.key, row.above, row.index, row.item, row.term = &key[0], &above[0], &index[0], <item_t *>&item[0], &term[0]
+    with nogil:
+        for b in range(products.shape[0]):
+            first[b], hits[b], precision[b] = 0, 0, 0.0
+            if relevant[b] == 0:
+                continue
+            row.product, row.query, row.bound = &products[b, 0], queries[b], bounds[b]
+            rank_row(&space, &row, min(max(relevant[b], neighbours), n - 1), relevant[b], &values[0], &unit[0],
+                     &first[b], &hits[b], &precision[b])
+
+
+cdef void rank_row(const Space *space, Row *row, int64_t depth, int64_t relevant, const int32_t *values, double *unit,
+                   int64_t *first, int64_t *hits, double *precision) noexcept nogil:
+    cdef ptrdiff_t certain, found = 0, i, j, begin, m = space.m
+    cdef int64_t unused = 0, right = 0
+    cdef int16_t threshold = 0
+    cdef bint mixed, ready = False
+    cdef int32_t value = values[row.query]
+    start(space, row, <uint32_t>depth)
+    certain = depth - resolve(space, row, depth, NULL, NULL, 0, &threshold, &unused)
+    for i in range(depth - certain):
+        j = row.index[i]
+        row.item[certain + i].index = j
+        row.item[certain + i].distance = -<double>(row.product[j] + space.offset[j])
+    if certain:                               # a counting sort: `above` says where a bin's items begin
+        scan(row.key, NULL, NULL, space.n, <int16_t>(threshold + 1), 32766, 0, row.index, &found, space.avx512)
+        for i in range(found):
+            j = row.index[i]
+            begin = row.above[(row.key[j] + 32768) >> BIN_SHIFT]
+            row.above[(row.key[j] + 32768) >> BIN_SHIFT] += 1
+            row.item[begin].index = j
+            row.item[begin].distance = -<double>(row.product[j] + space.offset[j])
+    order_items(row.item, depth)
+    begin = 0
+    while begin < depth:                      # runs that float32 can't tell apart; their order matters if they mix
+        i = begin + 1
+        mixed = False
+        while i < depth and row.item[i].distance - row.item[i - 1].distance <= 2.0 * row.bound:
+            mixed |= (values[row.item[i].index] == value) != (values[row.item[begin].index] == value)
+            i += 1
+        if mixed:
+            if not ready:
+                for j in range(m):
+                    unit[j] = <double>space.x[row.query * m + j] / space.aux[row.query]
+                ready = True
+            for j in range(begin, i):
+                found = row.item[j].index
+                unit_products(unit, space.x + found * m, space.aux[found], m, row.term)
+                row.item[j].distance = 1.0 - pairwise_sum(row.term, m)
+            order_items(row.item + begin, i - begin)
+        for j in range(begin, i):
+            if values[row.item[j].index] == value:
+                right += 1
+                if right == 1:
+                    first[0] = j + 1
+                if j < relevant:
+                    hits[0] += 1
+                    precision[0] += <double>right / (j + 1)
+        begin = i
+
+
+cdef void order_items(item_t *item, ptrdiff_t n) noexcept nogil:
+    """Sort items that nearly are: by insertion, and by qsort where that moves too many."""
+    cdef ptrdiff_t i, j, moves = 0
+    cdef item_t one
+    for i in range(1, n):
+        one = item[i]
+        j = i
+        while j > 0 and item_less(one, item[j - 1]):
+            item[j] = item[j - 1]
+            j -= 1
+        item[j] = one
+        moves += i - j
+        if moves > 16 * n:
+            qsort(item, n, sizeof(item_t), compare_items)
+            return
