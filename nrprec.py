@@ -16,12 +16,13 @@ import os
 import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from scipy.special import gammaincc
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 try:
     import _knn
@@ -198,6 +199,12 @@ def count_hits_numpy(space, columns, queries):
     return hits
 
 
+@cache
+def blas_threads():
+    """The BLAS libraries' thread pools, looked up once: Ctrl-C is lost while they are listed."""
+    return ThreadpoolController()
+
+
 def count_blocks(space, columns, queries, threads, memory_mib):
     """Yield (slice of queries, hits (k, block) int32), exact, in no particular order.
 
@@ -229,7 +236,7 @@ def count_blocks(space, columns, queries, threads, memory_mib):
         buffers.append(products)
         return part, hits
 
-    with threadpool_limits(inner), ThreadPoolExecutor(workers) as pool:
+    with blas_threads().limit(limits=inner), ThreadPoolExecutor(workers) as pool:
         starts, waiting = iter(range(0, len(queries), rows)), deque()
         try:
             for start in starts:

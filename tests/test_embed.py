@@ -358,6 +358,7 @@ def test_unreadable_pictures_stop_the_run_or_are_left_out_and_named(cub, run):
 def test_labels_of_a_folder_with_classes_lie_beside_its_array(tmp_path, run):
     for name in ("b", "a"):
         make_pictures(tmp_path / "p" / name, 2)
+    (tmp_path / "out").mkdir()
     assert run("--dataset", "p", "--model", "small_for_test:seven", "--out", "out/emb.npy") == (0, "")
     assert Path("out/emb.labels.csv").read_text() == "path,class\na/0.png,0\na/1.png,0\nb/0.png,1\nb/1.png,1\n"
     assert Path("out/emb.classes.csv").read_text() == "class,name\n0,a\n1,b\n"
@@ -400,7 +401,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, run):
         (("--dataset", "p", *seven, "--batch", "0"), r"--batch 0: expected at least 1"),
         (("--dataset", "p", *seven, "--split", "dev"), r"invalid choice: 'dev'"),
         (("--dataset", "p", *seven, "--device", "abacus"), r"--device abacus"),
-        (("--dataset", "p", *seven, "--out", "taken/emb.npy"), r"taken/emb.npy: can't be written .*another place"),
+        (("--dataset", "p", *seven, "--out", "taken/emb.npy"), r"taken does not exist.*make it first"),
         (("--dataset", "p", *seven, "--unknown"), r"unrecognized arguments: --unknown"),
         (seven, r"required: --dataset"),
     ]

@@ -537,7 +537,7 @@ def test_bad_options(files, capsys, monkeypatch, options, words):
 
 
 @pytest.mark.parametrize("column, words", ((lambda i: i, ["all distinct", "bad.csv"]), (lambda i: "x", ["one class only"]),
-                                           (lambda i: "" if i == 4 else i % 2, ["row 5", "no value"])))
+                                           (lambda i: "" if i == 4 else i % 2, ["row 4", "no value"])))
 def test_bad_labels(files, capsys, column, words):
     (files / "bad.csv").write_text("path,class\n" + "".join(f"{i},{column(i)}\n" for i in range(60)))
     expect_one_line(capsys, files, [files / "emb.npy", files / "bad.csv", "--out", files / "o.csv"], *words)
