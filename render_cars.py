@@ -321,7 +321,7 @@ def render_frame(scene, models, row, args, temporary):
 
 # Strength of the sky for each elevation of the sun (degrees), so that a white ground is rendered just below white at
 # noon and darker, not black, at dawn.
-STRENGTH = ((0, 1.0), (5, 0.45), (15, 0.2), (45, 0.09), (90, 0.075))
+STRENGTH = ((0, 0.8), (5, 0.3), (15, 0.12), (45, 0.05), (90, 0.04))
 CAMERA_DISTANCE, CAMERA_LENS, LOOK_AT = 10.0, 62.0, 0.62  # metres, mm (sensor 36 mm), metres
 
 
@@ -427,11 +427,13 @@ def build_backdrop(scene):
     up.inputs[2].default_value = 1.0  # the wall is shaded as if it were ground: no edge between the two
     tree.links.new(up.outputs[0], shader.inputs["Normal"])
     tree.links.new(shader.outputs[0], tree.nodes["Material Output"].inputs["Surface"])
-    angles = np.linspace(0, 2 * math.pi, 96, endpoint=False)
+    n, radii = 96, np.array([11, 12, 13, 14, 15, 16, 17, 18, 19, 90])
+    heights = np.where(radii < 19, (radii - 11) ** 2 / 16 * 0.5, 2.0 + (radii - 19) * 0.5)  # slope 0, then up to 1 in 2
+    angles = np.linspace(0, 2 * math.pi, n, endpoint=False)
     ring = lambda r, z: [(r * math.cos(a), r * math.sin(a), z) for a in angles]
-    around = lambda low: [(low + i, low + (i + 1) % 96, low + 96 + (i + 1) % 96, low + 96 + i) for i in range(96)]
-    add_object("ground", ring(300, 0), [tuple(range(96))], paint)
-    wall = add_object("wall", ring(16, -0.01) + ring(16, 30), around(0), paint)
+    add_object("ground", ring(300, 0), [tuple(range(n))], paint)
+    wall = add_object("wall", [point for r, z in zip(radii, heights) for point in ring(r, z + 0.001)],
+                      [(k * n + i, k * n + (i + 1) % n, (k + 1) * n + (i + 1) % n, (k + 1) * n + i) for k in range(len(radii) - 1) for i in range(n)], paint)
     wall.visible_shadow = wall.visible_diffuse = wall.visible_glossy = wall.visible_transmission = False
 
 
@@ -615,6 +617,7 @@ def build_body(name, body):
     vertices, faces, slots = cage(rows, kinds)
     made = add_object(name, vertices, faces, *palette())
     made.data.polygons.foreach_set("material_index", slots)
+    face_outwards(made.data)
     crease(made.data)
     subdivide = made.modifiers.new("subdivide", "SUBSURF")
     subdivide.levels = subdivide.render_levels = 3
@@ -631,6 +634,15 @@ def build_body(name, body):
     made.modifiers.clear()
     made.data = mesh
     return made
+
+
+def face_outwards(mesh):
+    import bmesh
+    shape = bmesh.new()
+    shape.from_mesh(mesh)
+    bmesh.ops.recalc_face_normals(shape, faces=shape.faces[:])
+    shape.to_mesh(mesh)
+    shape.free()
 
 
 def crease(mesh):
@@ -676,6 +688,7 @@ def box(centre, size, slot, bevel=0.0, turn=0.0):
 def part(vertices, faces, slot):
     made = add_object("part", vertices, faces, *palette())
     made.data.polygons.foreach_set("material_index", [SLOT[slot]] * len(faces))
+    face_outwards(made.data)
     return made
 
 
