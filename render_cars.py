@@ -140,8 +140,9 @@ def save(path, content):
         raise
 
 
-def strip_metadata(content):
-    """A JPEG or PNG without what Blender writes into it (date, render time): equal pixels give equal bytes."""
+def read_picture(path):
+    """The bytes of a JPEG or PNG without what Blender writes into it (date, render time): equal pixels give equal bytes."""
+    content = path.read_bytes() if path.exists() else b""
     if content[:2] == b"\xff\xd8" and content[-2:] == b"\xff\xd9":
         kept, at = [content[:2]], 2
         while content[at + 1] != 0xDA:  # start of scan: the picture itself follows, to the end
@@ -158,7 +159,7 @@ def strip_metadata(content):
                 kept.append(content[at:end])
             at = end
         return b"".join(kept)
-    raise OSError("Blender wrote no complete picture to its temporary folder; is the disk full?")
+    raise OSError(f"Blender wrote no complete picture into {path.parent}; is the disk full? TMPDIR chooses another place")
 
 
 def table(rows):
@@ -176,8 +177,12 @@ def write_set(args, settings, rows):
         settings = settings | same_settings(about, settings)
     elif (args.out / "props.csv").exists():
         raise ValueError(f"{args.out}: has a props.csv but no render.json, so it was made by something else; choose another --out")
-    args.out.mkdir(parents=True, exist_ok=True)
-    save(about, (json.dumps(settings, indent=1) + "\n").encode())
+    try:
+        for folder in ["", "images", "masks"][:1 if args.dry_run else 2 + args.masks]:
+            (args.out / folder).mkdir(parents=True, exist_ok=True)
+        save(about, (json.dumps(settings) + "\n").encode())
+    except OSError as error:
+        raise OSError(f"{args.out}: can't be written ({error.strerror}); choose another --out") from None
     merged = {}
     if (args.out / "props.csv").exists():
         with open(args.out / "props.csv", newline="", encoding="utf-8") as file:
@@ -285,7 +290,9 @@ def work(args, cars, properties):
         if args.verbose:
             import traceback
             traceback.print_exc()
-        say(error=str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}")
+        if isinstance(error, OSError):
+            error = ValueError(f"{error}; complete frames are kept, the same command continues")
+        say(error=str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
 
 
 def render_frame(scene, models, row, args, temporary):
@@ -313,8 +320,8 @@ def render_frame(scene, models, row, args, temporary):
         path.unlink(missing_ok=True)
     bpy.ops.render.render(write_still=True)
     if args.masks:
-        save(args.out / "masks" / f"{row['frame']:06d}.png", strip_metadata(mask.read_bytes()))
-    save(args.out / "images" / f"{row['frame']:06d}.{args.format}", strip_metadata(picture.read_bytes()))
+        save(args.out / "masks" / f"{row['frame']:06d}.png", read_picture(mask))
+    save(args.out / "images" / f"{row['frame']:06d}.{args.format}", read_picture(picture))
 
 
 # ---------------------------------------------------------------- the scene
@@ -328,6 +335,8 @@ CAMERA_DISTANCE, CAMERA_LENS, LOOK_AT = 10.0, 62.0, 0.62  # metres, mm (sensor 3
 def build(args, cars, properties):
     """-> (scene, {model: {"object", "paint"}}, what the parent is told)."""
     import bpy
+    if not (4, 2) <= bpy.app.version[:2] < (5, 0):
+        raise ValueError(f"this is Blender {bpy.app.version_string}; expected 4.2 to 4.5 (5.0 has another compositor)")
     bpy.ops.wm.read_factory_settings(use_empty=True)
     scene = bpy.context.scene
     set_renderer(scene, args)
@@ -404,8 +413,7 @@ def build_sky(scene):
     tree.nodes.clear()
     sky = tree.nodes.new("ShaderNodeTexSky")
     sky.name = "sky"
-    kinds = sky.bl_rna.properties["sky_type"].enum_items.keys()
-    sky.sky_type = "NISHITA" if "NISHITA" in kinds else "MULTIPLE_SCATTERING"  # Blender 5 renamed it
+    sky.sky_type = "NISHITA"
     sky.sun_size = math.radians(3)  # the real 0.5 degrees would make hard shadows
     sky.sun_intensity = 0.6
     background = tree.nodes.new("ShaderNodeBackground")
@@ -825,6 +833,101 @@ def mesh_hash(mesh):
     return hashlib.sha256(np.round(points, 4).tobytes() + corners.tobytes()).hexdigest()
 
 
+# ---------------------------------------------------------------- the user's cars
+
+LENGTH, WIDTH, HEIGHT = 4.5, 2.3, 2.4  # metres; a mesh is scaled to the length, or less, so that all of it is in frame
+
+
+def load_car(path, paint_names):
+    """A mesh file -> ({"object", "paint"}, a line that reports it): scaled, set on the ground, nose along +x."""
+    import bpy
+    known = set(bpy.data.objects)
+    try:
+        read_mesh(path)
+    except (RuntimeError, OSError, ValueError, KeyError, AttributeError, TypeError, struct.error) as error:
+        raise ValueError(f"{path}: Blender can't read it ({' '.join(str(error).split())[:120]}); repair the file or take it out of --cars") from None
+    new = [item for item in bpy.data.objects if item not in known]
+    view = bpy.context.evaluated_depsgraph_get()
+    parts = []
+    for item in new:
+        if item.type == "MESH" and not item.hide_render:
+            mesh = bpy.data.meshes.new_from_object(item.evaluated_get(view))
+            mesh.transform(item.matrix_world)
+            parts.append(bpy.data.objects.new(path.stem, mesh))
+            bpy.context.scene.collection.objects.link(parts[-1])
+    for item in new:
+        bpy.data.objects.remove(item)
+    if not sum(len(item.data.polygons) for item in parts):
+        raise ValueError(f"{path}: no faces in it; expected a car's mesh; take the file out of --cars")
+    with bpy.context.temp_override(active_object=parts[0], object=parts[0], selected_objects=parts, selected_editable_objects=parts):
+        bpy.ops.object.join()
+    car = parts[0]
+    stand(car.data)
+    materials = [made for made in car.data.materials if made is not None]
+    wanted = {name.strip().casefold() for name in (paint_names or "paint,body,carpaint").split(",")}
+    words = lambda name: {name.casefold(), re.sub(r"\.\d{3}$", "", name).casefold()} | (set() if paint_names else set(re.split(r"[\W_\d]+", name.casefold())))
+    paints = [made for made in materials if words(made.name) & wanted]
+    if not paints:
+        raise ValueError(f"{path}: none of its materials ({', '.join(made.name for made in materials) or 'it has none'}) is called "
+                         f"{' or '.join(sorted(wanted))}; name the one to recolour with --paint-material")
+    line = (f"{path.name}: {len(car.data.polygons):,} faces; recoloured: {', '.join(made.name for made in paints)}; left: "
+            f"{', '.join(made.name for made in materials if made not in paints) or 'nothing'}")
+    return {"object": car, "paint": [recolour(made) for made in paints]}, line
+
+
+def read_mesh(path):
+    import bpy
+    kind, name = path.suffix.lower(), str(path.resolve())
+    if kind in (".glb", ".gltf"):
+        bpy.ops.import_scene.gltf(filepath=name)
+    elif kind == ".obj":
+        bpy.ops.wm.obj_import(filepath=name)
+    elif kind == ".fbx":
+        bpy.ops.import_scene.fbx(filepath=name)
+    elif kind == ".blend":
+        with bpy.data.libraries.load(name) as (there, wanted):
+            wanted.objects = there.objects
+        for item in wanted.objects:
+            bpy.context.scene.collection.objects.link(item)
+        bpy.context.view_layer.update()
+    else:
+        bpy.ops.wm.usd_import(filepath=name)
+
+
+def stand(mesh):
+    """Centre, turn (the longer horizontal side along x; a nose at -y, where glTF's and Blender's look, goes to +x), scale."""
+    points = np.empty((len(mesh.vertices), 3), np.float32)
+    mesh.vertices.foreach_get("co", points.ravel())
+    used = np.unique([v for polygon in mesh.polygons for v in polygon.vertices])  # stray vertices do not count
+    size = np.ptp(points[used], axis=0)
+    if not np.isfinite(size).all() or size.max() == 0:
+        raise ValueError(f"{mesh.name}: its faces have no extent; expected a car's mesh")
+    turn = size[1] > size[0]
+    if turn:
+        points = np.stack([-points[:, 1], points[:, 0], points[:, 2]], 1)
+        size = size[[1, 0, 2]]
+    low, high = points[used].min(0), points[used].max(0)
+    scale = min(limit / side for limit, side in zip((LENGTH, WIDTH, HEIGHT), size) if side > 0)
+    from mathutils import Matrix
+    shift = Matrix.Translation((-(low[0] + high[0]) / 2, -(low[1] + high[1]) / 2, -low[2]))
+    mesh.transform(Matrix.Scale(float(scale), 4) @ shift @ (Matrix.Rotation(math.pi / 2, 4, "Z") if turn else Matrix()))
+
+
+def recolour(made):
+    """Put a Hue/Saturation/Value node before a material's base colour: on its texture, or on Table 5's base colour."""
+    made.use_nodes = True
+    tree = made.node_tree
+    shader = next((node for node in tree.nodes if node.type == "BSDF_PRINCIPLED"), None)
+    if shader is None:
+        tree.nodes.clear()
+        shader, output = tree.nodes.new("ShaderNodeBsdfPrincipled"), tree.nodes.new("ShaderNodeOutputMaterial")
+        tree.links.new(shader.outputs[0], output.inputs["Surface"])
+    colour = shader.inputs["Base Color"]
+    node = add_hsv(tree, colour.links[0].from_socket if colour.links else None)
+    tree.links.new(node.outputs[0], colour)
+    return node
+
+
 # ---------------------------------------------------------------- the command
 
 def parse(argv):
@@ -888,15 +991,14 @@ def main():
                 "paint_material": args.paint_material or "", "meshes": hashes}
     rows = sample(properties, args.seed, args.frames)
     if args.dry_run:
-        return write_set(args, settings, rows)
+        write_set(args, settings, rows)
+        return print(f"render_cars.py: {args.out / 'props.csv'}: frames {args.frames.start} to {args.frames.stop - 1}", file=sys.stderr)
     need_blender()
     renderer = Renderer(argv, args.verbose)
     try:
         write_set(args, settings | {"blender": renderer.about["blender"], "meshes": hashes or renderer.about["meshes"]}, rows)
         for line in renderer.about["report"]:
             print(f"render_cars.py: {line}", file=sys.stderr)
-        for folder in ["images", "masks"][:1 + args.masks]:
-            (args.out / folder).mkdir(exist_ok=True)
         there = complete(args)
         missing = [row for row in rows[args.shard[0]::args.shard[1]] if row["frame"] not in there]
         renderer = render_all(renderer, missing, argv, args)
