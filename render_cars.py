@@ -14,6 +14,7 @@ Frame i depends on the seed and i alone: any range of frames can be made anywher
 """
 import argparse
 import colorsys
+import contextlib
 import csv
 import hashlib
 import importlib.util
@@ -246,7 +247,8 @@ class Renderer:
         return self.answer()
 
     def close(self):
-        self.process.stdin.close()  # the worker ends by itself, and removes its temporary folder
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()  # the worker ends by itself, and removes its temporary folder
         self.process.wait()
 
 
@@ -617,13 +619,16 @@ def cage(rows, kinds):
     return vertices, faces, slots
 
 
+def sections(body):
+    """A body's table -> its cross-sections (x, half width, …), and what lies between each and the next."""
+    rows = [row.split() for row in body["rows"].replace("\n", "|").split("|") if row.strip()]
+    return [[float(number) for number in row[:7]] for row in rows], [row[7] for row in rows[:-1]]
+
+
 def build_body(name, body):
     """The body: the cage subdivided, wheel arches (and a bed) cut out."""
     import bpy
-    rows = [row.split() for row in body["rows"].replace("\n", "|").split("|") if row.strip()]
-    kinds = [row[7] for row in rows[:-1]]
-    rows = [[float(number) for number in row[:7]] for row in rows]
-    vertices, faces, slots = cage(rows, kinds)
+    vertices, faces, slots = cage(*sections(body))
     made = add_object(name, vertices, faces, *palette())
     made.data.polygons.foreach_set("material_index", slots)
     face_outwards(made.data)
@@ -680,7 +685,7 @@ def cylinder(centre, radius, width, slot="trim", n=64):
 def box(centre, size, slot, bevel=0.0, turn=0.0):
     """A box with rounded edges; turn in radians about the axis across the car."""
     import bmesh
-    corners = [[0.5 * s * d for s, d in zip(size, signs)] for signs in np.ndindex(2, 2, 2) for signs in [np.array(signs) * 2 - 1]]
+    corners = [[(sign - 0.5) * side for side, sign in zip(size, signs)] for signs in np.ndindex(2, 2, 2)]
     turned = [(x * math.cos(turn) + z * math.sin(turn), y, z * math.cos(turn) - x * math.sin(turn)) for x, y, z in corners]
     faces = [(0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (1, 5, 7, 3)]
     made = part([[a + b for a, b in zip(centre, corner)] for corner in turned], faces, slot)
@@ -724,8 +729,9 @@ def wheel(x, side, track, radius, spokes):
     if spokes == 0:
         parts.append(lathe([(0.9 * rim, .34 * width), (0.72 * rim, .30 * width), (0.45 * rim, .42 * width), (0.005, .42 * width)], centre, side, "rim"))
     for spoke in range(spokes):
-        angle, across = 2 * math.pi * (spoke + 0.25) / spokes, min(0.16, 0.62 / spokes) * rim / 0.235 * 0.235 / 0.235
-        inner, outer = np.array([math.cos(angle), math.sin(angle)]) * 0.1 * rim, np.array([math.cos(angle), math.sin(angle)]) * 0.93 * rim
+        angle, across = 2 * math.pi * (spoke + 0.25) / spokes, min(0.16, 0.62 / spokes) * rim / 0.235
+        direction = np.array([math.cos(angle), math.sin(angle)])
+        inner, outer = direction * 0.1 * rim, direction * 0.93 * rim
         normal = np.array([-math.sin(angle), math.cos(angle)]) * across / 2
         front = [inner + normal, inner - normal, outer - 0.75 * normal, outer + 0.75 * normal]
         vertices = [(x + p[0], centre[1] + side * out * width, radius + p[1]) for out in (.40, .22) for p in front]
@@ -756,7 +762,7 @@ def build_car(name):
     made = build_body(name, body)
     tree = BVHTree.FromPolygons([v.co for v in made.data.vertices], [p.vertices for p in made.data.polygons])
     surface = lambda origin, direction: tree.ray_cast(origin, direction)[0]
-    rows = [[float(n) for n in row.split()[:7]] for row in body["rows"].replace("\n", "|").split("|") if row.strip()]
+    rows, kinds = sections(body)
     at = lambda x, column: float(np.interp(-x, [-row[0] for row in rows], [row[column] for row in rows]))
     radius, parts = body["radius"], [made]
     for x in body["wheels"]:
@@ -773,15 +779,15 @@ def build_car(name):
         for side in (1, -1):
             y = surface((x + 0.16, 3 * side, at(x, 3) - 0.10), (0, -side, 0))
             parts.append(box((x + 0.16, y[1] + side * 0.012, y[2]), (0.16, 0.04, 0.028), "trim", 0.008))
-    parts += details(body, surface, at, rows)
+    parts += details(body, surface, at, rows, kinds)
     return {"object": join(parts), "paint": [paint_node()]}
 
 
-def details(body, surface, at, rows):
-    """Mirrors, number plates, bumper openings, roof rails, spoiler, the van's sliding door."""
+def details(body, surface, at, rows, kinds):
+    """Mirrors, number plates, spoiler, roof rails, the van's sliding door."""
     parts = []
-    cowl = next(row for row, text in zip(rows, body["rows"].replace("\n", "|").split("|")[1:]) if text.split()[7] == "w")
-    x, z = cowl[0] - 0.30, at(cowl[0] - 0.30, 3) + 0.06
+    x = rows[kinds.index("w")][0] - 0.30  # behind the foot of the windscreen
+    z = at(x, 3) + 0.06
     for side in (1, -1):
         y = surface((x, 3 * side, z - 0.03), (0, -side, 0))[1]
         parts.append(box((x, y + side * 0.04, z), (0.06, 0.16, 0.04), "trim", 0.012))

@@ -235,7 +235,7 @@ def rendered(tmp_path_factory):
     extremes = {name: [values[0], values[-1]] for name, values in render_cars.PROPERTIES.items() if name != "model"}
     extremes["rotation_z"] = [0, 45, 90]
     given = write_json(folder / "p.json", extremes)
-    done = subprocess.run([sys.executable, str(ROOT / "render_cars.py"), "--out", str(folder / "set"), "--frames", "0:24", "--masks",
+    done = subprocess.run([sys.executable, str(ROOT / "render_cars.py"), "--out", str(folder / "set"), "--frames", "0:24", "--seed", "6", "--masks",
                            "--properties", str(given), *map(str, TINY)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "24/24 frames" in done.stderr and "frames a minute" in done.stderr and "Saved" not in done.stdout + done.stderr
@@ -261,17 +261,17 @@ def test_every_car_is_in_frame(rendered):
 @blender
 def test_settings_are_beside_the_pictures(rendered):
     about = json.loads((rendered[0] / "render.json").read_text())
-    assert (about["seed"], about["samples"], about["size"], about["engine"]) == (0, 2, 64, "CYCLES")
+    assert (about["seed"], about["samples"], about["size"], about["engine"]) == (6, 2, 64, "CYCLES")
     assert about["blender"] and sorted(about["meshes"]) == sorted(render_cars.PROPERTIES["model"])
 
 
 @blender
 def test_shards_in_another_order_give_the_same_bytes(rendered, run_script, tmp_path):
     folder, given = rendered
-    again = lambda frames, shard: run_script("render_cars.py", "--out", tmp_path / "set", "--frames", frames, "--masks", "--properties", given, "--shard", shard, *TINY)
-    assert again("14:22", "1/2").returncode == again("10:18", "0/2").returncode == 0
+    again = lambda frames, shard: run_script("render_cars.py", "--out", tmp_path / "set", "--frames", frames, "--seed", 6, "--masks", "--properties", given, "--shard", shard, *TINY)
+    assert again("12:16", "1/2").returncode == again("8:12", "0/2").returncode == 0
     some = files(tmp_path / "set")
-    assert len(some) == 16 and all(files(folder)[name] == content for name, content in some.items())
+    assert len(some) == 8 and all(files(folder)[name] == content for name, content in some.items())
 
 
 def two_frames(run_script, folder, **free):
@@ -301,7 +301,8 @@ def test_paint_changes_the_car_and_background_the_rest(run_script, tmp_path):
 @blender
 def test_kill_and_run_again(rendered, run_script, tmp_path):
     folder, given = rendered
-    command = [sys.executable, str(ROOT / "render_cars.py"), "--out", str(tmp_path / "set"), "--frames", "0:24", "--masks", "--properties", str(given), *map(str, TINY)]
+    command = [sys.executable, str(ROOT / "render_cars.py"), "--out", str(tmp_path / "set"), "--frames", "0:9", "--seed", "6", "--masks",
+               "--properties", str(given), *map(str, TINY)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     began = time.monotonic()
     while len(list((tmp_path / "set" / "images").glob("0*.jpg"))) < 3 and time.monotonic() - began < 120:
@@ -309,9 +310,13 @@ def test_kill_and_run_again(rendered, run_script, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     there = len(list((tmp_path / "set" / "images").glob("0*.jpg")))
-    assert 3 <= there < 24
+    assert 3 <= there < 9
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and f"{24 - there}/{24 - there} frames" in done.stderr and files(tmp_path / "set") == files(folder)
+    assert done.returncode == 0, done.stderr
+    left = int(done.stderr.split("/")[0])  # the orphaned worker may have finished the frame at hand
+    assert 9 - there - 1 <= left <= 9 - there
+    again = files(tmp_path / "set")
+    assert len(again) == 18 and all(files(folder)[name] == content for name, content in again.items())
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "set/images").iterdir()}
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "all frames are there already" in done.stderr
