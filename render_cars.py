@@ -870,8 +870,9 @@ def load_car(path, paint_names):
     car = parts[0]
     stand(car.data)
     materials = [made for made in car.data.materials if made is not None]
-    wanted = {name.strip().casefold() for name in (paint_names or "paint,body,carpaint").split(",")}
-    words = lambda name: {name.casefold(), re.sub(r"\.\d{3}$", "", name).casefold()} | (set() if paint_names else set(re.split(r"[\W_\d]+", name.casefold())))
+    plain = lambda name: re.sub(r"[._]\d{3}$", "", name.strip().casefold())  # Blender numbers materials of one name
+    wanted = {plain(name) for name in (paint_names or "paint,body,carpaint").split(",")}
+    words = lambda name: {plain(name)} | (set() if paint_names else set(re.split(r"[\W_\d]+", plain(name))))
     paints = [made for made in materials if words(made.name) & wanted]
     if not paints:
         raise ValueError(f"{path}: none of its materials ({', '.join(made.name for made in materials) or 'it has none'}) is called "
