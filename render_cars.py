@@ -4,7 +4,7 @@
     python render_cars.py --out cars --frames 0:100000 --dry-run       # only props.csv and render.json
     python render_cars.py --out cars --frames 0:100000 --shard 2/8     # the third of eight processes or machines
     python render_cars.py --out mine --frames 0:300 --cars meshes      # one .glb .gltf .obj .fbx .usd or .blend a model
-    blender -b -P render_cars.py -- --out cars --frames 0:300          # inside an installed Blender, 4.2 or later
+    blender -b -P render_cars.py -- --out cars --frames 0:300          # inside an installed Blender, 4.2 to 4.5
 
 Reads: nothing, or the meshes of --cars and the value lists of --properties.
 Writes: OUT/props.csv (one row a frame), OUT/render.json (seed, settings, Blender's version, hashes of the meshes),
@@ -950,7 +950,7 @@ def parse(argv):
     add("--paint-material", metavar="NAME,…", help="materials that are recoloured (those named paint, body or carpaint)")
     add("--masks", action="store_true", help="write masks/000000.png …: 255 where the car is, else 0")
     add("--dry-run", action="store_true", help="write props.csv and render.json, render nothing; needs no Blender")
-    add("--shard", type=parse_shard, metavar="I/N", help="render frames I, I + N, …; one folder for all N (torchrun's or a Slurm array's environment, else 0/1)")
+    add("--shard", type=parse_shard, metavar="I/N", help="render frames I, I + N, … of the range, side by side in one folder (torchrun's or a Slurm array's environment, else 0/1)")
     add("--size", type=int, default=256, metavar="PIXELS", help="width and height (256)")
     add("--samples", type=int, default=8, metavar="N", help="light paths a pixel (8; README: why)")
     add("--denoise", action=argparse.BooleanOptionalAction, default=True, help="clean the picture with OpenImageDenoise (yes)")
@@ -983,7 +983,7 @@ def find_cars(folder):
 def need_blender():
     if "bpy" not in sys.modules and importlib.util.find_spec("bpy") is None:
         raise ValueError("rendering needs Blender: pip install 'bpy==4.5.*' 'numpy<2' in an environment of Python 3.11, or, with "
-                         "Blender 4.2 or later installed, blender -b -P render_cars.py -- …; --dry-run works without")
+                         "Blender 4.2 to 4.5 installed, blender -b -P render_cars.py -- …; --dry-run works without")
 
 
 def main():
