@@ -1,0 +1,80 @@
+"""The free cars of Debian's package torcs-data as meshes for render_cars.py --cars.
+
+    apt-get download torcs-data && dpkg-deb -x torcs-data_*.deb torcs      # 333 MB
+    python examples/torcs_cars.py torcs/usr/share/games/torcs/cars meshes p406 car1-stock1 car1-ow1 car2-trb1 car4-trb1 baja-bug
+    python render_cars.py --out mine --frames 0:300 --masks --cars meshes
+
+Reads: CAR/CAR.acc (AC3D text with triangle strips), its texture CAR.rgb, wheels and ride height from CAR.xml.
+Writes: MESHES/CAR.obj with .mtl and .png; the material with the car's texture is called paint, so it is recoloured.
+The cars carry licences of their own (Free Art License or GPL; each CAR/readme.txt): name their authors.
+"""
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def read_ac3d(path):
+    """-> one (texture, vertices, texture coordinates, triangles) an object; AC3D's y is up, as OBJ's."""
+    lines = iter(path.read_text(errors="replace").splitlines())
+    texture, objects = None, []
+    for line in lines:
+        key, _, rest = line.partition(" ")
+        if key == "OBJECT":
+            texture = None
+        elif key == "texture" and texture is None:  # the first is the base; further ones are shadows and skid marks
+            texture = rest.split()[0].strip('"')
+        elif key == "numvert":
+            vertices = [tuple(map(float, next(lines).split()[:3])) for _ in range(int(rest))]
+            objects.append((texture, vertices, {}, []))
+        elif key == "refs":
+            corners = [next(lines).split()[:3] for _ in range(int(rest))]
+            index = [int(corner[0]) for corner in corners]
+            objects[-1][2].update({i: corner[1:] for i, corner in zip(index, corners)})
+            # a strip: each corner makes a triangle with the two before it, turned every second time
+            strip = [index[k:k + 3][::1 if k % 2 == 0 else -1] for k in range(len(index) - 2)]
+            objects[-1][3].extend(t for t in strip if len(set(t)) == 3)
+    return objects
+
+
+def wheels(xml):
+    """Centre, radius and width of the four wheels, above a ground that lies the ride height under the body."""
+    value = lambda section, name: float(re.search(rf'name="{section}".*?name="{name}"[^>]*val="([-.\d]+)"', xml, re.S)[1])
+    for axle in ("Front", "Rear"):
+        for side in ("Right", "Left"):
+            width = value(f"{axle} {side} Wheel", "tire width") / 1000
+            radius = value(f"{axle} {side} Wheel", "rim diameter") * 0.0127 + width * value(f"{axle} {side} Wheel", "tire height-width ratio")
+            low = value(f"{axle} {side} Wheel", "ride height") / 1000
+            yield (value(f"{axle} Axle", "xpos"), radius - low, -value(f"{axle} {side} Wheel", "ypos")), radius, width
+
+
+def convert(folder, out):
+    name = folder.name
+    lines, count = [f"mtllib {name}.mtl"], 0
+    for texture, vertices, coordinates, triangles in read_ac3d(folder / f"{name}.acc"):
+        lines += [f"v {x} {y} {z}" for x, y, z in vertices]
+        lines += ["vt " + " ".join(coordinates.get(i, ("0", "0"))) for i in range(len(vertices))]
+        lines.append("usemtl " + ("paint" if texture == f"{name}.rgb" else "trim"))
+        lines += ["f " + " ".join(f"{count + i + 1}/{count + i + 1}" for i in triangle) for triangle in triangles]
+        count += len(vertices)
+    for (x, y, z), radius, width in wheels((folder / f"{name}.xml").read_text(errors="replace")):
+        for part, r, half in (("tyre", radius, width / 2), ("rim", 0.65 * radius, 0.51 * width)):
+            for side in (-1, 1):
+                lines += [f"v {x + r * np.cos(a):.5f} {y + r * np.sin(a):.5f} {z + side * half:.5f}\nvt 0 0" for a in np.arange(32) * np.pi / 16]
+            ring = lambda k: f"{count + k + 1}/{count + k + 1}"
+            lines += [f"usemtl {part}", "f " + " ".join(map(ring, range(32))), "f " + " ".join(map(ring, range(32, 64)))]
+            lines += ["f " + " ".join(map(ring, (k, (k + 1) % 32, 32 + (k + 1) % 32, 32 + k))) for k in range(32)]
+            count += 64
+    (out / f"{name}.obj").write_text("\n".join(lines) + "\n")
+    Image.open(folder / f"{name}.rgb").convert("RGB").save(out / f"{name}.png")
+    (out / f"{name}.mtl").write_text(f"newmtl paint\nKd 1 1 1\nmap_Kd {name}.png\nnewmtl trim\nKd .05 .05 .05\nnewmtl tyre\nKd .01 .01 .01\nnewmtl rim\nKd .6 .6 .6\n")
+
+
+if __name__ == "__main__":
+    source, out = Path(sys.argv[1]), Path(sys.argv[2])
+    out.mkdir(parents=True, exist_ok=True)
+    for car in sys.argv[3:]:
+        convert(source / car, out)
+        print(out / f"{car}.obj")
