@@ -202,14 +202,10 @@ class RowFile:
         if self.complete:
             return True
         self.flush()
-        try:
-            fcntl.lockf(self.state, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self.shape[0])  # one process renames
-        except (BlockingIOError, PermissionError):
-            return False
-        except OSError:
-            pass
+        self.lock_end(fcntl.LOCK_EX)  # one process at a time looks, after its own rows are marked: the last one sees all
         if not self.path.exists():
             if self.missing():
+                self.lock_end(fcntl.LOCK_UN)
                 return False
             array, left_out = self.without_left_out(), self.left_out().tolist()
             content = about(left_out) if callable(about) else about
@@ -219,6 +215,13 @@ class RowFile:
         self.remove()
         self.complete = True
         return True
+
+    def lock_end(self, operation):
+        """Lock or unlock the byte behind the last row's."""
+        try:
+            fcntl.lockf(self.state, operation, 1, self.shape[0])
+        except OSError:  # no locks on this file system
+            pass
 
     def without_left_out(self):
         """The file to rename: the part itself, or a copy without the rows left out."""

@@ -186,3 +186,26 @@ def test_wrong_shapes_are_refused(tmp_path):
         file.write([0], np.zeros((1, 3)))
     file.give_up(alone=True)
     assert os.listdir(tmp_path) == []
+
+
+FINISHERS = """
+import sys, time, numpy as np
+sys.path.insert(0, sys.argv[1])
+import rowfile
+rank = int(sys.argv[2])
+for number in range(60):
+    file = rowfile.RowFile(f"{number}.npy", (64, 2), "float32", {})
+    if not file.complete:
+        for start, stop in rowfile.shares(64, rank, 2):
+            rows = file.claim(start, stop)
+            file.write(rows, np.ones((len(rows), 2)))
+        file.finish()
+        file.give_up(alone=False)
+"""
+
+
+def test_of_two_that_end_at_the_same_moment_one_finishes(tmp_path):
+    """Neither may leave the last look to the other."""
+    processes = [subprocess.Popen([sys.executable, "-c", FINISHERS, str(ROOT), str(rank)], cwd=tmp_path) for rank in (0, 1)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert all((tmp_path / f"{number}.npy").exists() for number in range(60))
