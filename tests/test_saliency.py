@@ -240,7 +240,7 @@ class Detached(nn.Module):
 
 def test_networks_that_can_not_be_explained(pictures):
     pictures = pictures.float()
-    with pytest.raises(ValueError, match=r"returned \(3, 4, 12, 11\) for 3 pictures"):
+    with pytest.raises(ValueError, match=r"returned \(1, 4, 12, 11\) for 1 pictures"):
         saliency.smoothgrad(nn.Conv2d(3, 4, 3), pictures, BLACK.float(), euclidean)
     for network in (Detached(), Detached().requires_grad_(False)):
         with pytest.raises(ValueError, match="before layer last"):
