@@ -386,7 +386,8 @@ def nr_precision(embeddings, labels, *, distance="euclidean", null="binomial", m
                  for i in range(begin, min(begin + per_pass, permutations))]
         if begin == 0:
             drawn.insert(0, np.arange(n))
-        sums, squares, used = sum_hits(space, permute_columns(columns, drawn), k, chosen, threads, memory_mib, tick)
+        batch = permute_columns(columns, drawn) if permutations else columns
+        sums, squares, used = sum_hits(space, batch, k, chosen, threads, memory_mib, tick)
         if begin == 0:
             scores = observe(sums[0], squares, used[0], expected, columns.entry_count, n)
             sums, used = sums[1:], used[1:]
