@@ -631,7 +631,7 @@ def main(argv=None):
     paths = args.maps or find_maps(name, args.results)
     args.out = args.out or (Path("compare.csv") if args.maps else args.results / name / "compare.csv")
     for path in filter(None, (args.out, args.per_picture, args.figure)):
-        data.check_output(path)
+        data.check_output(path, paths)
     networks = describe(paths, args.fold)
     shape = open_alike(networks)
     if len(networks) < 2 and not args.masks:

@@ -702,7 +702,7 @@ def check_options(arguments, bins, recall, numbers):
     outputs = [arguments.out, arguments.histograms, arguments.intervals, arguments.figure, arguments.class_figure]
     outputs = [Path(path).resolve() for path in outputs if path]
     for path in outputs:
-        data.check_output(path)
+        data.check_output(path, [*arguments.embeddings, arguments.labels_csv, *(arguments.train or [])])
         if outputs.count(path) > 1:
             raise ValueError(f"two outputs would go to {path}; give each a name of its own")
     if arguments.class_figure and not numbers:

@@ -572,6 +572,12 @@ def test_full_disk_leaves_nothing(files):
         assert "Traceback" not in done.stderr and sorted(os.listdir(files)) == before
 
 
+def test_an_input_is_never_written_over(files, capsys):
+    before = (files / "emb.csv").read_bytes()
+    assert pairs.main([str(files / "emb.npy"), str(files / "emb.csv"), "--out", str(files / "emb.csv")]) == 2
+    assert "is an input" in capsys.readouterr().err and (files / "emb.csv").read_bytes() == before
+
+
 def test_shipped_example(run_script):
     """Real embeddings, 300 cars of six models through an ImageNet network, against NumPy and SciPy."""
     done = run_script("pairs.py", "examples/cars/emb.npy", "examples/cars/props.csv", "--label", "model", cwd=ROOT)
