@@ -42,6 +42,7 @@ class Dataset(NamedTuple):
     super_classes: list | None  # of str
     masks: list | None  # of Path or None, n
     notes: list  # of str: what a user should know (a size that differs from the published one, …)
+    properties: dict | None = None  # of a rendered set: props.csv's columns, lists of n str
 
 
 def open_dataset(name_or_folder, root=None, split="test"):
@@ -68,6 +69,37 @@ def open_dataset(name_or_folder, root=None, split="test"):
     if (folder / "props.csv").is_file() and (folder / "images").is_dir():
         return open_rendered(folder)
     return open_folder(folder)
+
+
+def held_out(dataset, config):
+    """The pictures that train.py held out for a network, of the whole data set (split "all").
+
+    config: the network's config.json, whose split names the rows ("test") and the list of pictures they count in.
+    Raises ValueError when that list is another one.
+    """
+    told, here = config["split"]["pictures"], {"number": len(dataset.relative), "sha256": pictures_sha256(dataset.relative)}
+    if told != here:
+        raise ValueError(f"{dataset.folder}: {here['number']:,} pictures, but {config.get('loss')} was trained on another list of "
+                         f"{told['number']:,} pictures of this name, so it can't be told which ones it has not seen; "
+                         "give that data set, or --split all")
+    rows = config["split"]["test"]
+
+    def take(values):
+        return None if values is None else values[rows] if isinstance(values, np.ndarray) else [values[row] for row in rows]
+
+    columns = {name: take(getattr(dataset, name)) for name in ("paths", "relative", "labels", "super_labels", "masks")}
+    properties = dataset.properties and {name: take(values) for name, values in dataset.properties.items()}
+    return dataset._replace(split="held out", properties=properties, **columns)
+
+
+def own_pictures(dataset, config, name_or_folder, root=None, split="test"):
+    """The pictures to analyse a network on: what train.py held out for it, if it was trained on this data set; else dataset.
+
+    dataset: what open_dataset gives for the last three. config: the network's config.json, {} without one.
+    """
+    if split != "test" or config.get("dataset") != dataset.name or "test" not in config.get("split", {}):
+        return dataset
+    return held_out(dataset if dataset.split == "all" else open_dataset(name_or_folder, root, "all"), config)
 
 
 def data_root(root=None):
@@ -119,7 +151,7 @@ def open_rendered(folder):
     masks = [folder / "masks" / f"{Path(path).stem}.png" for path in relative]
     masks = [path if path.is_file() else None for path in masks]
     return Dataset(folder.resolve().name, folder, "all", [folder / path for path in relative], relative,
-                   None, None, None, None, masks if any(masks) else None, notes)
+                   None, None, None, None, masks if any(masks) else None, notes, table)
 
 
 def frame_key(name):

@@ -16,7 +16,7 @@ The values depend on pictures and network alone: batch, workers and ranks change
 import argparse
 import os
 import sys
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby, islice
 from pathlib import Path
@@ -123,6 +123,7 @@ def claimed(files, shares):
 def fill(networks, files, paths, shares, options, bar):
     """Embed the pictures the files lack, for networks that share a preprocessing."""
     preprocessing, size = networks[0].preprocessing, options.batch or batch_size(networks[0], options.device)
+    trunks = Counter(network.module[0] for network in networks if isinstance(network.module, torch.nn.Sequential))
     items = decoded(paths, claimed(files, shares), preprocessing, size + options.workers, options.workers, options.draft)
     for rows, pictures, bad in batches(items, size, preprocessing, options.device):
         for row, lacking, error in bad:
@@ -131,12 +132,19 @@ def fill(networks, files, paths, shares, options, bar):
             print(f"embed.py: left out: {error}", file=sys.stderr)
             for number in lacking:
                 files[number].leave_out([row])
+        features = {}  # of this batch, of each trunk that several networks share
         for number, (network, file) in enumerate(zip(networks, files)):
             mine = [i for i, (_, lacking) in enumerate(rows) if number in lacking]
             if not mine:
                 continue
             bar.set_description(network.name, refresh=False)
-            values = embed(network.module, pictures if len(mine) == len(rows) else pictures[mine], options.precision)
+            module, given = network.module, pictures
+            if isinstance(module, torch.nn.Sequential) and trunks[module[0]] > 1:
+                trunk, module = module
+                if trunk not in features:
+                    features[trunk] = torch.from_numpy(embed(trunk, pictures, options.precision)).to(options.device)
+                given = features[trunk]
+            values = embed(module, given if len(mine) == len(rows) else given[mine], options.precision)
             numbers = [rows[i][0] for i in mine]
             if not np.isfinite(values).all():
                 nan = numbers[int(np.isfinite(values).all(axis=1).argmin())]
@@ -183,7 +191,7 @@ def listed(relative):
 
 
 def write_labels(dataset, array, prefix):
-    """<prefix>labels.csv (which picture each row is, and its class) and <prefix>classes.csv of a complete array."""
+    """Of a complete array <prefix>labels.csv (which picture each row is, and its class), <prefix>classes.csv and <prefix>props.csv."""
     left_out = set(data.read_sidecar(array)["pictures"].get("left_out", []))
     header, columns = ["path"], [dataset.relative]
     if dataset.labels is not None:
@@ -193,7 +201,11 @@ def write_labels(dataset, array, prefix):
     if dataset.super_labels is not None:
         header.append("super_class")
         columns.append([dataset.super_classes[label] for label in dataset.super_labels])
-    data.write_table(Path(f"{prefix}labels.csv"), header, [row for row in zip(*columns) if row[0] not in left_out])
+    keep = [row for row, name in enumerate(dataset.relative) if name not in left_out]
+    data.write_table(Path(f"{prefix}labels.csv"), header, [[column[row] for column in columns] for row in keep])
+    if dataset.properties:
+        data.write_table(Path(f"{prefix}props.csv"), list(dataset.properties),
+                         [[values[row] for values in dataset.properties.values()] for row in keep])
 
 
 def finish(dataset, file):
@@ -214,15 +226,16 @@ def place(dataset, spec, out):
     return out / dataset.name / spec["slug"] / f"fold{spec['fold'] or 0}" / "emb.npy"
 
 
-def fill_all(dataset, todo, args, rank, ranks):
-    """Embed for every (spec, path, JSON) of todo, which share a preprocessing."""
-    networks = [models.load(spec) for spec, _, _ in todo]
+def fill_all(todo, args, rank, ranks):
+    """Embed for every (dataset, spec, path, JSON) of todo, which share their pictures and a preprocessing."""
+    trunks, dataset = {}, todo[0][0]
+    networks = [models.load(spec, trunks) for _, spec, _, _ in todo]
     networks = [network._replace(module=network.module.to(args.device)) for network in networks]
     dimensions = [embed(n.module, torch.from_numpy(data.black_picture(n.preprocessing))[None].to(args.device)).shape[1]
                   for n in networks]
     n, files = len(dataset.paths), []
     try:
-        for (_, path, content), dimension in zip(todo, dimensions):
+        for (_, _, path, content), dimension in zip(todo, dimensions):
             files.append(rowfile.RowFile(path, (n, dimension), np.float32, content, retry=not args.skip_unreadable))
         at_work = [(network, file) for network, file in zip(networks, files) if not file.complete]
         total = sum(file.missing() for _, file in at_work)
@@ -303,17 +316,21 @@ def main():
     if args.out.suffix == ".npy" and len(specs) > 1:
         raise ValueError(f"--out {args.out} is one array, but {len(specs)} networks were asked for "
                          f"({specs[0]['name']}, {specs[1]['name']}, …); give a folder")
-    wanted = [(spec, place(dataset, spec, args.out), about(dataset, spec, args)) for spec in specs]
-    todo = [item for item in wanted if not rowfile.is_complete(*item[1:])]
+    wanted = []
+    for spec in specs:
+        own = data.own_pictures(dataset, spec["config"], args.dataset, args.data_root, args.split)
+        wanted.append((own, spec, place(dataset, spec, args.out), about(own, spec, args)))
+    todo = [item for item in wanted if not rowfile.is_complete(*item[2:])]
     for note in [*dataset.notes, *(spec["note"] for spec in specs)]:
         if note and rank == 0:
             print(f"embed.py: {note}", file=sys.stderr)
-    key = lambda item: repr(item[2]["preprocessing"])
+    key = lambda item: repr((item[3]["preprocessing"], item[3]["pictures"]))
     for _, group in groupby(sorted(todo, key=key), key=key):
-        fill_all(dataset, list(group), args, rank, ranks)
-    for _, path, _ in wanted:
+        fill_all(list(group), args, rank, ranks)
+    for own, _, path, _ in wanted:
         if path.exists():
-            write_labels(dataset, path, f"{path.with_suffix('')}." if path == args.out else f"{args.out / dataset.name}/")
+            folder = path.parent if own.split == "held out" else args.out / dataset.name
+            write_labels(own, path, f"{path.with_suffix('')}." if path == args.out else f"{folder}/")
     if rank == 0 and not todo:
         print(f"embed.py: nothing to do: {len(wanted)} of {len(wanted)} arrays are there", file=sys.stderr)
 

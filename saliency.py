@@ -55,7 +55,9 @@ def smoothgrad(network, pictures, baseline, distance, *, samples=50, noise=0.15,
     network: callable, pictures (B, C, H, W) -> embeddings (B, m), in eval mode; needs no preparation, but
         fold_batchnorm and requires_grad_(False) make it faster
     pictures: floating (n, C, H, W), as the network takes them; baseline: (C, H, W), or (n, C, H, W) for one each
-    distance: callable, embeddings a (B, m) of pictures and b (B, m) of baselines -> (B,); differentiable
+    distance: callable, embeddings a (B, m) of pictures and b (B, m) of baselines -> (B,); differentiable. Or a list of
+        k such callables, for networks that share a trunk: the network is the trunk, each callable applies its own
+        head to both sides, and the trunk's forward passes are made once for all
     samples: noisy copies of a picture, l in Eq. 2
     noise: standard deviation of the noise as a share of max - min of each picture
     order: "paper" (mean over copies, absolute value, mean over channels) or "released" (mean over channels,
@@ -68,8 +70,8 @@ def smoothgrad(network, pictures, baseline, distance, *, samples=50, noise=0.15,
     stem: the network's first convolution where the picture enters through it alone (linear_stem finds it):
         with order "paper" its backward pass, linear, runs once a picture instead of once a copy
 
-    Returns maps (n, H, W) of the pictures' dtype, in [0, 1]: all zeros where a map is constant, all nan where a
-    gradient is not finite. A constant picture that equals its baseline has distance 0 and no gradient: zeros.
+    Returns maps (n, H, W), or (k, n, H, W), of the pictures' dtype, in [0, 1]: all zeros where a map is constant, all
+    nan where a gradient is not finite. A constant picture that equals its baseline has distance 0 and no gradient: zeros.
     Raises ValueError for options out of range, when the network returns no 2-D embeddings, and when no gradient
     reaches the pictures.
     """
@@ -82,24 +84,29 @@ def smoothgrad(network, pictures, baseline, distance, *, samples=50, noise=0.15,
     spans = pictures.amax(dim=(1, 2, 3)) - pictures.amin(dim=(1, 2, 3))  # (n,)
     copies = noisy_copies(pictures, noise * spans, range(n) if seeds is None else seeds, samples, antithetic)
     through = stem if order == "paper" else None
-    totals = [0] * n
+    distances = [distance] if callable(distance) else list(distance)
+    totals = [[0] * n for _ in distances]
     while chunk := list(itertools.islice(copies, batch)):
         which, noisy = zip(*chunk)
-        gradients = distance_gradients(network, torch.stack(noisy), origins[list(which)], distance, autocast, through)
-        gradients = gradients.to(pictures.dtype)  # a stem's are bfloat16 under autocast: too coarse to be summed
-        if order == "released":
-            gradients = gradients.mean(dim=1).abs()  # (B, H, W)
-        for i in dict.fromkeys(which):
-            first = which.index(i)
-            totals[i] = totals[i] + sum_copies(gradients[first:first + which.count(i)])
-    if through is not None:
-        totals = [pull_back(stem, total, picture) for total, picture in zip(totals, pictures)]
-    saliency = torch.stack(totals)
-    if order == "paper":
-        saliency = (saliency / samples).abs().mean(dim=1)  # (n, H, W)
+        found = distance_gradients(network, torch.stack(noisy), origins[list(which)], distances, autocast, through)
+        for total, gradients in zip(totals, found):
+            gradients = gradients.to(pictures.dtype)  # a stem's are bfloat16 under autocast: too coarse to be summed
+            if order == "released":
+                gradients = gradients.mean(dim=1).abs()  # (B, H, W)
+            for i in dict.fromkeys(which):
+                first = which.index(i)
+                total[i] = total[i] + sum_copies(gradients[first:first + which.count(i)])
     nothing = (spans == 0) & (pictures == baseline).flatten(1).all(dim=1)
-    # what is left there is rounding, which min-max scaling would blow up to a map
-    return scale_maps(saliency.masked_fill(nothing[:, None, None], 0), percentile)
+    maps = []
+    for total in totals:
+        if through is not None:
+            total = [pull_back(stem, one, picture) for one, picture in zip(total, pictures)]
+        saliency = torch.stack(total)
+        if order == "paper":
+            saliency = (saliency / samples).abs().mean(dim=1)  # (n, H, W)
+        # what is left of `nothing` is rounding, which min-max scaling would blow up to a map
+        maps.append(scale_maps(saliency.masked_fill(nothing[:, None, None], 0), percentile))
+    return maps[0] if callable(distance) else torch.stack(maps)
 
 
 def sum_copies(gradients):
@@ -155,8 +162,8 @@ def embed(network, pictures, autocast=None):
     return embeddings if autocast is None else embeddings.float()
 
 
-def distance_gradients(network, pictures, origins, distance, autocast=None, stem=None):
-    """Gradient of each distance with respect to its picture (B, C, H, W) or, with a stem, to the stem's output."""
+def distance_gradients(network, pictures, origins, distances, autocast=None, stem=None):
+    """Yield each distance's gradient with respect to the pictures (B, C, H, W) or, with a stem, to the stem's output."""
     held = []
 
     def hold(module, given, output):
@@ -165,20 +172,21 @@ def distance_gradients(network, pictures, origins, distance, autocast=None, stem
 
     if stem is None:
         held.append(pictures.requires_grad_())
-        distances = distance(embed(network, pictures, autocast), origins)
+        embeddings = embed(network, pictures, autocast)
     else:
         hook = stem.register_forward_hook(hold)
         try:
-            distances = distance(embed(network, pictures, autocast), origins)
+            embeddings = embed(network, pictures, autocast)
         finally:
             hook.remove()
-    gradient = None
-    if distances.requires_grad:
-        gradient, = torch.autograd.grad(distances.sum(), held[0], allow_unused=True)
-    if gradient is None:
-        raise ValueError("no gradient reaches the pictures: the network detaches, quantises or leaves torch "
-                         + gradient_break(network, pictures.detach()))
-    return gradient
+    for left, distance in zip(reversed(range(len(distances))), distances):
+        values, gradient = distance(embeddings, origins), None
+        if values.requires_grad:
+            gradient, = torch.autograd.grad(values.sum(), held[0], allow_unused=True, retain_graph=left > 0)
+        if gradient is None:
+            raise ValueError("no gradient reaches the pictures: the network detaches, quantises or leaves torch "
+                             + gradient_break(network, pictures.detach()))
+        yield gradient
 
 
 def pull_back(stem, gradient, picture):
@@ -264,8 +272,8 @@ def linear_stem(network, picture):
     if stem is None:
         return None
     try:
-        whole = distance_gradients(network, picture.clone(), output, lambda a, b: a.sum(dim=1))[0]
-        held = distance_gradients(network, picture.clone(), output, lambda a, b: a.sum(dim=1), stem=stem)[0]
+        whole = next(distance_gradients(network, picture.clone(), output, [lambda a, b: a.sum(dim=1)]))[0]
+        held = next(distance_gradients(network, picture.clone(), output, [lambda a, b: a.sum(dim=1)], stem=stem))[0]
     except ValueError:  # no gradient at all: smoothgrad says so
         return None
     return stem if (pull_back(stem, held, picture[0]) - whole).norm() <= 1e-4 * whole.norm() else None
@@ -455,56 +463,78 @@ def load(path, preprocessing, baseline):
     return torch.from_numpy(data.normalise(pixels, preprocessing)), torch.from_numpy(data.normalise(start, preprocessing))
 
 
-def claimed(file, shares, paths, preprocessing, baseline, workers):
-    """Yield (rows, what load returns for each), the next block being decoded while this one is at work."""
+def claimed(files, shares, paths, preprocessing, baseline, workers):
+    """Yield (rows, for each the numbers of the files that lack it, what load returns for each); the next block is decoded meanwhile."""
     with ThreadPoolExecutor(workers) as pool:
         blocks = []
         for start, stop in shares:
-            rows = file.claim(start, stop).tolist()
-            blocks.append((rows, [pool.submit(load, paths[row], preprocessing, baseline) for row in rows]))
+            lacking = {}
+            for number, file in enumerate(files):
+                for row in file.claim(start, stop).tolist():
+                    lacking.setdefault(row, []).append(number)
+            rows = sorted(lacking)
+            blocks.append((rows, lacking, [pool.submit(load, paths[row], preprocessing, baseline) for row in rows]))
             if len(blocks) == 2:
-                rows, futures = blocks.pop(0)
-                yield rows, [future.result() for future in futures]
-        for rows, futures in blocks:
-            yield rows, [future.result() for future in futures]
+                rows, lacking, futures = blocks.pop(0)
+                yield rows, lacking, [future.result() for future in futures]
+        for rows, lacking, futures in blocks:
+            yield rows, lacking, [future.result() for future in futures]
 
 
-def fill(file, spec, pictures, distance, name, seed, args, share):
-    """Compute the maps that are missing in one RowFile. pictures: [(number in the data set, path)] of its rows."""
-    network = models.load(spec)
-    ready, stem = prepare(network.module, network.preprocessing, args.device)
-    paths = [path for _, path in pictures]
+def with_head(head, distance):
+    """The distance of two trunk's outputs through one network's own head."""
+    return lambda a, b: distance(head(a), head(b))
+
+
+def fill(files, specs, pictures, distances, name, seed, args, share):
+    """Compute the maps missing in RowFiles of the same pictures: one network's, or those of several that share trunk and noise.
+
+    pictures: [(number in the data set, path)] of the rows.
+    """
+    paths, trunks = [path for _, path in pictures], {}
+    networks = [models.load(spec, trunks) for spec in specs]
+    preprocessing, module = networks[0].preprocessing, networks[0].module
+    if len(networks) > 1:
+        module = networks[0].module[0]
+        heads = [network.module[1].to(args.device).requires_grad_(False) for network in networks]
+        distances = [with_head(head, distance) for head, distance in zip(heads, distances)]
+    ready, stem = prepare(module, preprocessing, args.device)
     together = max(1, round(4 * args.batch / args.samples))  # pictures in one call
-    nans = zeros = 0
-    bar = tqdm(total=file.missing(), desc=network.name, delay=2, unit=" maps", disable=share[0] > 0 or not sys.stderr.isatty())
+    nans, zeros, what = 0, 0, networks[0].name if len(networks) == 1 else f"{len(networks)} networks"
+    bar = tqdm(total=sum(file.missing() for file in files), desc=what, delay=2, unit=" maps",
+               disable=share[0] > 0 or not sys.stderr.isatty())
     shares = rowfile.shares(len(paths), *share, block=max(4, together))  # small: maps are slow, ranks end together
-    blocks = claimed(file, shares, paths, network.preprocessing, args.baseline, args.workers)
     with bar:
-        for rows, loaded in blocks:
+        for rows, lacking, loaded in claimed(files, shares, paths, preprocessing, args.baseline, args.workers):
             for row, error in [item for item in zip(rows, loaded) if isinstance(item[1], Exception)]:
                 if not args.skip_unreadable:
                     raise ValueError(f"{error}, or leave it out with --skip-unreadable")
                 say(f"left out: {error}")
-                file.leave_out([row])
+                for number in lacking[row]:
+                    files[number].leave_out([row])
             good = [item for item in zip(rows, loaded) if not isinstance(item[1], Exception)]
-            for start in range(0, len(good), together):
-                part = [row for row, _ in good[start:start + together]]
-                inputs, baselines = (torch.stack(tensors) for tensors in zip(*(pair for _, pair in good[start:start + together])))
-                seeds = [noise_seed(seed, name, pictures[row][0]) for row in part]
-                try:
-                    maps = maps_of(ready, stem, inputs, baselines, distance, seeds, args)
-                except ValueError as error:
-                    raise ValueError(f"{network.name}: {error}") from None
-                for row, found in zip(part, maps):
-                    if np.isnan(found).any():
-                        say(f"{network.name}: {paths[row]}: a gradient is not finite; its map is nan, compare.py leaves it out")
-                        nans += 1
-                    zeros += not found.any()
-                file.write(part, maps)
-                bar.update(len(part))
-    for count, what in (nans, "nan (a gradient is not finite)"), (zeros, "all zeros (a constant map)"):
+            for numbers, group in itertools.groupby(good, key=lambda item: lacking[item[0]]):
+                group = list(group)
+                wanted = [distances[number] for number in numbers] if len(networks) > 1 else distances[0]
+                for part in [group[start:start + together] for start in range(0, len(group), together)]:
+                    inputs, baselines = (torch.stack(tensors) for tensors in zip(*(pair for _, pair in part)))
+                    part = [row for row, _ in part]
+                    seeds = [noise_seed(seed, name, pictures[row][0]) for row in part]
+                    try:
+                        maps = maps_of(ready, stem, inputs, baselines, wanted, seeds, args)
+                    except ValueError as error:
+                        raise ValueError(f"{what}: {error}") from None
+                    for number, of_one in zip(numbers, maps if len(networks) > 1 else [maps]):
+                        for row, found in zip(part, of_one):
+                            if np.isnan(found).any():
+                                say(f"{networks[number].name}: {paths[row]}: a gradient is not finite; its map is nan, compare.py leaves it out")
+                                nans += 1
+                            zeros += not found.any()
+                        files[number].write(part, of_one)
+                        bar.update(len(part))
+    for count, kind in (nans, "nan (a gradient is not finite)"), (zeros, "all zeros (a constant map)"):
         if count:
-            say(f"{network.name}: {count:,} maps are {what}")
+            say(f"{what}: {count:,} maps are {kind}")
 
 
 def listed(relative):
@@ -688,47 +718,61 @@ def main(argv=None):
         if note and rank == 0:
             say(note)
     one = args.out.suffix == ".npy"
+    held_out = {spec["fold"] for spec in specs if "test" in spec["config"].get("split", {})}
+    if args.gallery and len(held_out) > 1:
+        raise ValueError(f"--gallery: folds {', '.join(map(str, sorted(held_out)))} are analysed on different pictures; give one --fold")
     if one and len(specs) > 1:
         raise ValueError(f"--out {args.out} is one array, but {len(specs)} networks were asked for "
                          f"({specs[0]['name']}, {specs[1]['name']}, …); give a folder")
-    chosen = chosen_rows(len(dataset.paths), args.limit, args.pick)
-    pictures = [(i, dataset.paths[i]) for i in chosen]
-    relative = [dataset.relative[i] for i in chosen]
-
-    arrays, descriptions, done = [], [], 0
+    pictures, relative, arrays, groups = [], [], [], {}
     for spec in specs:
-        name = args.distance or spec["distance"]
-        array = args.out if one else args.out / dataset.name / spec["slug"] / f"fold{spec['fold'] or 0}" / "maps.npy"
+        own = data.own_pictures(dataset, spec["config"], args.dataset, args.data_root, args.split)
+        chosen = chosen_rows(len(own.paths), args.limit, args.pick)
+        pictures.append([(i, own.paths[i]) for i in chosen])
+        relative.append([own.relative[i] for i in chosen])
+        arrays.append(args.out if one else args.out / dataset.name / spec["slug"] / f"fold{spec['fold'] or 0}" / "maps.npy")
         for ceiling in [False, True][:1 + args.ceiling]:
-            path = array.with_name(f"{array.stem}_ceiling.npy") if ceiling else array
-            description = about(dataset, spec, relative, name, ceiling, args)
-            shape = (len(pictures), *data.input_size(description["preprocessing"]))
-            file = rowfile.RowFile(path, shape, np.float16, description, retry=not args.skip_unreadable)
-            done += file.complete
-            try:
-                if not file.complete:
-                    fill(file, spec, pictures, models.distance(name), "" if args.shared_noise else spec["name"],
-                         f"{args.seed} ceiling" if ceiling else args.seed, args, (rank, ranks))
-                    if not finish(file, relative):
-                        say(f"{path}: {file.missing():,} rows are left to other processes; "
-                            "run the command again if one of them was stopped")
-            finally:
+            path = arrays[-1].with_name(f"{arrays[-1].stem}_ceiling.npy") if ceiling else arrays[-1]
+            description = about(own, spec, relative[-1], args.distance or spec["distance"], ceiling, args)
+            key = [ceiling, description["pictures"]["sha256"], description["preprocessing"]]  # of what shares its passes
+            key += [models.files_sha256(spec["files"][:1])] if args.shared_noise and spec["files"] else [len(arrays)]
+            groups.setdefault(repr(key), []).append((ceiling, len(arrays) - 1, path, description))
+    done = 0
+    for group in groups.values():
+        (ceiling, *_), numbers, paths, descriptions = zip(*group)
+        first, files = numbers[0], []
+        try:
+            for path, description in zip(paths, descriptions):
+                shape = (len(pictures[first]), *data.input_size(description["preprocessing"]))
+                files.append(rowfile.RowFile(path, shape, np.float16, description, retry=not args.skip_unreadable))
+            done += sum(file.complete for file in files)
+            at_work = [(file, specs[number], models.distance(description["distance"]))
+                       for file, number, description in zip(files, numbers, descriptions) if not file.complete]
+            if at_work:
+                todo, chosen, distances = zip(*at_work)
+                fill(todo, chosen, pictures[first], distances, "" if args.shared_noise else chosen[0]["name"],
+                     f"{args.seed} ceiling" if ceiling else args.seed, args, (rank, ranks))
+            for file in files:
+                if not file.complete and not finish(file, relative[first]):
+                    say(f"{file.path}: {file.missing():,} rows are left to other processes; "
+                        "run the command again if one of them was stopped")
+        finally:
+            for file in files:
                 if not file.complete:
                     file.give_up(alone=ranks == 1)
-            if not ceiling:
-                arrays.append(path)
-                descriptions.append(description)
-    if rank == 0 and done == len(specs) * (1 + args.ceiling):
+    if rank == 0 and done == sum(map(len, groups.values())):
         say(f"all {done} arrays are there already")
     if rank == 0 and args.randomise:
-        rows = [row for spec in specs for row in sanity(spec, pictures, models.distance(args.distance or spec["distance"]), args)]
+        rows = [row for spec, own in zip(specs, pictures)
+                for row in sanity(spec, own, models.distance(args.distance or spec["distance"]), args)]
         folder = args.out.parent if one else args.out / dataset.name
         data.write_table(folder / "sanity.csv", ["model", "fold", "layers", "of", "lowest", "n", "correlation", "correlation_std"], rows)
     if rank == 0 and args.gallery and all(path.exists() for path in arrays):
         one_fold = len({spec["fold"] for spec in specs}) == 1
         names = [spec["loss"] if one_fold and spec["loss"] else spec["name"] for spec in specs]
-        make_gallery(args.gallery, arrays, [description["preprocessing"] for description in descriptions], names, pictures, relative,
-                     args.overlay, len(pictures) if args.pick else 8)
+        preprocessings = [data.read_sidecar(path)["preprocessing"] for path in arrays]
+        make_gallery(args.gallery, arrays, preprocessings, names, pictures[0], relative[0], args.overlay,
+                     len(pictures[0]) if args.pick else 8)
 
 
 if __name__ == "__main__":

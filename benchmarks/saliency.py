@@ -159,7 +159,7 @@ def running_maps(ready, picture, black, distance, seed, antithetic, checkpoints,
     signed, absolute, done, maps = 0, 0, 0, {}
     for goal in checkpoints:
         while chunk := [noisy for _, noisy in itertools.islice(copies, min(batch, goal - done))]:
-            gradient = saliency.distance_gradients(ready, torch.stack(chunk), origin, distance)
+            gradient = next(saliency.distance_gradients(ready, torch.stack(chunk), origin, [distance]))
             signed, absolute = signed + gradient.sum(dim=0), absolute + gradient.mean(dim=1).abs().sum(dim=0)
             done += len(chunk)
         maps["paper", goal] = saliency.scale_maps(signed.abs().mean(dim=0)[None])[0]

@@ -254,9 +254,11 @@ def describe(spec):
             "preprocessing": preprocessing(spec, module), "seed": spec["seed"]}
 
 
-def load(spec):
+def load(spec, trunks=None):
     """Build and load one network of find's list, on the CPU, in eval mode.
 
+    trunks: a dict in which trunks are kept by backbone and file's sha256: networks whose trunk files are equal
+    (train.py --freeze-trunk) then share one module.
     Raises ValueError or OSError naming the file when it is missing, damaged, of another architecture or would run code.
     """
     if ":" in spec["backbone"]:
@@ -266,7 +268,10 @@ def load(spec):
         trunk, digest = BACKBONES[spec["backbone"]](), None
     settings = preprocessing(spec, trunk)
     if spec["files"]:
-        load_weights(trunk, spec["files"][0])
+        key = spec["backbone"], files_sha256(spec["files"][:1])
+        if trunks is None or key not in trunks:
+            load_weights(trunk, spec["files"][0])
+        trunk = trunk if trunks is None else trunks.setdefault(key, trunk)
         module = nn.Sequential(trunk, load_linear(spec["files"][1], FEATURES.get(spec["backbone"])))
         source, digest = str(spec["files"][0].parent), files_sha256(spec["files"])
     elif digest:

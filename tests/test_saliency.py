@@ -274,7 +274,7 @@ def test_finite_differences_through_every_distance(small, pictures, name):
     distance = models.distance(name)
     small.relu = nn.Softplus()
     origin = small(BLACK[None])
-    gradient = saliency.distance_gradients(small, pictures[:1].clone(), origin, distance)[0]
+    gradient = next(saliency.distance_gradients(small, pictures[:1].clone(), origin, [distance]))[0]
     step = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     above, below = (distance(small(pictures[:1] + sign * 1e-6 * step), origin) for sign in (1, -1))
     assert ((above - below) / 2e-6).item() == pytest.approx((gradient * step).sum().item(), rel=1e-4)
