@@ -20,6 +20,7 @@ import argparse
 import csv
 import io
 import itertools
+import math
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,8 @@ from tqdm import tqdm
 import data
 
 # ---------------------------------------------------------------- agreement of maps
+AGREEMENT_COLUMNS = ["model_a", "fold_a", "model_b", "fold_b", "n", "left_out", "correlation", "correlation_std",
+                     "correlation_low", "correlation_high", "jsd", "jsd_std", "ceiling", "corrected"]
 CLIP = 1 - 1e-6  # Fisher's z of r = ±1 is infinite: r is cut to ±0.999999, z to ±7.25
 
 
@@ -81,6 +84,21 @@ def row_products(a, b):
 
 
 # ---------------------------------------------------------------- averages with intervals
+
+
+def across_noises(correlation, jsd):
+    """r and JSD (2, K(K - 1)/2) of K networks that share their noise, each pair with one map of either noise.
+
+    correlation, jsd: agreement's, of the K first maps and then the K second ones, whose noise is another. A pair's
+    values are the means (of r through Fisher's z) of its two combinations: independent noise, as the papers compare.
+    """
+    both = len(correlation)
+    k = (1 + math.isqrt(1 + 8 * both)) // 4  # 2K maps make K(2K - 1) pairs
+    square = np.full((2, 2 * k, 2 * k), np.nan)
+    square[:, *np.triu_indices(2 * k, 1)] = fisher_z(correlation), jsd
+    a, b = np.triu_indices(k, 1)
+    z, divergence = (square[:, a, k + b] + square[:, b, k + a]) / 2
+    return np.stack([np.tanh(z), divergence])
 
 
 def fisher_z(correlation):
@@ -306,6 +324,25 @@ def open_alike(networks):
     return shapes[0]
 
 
+def by_pictures(networks, args):
+    """The networks in parts of the same pictures: one part, or one for each fold where each was analysed on its own pictures.
+
+    Raises ValueError when networks of one fold differ, or when an option needs one list of pictures.
+    """
+    parts = {}
+    for network in networks:
+        parts.setdefault(network["about"].get("pictures", {}).get("sha256"), []).append(network)
+    folds = [{network["fold"] for network in part} for part in parts.values()]
+    if len(parts) == 1 or None in parts or sum(map(len, folds)) > len(set().union(*folds)) or {None} in folds:
+        open_alike(networks)
+        return [networks]
+    for option, given in ("--per-picture", args.per_picture), ("--all-folds", args.all_folds):
+        if given:
+            raise ValueError(f"{option}: the folds here have different lists of pictures ({networks[0]['path']}, …); "
+                             + ("give one --fold" if option == "--per-picture" else "only fold k can be compared with fold k"))
+    return list(parts.values())
+
+
 def wanted_pairs(networks, all_folds):
     """Groups [(members, [their pairs that count])] of network numbers: each group's maps are compared at once.
 
@@ -339,8 +376,11 @@ def compare_picture(maps, groups, networks, picture):
             raise ValueError(f"{networks[one]['path']}: picture {picture} has values from {low:.6g} to {high:.6g}; expected maps "
                              "in [0, 1], as saliency.py writes them")
     found = []
-    for members, counts in groups:
-        both = np.stack(agreement(maps[members]))
+    for members, seconds, counts in groups:
+        if seconds:
+            both = across_noises(*agreement(maps[members + seconds]))
+        else:
+            both = np.stack(agreement(maps[members]))
         found.append(both[:, counts])
     both = np.concatenate(found, axis=1)
     both[:, np.isnan(both).any(axis=0)] = np.nan
@@ -388,16 +428,22 @@ def saved(blocks, path, n):
         part.unlink(missing_ok=True)
 
 
-def write_agreement(networks, n, number, args):
-    """compare.csv; returns its rows and {number of a network: the correlation of its two maps with different noise}."""
+def compare_networks(networks, n, number, args):
+    """Rows of compare.csv of networks with the same pictures, {number of a network: correlation of its two maps}, and the
+    numbers of pairs (that share their noise, that would if not for their second maps)."""
     groups = wanted_pairs(networks, args.all_folds)
     pairs = [pair for group, counts in groups for pair, counted in zip(itertools.combinations(group, 2), counts) if counted]
     if not pairs:
         raise ValueError("no two of these maps are of the same fold; --all-folds compares the folds of one loss")
     seconds = with_ceilings(networks)
-    everyone = networks + [second for _, second in seconds]
+    everyone, second = networks + [one for _, one in seconds], {i: len(networks) + k for k, (i, _) in enumerate(seconds)}
     open_alike(everyone)
-    repeats = [([i, len(networks) + number], [True]) for number, (i, _) in enumerate(seconds)]
+    shared = {(a, b): same_noise(networks[a]["about"], networks[b]["about"]) for a, b in pairs}
+    crossed = [all(i in second for i in group) and all(shared.get(pair) for pair in itertools.combinations(group, 2))
+               for group, _ in groups]
+    groups = [(group, [second[i] for i in group] if cross else [], counts) for (group, counts), cross in zip(groups, crossed)]
+    apart = {pair for (group, seconds_, _) in groups if seconds_ for pair in itertools.combinations(group, 2)}
+    repeats = [([i, second[i]], [], [True]) for i in second]
     blocks = compare_maps(everyone, groups + repeats, n, number, args)
     blocks = saved(blocks, args.per_picture, n)
     found = summarise((np.concatenate([fisher_z(b[:, 0]), b[:, 1]], axis=1) for b in blocks), args.seed, args.replicates)
@@ -405,22 +451,18 @@ def write_agreement(networks, n, number, args):
     total = len(pairs) + len(repeats)
     z, jsd = ({key: found[key][part] for key in ("n", "mean", "std", "low", "high")} for part in (slice(total), slice(total, None)))
     correlation = np.tanh(z["mean"])
-    reliability = {i: correlation[len(pairs) + number] for number, (i, _) in enumerate(seconds)}
-    shared = [same_noise(networks[a]["about"], networks[b]["about"]) for a, b in pairs]
+    reliability = {i: correlation[len(pairs) + k] for k, i in enumerate(second)}
     rows = []
     for k, (a, b) in enumerate(pairs):
         ceiling = None
-        if a in reliability and b in reliability and not shared[k]:
+        if a in reliability and b in reliability and (not shared[a, b] or (a, b) in apart):
             ceiling = float(attenuation(reliability[a], reliability[b]))
         numbers = [float(value) for value in (correlation[k], np.tanh(z["std"][k]), np.tanh(z["low"][k]), np.tanh(z["high"][k]),
                                               jsd["mean"][k], jsd["std"][k])]
         rows.append([networks[a]["model"], networks[a]["fold"], networks[b]["model"], networks[b]["fold"], int(z["n"][k]),
                      n - int(z["n"][k]), *[None if np.isnan(value) else value for value in numbers],
                      ceiling, numbers[0] / ceiling if ceiling else None])
-    data.write_table(args.out, ["model_a", "fold_a", "model_b", "fold_b", "n", "left_out", "correlation", "correlation_std",
-                                "correlation_low", "correlation_high", "jsd", "jsd_std", "ceiling", "corrected"], rows)
-    report(networks, rows, reliability, sum(shared))
-    return rows, reliability
+    return rows, reliability, (sum(shared.values()) - len(apart), len(apart))
 
 
 def same_noise(a, b):
@@ -429,8 +471,8 @@ def same_noise(a, b):
     return a == b and a["noise_of"] is not None
 
 
-def report(networks, rows, reliability, shared):
-    """What a reader should know first, on stdout."""
+def report(networks, rows, reliability, shared, apart):
+    """What a reader should know first, on stdout. shared, apart: numbers of pairs of one noise, and of those across two."""
     widest = max(len(f"{row[0]} – {row[2]}") for row in rows[:20])
     for row in rows[:20]:
         if row[6] is None:
@@ -443,6 +485,9 @@ def report(networks, rows, reliability, shared):
     left_out = max(row[5] for row in rows)
     if left_out:
         say(f"up to {left_out:,} of {rows[0][4] + rows[0][5]:,} pictures left out of a pair: their maps are constant or nan")
+    if apart:
+        say(f"{apart:,} of {len(rows):,} pairs share their noise: each is one network's map against the other's second map, "
+            "whose noise is another, both ways")
     if shared:
         say(f"{shared:,} of {len(rows):,} pairs share their noise, which raises correlations; no ceiling is given for them")
         return
@@ -467,9 +512,9 @@ def mask_files(networks, n, args):
             raise ValueError(f"{folder} has {len(files):,} PNG files for {n:,} maps, so it can't be told which belongs to which; "
                              "name the pictures with --dataset (a folder, as for saliency.py)")
         return files
-    dataset = data.open_dataset(args.dataset, args.data_root, about.get("split", "test"))
+    dataset = data.open_dataset(args.dataset, args.data_root, "all" if "rows" in about else about.get("split", "test"))
     options, left_out = about.get("options", {}), set(about.get("pictures", {}).get("left_out", []))
-    chosen = options.get("pick") or list(range(len(dataset.paths)))[:options.get("limit")]
+    chosen = about.get("rows") or options.get("pick") or list(range(len(dataset.paths)))[:options.get("limit")]
     chosen = [i for i in chosen if i < len(dataset.paths) and dataset.relative[i] not in left_out]
     names = [dataset.relative[i] for i in chosen]
     if len(names) != n or about.get("pictures", {}).get("sha256", data.pictures_sha256(names)) != data.pictures_sha256(names):
@@ -503,8 +548,8 @@ def read_masks(files, shape, about):
     return np.stack(masks)
 
 
-def write_masks(networks, shape, files, number, args):
-    """masks.csv: each network's share of saliency inside the object, with its chance levels."""
+def mask_rows(networks, shape, files, number, args):
+    """Rows of masks.csv: each network's share of saliency inside the object, with its chance levels; said on stdout too."""
     n, *size = shape
     about = networks[0]["about"]
     total = np.zeros(size)
@@ -522,22 +567,22 @@ def write_masks(networks, shape, files, number, args):
         values = [float(found[key][k]) for key in ("mean", "std", "low", "high")]
         rows.append([network["model"], network["fold"], column, int(found["n"][k]), int(found["left_out"][k]),
                      *[None if np.isnan(value) else value for value in values]])
-    path = args.out.parent / "masks.csv"
-    data.write_table(path, ["model", "fold", "measure", "n", "left_out", "mean", "std", "low", "high"], rows)
-    for k, network in enumerate(networks):
+    for k, network in enumerate(networks[:20]):
         share, area, other = (f"{100 * found['mean'][6 * k + i]:.1f} % [{100 * found['low'][6 * k + i]:.1f}, "
                               f"{100 * found['high'][6 * k + i]:.1f}]" for i in range(3))
-        print(f"{network['model']}: {share} of the saliency inside the object; area {area}; inside other pictures' masks {other}")
+        fold = "" if network["fold"] is None else f", fold {network['fold']}"
+        print(f"{network['model']}{fold}: {share} of the saliency inside the object; area {area}; inside other pictures' masks {other}")
+    return rows
 
 
-def write_embeddings(networks, args):
-    """embeddings.csv: linear CKA and common neighbours of the emb.npy beside the maps."""
+def embedding_rows(networks, args, k=10):
+    """Rows of embeddings.csv: linear CKA and k common neighbours of the emb.npy beside the maps."""
     paths = [network["path"].with_name("emb.npy") for network in networks]
     missing = [path for path in paths if not path.exists()]
     if missing:
         raise ValueError(f"--embeddings: {len(missing)} networks have no emb.npy beside their maps ({missing[0]}, …); "
                          "python embed.py makes them")
-    found, k = [], 10
+    found = []
     for path in paths:
         try:
             found.append(normalised(data.read_embeddings(path)))
@@ -551,9 +596,8 @@ def write_embeddings(networks, args):
     n = len(found[0])
     if n <= k:
         raise ValueError(f"{paths[0]} has {n} rows; expected more than {k} for {k} nearest neighbours")
-    groups = wanted_pairs(networks, args.all_folds)
     rows = []
-    for members, counts in groups:
+    for members, counts in wanted_pairs(networks, args.all_folds):
         chosen = [found[i] for i in members]
         cka = linear_cka(chosen)
         overlap = summarise(neighbour_overlap(chosen, k), args.seed, args.replicates)
@@ -561,18 +605,17 @@ def write_embeddings(networks, args):
             if counts[pair]:
                 rows.append([networks[a]["model"], networks[a]["fold"], networks[b]["model"], networks[b]["fold"], n, float(cka[pair]),
                              *[float(overlap[key][pair]) for key in ("mean", "low", "high")], k / (n - 1)])
-    data.write_table(args.out.parent / "embeddings.csv", ["model_a", "fold_a", "model_b", "fold_b", "n", "cka", "overlap",
-                                                          "overlap_low", "overlap_high", "overlap_chance"], rows)
     for row in rows[:20]:
         print(f"{row[0]} – {row[2]}  CKA {row[5]:.3f}, {k} nearest neighbours in common {100 * row[6]:.1f} % "
               f"[{100 * row[7]:.1f}, {100 * row[8]:.1f}]")
+    return rows
 
 
 def write_figure(path, networks, rows, reliability):
     """The heat map of correlations, folds averaged in Fisher's z; on the diagonal a network's two maps, where known."""
     names = list(dict.fromkeys(network["model"] for network in networks))
     sums, counts = np.zeros((2, len(names), len(names)))
-    repeats = [[networks[i]["model"], None, networks[i]["model"], None, None, None, value] for i, value in reliability.items()]
+    repeats = [[model, None, model, None, None, None, value] for model, value in reliability]
     for row in rows + repeats:
         if row[6] is not None:
             for a, b in {(row[0], row[2]), (row[2], row[0])}:
@@ -585,6 +628,11 @@ def write_figure(path, networks, rows, reliability):
     title = "Correlation of saliency maps, per cent" + "; diagonal: two maps of one network" * bool(reliability)
     draw_heat_map(values, short, title).save(png, "PNG")
     data.write_file(path, png.getvalue())
+
+
+def available_threads():
+    """CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def fail(message):
@@ -613,7 +661,8 @@ def parse(argv):
     add("--embeddings", action="store_true", help="also embeddings.csv, from the emb.npy beside each maps.npy")
     add("--seed", type=int, default=0, metavar="N", help="of the bootstrap (0)")
     add("--replicates", type=int, default=1000, metavar="N", help="of the bootstrap (1000)")
-    add("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="pictures compared at a time (number of CPUs)")
+    add("--threads", type=int, default=available_threads(), metavar="N",
+        help="pictures compared at a time (CPUs this process may use)")
     add("--memory-mib", type=int, default=256, metavar="N", help="for the maps read at a time (256)")
     return parser.parse_args(argv)
 
@@ -633,20 +682,32 @@ def main(argv=None):
     for path in filter(None, (args.out, args.per_picture, args.figure)):
         data.check_output(path, paths)
     networks = describe(paths, args.fold)
-    shape = open_alike(networks)
     if len(networks) < 2 and not args.masks:
         raise ValueError(f"one map file arrived ({networks[0]['path']}), two or more are compared; --masks also takes one")
-    masks = mask_files(networks, shape[0], args) if args.masks else None
-    number = max(1, (args.memory_mib << 20) // (2 * 4 * len(networks) * shape[1] * shape[2]))
-
-    if len(networks) > 1:
-        rows, reliability = write_agreement(networks, shape[0], number, args)
-        if args.figure:
-            write_figure(args.figure, networks, rows, reliability)
-    if args.masks:
-        write_masks(networks, shape, masks, number, args)
-    if args.embeddings:
-        write_embeddings(networks, args)
+    parts = [(part, open_alike(part)) for part in by_pictures(networks, args)]
+    masks = [mask_files(part, shape[0], args) if args.masks else None for part, shape in parts]
+    rows, reliability, shared, tables = [], [], [0, 0], {"masks.csv": [], "embeddings.csv": []}
+    for (part, shape), files in zip(parts, masks):
+        number = max(1, (args.memory_mib << 20) // (2 * 4 * len(part) * shape[1] * shape[2]))
+        if len(networks) > 1:
+            found, correlations, counts = compare_networks(part, shape[0], number, args)
+            rows += found
+            reliability += [(part[i]["model"], value) for i, value in correlations.items()]
+            shared = [total + count for total, count in zip(shared, counts)]
+        if args.masks:
+            tables["masks.csv"] += mask_rows(part, shape, files, number, args)
+        if args.embeddings:
+            tables["embeddings.csv"] += embedding_rows(part, args)
+    if rows:
+        data.write_table(args.out, AGREEMENT_COLUMNS, rows)
+        report(networks, rows, reliability, *shared)
+    if args.figure and rows:
+        write_figure(args.figure, networks, rows, reliability)
+    for name, header in ("masks.csv", ["model", "fold", "measure", "n", "left_out", "mean", "std", "low", "high"]), \
+            ("embeddings.csv", ["model_a", "fold_a", "model_b", "fold_b", "n", "cka", "overlap", "overlap_low", "overlap_high",
+                                "overlap_chance"]):
+        if tables[name]:
+            data.write_table(args.out.parent / name, header, tables[name])
 
 
 if __name__ == "__main__":

@@ -180,7 +180,8 @@ def free_memory():
 
 def about(dataset, spec, args):
     """The JSON beside the array."""
-    return {"dataset": dataset.name, "split": dataset.split, **models.describe(spec),
+    rows = {"rows": spec["config"]["split"]["test"]} if dataset.split == "held out" else {}  # of the whole data set
+    return {"dataset": dataset.name, "split": dataset.split, **rows, **models.describe(spec),
             "options": {"precision": args.precision, "draft": args.draft},
             "versions": {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__},
             "pictures": listed(dataset.relative)}
@@ -296,7 +297,8 @@ def parse():
     for name in ("batch", "workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: expected at least 1")
-    cpus = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # what a scheduler grants
+    cpus = available // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     args.workers = args.workers or min(16, max(1, cpus))
     args.device = device(args.device)
     if args.precision == "tf32" and args.device.type == "cpu":

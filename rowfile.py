@@ -85,7 +85,8 @@ def differences(old, new, prefix=""):
         if isinstance(old.get(key), dict) and isinstance(new.get(key), dict):
             found += differences(old[key], new[key], f"{prefix}{key}.")
         else:
-            found.append(f"{prefix}{key}: {old.get(key)} there, {new.get(key)} now")
+            values = [text if len(text := str(value)) <= 80 else text[:79] + "…" for value in (old.get(key), new.get(key))]
+            found.append(f"{prefix}{key}: {values[0]} there, {values[1]} now")
     return found
 
 

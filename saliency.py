@@ -551,11 +551,12 @@ def finish(file, relative):
     return file.finish({**file.about, "pictures": pictures})
 
 
-def about(dataset, spec, relative, distance, ceiling, args):
+def about(dataset, spec, chosen, relative, distance, ceiling, args):
     """The JSON beside the array."""
+    rows = {"rows": [spec["config"]["split"]["test"][i] for i in chosen]} if dataset.split == "held out" else {}  # of the whole
     options = {key: getattr(args, key) for key in ("samples", "noise", "order", "baseline", "percentile", "seed", "shared_noise",
                                                    "antithetic", "precision", "limit", "pick")}
-    return {"dataset": dataset.name, "split": dataset.split, **models.describe(spec), "distance": distance,
+    return {"dataset": dataset.name, "split": dataset.split, **rows, **models.describe(spec), "distance": distance,
             "options": {**options, "ceiling": ceiling, "noise_of": "" if args.shared_noise else spec["name"]},
             "versions": {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__},
             "pictures": listed(relative)}
@@ -673,7 +674,8 @@ def parse(argv):
         help="whose embedding the distance is to: a black picture, the picture's mean colour, the picture blurred (black)")
     add("--percentile", type=float, default=99.0, metavar="P", help="values above it are cut to it (99)")
     add("--seed", type=int, default=0, metavar="N", help="of the noise (0)")
-    add("--shared-noise", action="store_true", help="the same noise for all networks: raises their correlations (independent)")
+    add("--shared-noise", action="store_true", help="the same noise for all networks: networks of one trunk (train.py --freeze-trunk) then share "
+        "its passes; raises correlations, but with --ceiling compare.py takes one map of each noise (independent)")
     add("--antithetic", action="store_true", help="every second copy takes the negative noise of the one before: in the paper's order "
         "50 copies then serve like 62, in the released order there is nothing to gain (independent noise)")
     add = parser.add_argument_group("can the maps be trusted").add_argument
@@ -687,7 +689,8 @@ def parse(argv):
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
     add("--precision", default="fp32", choices=["fp32", "tf32", "bf16"], help="of the network's arithmetic (fp32)")
     add("--batch", type=int, metavar="N", help="copies at a time (10 on a CPU, 250 on a GPU; halved when memory runs out)")
-    add("--workers", type=int, default=min(16, os.cpu_count() or 1), metavar="N", help="threads that decode (number of CPUs, at most 16)")
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    add("--workers", type=int, default=min(16, cpus), metavar="N", help="threads that decode (CPUs this process may use, at most 16)")
     return parser.parse_args(argv)
 
 
@@ -733,7 +736,7 @@ def main(argv=None):
         arrays.append(args.out if one else args.out / dataset.name / spec["slug"] / f"fold{spec['fold'] or 0}" / "maps.npy")
         for ceiling in [False, True][:1 + args.ceiling]:
             path = arrays[-1].with_name(f"{arrays[-1].stem}_ceiling.npy") if ceiling else arrays[-1]
-            description = about(own, spec, relative[-1], args.distance or spec["distance"], ceiling, args)
+            description = about(own, spec, chosen, relative[-1], args.distance or spec["distance"], ceiling, args)
             key = [ceiling, description["pictures"]["sha256"], description["preprocessing"]]  # of what shares its passes
             key += [models.files_sha256(spec["files"][:1])] if args.shared_noise and spec["files"] else [len(arrays)]
             groups.setdefault(repr(key), []).append((ceiling, len(arrays) - 1, path, description))

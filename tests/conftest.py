@@ -1,4 +1,5 @@
 """The scripts lie flat in the checkout; tests import and run them from there."""
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -28,3 +29,31 @@ def renders():
     if not folder.is_dir():
         pytest.skip("../shared/renders is not here: real pictures for development and CI")
     return folder
+
+
+@pytest.fixture
+def held_out_networks():
+    """held_out_networks(models folder, dataset folder, factory, features, slugs): networks of one trunk, as train.py
+    --split pictures --freeze-trunk leaves them: two folds, each with half of the pictures held out."""
+
+    def make(folder, dataset, factory, features, slugs=("triplet", "arcface")):
+        import torch
+        import data
+        import models
+        pictures = data.open_dataset(dataset, split="all")
+        trunk = models.from_factory(factory)
+        for fold in (0, 1):
+            rows = list(range(fold, len(pictures.paths), 2))
+            for number, slug in enumerate(slugs):
+                place = folder / "trained" / pictures.name / slug / f"fold{fold}"
+                place.mkdir(parents=True)
+                head = models.random_linear(features, 4, 10 * number, fold)
+                torch.save(trunk.state_dict(), place / "trunk_best.pth")
+                torch.save(head.state_dict(), place / "embedder_best.pth")
+                listed = {"number": len(pictures.paths), "sha256": data.pictures_sha256(pictures.relative)}
+                config = {"dataset": pictures.name, "backbone": factory, "preprocessing": trunk.preprocessing,
+                          "split": {"kind": "pictures", "pictures": listed, "test": rows}}
+                (place / "config.json").write_text(json.dumps(config))
+        return pictures
+
+    return make

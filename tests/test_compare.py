@@ -2,6 +2,7 @@
 import csv
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -260,11 +261,49 @@ def test_folds_ceilings_and_figure(place, rng):
     assert len(read("all.csv")) == 9 and [(row["fold_a"], row["fold_b"]) for row in within] == [("0", "1")] * 3
 
 
-def test_shared_noise_has_no_ceiling(place, rng, capsys):
+def test_shared_noise_alone_has_no_ceiling(place, rng, capsys):
     published(place, rng, shared=True)
+    for path in place.rglob("maps_ceiling.npy"):
+        path.unlink()
     compare.main(["--dataset", "cars196"])
     assert all(row["ceiling"] == "" for row in read("results/cars196/compare.csv"))
-    assert "share their noise" in capsys.readouterr().err
+    assert "share their noise, which raises" in capsys.readouterr().err
+
+
+def test_networks_that_share_their_noise_are_compared_across_two(place, rng, capsys):
+    published(place, rng, shared=True)
+    compare.main(["--dataset", "cars196"])
+    assert "one network's map against the other's second map" in capsys.readouterr().err
+    row = next(row for row in read("results/cars196/compare.csv") if (row["model_a"], row["model_b"], row["fold_a"]) == ("Triplet", "ArcFace", "1"))
+
+    def z(first, second):  # of two files, picture by picture, with NumPy
+        a, b = (np.load(f"results/cars196/{name}.npy").astype(float).reshape(6, -1) for name in (first, second))
+        return np.arctanh([np.corrcoef(x, y)[0, 1] for x, y in zip(a, b)])
+
+    across = (z("triplet/fold1/maps", "arcface/fold1/maps_ceiling") + z("triplet/fold1/maps_ceiling", "arcface/fold1/maps")) / 2
+    assert float(row["correlation"]) == pytest.approx(np.tanh(across.mean()), abs=1e-6)
+    own = [np.tanh(z(f"{slug}/fold1/maps", f"{slug}/fold1/maps_ceiling").mean()) for slug in ("triplet", "arcface")]
+    assert float(row["ceiling"]) == pytest.approx(np.sqrt(own[0] * own[1]), abs=1e-6)
+
+
+def test_folds_of_different_pictures_are_compared_fold_by_fold(place, rng, capsys):
+    published(place, rng)
+    compare.main(["--dataset", "cars196", "--out", "together.csv", "--figure", "together.png"])
+    for path in place.rglob("fold1/maps*.json"):
+        about = json.loads(path.read_text())
+        path.write_text(json.dumps({**about, "pictures": {"number": 6, "sha256": "y"}}))
+    compare.main(["--dataset", "cars196", "--out", "apart.csv", "--figure", "apart.png"])
+    key = lambda row: (row["fold_a"], row["model_a"], row["model_b"])
+    for together, apart in zip(*(sorted(read(name), key=key) for name in ("together.csv", "apart.csv"))):
+        assert {name: value for name, value in apart.items() if name not in ("correlation_low", "correlation_high")} == \
+            {name: value for name, value in together.items() if name not in ("correlation_low", "correlation_high")}
+    assert Path("apart.png").read_bytes() == Path("together.png").read_bytes()
+    with pytest.raises(ValueError, match="--per-picture: the folds here have different lists"):
+        compare.main(["--dataset", "cars196", "--per-picture", "p.npy"])
+    with pytest.raises(ValueError, match="different lists of pictures"):  # within a fold
+        about = json.loads((place / "results/cars196/none/fold1/maps.json").read_text())
+        (place / "results/cars196/none/fold1/maps.json").write_text(json.dumps({**about, "pictures": {"number": 6, "sha256": "z"}}))
+        compare.main(["--dataset", "cars196", "--out", "bad.csv"])
 
 
 def test_masks_through_the_command(place, rng):

@@ -355,6 +355,41 @@ def test_unreadable_pictures_stop_the_run_or_are_left_out_and_named(cub, run):
     assert run(*arguments, "--skip-unreadable")[0] == 0  # complete with the same options
 
 
+def test_networks_are_analysed_on_what_they_were_not_trained_on(tmp_path, run, held_out_networks, monkeypatch):
+    make_pictures(tmp_path / "cars/images", 9)
+    (tmp_path / "cars/props.csv").write_text("frame,model\n" + "".join(f"{i},{i % 3}\n" for i in range(9)))
+    pictures = held_out_networks(tmp_path / "models", "cars", "small_for_test:seven", 7)
+    passes = []
+    original = embed.embed
+
+    def counted(module, given, precision="fp32"):
+        if given.ndim == 4:
+            passes.append(len(given))
+        return original(module, given, precision)
+
+    monkeypatch.setattr(embed, "embed", counted)
+    assert run("--dataset", "cars", "--loss", "triplet,arcface", "--models", "models", "--batch", 4)[0] == 0
+    assert sum(n for n in passes if n != 1) == 5 + 4 - 1  # the pictures of either fold once for both losses (5 = 4 + 1)
+    for fold, slug in [(0, "triplet"), (1, "arcface")]:
+        place = tmp_path / f"results/cars/{slug}/fold{fold}"
+        rows, about = list(range(fold, 9, 2)), json.loads((place / "emb.json").read_text())
+        assert about["split"] == "held out" and about["rows"] == rows
+        assert (place / "labels.csv").read_text().split() == ["path", *[pictures.relative[row] for row in rows]]
+        assert (place / "props.csv").read_text().split() == ["frame,model", *[f"{row},{row % 3}" for row in rows]]
+        network = models.load(models.find("cars", slug, fold, folder=tmp_path / "models")[0])
+        for row, found in zip(rows, np.load(place / "emb.npy")):
+            module = network.module
+            module.preprocessing = network.preprocessing
+            assert np.abs(found - embedding_of(pictures.paths[row], module)).max() <= 1e-5
+
+    assert run("--dataset", "cars", "--loss", "triplet", "--fold", 0, "--models", "models", "--split", "all", "--out", "all.npy")[0] == 0
+    assert len(np.load("all.npy")) == 9
+    (tmp_path / "cars/images/9.png").write_bytes((tmp_path / "cars/images/0.png").read_bytes())
+    (tmp_path / "cars/props.csv").write_text("frame,model\n" + "".join(f"{i},{i % 3}\n" for i in range(10)))
+    status, said = run("--dataset", "cars", "--loss", "triplet", "--models", "models", "--out", "more")
+    assert status == 2 and "another list of 9 pictures" in said and not (tmp_path / "more").exists()
+
+
 def test_labels_of_a_folder_with_classes_lie_beside_its_array(tmp_path, run):
     for name in ("b", "a"):
         make_pictures(tmp_path / "p" / name, 2)

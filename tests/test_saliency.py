@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+import data
 import saliency
 
 
@@ -378,6 +379,25 @@ def test_ceiling_seed_and_shared_noise(place):
     assert np.abs(a - second).max() > 0.05 and np.abs(a - b).max() > 0.05
 
 
+def test_networks_of_one_trunk_and_noise_share_its_passes(place, held_out_networks, monkeypatch):
+    pictures = held_out_networks(place / "models", "pictures", "tiny_networks:build", 6, ("triplet", "snr_contrastive", "arcface"))
+    options = ["--dataset", "pictures", "--models", "models", "--samples", "4", "--shared-noise", "--device", "cpu"]
+    passes, original = [], saliency.embed
+    monkeypatch.setattr(saliency, "embed", lambda network, given, *rest: passes.append(len(given)) or original(network, given, *rest))
+    saliency.main([*options, "--loss", "triplet,snr_contrastive,arcface", "--ceiling", "--limit", "3"])
+    # two folds, two noises: two probes of the first layer, three baselines, three pictures of four copies; not thrice that
+    assert sum(passes) == 2 * 2 * (2 + 3 + 3 * 4)
+    about = json.loads((place / "results/pictures/arcface/fold1/maps.json").read_text())
+    assert about["rows"] == [1, 3, 5]
+    assert about["pictures"]["sha256"] == data.pictures_sha256([pictures.relative[i] for i in (1, 3, 5)])
+    for loss in ("triplet", "snr_contrastive", "arcface"):
+        saliency.main([*options, "--loss", loss, "--fold", "1", "--limit", "3", "--out", f"{loss}.npy"])
+        alone = np.load(f"{loss}.npy").astype(float)
+        together = np.load(f"results/pictures/{loss}/fold1/maps.npy").astype(float)
+        assert np.abs(alone - together).max() < 2e-3  # half precision, and another order of float32 sums
+    assert np.abs(np.load("triplet.npy").astype(float) - np.load("arcface.npy").astype(float)).max() > 0.05
+
+
 def test_interrupted_run_goes_on(place, monkeypatch, capsys):
     run("--out", "whole.npy")
     original, calls = saliency.smoothgrad, []
@@ -485,6 +505,12 @@ def test_memory_that_does_not_suffice_halves_the_batch_once_said(place, monkeypa
     with pytest.raises(ValueError, match="with a single copy"):
         run("--out", "other.npy", "--batch", 2)
     assert not list(place.glob("other*"))
+
+
+def test_a_gallery_of_folds_with_different_pictures_is_refused(place, held_out_networks):
+    held_out_networks(place / "models", "pictures", "tiny_networks:build", 6)
+    with pytest.raises(ValueError, match="folds 0, 1 are analysed on different pictures"):
+        saliency.main(["--dataset", "pictures", "--models", "models", "--loss", "triplet", "--gallery", "g.png"])
 
 
 BAD = [
