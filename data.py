@@ -666,6 +666,22 @@ def read_table(path):
     return dict(zip(header, columns))
 
 
+def table_beside(array, column=None):
+    """The table of an array's pictures that embed.py wrote: beside it, or in the data set's folder of results.
+
+    column: one that the table must have; without one it is props.csv that is looked for, else labels.csv too.
+    Raises FileNotFoundError naming the places.
+    """
+    array, names = Path(array), ["labels.csv", "props.csv"] if column else ["props.csv"]
+    places = [Path(f"{array.with_suffix('')}.{name}") for name in names]
+    places += [folder / name for folder in (array.parent, array.parent.parent.parent) for name in names]
+    for place in places:
+        if place.is_file() and (column is None or column in read_table(place)):
+            return place
+    raise FileNotFoundError(f"{array}: no table of its pictures{f' with a column {column}' if column else ''} "
+                            f"({', '.join(map(str, places[len(names):2 * len(names)]))}, …); name one behind the embeddings")
+
+
 def check_header(path, header):
     """Raise ValueError unless the CSV header has distinct, non-empty names that are not numbers."""
     for number, name in enumerate(header, 1):

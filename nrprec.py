@@ -5,6 +5,7 @@ every property, exact at any size (Kobs et al., ICCV 2021, section 4).
     python nrprec.py a/emb.npy b/emb.npy props.csv --out nrprec.csv       # side by side, and as rows
     python nrprec.py emb.npy props.csv --null hypergeometric --permutations 2000
     python nrprec.py emb.npy props.csv --queries 2000                     # a sample, with standard errors
+    python nrprec.py results/cars/*/fold*/emb.npy --out nrprec.csv        # each with the props.csv that embed.py left
 
 Reads: embeddings as .npy, (n, m); properties as .csv with a header and n rows in the same order.
 Writes: a table on stdout and, with --out, one CSV row for each embedding file and property.
@@ -35,6 +36,7 @@ PUBLISHED_THRESHOLD = 2.576  # two-sided 1 % of one z-score; the paper marks the
 SIGNIFICANCE = 0.01          # of the Holm-corrected permutation p-value
 BLOCK_WORK = 4e9             # comparisons in one block at most, a fraction of a second: progress, and Ctrl-C, in between
 BLOCK_ROWS = 512             # queries in one matrix product: more does not speed it up (benchmarks/nrprec.py)
+SIDE_BY_SIDE = 4             # embeddings on the terminal; more are printed one in a row
 WALK = 48                    # a class of fewer than n / WALK pictures is walked, a larger one compared densely
 
 
@@ -561,8 +563,9 @@ def quantile_bins(name, values, bins):
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("embeddings", nargs="+", metavar="EMB.npy", help="embeddings, (n, m), one or several files")
-    parser.add_argument("properties_csv", metavar="PROPS.csv", help="properties: a header and n rows; a first column "
-                        "named frame, image, file, path or id identifies the picture and is no property")
+    parser.add_argument("properties_csv", nargs="?", metavar="PROPS.csv", help="properties: a header and n rows; a first "
+                        "column named frame, image, file, path or id identifies the picture and is no property "
+                        "(default: the props.csv beside each EMB.npy, or in results/<dataset>)")
     parser.add_argument("--properties", metavar="A,B", help="only these columns (default: all)")
     parser.add_argument("--distance", default="euclidean", choices=DISTANCES,
                         help="how neighbours are ranked (default: euclidean, on the raw embeddings as released; "
@@ -583,14 +586,19 @@ def parse_arguments(argv):
                         help="for blocks of similarities and permuted columns; the block size follows (default: 512)")
     parser.add_argument("--out", metavar="FILE.csv", help="also write one row for each embedding file and property")
     parser.error = lambda message: parser.exit(2, f"nrprec.py: {message} (--help explains)\n")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.embeddings[1:] and not arguments.embeddings[-1].endswith(".npy"):  # argparse gives all to the first
+        arguments.properties_csv = arguments.embeddings.pop()
+    if tables := [file for file in arguments.embeddings if file.endswith(".csv")]:
+        parser.error(f"{tables[0]} stands before an array; PROPS.csv comes last, one for all")
+    return arguments
 
 
-def read_labels(arguments):
+def read_labels(arguments, table):
     """The properties as {name: array}, chosen and binned as asked. ValueError says what is wrong where."""
     import data
     names = [name.strip() for name in arguments.properties.split(",")] if arguments.properties is not None else None
-    labels = data.read_properties(arguments.properties_csv, names)
+    labels = data.read_properties(table, names)
     binned = set()
     for option in arguments.bin:
         name, _, bins = option.rpartition("=")
@@ -611,7 +619,8 @@ def short_names(paths):
     while len(parts) > 1 and min(map(len, parts)) > 1 and len({p[-1] for p in parts}) == 1:
         parts = [p[:-1] for p in parts]
     last = [p[-1] for p in parts]
-    return last if len(set(last)) == len(paths) else ["/".join(p) for p in parts]
+    shared = len(os.path.commonprefix([p[:-1] for p in parts]))
+    return last if len(set(last)) == len(paths) else ["/".join(p[shared:]) for p in parts]
 
 
 def warnings_before(labels, permutations):
@@ -660,9 +669,26 @@ def print_table(names, results, permutations):
     for line in [head] + lines:
         cells = [line[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(line[1:], widths[1:])]
         print("  ".join(cells).rstrip())
+    print_mark(permutations, len(lines))
+
+
+def print_networks(names, results, permutations):
+    """The aligned table of many embeddings: one in a row, NR-Prec of the properties side by side, with the mark."""
+    lines = [["NR-Prec", *(" ".join(name.split()) for name in results[0])]]
+    for name, scores in zip(names, results):
+        marked = [s.p_holm < SIGNIFICANCE if permutations else s.nr_precision > PUBLISHED_THRESHOLD for s in scores.values()]
+        lines.append([name, *(f"{s.nr_precision + 0.0:.2f}{'*' if mark else ' '}".replace("-0.00", "0.00")
+                              for s, mark in zip(scores.values(), marked))])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("  ".join([line[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(line[1:], widths[1:])]).rstrip())
+    print_mark(permutations, len(results[0]))
+
+
+def print_mark(permutations, properties):
     if permutations:
         print(f"\n* p_holm < {SIGNIFICANCE}: {permutations:,} permutations of each property, Holm-corrected over "
-              f"{len(lines)} properties")
+              f"{properties} properties")
     else:
         print(f"\n* NR-Prec > {PUBLISHED_THRESHOLD}: the published mark, one z-score's 1 % threshold applied to a mean "
               "of many; --permutations N tests the mean")
@@ -689,15 +715,16 @@ def say(kind, text):
     print(f"nrprec.py: {kind}: {text}", file=sys.stderr)
 
 
-def say_before(labels, arguments):
-    """The notes and warnings that are known before counting."""
+def say_before(labels, arguments, table=None):
+    """The notes and warnings that are known before counting, of one table among several if it is named."""
+    of = f"{table}: " if table else ""
     n = len(next(iter(labels.values())))
     if arguments.queries is not None and arguments.queries > n:
-        say("note", f"--queries {arguments.queries:,} is more than the {n:,} pictures: all are used")
+        say("note", f"{of}--queries {arguments.queries:,} is more than the {n:,} pictures: all are used")
     if _knn is None:
         say("note", "the extension _knn is not built (pip install .): counting in NumPy, exact but slow")
     for warning in warnings_before(labels, arguments.permutations):
-        say("warning", warning)
+        say("warning", of + warning)
 
 
 def run(arguments):
@@ -705,22 +732,26 @@ def run(arguments):
     from tqdm import tqdm
     check_options(arguments.distance, arguments.null, arguments.max_neighbours, arguments.permutations,
                   arguments.queries, arguments.seed, arguments.threads, arguments.memory_mib)
+    tables = [arguments.properties_csv or data.table_beside(file) for file in arguments.embeddings]
     if arguments.out is not None:
-        data.check_output(arguments.out, [*arguments.embeddings, arguments.properties_csv])
-    labels = read_labels(arguments)
-    rows = len(next(iter(labels.values())))
-    results, names = [], short_names(arguments.embeddings)
-    for file, name in zip(arguments.embeddings, names):
-        x = data.read_embeddings(file)
+        data.check_output(arguments.out, [*arguments.embeddings, *tables])
+    read, results, names = {}, [], short_names(arguments.embeddings)
+    for file, table, name in zip(arguments.embeddings, tables, names):
+        key = arguments.properties_csv or table.read_bytes()  # the losses of one fold have equal tables
+        labels = read[key] if key in read else read_labels(arguments, table)
+        if read and list(labels) != list(next(iter(read.values()))):
+            raise ValueError(f"{tables[0]} and {table} have different properties; give networks of one data set, or --properties")
+        rows, x = len(next(iter(labels.values()))), data.read_embeddings(file)
         if len(x) != rows:
-            raise ValueError(f"{file} has {len(x):,} embeddings, {arguments.properties_csv} {rows:,} rows; "
+            raise ValueError(f"{file} has {len(x):,} embeddings, {table} {rows:,} rows; "
                              "both must list the same pictures in the same order")
         try:
             check_vectors(x, arguments.distance)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
-        if not results:
-            say_before(labels, arguments)
+        if key not in read:
+            say_before(labels, arguments, table if len(set(tables)) > 1 else None)
+            read[key] = labels
         with tqdm(total=1.0, desc=name, delay=2, disable=None, leave=False, unit_scale=True, file=sys.stderr,
                   bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left") as bar:
             results.append(nr_precision(
@@ -734,7 +765,10 @@ def run(arguments):
                            "no other picture has their value")
     if arguments.out is not None:
         write_rows(arguments.out, arguments, [data.read_sidecar(file) for file in arguments.embeddings], results)
-    print_table(names, results, arguments.permutations)
+    if len(results) > SIDE_BY_SIDE:
+        print_networks(names, results, arguments.permutations)
+    else:
+        print_table(names, results, arguments.permutations)
 
 
 def main(argv=None):

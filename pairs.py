@@ -4,6 +4,7 @@ Jensen-Shannon divergence (JSD), Recall@K, R-Precision and MAP@R, exact at any s
     python pairs.py examples/cars/emb.npy examples/cars/props.csv --label model
     python pairs.py a/emb.npy b/emb.npy labels.csv --out pairs.csv --histograms hist.csv --figure fig1.png
     python pairs.py emb.npy labels.csv --bins 50,100,200,400                 # what the paper does not state
+    python pairs.py results/cars/*/fold*/emb.npy --label model               # each with the table that embed.py left
     python pairs.py test.npy test.csv --train train.npy train.csv            # Fig. 2 and 4: are they alike?
     python pairs.py emb.npy labels.csv --classes 5,10,20,50 --class-figure classes.png --intervals intervals.csv
 
@@ -32,6 +33,7 @@ except ImportError:
 
 ROWS, COLUMNS = 512, 2048  # of a tile of products: 4 MiB, which the caches keep until it is counted
 RANKED_BYTES = 1 << 25     # of a thread's block of whole rows, for the rankings
+SIDE_BY_SIDE = 4           # embeddings on the terminal; more are printed one in a row
 MOST_BINS = 32_000         # a 16-bit key has to hold them
 LEVEL = 0.95               # of the intervals
 BOOTSTRAP = 1000           # resamples of the classes
@@ -530,7 +532,8 @@ def png(image):
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("embeddings", nargs="+", metavar="EMB.npy", help="embeddings, (n, m), one or several files")
-    parser.add_argument("labels_csv", metavar="LABELS.csv", help="labels.csv or props.csv: a header and n rows")
+    parser.add_argument("labels_csv", nargs="?", metavar="LABELS.csv", help="labels.csv or props.csv: a header and n rows "
+                        "(default: the one beside each EMB.npy, or in results/<dataset>)")
     parser.add_argument("--label", default="class", metavar="COLUMN", help="whose equal values make a pair positive: "
                         "the class or any property (default: class)")
     parser.add_argument("--bins", default="200", metavar="N[,N]", help="equal bins over [-1, 1]; several numbers give "
@@ -555,7 +558,12 @@ def parse_arguments(argv):
     parser.add_argument("--seed", type=int, default=0, help="of permutations, subsets and bootstrap (default: 0)")
     parser.add_argument("--threads", type=int, metavar="N", help="for BLAS and the kernel alike (default: all)")
     parser.error = lambda message: parser.exit(2, f"pairs.py: {message} (--help explains)\n")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.embeddings[1:] and not arguments.embeddings[-1].endswith(".npy"):  # argparse gives all to the first
+        arguments.labels_csv = arguments.embeddings.pop()
+    if tables := [file for file in arguments.embeddings if file.endswith(".csv")]:
+        parser.error(f"{tables[0]} stands before an array; LABELS.csv comes last, one for all")
+    return arguments
 
 
 def whole_numbers(option, text):
@@ -572,7 +580,8 @@ def short_names(paths):
     while len(parts) > 1 and min(map(len, parts)) > 1 and len({p[-1] for p in parts}) == 1:
         parts = [p[:-1] for p in parts]
     last = [p[-1] for p in parts]
-    return last if len(set(last)) == len(paths) else ["/".join(p) for p in parts]
+    shared = len(os.path.commonprefix([p[:-1] for p in parts]))
+    return last if len(set(last)) == len(paths) else ["/".join(p[shared:]) for p in parts]
 
 
 class Result(NamedTuple):
@@ -604,7 +613,7 @@ def print_table(results, bins, recall):
         lines.append([f"Recall@{k}"] + [cell(s.recall[k], s.intervals.get(("recall", k))) for s in scores])
     for name, field in (("R-Precision", "r_precision"), ("MAP@R", "map_at_r")):
         lines.append([name] + [cell(getattr(s, field), s.intervals.get((field, None))) for s in scores])
-    print_aligned(lines)
+    print_aligned(lines if len(results) <= SIDE_BY_SIDE else [list(line) for line in zip(*lines)])
     if scores[0].intervals:
         print(f"\n[ ] {LEVEL:.0%} intervals over classes: {BOOTSTRAP:,} bootstrap resamples of the classes (Recall, "
               "R-Precision, MAP@R);\n    each class left out once, with all its pairs (JSD: jackknife, Student's t)")
@@ -702,7 +711,7 @@ def check_options(arguments, bins, recall, numbers):
     outputs = [arguments.out, arguments.histograms, arguments.intervals, arguments.figure, arguments.class_figure]
     outputs = [Path(path).resolve() for path in outputs if path]
     for path in outputs:
-        data.check_output(path, [*arguments.embeddings, arguments.labels_csv, *(arguments.train or [])])
+        data.check_output(path, [*arguments.embeddings, *filter(None, [arguments.labels_csv]), *(arguments.train or [])])
         if outputs.count(path) > 1:
             raise ValueError(f"two outputs would go to {path}; give each a name of its own")
     if arguments.class_figure and not numbers:
@@ -715,10 +724,12 @@ def check_options(arguments, bins, recall, numbers):
 
 def list_jobs(arguments):
     """[(embeddings file, labels file, name, split)]: what the rows and columns of the outputs are."""
+    import data
     names = short_names(arguments.embeddings)
     if arguments.train:
         names = ["test"] if len(names) == 1 else [f"{name}, test" for name in names]
-    jobs = [(file, arguments.labels_csv, name, "test") for file, name in zip(arguments.embeddings, names)]
+    jobs = [(file, arguments.labels_csv or data.table_beside(file, arguments.label), name, "test")
+            for file, name in zip(arguments.embeddings, names)]
     return jobs + ([(*arguments.train, "train", "train")] if arguments.train else [])
 
 

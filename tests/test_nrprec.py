@@ -518,7 +518,7 @@ def test_output_through_a_link_and_over_an_input(files, capsys):
     before = (files / "props.csv").read_bytes()
     assert nrprec.main([emb, props, "--out", props]) == 2 and "is an input" in capsys.readouterr().err
     assert (files / "props.csv").read_bytes() == before
-    expect_one_line(capsys, files, [props, emb], "is a .npy array")
+    expect_one_line(capsys, files, [props, emb], "PROPS.csv comes last")
 
 
 def on_a_terminal(command, seconds=60, interrupt_after=None):
@@ -560,3 +560,35 @@ def test_shipped_example(run_script):
     assert done.returncode == 0, done.stderr
     readme = (ROOT / "README.md").read_text()
     assert done.stdout.strip() in readme and "@@" not in readme
+
+
+def test_each_array_with_the_table_beside_it(tmp_path, run_script):
+    rng = np.random.default_rng(0)
+    for fold, n in (0, 30), (1, 26):
+        values = rng.integers(0, 3, n)
+        for loss in ("triplet", "arcface", "margin"):
+            place = tmp_path / f"results/cars/{loss}/fold{fold}"
+            place.mkdir(parents=True)
+            np.save(place / "emb.npy", rng.normal(size=(n, 4)).astype(np.float32))
+            (place / "emb.json").write_text(json.dumps({"loss": loss.title(), "fold": fold}))
+            (place / "props.csv").write_text("frame,colour\n" + "".join(f"{i},{v}\n" for i, v in enumerate(values)))
+    files = sorted(tmp_path.glob("results/cars/*/fold*/emb.npy"))
+    done = run_script("nrprec.py", *files, "--out", tmp_path / "nrprec.csv")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["NR-Prec", "colour"] and [line.split()[0] for line in lines[1:7]] == [
+        f"{loss}/fold{fold}" for loss in ("arcface", "margin", "triplet") for fold in (0, 1)]
+    rows = list(csv.DictReader(open(tmp_path / "nrprec.csv")))
+    assert [(row["loss"], row["fold"], row["queries"]) for row in rows[:2]] == [("Arcface", "0", "30"), ("Arcface", "1", "26")]
+    alone = run_script("nrprec.py", files[0], files[0].with_name("props.csv"))
+    assert f"{float(rows[0]['nr_precision']):.2f}" in alone.stdout.splitlines()[1]
+
+    (tmp_path / "results/cars/props.csv").write_text("frame,colour\n" + "0,1\n" * 26)  # the data set's own, for all networks
+    files[1].with_name("props.csv").unlink()
+    assert run_script("nrprec.py", files[1]).returncode == 0
+    files[1].parent.parent.joinpath("fold0/props.csv").write_text("frame,size\n" + "".join(f"{i},{i % 3}\n" for i in range(30)))
+    done = run_script("nrprec.py", files[0], files[3])
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "different properties" in done.stderr
+    (tmp_path / "results/cars/props.csv").unlink()
+    done = run_script("nrprec.py", files[1])
+    assert done.returncode == 2 and "no table of its pictures" in done.stderr and "name one behind" in done.stderr

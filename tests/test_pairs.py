@@ -590,3 +590,19 @@ def test_shipped_example(run_script):
     positive, negative = (np.histogram(products[part], 200, (-1, 1))[0] for part in (same, ~same))
     jsd = jensenshannon(positive, negative, base=2) ** 2
     assert f"{jsd:.4f}" in done.stdout and f"{same.sum():,}" in done.stdout
+
+
+def test_each_array_with_the_table_beside_it_one_in_a_row(tmp_path, run_script):
+    rng = np.random.default_rng(0)
+    for fold in range(5):
+        place = tmp_path / f"cars/triplet/fold{fold}"
+        place.mkdir(parents=True)
+        np.save(place / "emb.npy", rng.normal(size=(20, 4)).astype(np.float32))
+        (place / "labels.csv").write_text("path\n" + "".join(f"{i}.png\n" for i in range(20)))  # without a column shape
+        (place / "props.csv").write_text("frame,shape\n" + "".join(f"{i},{i % 4}\n" for i in range(20)))
+    done = run_script("pairs.py", *sorted(tmp_path.glob("cars/*/*/emb.npy")), "--label", "shape", "--out", tmp_path / "pairs.csv")
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["pictures", *(f"fold{k}" for k in range(5))]
+    assert len((tmp_path / "pairs.csv").read_text().splitlines()) == 6
+    done = run_script("pairs.py", tmp_path / "cars/triplet/fold0/emb.npy")
+    assert done.returncode == 2 and "with a column class" in done.stderr
