@@ -26,7 +26,6 @@ and restarts change nothing. On a GPU, sums in another order do.
 """
 import argparse
 import hashlib
-import inspect
 import io
 import json
 import math
@@ -36,6 +35,8 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from importlib import metadata
+from itertools import groupby, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -179,10 +180,10 @@ def to_input(pixels, preprocessing):
 
 
 def feed_pictures(paths, preprocessing, device, workers, seed):
-    """feed(batches, epoch): for each int array of rows, float32 (B, 3, H, W) on the device.
+    """feed(batches, epoch): yields (rows, float32 (B, 3, H, W) on the device) for each int array of rows.
 
     With an epoch, training crops; with None, the preprocessing's own geometry. Pictures are decoded in threads ahead of
-    their use; what this waits for them is added to feed.waited, in seconds.
+    their use; feed.waited counts the seconds that this waits for them.
     """
     size = data.input_size(preprocessing)
 
@@ -191,76 +192,62 @@ def feed_pictures(paths, preprocessing, device, workers, seed):
             return data.load_pixels(paths[row], preprocessing)
         return augment(data.read_rgb(paths[row]), size, np.random.default_rng([seed, epoch, row]))
 
-    def feed(batches, epoch=None):
-        with ThreadPoolExecutor(workers) as pool:
-            queue = deque()
-            try:
-                for rows in batches:
-                    queue.append([pool.submit(load, int(row), epoch) for row in rows])
-                    if sum(map(len, queue)) > 2 * (workers + len(rows)):
-                        yield ready(queue.popleft())
-                while queue:
-                    yield ready(queue.popleft())
-            finally:
-                pool.shutdown(cancel_futures=True)
-
-    def ready(futures):
+    def ready(rows, futures):
         start = time.perf_counter()
-        pixels = torch.from_numpy(np.stack([future.result() for future in futures]))
+        pixels = np.stack([future.result() for future in futures])
         feed.waited += time.perf_counter() - start
-        return to_input(pixels.to(device), preprocessing)
+        return rows, to_input(torch.from_numpy(pixels).to(device), preprocessing)
+
+    def feed(batches, epoch=None):
+        pool, queue = ThreadPoolExecutor(workers), deque()
+        try:
+            for rows in batches:
+                queue.append((rows, [pool.submit(load, int(row), epoch) for row in rows]))
+                if sum(len(rows) for rows, _ in queue) > 2 * (workers + len(rows)):
+                    yield ready(*queue.popleft())
+            while queue:
+                yield ready(*queue.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     feed.waited = 0.0
     return feed
 
 
 def feed_features(features, device):
-    """The same from features (n, f), computed once."""
+    """The same from a frozen trunk's features (n, f)."""
     features = torch.from_numpy(features).to(device)
-
-    def feed(batches, epoch=None):
-        for rows in batches:
-            yield features[torch.from_numpy(rows).to(device)]
-
-    feed.waited = 0.0
-    return feed
+    return lambda batches, epoch=None: ((rows, features[torch.from_numpy(rows).to(device)]) for rows in batches)
 
 
-def trunk_features(trunk, paths, folder, content, preprocessing, args, rank, ranks):
-    """The frozen trunk's output for every picture, (n, f) float32, filled into folder/features.npy by all processes."""
-    trunk = trunk.to(args.device).eval()
-    feed = feed_pictures(paths, preprocessing, args.device, args.workers, args.seed)
-    with torch.inference_mode():
-        width = trunk(torch.from_numpy(data.black_picture(preprocessing))[None].to(args.device)).shape[1]
-    file = rowfile.RowFile(folder / "features.npy", (len(paths), width), np.float32, content)
-    with tqdm(total=len(paths), desc="features", unit=" pictures", delay=2, disable=rank > 0 or not sys.stderr.isatty()) as bar:
+def frozen_features(trunk, feed, file, share, precision):
+    """The trunk's output (n, f) for every picture, written to a rowfile.RowFile by all processes together."""
+    with tqdm(total=file.shape[0], desc="features", unit=" pictures", delay=2, disable=None if share[0] == 0 else True) as bar:
         try:
-            while not file.complete:  # round after round: what a process left that died is done by the others
-                claimed = (rows for a, b in rowfile.shares(len(paths), rank, ranks) if len(rows := file.claim(a, b)))
-                claimed = list(claimed) if ranks == 1 else claimed
-                numbers = deque()
-                for pictures in feed(numbers.append(rows) or rows for rows in claimed):
-                    with torch.inference_mode(), autocast(args):
-                        file.write(numbers[0], trunk(pictures).float().cpu().numpy())
-                    bar.update(len(numbers.popleft()))
+            while not file.complete:  # again and again: what a process left that died is done by the others
+                claimed = (file.claim(*block) for block in rowfile.shares(file.shape[0], *share))
+                for rows, pictures in feed(rows for rows in claimed if len(rows)):
+                    with torch.inference_mode(), autocast(pictures, precision):
+                        file.write(rows, trunk(pictures).float().cpu().numpy())
+                    bar.update(len(rows))
                 if not file.finish():
                     time.sleep(0.5)
         finally:
             if not file.complete:
-                file.give_up(alone=ranks == 1)
+                file.give_up(alone=share[1] == 1)
     return np.array(data.read_array(file.path))
 
 
-# ---------------------------------------------------------------- one step, one score
+# ---------------------------------------------------------------- one step
 
 
-def autocast(args):
-    return torch.autocast(args.device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16")
+def autocast(pictures, precision):
+    return torch.autocast(pictures.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 def gather(values, mine, number):
-    """Every rank's rows (len(mine), m) put together: (number, m)."""
-    if not dist.is_initialized() or len(mine) == number:
+    """Every rank's rows `mine` (len(mine), m) put together: (number, m)."""
+    if len(mine) == number:
         return values
     whole = values.new_zeros(number, values.shape[1])
     whole[mine] = values
@@ -268,40 +255,39 @@ def gather(values, mine, number):
     return whole
 
 
-def step(network, criterion, miner, pictures, labels, mine, args):
-    """Gradients of one batch; the loss as a float. pictures: the rank's share `mine` of the batch that labels (B,) list.
+def step(network, criterion, miner, pictures, labels, mine, precision="fp32"):
+    """Gradients of one batch's loss, and the loss as a float. pictures: this rank's share `mine` of what labels (B,) list.
 
-    A loss of pairs needs the whole batch, so every rank computes it from all embeddings and sends back its own share of
-    the gradient: the same as one process with that batch.
+    A loss of pairs needs the whole batch: every rank computes it from all embeddings and sends its own share of the
+    gradient back through its network, which makes what one process with that batch would.
     """
-    with autocast(args):
+    with autocast(pictures, precision):
         embeddings = network(pictures)
     whole = gather(embeddings.detach().float(), mine, len(labels)).requires_grad_()
     loss = criterion(whole, labels, miner(whole, labels) if miner else None)
     loss.backward()
-    ranks = dist.get_world_size() if len(mine) < len(labels) else 1  # DistributedDataParallel averages over them
+    ranks = dist.get_world_size() if len(mine) < len(labels) else 1  # DistributedDataParallel takes their mean
     embeddings.backward((whole.grad[mine] * ranks).to(embeddings.dtype))
     return loss.item()
 
 
 @torch.no_grad()
-def embed(network, feed, rows, args, team):
-    """Embeddings of rows in eval mode: float32 (len(rows), m) on the CPU, each rank of the team doing its share."""
+def embed(network, feed, rows, size, team=(0, 1), precision="fp32"):
+    """Embeddings of rows in eval mode, `size` at a time: float32 (len(rows), m) on the device; each rank does its share."""
     network.eval()
-    mine = np.array_split(np.arange(len(rows)), team[1])[team[0]]
-    size, parts = max(args.batch, 64), []
-    for pictures in feed(rows[part] for part in np.array_split(mine, max(1, math.ceil(len(mine) / size)))):
-        with autocast(args):
+    mine, parts = np.array_split(np.arange(len(rows)), team[1])[team[0]], []
+    for _, pictures in feed(rows[mine[at:at + size]] for at in range(0, len(mine), size)):
+        with autocast(pictures, precision):
             parts.append(network(pictures).float())
-    return gather(torch.cat(parts), mine, len(rows)).cpu()
+    return gather(torch.cat(parts), mine, len(rows))
 
 
 @torch.no_grad()
-def mean_loss(criterion, miner, embeddings, labels, args, seed):
-    """The loss over one epoch's batches, always the same, of embeddings (n, m) as they are: comparable between epochs."""
-    found, device = [], args.device
-    for batch in epoch_batches(labels, args.batch, args.per_class, np.random.default_rng(seed)):
-        x, y = embeddings[batch].to(device), torch.from_numpy(labels[batch]).to(device)
+def mean_loss(criterion, miner, embeddings, labels, batches):
+    """The mean loss of embeddings (n, m) over batches (int arrays of rows), all as they are: comparable between epochs."""
+    found = []
+    for batch in batches:
+        x, y = embeddings[batch], labels[batch]
         found.append(float(criterion(x, y, miner(x, y) if miner else None)))
     return float(np.mean(found))
 
@@ -320,15 +306,143 @@ class Run(NamedTuple):
     about: dict  # config.json
 
 
+class Job(NamedTuple):
+    """What works on a run."""
+
+    network: nn.Module  # trunk and embedder, or the embedder alone
+    criterion: nn.Module | None
+    miner: nn.Module | None
+    optimizer: torch.optim.Optimizer
+    feed: object  # of feed_pictures or feed_features
+    codes: dict  # {part: class numbers of its rows}
+    known: list  # the parts whose classes are among the training part's, with the same numbers
+    team: tuple  # (rank, ranks) that train this network together
+
+
+def begin(run, trunk, width, feed, labels, args, team):
+    """The run's Job at epoch 0. trunk: nn.Module, or None where feed gives its features; width: their number."""
+    embedder = models.random_linear(width, args.dim, args.seed, run.fold)  # the same for all losses of a fold
+    network = (nn.Sequential(trunk, embedder) if trunk else embedder).to(args.device)
+    classes = np.unique(labels[run.parts["train"]])
+    known = [part for part, rows in run.parts.items() if np.isin(labels[rows], classes).all()]
+    codes = {part: np.searchsorted(classes if part in known else np.unique(labels[rows]), labels[rows])
+             for part, rows in run.parts.items()}
+    groups, criterion, miner = [{"params": list(network.parameters()), "lr": args.lr}], None, None
+    if run.row["class"]:
+        torch.manual_seed(seed_of(args.seed, run.fold))
+        criterion, miner, _ = make_loss(run.row, len(classes), args.dim, args.scale)
+        proxies = list(criterion.to(args.device).parameters())
+        groups += [{"params": proxies, "lr": args.loss_lr}] if proxies else []
+    for group in groups:
+        group["initial_lr"] = group["lr"]
+    optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
+    return Job(network, criterion, miner, optimizer, feed, codes, known, team)
+
+
+def score(run, job, epoch, part, args):
+    """(a row of history.csv, pairs.Score) of one part; the ranks that only help to embed get (None, None)."""
+    start, rows, codes = time.perf_counter(), run.parts[part], job.codes[part]
+    if part == "train" and 0 < args.train_sample < len(rows):
+        kept = np.sort(np.random.default_rng([args.seed, run.fold]).permutation(len(rows))[:args.train_sample])
+        rows, codes = rows[kept], codes[kept]
+    x = embed(job.network, job.feed, rows, max(64, args.batch), job.team, args.precision)
+    if not torch.isfinite(x).all():
+        raise ValueError(diverged(run, job, epoch, "an embedding"))
+    if job.team[0] > 0:
+        return None, None
+    loss = None
+    if job.criterion and (part in job.known or "num_classes" not in run.row["parameters"]):  # no proxies for other classes
+        batches = epoch_batches(codes, args.batch, args.per_class, np.random.default_rng([args.seed, run.fold]))
+        loss = mean_loss(job.criterion, job.miner, x, torch.from_numpy(codes).to(x.device), batches)
+    found = pairs.pair_scores(x.cpu().numpy(), codes, bins=(BINS,), recall=(1,), permutations=0,
+                              threads=1 if len(x) < 1000 else None)
+    return [epoch, part, loss, found.positive_mean, found.negative_mean, found.jsd[BINS], found.recall[1], found.map_at_r,
+            time.perf_counter() - start], found
+
+
+def train_epoch(run, job, network, epoch, args):
+    """One epoch's steps; network: the job's, perhaps wrapped. Raises ValueError where the loss is no number any more."""
+    (rank, ranks), rows, codes = job.team, run.parts["train"], job.codes["train"]
+    torch.manual_seed(seed_of(args.seed, run.fold, epoch, rank))  # for what a network draws itself: dropout
+    batches = list(epoch_batches(codes, args.batch, args.per_class, np.random.default_rng([args.seed, run.fold, epoch])))
+    if min(map(len, batches)) < ranks:
+        raise ValueError(f"batches of {min(map(len, batches))} pictures for {ranks} processes: start fewer, or raise --batch")
+    shares = [np.array_split(np.arange(len(batch)), ranks)[rank] for batch in batches]
+    fed = job.feed([rows[batch[mine]] for batch, mine in zip(batches, shares)], epoch)
+    network.train()
+    for number, (batch, mine, (_, pictures)) in enumerate(zip(batches, shares, fed)):
+        done = (epoch - 1 + number / len(batches)) / args.epochs
+        for group in job.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * ((1 + math.cos(math.pi * done)) / 2 if args.schedule == "cosine" else 1)
+        job.optimizer.zero_grad()
+        answers = torch.from_numpy(codes[batch]).to(args.device)
+        loss = step(network, job.criterion, job.miner, pictures, answers, mine, args.precision)
+        if not math.isfinite(loss):
+            raise ValueError(diverged(run, job, epoch, f"step {number + 1} of {len(batches)}: the loss"))
+        job.optimizer.step()
+
+
+def diverged(run, job, epoch, what):
+    rates = " and ".join(f"{group['lr']:g}" for group in job.optimizer.param_groups)
+    kept = f"the state after epoch {epoch - 1} is kept in {run.folder / 'checkpoint.pth'}" if epoch > 1 else "nothing was saved"
+    return (f"{run.name}, epoch {epoch}, {what} is no finite number, at learning rate {rates}; {kept}; "
+            "train elsewhere (--models) with a smaller --lr or --loss-lr")
+
+
+def train(run, job, args, bar):
+    """Train one network; after each epoch what the same command needs to continue is saved, at the end the best epoch's."""
+    first, history, best, before = resume(run, job)
+    if first == 0:
+        found = [score(run, job, 0, part, args) for part in run.parts]
+        history, before, first = [row for row, _ in found], found[-1][1], 1
+        before = before and before.histograms[BINS]
+    bar.update(first - 1)
+    network = torch.compile(job.network) if args.compile else job.network
+    if job.team[1] > 1 and job.criterion:
+        network = nn.parallel.DistributedDataParallel(network, static_graph=True)
+    for epoch in range(first, args.epochs + 1 if job.criterion else 0):
+        start = time.perf_counter()
+        train_epoch(run, job, network, epoch, args)
+        took = time.perf_counter() - start
+        rows = [score(run, job, epoch, part, args)[0] for part in ("train", "validation")]
+        if job.team[0] == 0:
+            rows[0][-1] += took
+            history += rows
+            value = rows[1][HEADER.index(args.select)]
+            if best is None or value > best["value"]:
+                best = {"epoch": epoch, "value": value,
+                        "network": {name: tensor.cpu().clone() for name, tensor in job.network.state_dict().items()}}
+            save(run.folder / "checkpoint.pth", {
+                "about": json.dumps(run.about), "epoch": epoch, "history": history, "best": best,
+                "before": [counts.tolist() for counts in before], "network": job.network.state_dict(),
+                "criterion": job.criterion.state_dict(), "optimizer": job.optimizer.state_dict()})
+        bar.update()
+    after = None
+    if job.criterion:
+        if job.team[0] == 0:
+            job.network.load_state_dict(best["network"])
+        if job.team[1] > 1:
+            for tensor in job.network.state_dict().values():
+                dist.broadcast(tensor, 0)
+        row, after = score(run, job, best and best["epoch"], "test", args)
+        history.append(row)
+    if job.team[0] == 0:
+        write_run(run, job.network, history, before, after)
+    bar.update(0 if job.criterion else args.epochs)
+
+
+# ---------------------------------------------------------------- files
+
+
 def save(path, content):
-    """torch.save that leaves the old file or the new one."""
+    """torch.save that leaves the old file or the new one, never half of it."""
     file = io.BytesIO()
     torch.save(content, file)
     data.write_file(path, file.getvalue())
 
 
 def read_checkpoint(run):
-    """The state after the last epoch that ended, or None; ValueError names the options it was made with otherwise."""
+    """The state after the last epoch that ended, or None. ValueError names the options that it was made with otherwise."""
     path = run.folder / "checkpoint.pth"
     if not path.exists():
         return None
@@ -341,176 +455,71 @@ def read_checkpoint(run):
     return state
 
 
+def resume(run, job):
+    """Put the saved state into the job: (the next epoch, history, best, histograms before), from 0 where nothing is saved.
+
+    No generator is saved: an epoch's random numbers come from (seed, fold, epoch).
+    """
+    state = read_checkpoint(run)
+    if state is None:
+        return 0, [], None, None
+    job.network.load_state_dict(state["network"])
+    job.criterion.load_state_dict(state["criterion"])
+    job.optimizer.load_state_dict(state["optimizer"])
+    return state["epoch"] + 1, state["history"], state["best"], [np.array(counts) for counts in state["before"]]
+
+
 def refuse_other(path, old, new):
     """Raise ValueError unless two config.json agree, versions aside."""
+    if not old:
+        raise ValueError(f"{path}: not there, so how the network beside it was made is unknown; remove {path.parent}")
     old, new = ({**config, "split": {**config.get("split", {}), "test": None}} for config in (old, json.loads(json.dumps(new))))
     different = rowfile.differences(old, new)
     if different:
-        raise ValueError(f"{path} was made with other options ({'; '.join(different)}): give them again, "
+        raise ValueError(f"{path} was made with other options ({'; '.join(different)}): give those again, "
                          f"remove {path.parent}, or train elsewhere (--models)")
 
 
 def is_finished(run):
-    """embedder_best.pth is written last."""
+    """Is the network there, made with these options? embedder_best.pth is written last."""
     if not (run.folder / "embedder_best.pth").exists():
         return False
     refuse_other(run.folder / "config.json", models.read_config(run.folder / "config.json"), run.about)
     return True
 
 
-def train(run, trunk, features, feed, labels, args, team, bar):
-    """Train one network, after each epoch saving what the same command needs to continue; then write the best epoch's.
-
-    trunk: nn.Module, or None when feed gives its features; labels (n,) of the whole data set; team: (rank, ranks) that
-    work on this network together.
-    """
-    embedder = models.random_linear(features, args.dim, args.seed, run.fold)  # the same for all losses of a fold
-    network = (nn.Sequential(trunk, embedder) if trunk else embedder).to(args.device)
-    classes = np.unique(labels[run.parts["train"]])
-    codes = {part: np.searchsorted(classes, labels[rows]) if np.isin(labels[rows], classes).all()
-             else np.unique(labels[rows], return_inverse=True)[1] for part, rows in run.parts.items()}
-    criterion = miner = None
-    if run.row["class"]:
-        torch.manual_seed(random_seed(args.seed, run.fold))
-        criterion, miner, _ = make_loss(run.row, len(classes), args.dim, args.scale)
-        criterion.to(args.device)
-    groups = [{"params": list(network.parameters()), "lr": args.lr, "initial_lr": args.lr}]
-    if criterion and list(criterion.parameters()):
-        groups.append({"params": list(criterion.parameters()), "lr": args.loss_lr, "initial_lr": args.loss_lr})
-    optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
-
-    def scored(epoch, part):
-        """(row of history.csv but for the seconds, pairs.Score) of one part; (None, None) on the ranks that only help."""
-        rows = run.parts[part]
-        if part == "train" and args.train_sample and args.train_sample < len(rows):
-            kept = np.sort(np.random.default_rng([args.seed, run.fold]).permutation(len(rows))[:args.train_sample])
-        else:
-            kept = np.arange(len(rows))
-        x = embed(network, feed, rows[kept], args, team)
-        if not torch.isfinite(x).all():
-            raise ValueError(diverged(run, epoch, "an embedding", optimizer))
-        if team[0] > 0:
-            return None, None
-        y = codes[part][kept]
-        per_class = criterion and "num_classes" in run.row["parameters"]
-        loss = None if criterion is None or per_class and not np.isin(labels[rows], classes).all() else \
-            mean_loss(criterion, miner, x, y, args, [args.seed, run.fold])
-        score = pairs.pair_scores(x.numpy(), y, bins=(BINS,), recall=(1,), permutations=0, threads=1 if len(x) < 1000 else None)
-        return [epoch, part, loss, score.positive_mean, score.negative_mean, score.jsd[BINS], score.recall[1],
-                score.map_at_r], score
-
-    state = read_checkpoint(run)
-    if state:
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        if criterion:
-            criterion.load_state_dict(state["criterion"])
-        first, history, best = state["epoch"] + 1, state["history"], state["best"]
-        before = [np.array(counts) for counts in state["before"]]
-    else:
-        start, first, best = time.perf_counter(), 1, None
-        found = [scored(0, part) for part in run.parts]
-        history = [[*row, time.perf_counter() - start] for row, _ in found if row]
-        before = found[-1][1] and found[-1][1].histograms[BINS]
-    bar.update(first - 1)
-    parallel = torch.compile(network) if args.compile else network
-    if team[1] > 1:
-        parallel = nn.parallel.DistributedDataParallel(parallel, static_graph=True,
-                                                       device_ids=[args.device] if args.device.type == "cuda" else None)
-    for epoch in range(first, args.epochs * bool(criterion) + 1):
-        start = time.perf_counter()
-        train_epoch(run, parallel, criterion, miner, optimizer, feed, codes["train"], epoch, args, team)
-        found = [scored(epoch, part)[0] for part in ("train", "validation")]
-        if team[0] == 0:
-            history += [[*row, time.perf_counter() - start] for row in found]
-            score = found[1][HEADER.index(args.select)]
-            if best is None or score > best["score"]:
-                best = {"epoch": epoch, "score": score,
-                        "network": {name: value.cpu().clone() for name, value in network.state_dict().items()}}
-            save(run.folder / "checkpoint.pth", {
-                "about": json.dumps(run.about), "epoch": epoch, "history": history, "best": best,
-                "before": [counts.tolist() for counts in before], "network": network.state_dict(),
-                "criterion": criterion.state_dict(), "optimizer": optimizer.state_dict()})
-        bar.update()
-    if team[1] > 1:
-        kept = [best and {**best, "network": None}]
-        dist.broadcast_object_list(kept, 0)
-        best = {**kept[0], "network": best["network"]} if team[0] == 0 else kept[0]
-        if team[0] == 0:
-            network.load_state_dict(best["network"])
-        for tensor in network.state_dict().values():
-            dist.broadcast(tensor, 0)
-    elif best:
-        network.load_state_dict(best["network"])
-    after = None
-    if best:
-        start = time.perf_counter()
-        row, after = scored(best["epoch"], "test")
-        history += [[*row, time.perf_counter() - start]] if row else []
-    if team[0] == 0:
-        write_run(run, network, trunk, history, before, after, args)
-    bar.update(args.epochs * (criterion is None))
-
-
-def train_epoch(run, network, criterion, miner, optimizer, feed, codes, epoch, args, team):
-    """The steps of one epoch. Raises ValueError where the loss is no number any more."""
-    rank, ranks = team
-    torch.manual_seed(random_seed(args.seed, run.fold, epoch, rank))  # for what the network draws: dropout
-    batches = list(epoch_batches(codes, args.batch, args.per_class, np.random.default_rng([args.seed, run.fold, epoch])))
-    if len(batches[0]) < ranks:
-        raise ValueError(f"batches of {len(batches[0])} pictures for {ranks} processes; start fewer, or raise --batch")
-    shares = [np.array_split(np.arange(len(batch)), ranks)[rank] for batch in batches]
-    rows, network = run.parts["train"], network.train()
-    for number, (batch, mine, pictures) in enumerate(
-            zip(batches, shares, feed((rows[batch[mine]] for batch, mine in zip(batches, shares)), epoch))):
-        done = ((epoch - 1) * len(batches) + number) / (args.epochs * len(batches))
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * ((1 + math.cos(math.pi * done)) / 2 if args.schedule == "cosine" else 1)
-        optimizer.zero_grad()
-        loss = step(network, criterion, miner, pictures, torch.from_numpy(codes[batch]).to(args.device), mine, args)
-        if not math.isfinite(loss):
-            raise ValueError(diverged(run, epoch, f"the loss of step {number + 1} of {len(batches)}", optimizer))
-        optimizer.step()
-
-
-def diverged(run, epoch, what, optimizer):
-    rates = " and ".join(f"{group['lr']:g}" for group in optimizer.param_groups)
-    kept = f"the state after epoch {epoch - 1} is kept in {run.folder / 'checkpoint.pth'}" if epoch > 1 else "nothing was saved"
-    return (f"{run.name}: {what} is no finite number any more in epoch {epoch}, at learning rate {rates}; {kept}; "
-            "train elsewhere (--models) with a smaller --lr or --loss-lr")
-
-
-def random_seed(*numbers):
-    """One 32-bit seed of torch's generator from several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def write_run(run, network, trunk, history, before, after, args):
-    """The files of a finished run; embedder_best.pth comes last, so that nobody takes half of them for a network."""
+def write_run(run, network, history, before, after):
+    """The files of a finished run. embedder_best.pth comes last, so that nobody takes a part of them for a network."""
     state = {name: value.cpu() for name, value in network.state_dict().items()}
-    if trunk:
-        save(run.folder / "trunk_best.pth", {name[2:]: value for name, value in state.items() if name.startswith("0.")})
+    trunk, common = run.folder / "trunk_best.pth", run.folder.parent.parent / "trunk.pth"
+    if not run.about["frozen_trunk"]:
+        save(trunk, {name[2:]: value for name, value in state.items() if name.startswith("0.")})
         state = {name[2:]: value for name, value in state.items() if name.startswith("1.")}
-    else:  # one file for all networks on this trunk: its bytes, and passes through it, are shared
-        link = run.folder / "trunk_best.pth"
-        link.unlink(missing_ok=True)
+    else:  # one file, so that other scripts see the same bytes and share the trunk's work
+        trunk.unlink(missing_ok=True)
         try:
-            os.link(run.folder.parent.parent / "trunk.pth", link)
+            os.link(common, trunk)
         except OSError:
-            data.write_file(link, (run.folder.parent.parent / "trunk.pth").read_bytes())
+            data.write_file(trunk, common.read_bytes())
     counts = [(0, before)] + ([(history[-1][0], after.histograms[BINS])] if after else [])
     data.write_table(run.folder / "histograms.csv", ["epoch", "split", "bins", "low", "high", "positive", "negative"], [
         [epoch, "test", BINS, 2 * i / BINS - 1, 2 * (i + 1) / BINS - 1, int(p), int(q)]
         for epoch, both in counts for i, (p, q) in enumerate(zip(*both))])
     if after:
-        row = next(row for row in history if row[:2] == [0, "test"])
-        old = after._replace(histograms={BINS: before}, jsd={BINS: row[5]}, positive_mean=row[3], negative_mean=row[4])
+        row = dict(zip(HEADER, next(row for row in history if row[:2] == [0, "test"])))
+        first = after._replace(histograms={BINS: before}, jsd={BINS: row["jsd"]},
+                               positive_mean=row["positive_mean"], negative_mean=row["negative_mean"])
         data.write_file(run.folder / "histograms.png",
-                        pairs.pairs_figure([("test, epoch 0", old), (f"test, epoch {history[-1][0]}", after)], BINS))
+                        pairs.pairs_figure([("test, epoch 0", first), (f"test, epoch {history[-1][0]}", after)], BINS))
     data.write_table(run.folder / "history.csv", HEADER, history)
     data.write_file(run.folder / "config.json", (json.dumps(run.about, indent=2) + "\n").encode())
     save(run.folder / "embedder_best.pth", state)
     (run.folder / "checkpoint.pth").unlink(missing_ok=True)
+
+
+def seed_of(*numbers):
+    """One seed of torch's generator from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 # ---------------------------------------------------------------- the command
@@ -524,7 +533,7 @@ def read_labels(dataset, args):
         labels = {"class": dataset.labels, "super_class": dataset.super_labels}.get(name)
         if labels is None:
             raise ValueError(f"{dataset.name} has no label {name!r}; it has class"
-                             + " and super_class" * (dataset.super_labels is not None) + ", or give a table with --labels FILE.csv")
+                             + " and super_class" * (dataset.super_labels is not None) + ", or give --labels FILE.csv")
         return labels, name
     if not args.labels and not table.is_file():
         raise ValueError(f"{dataset.name} has no labels; put each class's pictures into a folder of its own, or give a table "
@@ -552,48 +561,45 @@ def wanted(args):
     return rows, models.wanted_folds(args.fold, rows[0], "", args.models)
 
 
-def plan(dataset, labels, label, own_test, network, features, rows, folds, args):
-    """The runs, with what config.json will say of each."""
-    runs = []
-    for fold in folds:
+def plan(dataset, labels, label, network, rows, args):
+    """The runs, each with what its config.json will say."""
+    own = data.open_dataset(args.dataset, args.data_root, "test").relative if args.dataset in data.PUBLISHED else None
+    pictures = {"number": len(labels), "sha256": data.pictures_sha256(dataset.relative)}
+    digest, runs = hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest(), []
+    options = ("epochs", "batch", "per_class", "lr", "loss_lr", "weight_decay", "schedule", "select", "train_sample", "seed",
+               "precision", "compile")
+    for row, fold in product(rows, args.folds):
         parts = dict(zip(("train", "validation", "test"), split_rows(labels, args.split, fold, args.seed)))
-        classes = len(np.unique(labels[parts["train"]]))
-        for row in rows:
-            split = {"kind": args.split, "label": label, "seed": args.seed,
-                     "pictures": {"number": len(labels), "sha256": data.pictures_sha256(dataset.relative)},
-                     "labels_sha256": hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest(),
-                     "train": len(parts["train"]), "validation": len(parts["validation"])}
-            if parts["test"].tolist() != own_test:
-                split["test"] = parts["test"].tolist()
-            about = {
-                "dataset": dataset.name, "loss": row["name"], "type": row["type"], "fold": fold, "backbone": args.model,
-                "dimension": args.dim, "distance": row["distance"], "preprocessing": network.preprocessing,
-                "frozen_trunk": args.freeze_trunk, "weights_sha256": network.checkpoint_sha256,
-                "loss_parameters": make_loss(row, classes, args.dim, args.scale)[2] if row["class"] else None,
-                "split": split, "options": {name: getattr(args, name) for name in (
-                    "epochs", "batch", "per_class", "lr", "loss_lr", "weight_decay", "schedule", "select", "train_sample",
-                    "seed", "precision", "compile")},
-                "versions": {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__,
-                             "pytorch_metric_learning": version_of_losses(), "device": str(args.device)}}
-            folder = args.models / "trained" / dataset.name / row["slug"] / f"fold{fold}"
-            runs.append(Run(f"{row['name']} fold {fold}", row, fold, folder, parts, about))
+        split = {"kind": args.split, "label": label, "seed": args.seed, "pictures": pictures, "labels_sha256": digest,
+                 "train": len(parts["train"]), "validation": len(parts["validation"])}
+        if [dataset.relative[i] for i in parts["test"]] != own:
+            split["test"] = parts["test"].tolist()
+        parameters = row["class"] and make_loss(row, len(np.unique(labels[parts["train"]])), args.dim, args.scale)[2]
+        runs.append(Run(f"{row['name']} fold {fold}", row, fold,
+                        args.models / "trained" / dataset.name / row["slug"] / f"fold{fold}", parts, {
+            "dataset": dataset.name, "loss": row["name"], "type": row["type"], "fold": fold, "backbone": args.model,
+            "dimension": args.dim, "distance": row["distance"], "preprocessing": network.preprocessing,
+            "frozen_trunk": args.freeze_trunk, "weights_sha256": network.checkpoint_sha256,
+            "loss_parameters": parameters or None, "split": split, "options": {name: getattr(args, name) for name in options},
+            "versions": {"torch": torch.__version__, "pytorch_metric_learning": metadata.version("pytorch-metric-learning"),
+                         "numpy": np.__version__, "pillow": PIL.__version__, "device": str(args.device)}}))
     return runs
 
 
-def version_of_losses():
-    import pytorch_metric_learning
-    return pytorch_metric_learning.__version__
-
-
 def print_scores(runs):
-    """Table 1: the test part's scores of each run, at its best epoch and before training."""
+    """Table 1: the test part's scores of each run, at its best epoch and before training; of several folds the mean too."""
+    names, lines = ("recall_at_1", "map_at_r", "jsd"), []
+    for slug, folds in groupby(runs, key=lambda run: run.row["slug"]):
+        found = []
+        for run in folds:
+            table = data.read_table(run.folder / "history.csv")
+            tests = [i for i, split in enumerate(table["split"]) if split == "test"]
+            found.append([float(table[name][i]) for i in (tests[-1], tests[0]) for name in names])
+            lines.append([run.row["name"], str(run.fold), table["epoch"][tests[-1]], *(f"{value:.3f}" for value in found[-1])])
+        if len(found) > 1:
+            lines.append([run.row["name"], "mean", "", *(f"{value:.3f}" for value in np.mean(found, axis=0))])
     lines = [["", "", "", "test", "", "", "before", "", ""],
-             ["loss", "fold", "epoch", "Recall@1", "MAP@R", "JSD", "Recall@1", "MAP@R", "JSD"]]
-    for run in runs:
-        table = data.read_table(run.folder / "history.csv")
-        tests = [i for i, split in enumerate(table["split"]) if split == "test"]
-        cells = lambda i: [f"{float(table[name][i]):.3f}" for name in ("recall_at_1", "map_at_r", "jsd")]
-        lines.append([run.row["name"], str(run.fold), table["epoch"][tests[-1]], *cells(tests[-1]), *cells(tests[0])])
+             ["loss", "fold", "epoch", *("Recall@1", "MAP@R", "JSD") * 2]] + lines
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         print("  ".join([line[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(line[1:], widths[1:])]).rstrip())
@@ -627,7 +633,8 @@ def parse(argv):
         "untrained network (Normalized Softmax)")
     add("--fold", default="0", help="0, 1, 2, 3, several with commas, or all (0)")
     add("--split", choices=["default", "random", "pictures", "folds"], help="see above (default; of rendered sets: pictures)")
-    add("--model", default="inception_v3", help="inception_v3, bninception, efficientnet_lite0 or package.module:factory (inception_v3)")
+    add("--model", default="inception_v3", help="inception_v3, bninception, efficientnet_lite0 or package.module:factory "
+        "(inception_v3)")
     add("--weights", metavar="FILE", help="ImageNet weights of the backbone (torch's hub cache)")
     add("--dim", type=int, default=64, metavar="M", help="dimension of the embedding (64)")
     add("--freeze-trunk", action="store_true", help="train the embedder alone, on features computed once")
@@ -652,7 +659,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     args.epochs = args.epochs if args.epochs is not None else 20
     args.lr = args.lr if args.lr is not None else 1e-4
-    for name, least in (("epochs", 1), ("batch", 1), ("dim", 1), ("seed", 0), ("train_sample", 0), ("workers", 1), ("per_class", 2)):
+    for name, least in (("epochs", 1), ("batch", 1), ("dim", 1), ("per_class", 2), ("seed", 0), ("train_sample", 0),
+                        ("workers", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
             fail(f"--{name.replace('_', '-')} {value}: expected at least {least}")
@@ -669,67 +677,75 @@ def parse(argv):
     return args
 
 
+def freeze(runs, trunk, dataset, args, share):
+    """The feed of the frozen trunk's features, for all runs: features.npy and trunk.pth are there after this."""
+    home, about = runs[0].folder.parent.parent, runs[0].about
+    content = {**{key: about[key] for key in ("dataset", "backbone", "preprocessing")},
+               "checkpoint_sha256": about["weights_sha256"], "precision": args.precision, "pictures": about["split"]["pictures"]}
+    feed = feed_pictures(dataset.paths, about["preprocessing"], args.device, args.workers, args.seed)
+    file = rowfile.RowFile(home / "features.npy", (len(dataset.paths), args.width), np.float32, content)
+    features = frozen_features(trunk.to(args.device), feed, file, share, args.precision)
+    if not (home / "trunk.pth").exists():
+        save(home / "trunk.pth", trunk.cpu().state_dict())
+    if args.device.type == "cpu":
+        torch.set_num_threads(1)  # for matrices this small a second thread costs more than it saves
+    return feed_features(features, args.device)
+
+
 def main(argv=None):
     args = parse(argv)
-    rows, folds = wanted(args)
-    rank, ranks = rowfile.my_share()
+    rows, args.folds = wanted(args)
     dataset = data.open_dataset(args.dataset, args.data_root, "all")
     labels, label = read_labels(dataset, args)
-    args.split = args.split or ("default" if dataset.labels is not None and not args.labels else "pictures")
-    for fold in folds:
-        split_rows(labels, args.split, fold, args.seed)  # said before a network is loaded
-    own = data.open_dataset(args.dataset, args.data_root, "test")
-    position = {name: i for i, name in enumerate(dataset.relative)}
-    own_test = [position[name] for name in own.relative]
+    args.split = args.split or ("default" if label in ("class", "super_class") else "pictures")
+    for fold in args.folds:
+        split_rows(labels, args.split, fold, args.seed)  # what is wrong is said before a network is loaded
     network = models.load(models.find(model=args.model, weights=args.weights)[0])
     with torch.inference_mode():
         black = torch.from_numpy(data.black_picture(network.preprocessing))[None]
-        width = network.module.eval()(black).shape[1]
-    runs = plan(dataset, labels, label, own_test, network, width, rows, folds, args)
+        args.width = network.module.eval()(black).shape[1]
+    runs = plan(dataset, labels, label, network, rows, args)
     todo = [run for run in runs if not is_finished(run)]
     for run in todo:
         read_checkpoint(run)
-    if not todo:
-        say(f"nothing to do: {len(runs)} of {len(runs)} networks are there") if rank == 0 else None
-        return print_scores(runs) if rank == 0 else None
-    if "RANK" in os.environ and ranks > 1:
-        cuda = args.device.type == "cuda"
-        if cuda:
-            torch.cuda.set_device(args.device)
-        dist.init_process_group("nccl" if cuda and not args.freeze_trunk else "gloo", timeout=timedelta(days=7))
+    rank, ranks = rowfile.my_share()
+    if todo:
+        train_all(todo, network.module, dataset, labels, args, rank, ranks)
+    elif rank == 0:
+        say(f"nothing to do: {len(runs)} of {len(runs)} networks are there")
+    if rank == 0:
+        print_scores([run for run in runs if is_finished(run)])
+
+
+def train_all(todo, trunk, dataset, labels, args, rank, ranks):
+    """Frozen: the processes share the runs. Else they work on one after the other together."""
+    together = "RANK" in os.environ and ranks > 1  # started by torchrun
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     for run in todo:
         run.folder.mkdir(parents=True, exist_ok=True)
-    begin = time.perf_counter()
+    if together:
+        if args.device.type == "cuda":
+            torch.cuda.set_device(args.device)
+        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo", timeout=timedelta(days=7))
     if args.freeze_trunk:
-        home = todo[0].folder.parent.parent
-        content = {"dataset": dataset.name, "backbone": args.model, "checkpoint_sha256": network.checkpoint_sha256,
-                   "preprocessing": network.preprocessing, "precision": args.precision,
-                   "pictures": {"number": len(labels), "sha256": data.pictures_sha256(dataset.relative)}}
-        features = trunk_features(network.module, dataset.paths, home, content, network.preprocessing, args, rank, ranks)
-        if not (home / "trunk.pth").exists():
-            save(home / "trunk.pth", network.module.cpu().state_dict())
-        feed, mine, team, trunk = feed_features(features, args.device), todo[rank::ranks], (0, 1), None
-        if args.device.type == "cpu":
-            torch.set_num_threads(1)  # for matrices this small more threads cost more than they save
+        feed, trunk = freeze(todo, trunk, dataset, args, (rank, ranks)), None
     else:
-        feed = feed_pictures(dataset.paths, network.preprocessing, args.device, args.workers, args.seed)
-        mine, team, trunk = todo, (rank, ranks), network.module
-    start = {name: value.clone() for name, value in trunk.state_dict().items()} if trunk else None
-    with tqdm(total=len(mine) * args.epochs, unit=" epochs", delay=2, disable=rank > 0 or not sys.stderr.isatty()) as bar:
+        feed = feed_pictures(dataset.paths, todo[0].about["preprocessing"], args.device, args.workers, args.seed)
+        weights = {name: value.clone() for name, value in trunk.state_dict().items()}
+    mine, team = (todo, (rank, ranks)) if trunk and together else (todo[rank::ranks], (0, 1))
+    start = time.perf_counter()
+    with tqdm(total=len(mine) * args.epochs, unit=" epochs", delay=2, disable=None if rank == 0 else True) as bar:
         for run in mine:
             bar.set_description(run.name)
             if trunk:
-                trunk.load_state_dict(start)
-            train(run, trunk, width, feed, labels, args, team, bar)
-    if dist.is_initialized():
+                trunk.load_state_dict(weights)
+            train(run, begin(run, trunk, args.width, feed, labels, args, team), args, bar)
+    if trunk and rank == 0:
+        took = time.perf_counter() - start
+        say(f"waited for pictures {feed.waited:.1f} of {took:.1f} s ({feed.waited / took:.1%})")
+    if together:
         dist.barrier()
         dist.destroy_process_group()
-    if rank == 0:
-        print_scores([run for run in runs if is_finished(run)])
-        if trunk:
-            took = time.perf_counter() - begin
-            say(f"waited for pictures {feed.waited:.1f} of {took:.1f} s ({feed.waited / took:.1%})")
 
 
 def say(text):
