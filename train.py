@@ -75,11 +75,11 @@ def split_rows(labels, kind, fold=0, seed=1):
     if c < 2 or c == n:
         raise ValueError(f"the {n:,} labels are {'all distinct: no two pictures belong together' if c > 1 else 'one class'}; "
                          "choose a label with several values of several pictures each")
-    if kind == "pictures":  # class by class in shuffled order, dealt to the quarters in turn; then every tenth of the rest
+    if kind == "pictures":  # class by class in shuffled order, dealt to the quarters in turn; of the rest a tenth, in pairs
         order = np.lexsort((np.random.default_rng(seed).permutation(n), number))
         held_out = np.arange(n) % FOLDS == fold
         rest = order[~held_out]
-        tenth = np.arange(len(rest)) % 10 == 9
+        tenth = np.arange(len(rest)) % 20 >= 18
         parts = rest[~tenth], rest[tenth], order[held_out]
     else:
         turn = np.random.default_rng(seed).permutation(c) if kind == "random" else np.arange(c)
