@@ -638,8 +638,9 @@ def parse(argv):
     add("--weights", metavar="FILE", help="ImageNet weights of the backbone (torch's hub cache)")
     add("--dim", type=int, default=64, metavar="M", help="dimension of the embedding (64)")
     add("--freeze-trunk", action="store_true", help="train the embedder alone, on features computed once")
-    add("--epochs", type=int, metavar="N", help="(20)")
-    add("--lr", type=float, metavar="X", help="learning rate of the network (1e-4)")
+    add("--epochs", type=int, default=20, metavar="N", help="(20)")
+    add("--lr", type=float, metavar="X", help="learning rate of the network (1e-4; with --freeze-trunk 1e-3, for one linear layer "
+        "alone hardly gets anywhere in 20 epochs at 1e-4)")
     add("--loss-lr", type=float, default=1e-2, metavar="X", help="learning rate of the loss's own parameters (1e-2)")
     add("--scale", type=float, default=10.0, metavar="S", help="of Normalized Softmax, Eq. 3 (10; the library's default is 20)")
     add("--weight-decay", type=float, default=0.01, metavar="X", help="of AdamW (0.01, torch's default; the paper states none)")
@@ -657,8 +658,7 @@ def parse(argv):
     add("--compile", action="store_true", help="torch.compile the network for the training steps")
     add("--workers", type=int, metavar="N", help="threads that decode (CPUs of this rank, at most 16)")
     args = parser.parse_args(argv)
-    args.epochs = args.epochs if args.epochs is not None else 20
-    args.lr = args.lr if args.lr is not None else 1e-4
+    args.lr = (1e-3 if args.freeze_trunk else 1e-4) if args.lr is None else args.lr
     for name, least in (("epochs", 1), ("batch", 1), ("dim", 1), ("per_class", 2), ("seed", 0), ("train_sample", 0),
                         ("workers", 1)):
         value = getattr(args, name)
