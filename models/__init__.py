@@ -62,7 +62,8 @@ class Network(NamedTuple):
 
 
 def losses():
-    """losses.csv: list of dicts name, slug, year, type, distance and, for each data set, the published folder."""
+    """losses.csv: list of dicts name, slug, year, type, distance, for each data set the published folder, and what train.py
+    takes from pytorch-metric-learning: class, parameters, miner."""
     with open(MODELS / "losses.csv", newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
@@ -70,8 +71,8 @@ def losses():
 def find(dataset=None, loss=None, fold="all", model=None, checkpoint=None, weights=None, seed=0, folder=MODELS):
     """List the networks asked for, as specs (dicts) for load and describe.
 
-    dataset: the data set they were trained on. loss: names or slugs of losses.csv with commas, "None" (ImageNet trunk
-    and a random linear layer), or "all": what is there, and None where ImageNet weights can be had.
+    dataset: the data set they were trained on. loss: names or slugs of losses.csv with commas, "None" (train.py's
+    untrained network, else BN-Inception's ImageNet trunk and a random linear layer), or "all": what is there.
     fold: numbers with commas, or "all". model: a backbone without a loss ("bninception", "inception_v3",
     "efficientnet_lite0", "package.module:factory"). checkpoint: a folder with trunk and embedder.
     weights: file of ImageNet weights. folder: where the checkpoints lie.
@@ -90,8 +91,10 @@ def find(dataset=None, loss=None, fold="all", model=None, checkpoint=None, weigh
     specs, looked = [], []
     for row in rows:
         for number in wanted_folds(fold, row, dataset, folder):
-            spec, places = none_spec(row, number, weights, seed) if row["name"] == "None" else \
-                trained_spec(row, number, dataset, folder)
+            spec, places = trained_spec(row, number, dataset, folder)
+            if row["name"] == "None" and not spec:
+                spec, more = none_spec(row, number, weights, seed)
+                places = places + more
             looked += places
             if spec:
                 specs.append(spec)

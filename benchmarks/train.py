@@ -1,0 +1,101 @@
+"""What does training wait for, and what does a frozen trunk save? Whole commands on made-up pictures; asserts nothing.
+
+    python benchmarks/train.py                                     # frozen trunk: 14 losses × 4 folds of examples/cars
+    python benchmarks/train.py --pictures 256 --model models:inception_v3 --device cpu
+    python benchmarks/train.py --pictures 4096 --model models:inception_v3 --precision tf32   # on a GPU
+
+With --pictures, that many JPEGs of --width × --height (Cars196's mean is 700 × 480) in 16 classes are made, and the whole
+network is fine-tuned for two epochs. train.py says how long it waited for decoded pictures; the decoding threads' own
+speed stands beside. models:NAME is the architecture with random weights, so nothing has to be downloaded.
+"""
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+import train  # noqa: E402
+
+
+def make_pictures(folder, number, width, height):
+    """JPEGs of smooth noise with some grain: about as large as photographs."""
+    for i in range(number):
+        rng = np.random.default_rng(i)
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+        pixels = np.asarray(coarse) + rng.normal(0, 6, (height, width, 1))
+        (folder / str(i % 16)).mkdir(exist_ok=True)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / str(i % 16) / f"{i}.jpg", quality=90)
+
+
+def command(*arguments):
+    """(seconds, stderr) of one train.py."""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *map(str, arguments)], capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return time.perf_counter() - start, done.stderr
+
+
+def decoding_speed(paths, workers):
+    """Training crops a second, by the threads alone."""
+    crop = lambda i: train.augment(data.read_rgb(paths[i]), (299, 299), np.random.default_rng(i))
+    start = time.perf_counter()
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(crop, range(len(paths))))
+    return len(paths) / (time.perf_counter() - start)
+
+
+def fine_tuning(args, folder):
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    make_pictures(pictures, args.pictures, args.width, args.height)
+    paths = sorted(pictures.rglob("*.jpg"))
+    size = sum(path.stat().st_size for path in paths) / len(paths) / 1024
+    print(f"{len(paths):,} JPEGs of {args.width} × {args.height}, {size:.0f} KiB each; {args.workers} threads decode and crop "
+          f"{decoding_speed(paths[:1024], args.workers):.0f} pictures a second")
+    took, said = command("--dataset", pictures, "--split", "pictures", "--model", args.model, "--device", args.device, "--epochs", 2,
+                         "--precision", args.precision, "--batch", args.batch, "--workers", args.workers, "--models", folder,
+                         *["--compile"] * args.compile)
+    rows = data.read_table(folder / "trained" / "pictures" / "normalized_softmax" / "fold0" / "history.csv")
+    seconds = [float(s) for s, split, epoch in zip(rows["seconds"], rows["split"], rows["epoch"]) if (split, epoch) == ("train", "2")]
+    print(f"{args.model}, {args.precision}, {args.device}: {took:.1f} s for the command, {seconds[0]:.1f} s for the second epoch "
+          f"and the scores of its {0.675 * args.pictures:.0f} pictures; {re.search('waited.*', said).group()}")
+
+
+def frozen(folder):
+    arguments = ("--dataset", "examples/cars", "--model", "efficientnet_lite0", "--dim", 128, "--freeze-trunk", "--models", folder)
+    took, _ = command(*arguments, "--loss", "None")
+    print(f"frozen trunk  features of 300 pictures, and the start: {took:.1f} s")
+    took, _ = command(*arguments, "--loss", "all", "--fold", "all")
+    print(f"              14 losses × 4 folds: {took:.1f} s, one process on one core")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--pictures", type=int, metavar="N", help="fine-tune on so many made-up pictures (instead: the frozen trunk)")
+    add("--width", type=int, default=700, help="of a picture (700)")
+    add("--height", type=int, default=480, help="of a picture (480)")
+    add("--model", default="models:inception_v3", help="as for train.py (models:inception_v3)")
+    add("--batch", type=int, default=32, help="(32)")
+    add("--device", default="auto", help="(auto)")
+    add("--precision", default="fp32", help="(fp32)")
+    add("--compile", action="store_true", help="torch.compile")
+    add("--workers", type=int, default=min(16, os.cpu_count() or 1), help="threads that decode (CPUs, at most 16)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        fine_tuning(args, Path(folder)) if args.pictures else frozen(Path(folder))
+
+
+if __name__ == "__main__":
+    main()
