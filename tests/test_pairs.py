@@ -549,7 +549,7 @@ def test_labels_of_another_length_and_missing_files(files, capsys):
     expect_one_line(capsys, files, [files / "emb.npy", files / "train.csv", *out], "60 embeddings", "40 rows")
     expect_one_line(capsys, files, [files / "none.npy", files / "emb.csv", *out], "none.npy", "does not exist")
     expect_one_line(capsys, files, [files / "emb.npy", files / "none.csv", *out], "none.csv", "does not exist")
-    expect_one_line(capsys, files, [files / "emb.csv", files / "emb.csv", *out], "not a .npy file")
+    expect_one_line(capsys, files, [files / "emb.csv", files / "emb.csv", *out], "LABELS.csv comes last")
 
 
 @pytest.mark.parametrize("value, words", ((0, "row 7 is a zero vector"), (np.nan, "row 7"), (np.inf, "row 7")))
