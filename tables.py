@@ -468,9 +468,11 @@ def shaded(rows, scale=float, skip_diagonal=False):
     return rows
 
 
-def percent(value):
-    """0.625 -> "63" (half away from zero after float's last digits are set aside: rounded, not truncated)."""
-    return f"{math.copysign(math.floor(abs(value) * 100 + 0.5 + 1e-9), value) + 0.0:.0f}"
+def rounded(value, digits=2):
+    """1.25 -> "1.25"; a half away from zero (62.5 -> "63"), a minus that can be read, never −0."""
+    power = 10**digits
+    whole = math.floor(abs(value) * power + 0.5 + 1e-9) / power
+    return ("−" if value < 0 and whole else "") + f"{whole:.{digits}f}"
 
 
 def p_text(p):
@@ -478,9 +480,9 @@ def p_text(p):
 
 
 def signed(value, digits=2):
-    """+1.20 or −1.20, never −0.00."""
-    text = f"{value:+.{digits}f}"
-    return (text if float(text) else f"{0:.{digits}f}").replace("-", "−")
+    """+1.20 or −1.20; 0.00 without a sign."""
+    text = rounded(value, digits)
+    return text if text.startswith("−") or not float(text) else f"+{text}"
 
 
 def folds_text(folds):
@@ -563,9 +565,14 @@ def nrprec_values(results):
     return found
 
 
-def significant(rows):
-    """Are all folds' NR-Prec above chance? By p_holm where every row has one, else by the published mark on the mean."""
-    if all(row.get("p_holm") is not None for row in rows):
+def permuted(results):
+    """Has every NR-Prec a permutation test's p_holm?"""
+    return all(row.get("p_holm") is not None for row in results.rows["nrprec"] if row["nr_precision"] is not None)
+
+
+def significant(rows, permuted):
+    """Is NR-Prec above chance in all these folds? By p_holm if permuted, else by the published mark on the mean."""
+    if permuted:
         return max(row["p_holm"] for row in rows) < SIGNIFICANCE
     return np.mean([row["nr_precision"] for row in rows]) > PUBLISHED_THRESHOLD
 
@@ -578,7 +585,7 @@ def nrprec_tables(results):
     names = [name for name in results.order if any(name in losses for losses in values.values())]
     tests = compare_types(values, results.types)
     note_missing_folds(results, "nrprec", scores)
-    rows = [[name, *(nrprec_cell(scores.get((name, one), {})) for one in values)] for name in names]
+    rows = [[name, *(nrprec_cell(scores.get((name, one), {}), permuted(results)) for one in values)] for name in names]
     for name, line in zip(names, rows):
         for one, found in zip(values, line[1:]):
             if found["value"] is None:
@@ -590,9 +597,8 @@ def nrprec_tables(results):
             rows.append([cell(f"{kind.capitalize()} mean", bold=True),
                          *(mean_cell(losses, members, tests.get(one), kind) for one, losses in values.items())])
     first = results.rows["nrprec"][0]
-    permuted = [row.get("p_holm") is not None for row in results.rows["nrprec"]]
     mark = (f"* p_holm < {SIGNIFICANCE} in every fold: permutations of each property, Holm-corrected over the properties."
-            if all(permuted) else
+            if permuted(results) else
             f"* NR-Prec > {PUBLISHED_THRESHOLD}: the published mark, one z-score's 1 % threshold applied to a mean of many. "
             "nrprec.py --permutations N tests the mean.")
     both = "Bold mean: the larger of the two types by the exact test (nrprec_tests); †: by the released way (all folds pooled)."
@@ -609,18 +615,18 @@ def nrprec_tables(results):
     return found
 
 
-def nrprec_cell(rows):
+def nrprec_cell(rows, permuted):
     """The mean over folds of one network's NR-Prec of one property."""
     rows = {fold: row for fold, row in rows.items() if row["nr_precision"] is not None}
     if not rows:
         return dict(EMPTY)
     values = [row["nr_precision"] for row in rows.values()]
-    mean, mark = float(np.mean(values)), "*" * bool(significant(rows.values()))
+    mean, mark = float(np.mean(values)), "*" * bool(significant(rows.values(), permuted))
     precision = [row["r_precision"] for row in rows.values() if row["r_precision"] is not None]
     holms = [row["p_holm"] for row in rows.values() if row.get("p_holm") is not None]
     hint = (f"{folds_text(rows)}: {mean:.2f}" + (f" ± {np.std(values, ddof=1):.2f} (standard deviation of the folds)" if len(rows) > 1 else "")
             + (f"; R-Prec {np.mean(precision):.3f}" if precision else "") + (f"; largest p_holm {p_text(max(holms))}" if holms else ""))
-    return cell(f"{mean:.2f}".replace("-0.00", "0.00").replace("-", "−") + f" {mark}" * bool(mark), mean, hint=hint, mark=mark,
+    return cell(rounded(mean) + f" {mark}" * bool(mark), mean, hint=hint, mark=mark,
                 spread=float(np.std(values, ddof=1)) if len(rows) > 1 else None)
 
 
@@ -631,7 +637,7 @@ def mean_cell(losses, members, test, kind, digits=2):
         return dict(EMPTY)
     dagger = test and test.released < SIGNIFICANCE and (test.ranking > test.classification) == (kind == "ranking")
     spread = float(np.std(means, ddof=1)) if len(means) > 1 else None
-    return cell(f"{np.mean(means):.{digits}f}".replace("-", "−") + " †" * bool(dagger), np.mean(means),
+    return cell(rounded(np.mean(means), digits) + " †" * bool(dagger), np.mean(means),
                 bold=bool(test and test.larger == kind), spread=spread, mark="†" * bool(dagger),
                 hint=f"{len(means)} losses" + ("" if spread is None else f", standard deviation {spread:.{digits}f}"))
 
@@ -642,18 +648,18 @@ def tests_table(name, title, what, tests, results, digits=2):
     rows = []
     for measure, test in tests.items():
         released = ("ranking" if test.ranking > test.classification else "classification") if test.released < SIGNIFICANCE else ""
-        rows.append([measure, cell(f"{test.ranking:.{digits}f}".replace("-", "−"), test.ranking, bold=test.larger == "ranking"),
-                     cell(f"{test.classification:.{digits}f}".replace("-", "−"), test.classification, bold=test.larger == "classification"),
+        rows.append([measure, cell(rounded(test.ranking, digits), test.ranking, bold=test.larger == "ranking"),
+                     cell(rounded(test.classification, digits), test.classification, bold=test.larger == "classification"),
                      cell(signed(test.ranking - test.classification, digits), test.ranking - test.classification),
                      cell(signed(test.effect), test.effect, hint=f"{test.n[0]} against {test.n[1]} losses"),
                      cell(p_text(test.p), test.p), cell(p_text(test.p_holm), test.p_holm), test.larger or "",
                      cell(p_text(test.released), test.released, hint=f"{test.pooled[0]} against {test.pooled[1]} fold values; two-sided "
                           f"{p_text(2 * test.released)}"), released])
     notes = [f"p: two-sided Mann-Whitney U on fold averages, exact; the unit is the loss ({n[0]} ranking, {n[1]} classification). "
-             f"Holm over the {len(tests)} rows, {LEVEL:.0%}; with so few losses it cannot fall below {p_text(floor)}.",
+             f"Holm over the {len(tests)} rows, {100 * LEVEL:.0f} %; with so few losses it cannot fall below {p_text(floor)}.",
              "Effect: rank-biserial correlation, 1 when every ranking loss lies above every classification loss, −1 the reverse.",
              f"Released p: the way of the first paper's code, all folds pooled as if independent, not corrected, "
-             f"{SIGNIFICANCE:.0%}; the default of its SciPy version is half the two-sided p-value of the normal approximation."]
+             f"{100 * SIGNIFICANCE:.0f} %; the default of its SciPy version is half the two-sided p-value of the normal approximation."]
     return table(name, title, f"Ranking against classification losses. An empty cell under “larger”: no difference could be shown.",
                  [what, "Ranking", "Classification", "Difference", "Effect", "p", "p, Holm", "Larger", "Released p", "Released: larger"],
                  rows, dataset=results.name, paper="Table 6" if name.startswith("nrprec") else None, notes=notes)
@@ -665,28 +671,29 @@ def note_missing_folds(results, name, found):
     have = defaultdict(set)
     for key in found:
         have[key[0]] |= set(found[key])
+    absent = [network for network in results.order if not have.get(network)]
+    if absent:
+        results.lacks(name, f"{name}.csv has no rows of {listing(absent, 99)}")
     for network in results.order:
-        mine = have.get(network)
-        if not mine:
-            results.lacks(name, f"{network}: not in the table")
-        elif None not in mine and folds - mine:
+        mine = have.get(network, {None})
+        if None not in mine and folds - mine:
             results.lacks(name, f"{network}: fold {', '.join(map(str, sorted(folds - mine)))}; the mean is over the others")
 
 
 # ---------------------------------------------------------------- Tables 2 to 4, and the appendix
 
-# column: (title, what it is, is it per cent?)
+# column: (title, what it is, times what, decimals)
 MEASURES = {
     "correlation": ("Correlation of saliency maps", "Pearson correlation of two networks' saliency maps of one picture, per cent, ± standard "
-                    "deviation over pictures; averages through Fisher's z", True),
+                    "deviation over pictures; averages through Fisher's z", 100, 0),
     "jsd": ("JSD of saliency maps", "Jensen-Shannon divergence (base 2) of two networks' saliency maps of one picture, ± standard deviation "
-            "over pictures; 0 for identical maps", False),
+            "over pictures, both × 100; 0 for identical maps", 100, 1),
     "ceiling": ("Noise ceiling of the correlation", "The most that two networks' maps can correlate, from two maps of each network that "
-                "differ in their noise alone, per cent", True),
-    "corrected": ("Correlation corrected for noise", "Correlation divided by its noise ceiling, per cent", True),
+                "differ in their noise alone, per cent", 100, 0),
+    "corrected": ("Correlation corrected for noise", "Correlation divided by its noise ceiling, per cent", 100, 0),
     "cka": ("Linear CKA of embeddings", "Linear centred kernel alignment of two networks' embeddings; 1 for embeddings that differ by "
-            "rotation and scale", False),
-    "overlap": ("Common nearest neighbours", "Share of a picture's 10 nearest neighbours that two networks have in common, per cent", True),
+            "rotation and scale", 1, 2),
+    "overlap": ("Common nearest neighbours", "Share of a picture's 10 nearest neighbours that two networks have in common, per cent", 100, 0),
 }
 
 
@@ -706,16 +713,14 @@ def pair_averages(found, measure):
     return averaged
 
 
-def pair_cell(mean, spread, per_cent, hint):
-    text = percent(mean) if per_cent else f"{mean:.3f}"
-    if spread is not None:
-        text += f" ± {percent(spread) if per_cent else f'{spread:.3f}'}"
+def pair_cell(mean, spread, hint, factor=100, digits=0):
+    text = " ± ".join(rounded(factor * value, digits) for value in (mean, spread) if value is not None)
     return cell(text, mean, hint=hint, spread=spread)
 
 
 def matrix_table(results, measure, averaged):
     """All networks against all: symmetrical, the diagonal empty unless folds of one loss were compared."""
-    title, caption, per_cent = MEASURES[measure]
+    title, caption, *form = MEASURES[measure]
     names = [name for name in results.order if any(name in pair for pair in averaged)]
     rows, diagonal = [], False
     for a in names:
@@ -724,7 +729,7 @@ def matrix_table(results, measure, averaged):
             key = (a, b) if (a, b) in averaged else (b, a)
             if key in averaged:
                 mean, spread, _, hint = averaged[key]
-                line.append(pair_cell(mean, spread, per_cent, hint))
+                line.append(pair_cell(mean, spread, hint, *form))
                 diagonal |= a == b
             else:
                 line.append(dict(EMPTY))
@@ -737,9 +742,9 @@ def matrix_table(results, measure, averaged):
                  notes=["Diagonal: different folds of one loss." if diagonal else None])
 
 
-def group_table(results, measure, averaged, by, group_of, order):
+def group_table(dataset, measure, averaged, by, group_of, order):
     """Condensed: the mean over the pairs of two different losses of these groups."""
-    title, caption, per_cent = MEASURES[measure]
+    title, caption, *form = MEASURES[measure]
     groups = [group for group in order if group in group_of.values()]
     rows = [[cell(group.replace("_", " "))] for group in groups]
     for line, g in zip(rows, groups):
@@ -755,11 +760,11 @@ def group_table(results, measure, averaged, by, group_of, order):
             else:
                 mean, spread = float(np.mean(means)), float(np.sqrt(np.mean(np.square(spreads))))
             hint = f"{len(chosen)} pair{'s' * (len(chosen) > 1)} of losses, {min(means):.3f} to {max(means):.3f}"
-            line.append(pair_cell(mean, spread if chosen[0][1] is not None else None, per_cent, hint))
-    paper = {"cars196": "Table 3", "cub200": "Table 4"}.get(results.name) if (measure, by) == ("correlation", "type") else None
-    return table(f"{measure}_by_{by}_{results.name}", f"{title} by {by}, {results.name}",
+            line.append(pair_cell(mean, spread if chosen[0][1] is not None else None, hint, *form))
+    paper = {"cars196": "Table 3", "cub200": "Table 4"}.get(dataset) if (measure, by) == ("correlation", "type") else None
+    return table(f"{measure}_by_{by}_{dataset}", f"{title} by {by}, {dataset}",
                  f"{caption}. Each cell is the mean over the pairs of two different losses.", ["", *(one.replace("_", " ") for one in groups)],
-                 shaded(rows), dataset=results.name, paper=paper, kind="matrix",
+                 shaded(rows), dataset=dataset, paper=paper, kind="matrix",
                  notes=["Networks without a loss are left out." if by == "distance" else None])
 
 
@@ -769,9 +774,10 @@ def comparison_tables(results):
     for name, measures in (("compare", ("correlation", "jsd", "ceiling", "corrected")), ("embeddings", ("cka", "overlap"))):
         pairs = pairs_by_fold(results, name)
         if pairs:
-            for one in results.order:
-                if not any(one in pair for pair in pairs):
-                    results.lacks(name, f"{one}: not in the table")
+            absent = [one for one in results.order if not any(one in pair for pair in pairs)]
+            if absent:
+                results.lacks(name, f"{name}.csv has no rows of {listing(absent, 99)}")
+            note_missing_pairs(results, name, pairs)
         for measure in measures:
             averaged = pair_averages(pairs, measure)
             if not averaged:
@@ -779,12 +785,21 @@ def comparison_tables(results):
                     results.lacks("ceiling", "no noise ceiling: python saliency.py … --ceiling makes the second maps")
                 continue
             found.append(matrix_table(results, measure, averaged))
-            found.append(group_table(results, measure, averaged, "type", results.types, TYPES))
+            found.append(group_table(results.name, measure, averaged, "type", results.types, TYPES))
             distances = {one: results.distances[one] for one in results.order if results.types[one] != "none" and results.distances.get(one)}
             order = [*DISTANCES, *sorted({*distances.values()} - {*DISTANCES})]
             if name == "compare" and measure != "ceiling" and len(set(distances.values())) > 1:
-                found.append(group_table(results, measure, averaged, "distance", distances, order))
+                found.append(group_table(results.name, measure, averaged, "distance", distances, order))
     return found
+
+
+def note_missing_pairs(results, name, pairs):
+    """List the folds in which two networks were not compared, though others were."""
+    folds = {fold for rows in pairs.values() for fold in rows if None not in fold and fold[0] == fold[1]}
+    for (a, b), rows in pairs.items():
+        lacking = sorted(fold[0] for fold in folds - set(rows))
+        if a != b and lacking and not any(None in fold for fold in rows):
+            results.lacks(name, f"{a} and {b}: fold {', '.join(map(str, lacking))}; the mean is over the others")
 
 
 # ---------------------------------------------------------------- masks, sanity check, pairs, training
@@ -816,7 +831,7 @@ def masks_table(results):
 def mask_cell(rows):
     mean = float(np.mean([row["mean"] for row in rows.values()]))
     intervals = [f"[{100 * row['low']:.1f}, {100 * row['high']:.1f}]" for row in rows.values() if row["low"] is not None]
-    return cell(f"{100 * mean:.1f}".replace("-", "−"), mean,
+    return cell(rounded(100 * mean, 1), mean,
                 hint=f"{folds_text(rows)}" + (f"; 95 % interval over pictures {', '.join(intervals)}" if intervals else ""))
 
 
@@ -825,6 +840,7 @@ def sanity_table(results):
     found = by_fold(results, "sanity", "layers", "of")
     if not found:
         return []
+    note_missing_folds(results, "sanity", found)
     steps = sorted({key[1:] for key in found}, key=lambda step: (step[1], step[0]))
     rows = []
     for name in results.order:
@@ -832,7 +848,7 @@ def sanity_table(results):
         for step in steps:
             folds = [row for row in found.get((name, *step), {}).values() if row["correlation"] is not None]
             line.append(pair_cell(*average_correlation([row["correlation"] for row in folds], [row["correlation_std"] or 0.0 for row in folds]),
-                                  True, f"{len(folds)} fold{'s' * (len(folds) > 1)}") if folds else dict(EMPTY))
+                                  f"{len(folds)} fold{'s' * (len(folds) > 1)}") if folds else dict(EMPTY))
         if any(one["value"] is not None for one in line[1:]):
             rows.append(line)
     several = len({of for _, of in steps}) > 1
@@ -866,7 +882,7 @@ def pair_tables(results):
         for one in measures:
             folds = values[one][name]
             spread = float(np.std(folds, ddof=1)) if len(folds) > 1 else None
-            line.append(cell(f"{np.mean(folds):.3f}".replace("-", "−"), np.mean(folds), spread=spread,
+            line.append(cell(rounded(np.mean(folds), 3), np.mean(folds), spread=spread,
                              hint=folds_text(found[name,]) + ("" if spread is None else f", standard deviation {spread:.3f}")) if folds else dict(EMPTY))
         rows.append(line)
     for kind in TYPES[:2]:
@@ -911,8 +927,8 @@ def training_table(results):
         for one in measures:
             after = [after[one] for _, after in found[name, split] if after.get(one) is not None]
             before = [before[one] for before, _ in found[name, split] if before and before.get(one) is not None]
-            text = (f"{np.mean(before):.3f} → " if before else "") + (f"{np.mean(after):.3f}" if after else "")
-            line.append(cell(text.replace("-", "−"), np.mean(after) if after else None, hint=f"{len(after)} networks, before → after training"))
+            text = " → ".join(rounded(np.mean(values), 3) for values in (before, after) if values)
+            line.append(cell(text, np.mean(after) if after else None, hint=f"{len(after)} networks, before → after training"))
         rows.append(line)
     return [table(f"training_{results.name}", f"Test split before and after training, {results.name}",
                   "Scores of the test split, untrained → trained, mean over folds.", ["Loss", "Splitting", "Folds", *(PAIR_HEADER[one] for one in measures)],
@@ -930,7 +946,7 @@ def statements(results, main):
     """Sentences that the numbers of one data set support; with main the three that matter most are marked."""
     found = [property_statement(results, main), type_statement(results, main), pixel_statement(results, main)]
     return found + [one for one in (order_statement(results), map_type_statement(results, "type"), map_type_statement(results, "distance"),
-                                    untrained_statement(results), pair_statement(results), sanity_statement(results)) if one]
+                                    untrained_statement(results), embedding_statement(results), pair_statement(results), sanity_statement(results)) if one]
 
 
 def trained(results, names):
@@ -940,42 +956,36 @@ def trained(results, names):
 
 
 def property_statement(results, main):
-    """Which properties the embeddings cluster by."""
+    """Which properties the embeddings cluster by, over the networks with a loss."""
     scores, values = by_fold(results, "nrprec", "property"), nrprec_values(results)
-    if not values:
-        return statement(results, "property level", f"{results.name}: no property was analysed (nrprec.csv is not there).", "none", None, main)
-    names = trained(results, {name for losses in values.values() for name in losses})
-    means, spreads, marked, of, folds = {}, {}, {}, {}, []
-    for one, losses in values.items():
-        known = {name: losses[name] for name in names if losses.get(name)}
-        if known:
-            each = [np.mean(found) for found in known.values()]
-            means[one], spreads[one] = float(np.mean(each)), float(np.std(each, ddof=1)) if len(each) > 1 else None
-            folds += [np.var(found, ddof=1) for found in known.values() if len(found) > 1]
-            marked[one], of[one] = sum(bool(significant([row for row in scores[name, one].values() if row["nr_precision"] is not None]))
-                                       for name in known), len(known)
+    names = trained(results, [name for name in results.order if any(losses.get(name) for losses in values.values())])
+    known = {one: {name: losses[name] for name in names if losses.get(name)} for one, losses in values.items()}
+    means = {one: float(np.mean([np.mean(folds) for folds in losses.values()])) for one, losses in known.items() if losses}
     if not means:
-        return statement(results, "property level", f"{results.name}: NR-Prec is defined for no property.", "none", None, main)
-    ranked = sorted(means, key=means.get, reverse=True)
-    figure = lambda one: f"{one} ({means[one]:.2f}" + (f" ± {spreads[one]:.2f})" if spreads[one] is not None else ")")
-    first = sum(max((one for one in means if values[one].get(name)), key=lambda one: np.mean(values[one][name])) == ranked[0] for name in names)
-    permuted = all(row.get("p_holm") is not None for row in results.rows["nrprec"])
-    measured = "above chance" if permuted else "above the published mark"
-    everywhere, nowhere = [one for one in ranked if marked[one] == of[one]], [one for one in ranked if not marked[one]]
-    some = [f"{one} ({marked[one]} of {of[one]})" for one in ranked if 0 < marked[one] < of[one]]
-    what = f"the {len(names)} losses' networks" if len(names) > 1 else f"{names[0]}'s network"
-    text = f"The embeddings of {results.name} cluster most by {listing(map(figure, ranked[:3]))}; {ranked[0]} comes first in {first} of {len(names)} networks. "
-    parts = [f"in all of {what} for {listing(everywhere)}" if everywhere else "", f"in some for {listing(some)}" if some else "",
-             f"in none for {listing(nowhere)}" if nowhere else ""]
-    text += f"NR-Prec is {measured} {'; '.join(part for part in parts if part)}."
-    text = text.replace("in all of " + what, f"for {what}" if len(names) == 1 else "in all of " + what)
-    holms = [row["p_holm"] for (name, one), rows in scores.items() if one == ranked[0] and name in names for row in rows.values() if row.get("p_holm") is not None]
-    test = (f"permutation test of each property, Holm-corrected, p_holm < {SIGNIFICANCE} in every fold; {ranked[0]}: largest p_holm {p_text(max(holms))}"
-            if permuted else f"published mark NR-Prec > {PUBLISHED_THRESHOLD} on the mean of the folds (a z-score's threshold applied to a mean; no "
-            "permutations were made, so there is no p-value)")
+        why = "NR-Prec is not defined for any property" if values else "no property was analysed (nrprec.csv is not there)"
+        return statement(results, "property level", f"{results.name}: {why}.", "none", None, main)
+    ranked, tested = sorted(means, key=means.get, reverse=True), permuted(results)
+    spread = {one: np.std([np.mean(folds) for folds in known[one].values()], ddof=1) if len(known[one]) > 1 else None for one in means}
+    marked = {one: sum(bool(significant([row for row in scores[name, one].values() if row["nr_precision"] is not None], tested))
+                       for name in known[one]) for one in means}
+    first = sum(max((one for one in means if name in known[one]), key=lambda one: np.mean(known[one][name])) == ranked[0] for name in names)
+    figure = lambda one: rounded(means[one]) + ("" if spread[one] is None else f" ± {rounded(spread[one])}")
+    everywhere = [f"{one} ({figure(one)})" for one in ranked if marked[one] == len(known[one])]
+    some = [f"{one} ({figure(one)}, {marked[one]} of {len(known[one])})" for one in ranked if 0 < marked[one] < len(known[one])]
+    nowhere = [one for one in ranked if not marked[one]]
+    of = f"all {len(names)} losses" if len(names) > 1 and everywhere else f"all of {len(names)} losses" if len(names) > 1 else names[0]
+    above = "above chance" if tested else f"above the published mark {PUBLISHED_THRESHOLD}"
+    parts = [f"NR-Prec is {above} in {of} for {listing(everywhere, 12) if everywhere else 'no property'}",
+             f"in some for {listing(some, 12)}" if some else "", f"in none for {listing(nowhere, 12)}" if nowhere and everywhere + some else ""]
+    text = (f"The embeddings of {results.name} cluster most by {ranked[0]} (mean NR-Prec {figure(ranked[0])}, first in {first} of {len(names)} losses): "
+            if everywhere + some else f"The embeddings of {results.name} cluster clearly by no property: ")
+    holms = [row["p_holm"] for name in names for row in scores[name, ranked[0]].values() if row.get("p_holm") is not None]
+    test = (f"permutations of each property, Holm-corrected, p_holm < {SIGNIFICANCE} in every fold; {ranked[0]}: largest p_holm {p_text(max(holms))}" if tested else
+            f"the published mark: NR-Prec > {PUBLISHED_THRESHOLD} on the mean of the folds, a z-score's threshold applied to a mean; no permutations, so no p-value")
+    folds = [np.var(folds, ddof=1) for losses in known.values() for folds in losses.values() if len(folds) > 1]
     test += f"; ± is the standard deviation over {len(names)} losses" * (len(names) > 1)
-    test += f", folds of one loss differ by {np.sqrt(np.mean(folds)):.2f}" if folds else ""
-    return statement(results, "property level", text, test, max(holms) if permuted else None, main)
+    test += f"; folds of one loss differ by {np.sqrt(np.mean(folds)):.2f} (standard deviation, over all properties)" if folds else ""
+    return statement(results, "property level", text + "; ".join(part for part in parts if part) + ".", test, max(holms) if tested else None, main)
 
 
 def type_statement(results, main):
@@ -1005,9 +1015,9 @@ def type_statement(results, main):
             text += f" With so few losses none could: it cannot fall below {p_text(floor)}."
     released = [one for one, test in tests.items() if test.released < SIGNIFICANCE]
     pooled = next(iter(tests.values())).pooled
-    test = (f"two-sided Mann-Whitney U on fold averages (the unit is the loss), exact, Holm over {len(tests)} properties, {LEVEL:.0%}; with {n[0]} against "
+    test = (f"two-sided Mann-Whitney U on fold averages (the unit is the loss), exact, Holm over {len(tests)} properties, {100 * LEVEL:.0f} %; with {n[0]} against "
             f"{n[1]} it cannot fall below {p_text(floor)}. The released way (all folds pooled, {pooled[0]} against {pooled[1]} values, not corrected, half the "
-            f"two-sided p, {SIGNIFICANCE:.0%}) calls {listing(released, 12) if released else 'no property'} different")
+            f"two-sided p, {100 * SIGNIFICANCE:.0f} %) calls {listing(released, 12) if released else 'no property'} different")
     return statement(results, topic, text, test, p, main)
 
 
@@ -1026,7 +1036,7 @@ def pixel_statement(results, main):
         ceilings, corrected = ({pair: one[0] for pair, one in pair_averages(pairs, measure).items() if pair in chosen} for measure in ("ceiling", "corrected"))
         if ceilings:
             text += f"; two runs of one network that differ in noise alone at {average_groups(list(ceilings.values()), [0.0] * len(ceilings))[0]:.2f}"
-            text += f", so {percent(np.mean(list(corrected.values())))} % of what the noise allows." if corrected else "."
+            text += f", so {rounded(100 * np.mean(list(corrected.values())), 0)} % of what the noise allows." if corrected else "."
         else:
             text += "; their noise ceiling was not measured, so how much of the difference is noise is unknown."
         parts.append(text)
@@ -1040,8 +1050,7 @@ def pixel_statement(results, main):
     if names and means["share"].keys() >= set(names) and means["other"].keys() >= set(names):
         share, other, excess = (np.mean([means[one][name] for name in names]) for one in ("share", "other", "excess"))
         each = [100 * means["excess"][name] for name in names]
-        points = f"{signed(100 * excess, 1).lstrip('+')} points" + (f" ({signed(min(each), 1).lstrip('+')} to {signed(max(each), 1).lstrip('+')} over "
-                                                                  f"{len(names)} networks)" if len(names) > 1 else "")
+        points = f"{rounded(100 * excess, 1)} points" + (f" ({rounded(min(each), 1)} to {rounded(max(each), 1)} over {len(names)} networks)" if len(names) > 1 else "")
         parts.append(f"{100 * share:.1f} % of the saliency lies inside the object, and {100 * other:.1f} % would lie inside other pictures' objects: an excess "
                      f"of {points}.")
         above = [all(row["low"] is not None and row["low"] > 0 for row in masks[name, "excess"].values()) for name in names]
@@ -1112,6 +1121,19 @@ def untrained_statement(results):
                      f"mean Fisher z over {len(plain)} and {len(both)} pairs; described, not tested")
 
 
+def embedding_statement(results):
+    """How alike the embeddings of two losses are."""
+    pairs = pairs_by_fold(results, "embeddings")
+    averaged = {measure: [one[0] for pair, one in pair_averages(pairs, measure).items() if pair[0] != pair[1] and "none" not in
+                          (results.types[pair[0]], results.types[pair[1]])] for measure in ("cka", "overlap", "overlap_chance")}
+    if not averaged["cka"] or not averaged["overlap"]:
+        return None
+    chance = f", {100 * np.mean(averaged['overlap_chance']):.1f} % by chance" if averaged["overlap_chance"] else ""
+    return statement(results, "embeddings", f"Embeddings of two losses have a linear CKA of {np.mean(averaged['cka']):.2f} ({min(averaged['cka']):.2f} to "
+                     f"{max(averaged['cka']):.2f}) and {rounded(100 * np.mean(averaged['overlap']), 0)} % of the 10 nearest neighbours in common{chance} ({results.name}).",
+                     f"means over {len(averaged['cka'])} pairs; described, not tested")
+
+
 def pair_statement(results):
     """Ranking against classification losses on the second paper's scores."""
     found, _ = whole_pairs(results)
@@ -1169,7 +1191,7 @@ def warnings_for(results):
         yield f"{name}: {some(frozen, networks)} were trained with a frozen trunk: all of them see the same features and differ in the last layer alone"
     defaults = [network for network in networks if network["config"].get("loss_parameters") is not None and network["type"] != "none"]
     if defaults:
-        yield f"{name}: the losses of {some(defaults, networks)} have their library's default parameters, not tuned ones; other parameters may rank losses differently"
+        yield f"{name}: the losses of {some(defaults, [network for network in networks if network['type'] != 'none'])} have their library's default parameters, not tuned ones; other parameters may rank losses differently"
     left = {pictures for network in networks for kind in ("emb", "maps") if network[kind] for pictures in network[kind].get("pictures", {}).get("left_out", [])}
     if left:
         yield f"{name}: {len(left):,} pictures were left out because they could not be read ({listing(sorted(left), 3)})"
@@ -1216,7 +1238,7 @@ def permutation_warnings(name, rows):
 MARKDOWN = {**{letter: f"\\{letter}" for letter in "\\`*_[]#|~!$^"}, "&": "&amp;", "<": "&lt;", ">": "&gt;"}
 LATEX = {"\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_", "~": r"\textasciitilde{}",
          "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"{''}", "`": r"\textasciigrave{}",
-         "-": "-{}", "'": "'{}", "±": r"$\pm$", "−": r"$-$", "–": "--", "—": "---", "×": r"$\times$", "·": r"$\cdot$", "°": r"$^\circ$", "≥": r"$\geq$",
+         "\0": "{}", "±": r"$\pm$", "−": r"$-$", "–": "--", "—": "---", "×": r"$\times$", "·": r"$\cdot$", "°": r"$^\circ$", "≥": r"$\geq$",
          "≤": r"$\leq$", "→": r"$\rightarrow$", "…": r"\dots{}", "†": r"$\dagger$", "σ": r"$\sigma$", "β": r"$\beta$", "“": "``", "”": "''", "’": "'",
          "\u00a0": "~"}
 PREAMBLE = r"""\documentclass[a4paper]{article}
@@ -1243,7 +1265,7 @@ def escape_latex(text):
             return LATEX[letter]
         return letter if letter.isascii() or ("À" <= letter <= "ÿ" and letter not in "ÐÞðþ") else f"[U+{ord(letter):04X}]"
 
-    return "".join(map(known, one_line(text)))
+    return "".join(map(known, re.sub(r"(?<=-)(?=-)|(?<=')(?=')", "\0", one_line(text))))  # no ligatures: -- stays two hyphens
 
 
 def csv_rows(content):
@@ -1281,15 +1303,18 @@ def to_latex(content):
     header, rows = content["header"], content["rows"]
     long = [max([len(name)] + [len(row[k]["text"]) for row in rows]) > 34 and not any(row[k]["value"] is not None for row in rows)
             for k, name in enumerate(header)]
-    columns = "".join(rf">{{\raggedright\arraybackslash}}p{{{0.84 / sum(long):.3f}\linewidth}}" if wide
+    short = sum(max([len(name)] + [len(row[k]["text"]) for row in rows]) for k, name in enumerate(header) if not long[k])
+    share = max(0.12, (0.98 - 0.0105 * short - 0.026 * len(header)) / max(1, sum(long)))
+    columns = "".join(rf">{{\raggedright\arraybackslash}}p{{{share:.3f}\linewidth}}" if wide
                       else "r" if k and any(row[k]["value"] is not None for row in rows) else "l" for k, wide in enumerate(long))
-    turned = len(header) > 6 and max(len(name) for name in header) > 6
+    turned = sum(map(len, header)) + 3 * len(header) > 130
     heads = [rf"\rotatebox{{90}}{{{escape_latex(name)}}}" if turned and k else escape_latex(name) for k, name in enumerate(header)]
     lines = [f"% {content['name']}: \\usepackage{{booktabs,graphicx,array}} and \\usepackage[table]{{xcolor}}",
              r"\begin{table}[htbp]", r"\centering", rf"\caption{{{escape_latex(content['title'])}. {escape_latex(content['caption'])}}}",
-             rf"\label{{tab:{content['name']}}}"]
+             rf"\label{{tab:{content['name']}}}", r"\vspace{4pt}"]
     lines += [] if any(long) else [r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"]
-    lines += [r"\small", rf"\begin{{tabular}}{{{columns}}}", r"\toprule", "{}" + " & ".join(heads) + r" \\", r"\midrule"]
+    tight = r"\setlength{\tabcolsep}{3pt}" * (len(header) > 8)
+    lines += [r"\small" + tight, rf"\begin{{tabular}}{{{columns}}}", r"\toprule", "{}" + " & ".join(heads) + r" \\", r"\midrule"]
     for row in rows:
         if row[0]["bold"] and row is not rows[0] and not rows[rows.index(row) - 1][0]["bold"]:
             lines.append(r"\midrule")  # before the rows of means
@@ -1301,7 +1326,7 @@ def to_latex(content):
 
 
 def latex_cell(one):
-    text = escape_latex(one["text"])
+    text = escape_latex(one["text"]).replace(r" $\pm$ ", r"$\pm$")
     text = rf"\textbf{{{text}}}" if one["bold"] and text else text
     return text if one["shade"] is None else rf"\cellcolor{{black!{round(5 + 40 * one['shade'])}}}{text}"
 
@@ -1373,6 +1398,11 @@ def published_tables():
     grouped = [*zip(*data.read_table(folder / "kobs_tables3_4_grouped_correlation.csv").values())]
     oi = [*zip(*data.read_table(folder / "oi_table1_split.csv").values())]
     found = [published_matrix("published_table2", "Correlation of saliency maps, SOP, published", "Table 2", "sop", full)]
+    types = {row["name"]: row["type"] for row in losses()}
+    averaged = {(a, b): (float(mean) / 100, float(std) / 100, 1, "") for i, (a, b, mean, std) in enumerate(full) if (b, a) not in [row[:2] for row in full[:i]]}
+    condensed = group_table("sop", "correlation", averaged, "type", types, TYPES)
+    found.append({**condensed, "name": "published_table2_by_type", "title": "Correlation by type, SOP, from the published Table 2", "paper": "Table 2",
+                  "notes": ["Condensed here; the paper prints the full table alone."]})
     for number, dataset in (3, "cars196"), (4, "cub200"):
         found.append(published_matrix(f"published_table{number}", f"Correlation by type, {dataset}, published", f"Table {number}", dataset,
                                       [row[1:] for row in grouped if row[0] == dataset]))
@@ -1396,7 +1426,7 @@ def ours_beside(content, everything, tables_of):
         rows = [[f"{results.name}, {row[1]['text']}", *row[3:6]] for results in everything for one in tables_of[results.name] if one["name"] == f"training_{file_name(results.name)}"
                 for row in one["rows"] if row[0]["text"] == "Normalized Softmax" and results.name in ("cars196", "cub200")]
         return [table("ours_oi_table1", "Normalized Softmax on the test split, ours", "", content["header"], rows)] if rows else []
-    wanted = {"published_table2": "correlation_", "published_table3": "correlation_by_type_", "published_table4": "correlation_by_type_",
+    wanted = {"published_table2": "correlation_", "published_table2_by_type": "correlation_by_type_", "published_table3": "correlation_by_type_", "published_table4": "correlation_by_type_",
               "published_table6": "nrprec_"}[content["name"]]
     found = []
     for results in everything:
