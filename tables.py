@@ -286,7 +286,7 @@ def read_network(place, rows, models, dataset, lacks):
     homes += [HERE / about["checkpoint"], Path(about["checkpoint"])] if about.get("checkpoint") else []
     home = next((home for home in homes if (home / "config.json").is_file()), homes[0])
     config = data.read_sidecar(home / "config.json")
-    plain = about and not about.get("loss") and not known  # a backbone without a loss
+    plain = about.get("backbone") and not about.get("loss") and not known  # a backbone without a loss
     return {"name": str(name), "slug": slug, "fold": None if plain else fold, "folder": place, "config": config,
             "type": known["type"] if known else "none" if plain else config.get("type") if config.get("type") in TYPES else "other",
             "distance": about.get("distance") or (known["distance"] if known else None),
@@ -1237,7 +1237,7 @@ def permutation_warnings(name, rows):
 
 MARKDOWN = {**{letter: f"\\{letter}" for letter in "\\`*_[]#|~!$^"}, "&": "&amp;", "<": "&lt;", ">": "&gt;"}
 LATEX = {"\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_", "~": r"\textasciitilde{}",
-         "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"{''}", "`": r"\textasciigrave{}",
+         "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"{''}", "`": r"{\`{}}",
          "\0": "{}", "±": r"$\pm$", "−": r"$-$", "–": "--", "—": "---", "×": r"$\times$", "·": r"$\cdot$", "°": r"$^\circ$", "≥": r"$\geq$",
          "≤": r"$\leq$", "→": r"$\rightarrow$", "…": r"\dots{}", "†": r"$\dagger$", "σ": r"$\sigma$", "β": r"$\beta$", "“": "``", "”": "''", "’": "'",
          "\u00a0": "~"}
@@ -1344,7 +1344,7 @@ def print_table(content, most=118):
     for line in [header, *rows]:
         print("  ".join(text.rjust(width) if right else text.ljust(width) for text, width, right in zip(line, widths, numeric)).rstrip())
     for note in content["notes"]:
-        print(textwrap.fill(one_line(note), most, initial_indent="  ", subsequent_indent="  "))
+        print(textwrap.fill(one_line(note), most, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))
 
 
 def write_tables(out, contents, found, warnings, missing, options):
@@ -1506,12 +1506,12 @@ def show(everything, contents, found, warnings, missing, out):
             print_table({**content, "notes": []})
     print("\nWhat the numbers support (★ main)")
     for one in found:
-        print(textwrap.fill(f"{'★' if one['main'] else '-'} {one_line(one['text'])}", 118, subsequent_indent="  "))
+        print(textwrap.fill(f"{'★' if one['main'] else '-'} {one_line(one['text'])}", 118, subsequent_indent="  ", break_on_hyphens=False))
     for title, lines in ("What to beware of", warnings), ("Missing", [f"{one['dataset']}: {one['what']}" for one in missing]):
         if lines:
             print(f"\n{title}")
             for line in lines[:12]:
-                print(textwrap.fill(f"- {one_line(line)}", 118, subsequent_indent="  "))
+                print(textwrap.fill(f"- {one_line(line)}", 118, subsequent_indent="  ", break_on_hyphens=False))
             if len(lines) > 12:
                 print(f"  … {len(lines) - 12} more in {out / ('missing.csv' if title == 'Missing' else 'tables.md')}")
     print(f"\n{len(contents)} tables of {listing(results.name for results in everything)}: {out / 'tables.md'}, {out / 'tables.tex'} (pdflatex), "
