@@ -193,7 +193,8 @@ COLUMNS = {
     "sanity": ("saliency.py --randomise", ["model", "fold", "layers", "of", "correlation", "correlation_std"]),
     "pairs": ("pairs.py", ["embeddings", "label", "jsd", "bins", "r_precision", "map_at_r"]),
 }
-TEXTS = {"loss", "model", "model_a", "model_b", "embeddings", "property", "distance", "null", "label", "measure", "lowest", "split"}
+TEXTS = {"loss", "model", "model_a", "model_b", "embeddings", "property", "distance", "null", "label", "measure", "lowest",
+         "split"}
 
 
 class Results(NamedTuple):
@@ -260,8 +261,9 @@ def find_datasets(folder):
         return [folder]
     found = [place for place in sorted(folder.iterdir()) if place.is_dir() and is_dataset(place)]
     if not found:
-        raise ValueError(f"{folder}: no results; expected <dataset>/nrprec.csv, compare.csv … or <dataset>/<loss>/fold<k>/emb.npy "
-                         "in it: python embed.py, nrprec.py, saliency.py and compare.py make them")
+        raise ValueError(f"{folder}: no results; expected <dataset>/nrprec.csv, compare.csv … or "
+                         "<dataset>/<loss>/fold<k>/emb.npy in it: python embed.py, nrprec.py, saliency.py and compare.py make "
+                         "them")
     return found
 
 
@@ -287,8 +289,9 @@ def read_network(place, rows, models, dataset, lacks):
     home = next((home for home in homes if (home / "config.json").is_file()), homes[0])
     config = data.read_sidecar(home / "config.json")
     plain = about.get("backbone") and not about.get("loss") and not known  # a backbone without a loss
+    kind = known["type"] if known else "none" if plain else config.get("type")
     return {"name": str(name), "slug": slug, "fold": None if plain else fold, "folder": place, "config": config,
-            "type": known["type"] if known else "none" if plain else config.get("type") if config.get("type") in TYPES else "other",
+            "type": kind if kind in TYPES else "other",
             "distance": about.get("distance") or (known["distance"] if known else None),
             "emb": abouts["emb"], "maps": abouts["maps"], "ceiling": abouts["maps_ceiling"] is not None,
             "history": home / "history.csv" if (home / "history.csv").is_file() else None}
@@ -362,21 +365,18 @@ def read_properties(folder, networks):
 def check_networks(networks):
     """Raise ValueError naming two networks whose pictures or options differ, so that their results do not belong together."""
     for kind in ("emb", "maps"):
-        told = [(network, network[kind]) for network in networks if network[kind] and network[kind].get("pictures")]
-        for network, about in told:
-            first = told[0][1]
-            mine, others = ({key: value for key, value in one.get("options", {}).items() if key not in ("noise_of", "ceiling", "seed")}
-                            for one in (about, first))
-            different = [f"{key}: {others.get(key)}, {mine.get(key)}" for key in {**others, **mine} if others.get(key) != mine.get(key)]
+        told = [network for network in networks if network[kind] and network[kind].get("pictures")]
+        for a, b in itertools.combinations(told, 2):
+            different = differences(a[kind].get("options", {}), b[kind].get("options", {}))
             if different:
-                raise ValueError(f"{first['path']} and {about['path']} were made with other options ({'; '.join(different)}); their "
-                                 "results do not belong together: make both alike, or give them folders of their own")
-            for other, its in told:
-                alike = None in (other["fold"], network["fold"]) or other["fold"] == network["fold"]
-                if alike and its["pictures"].get("sha256") != about["pictures"].get("sha256"):
-                    raise ValueError(f"{its['path']} and {about['path']} have other lists of pictures ({its['pictures'].get('number')}, "
-                                     f"{about['pictures'].get('number')}); their results do not belong together: make both from the "
-                                     "same pictures")
+                raise ValueError(f"{a[kind]['path']} and {b[kind]['path']} were made with other options "
+                                 f"({'; '.join(different)}); their results do not belong together: make both alike, or give them "
+                                 "folders of their own")
+            lists = [network[kind]["pictures"] for network in (a, b)]
+            if (a["fold"] == b["fold"] or None in (a["fold"], b["fold"])) and lists[0].get("sha256") != lists[1].get("sha256"):
+                raise ValueError(f"{a[kind]['path']} and {b[kind]['path']} have other lists of pictures "
+                                 f"({lists[0].get('number')}, {lists[1].get('number')}); their results do not belong together: "
+                                 "make both from the same pictures")
     for network in networks:
         a, b = (network[kind] and network[kind].get("checkpoint_sha256") for kind in ("emb", "maps"))
         if a and b and a != b:
@@ -384,28 +384,30 @@ def check_networks(networks):
                              "checkpoint_sha256 differ); make both from the same network")
 
 
+def differences(a, b):
+    """What differs between two networks' options, but for what may: the seed, whose noise, whether a ceiling."""
+    keys = [key for key in {**a, **b} if key not in ("seed", "noise_of", "ceiling")]
+    return [f"{key}: {a.get(key)}, {b.get(key)}" for key in keys if a.get(key) != b.get(key)]
+
+
 def check_rows(results):
-    """Raise ValueError when a table mixes options, names one network twice, or tells of other pictures than the arrays."""
-    for table, keys in (("nrprec", ("distance", "null", "max_neighbours")), ("pairs", ("label",))):
-        rows = results.rows.get(table, [])
+    """Raise ValueError when a table mixes options, or tells of other pictures than the arrays that lie there."""
+    for name, keys in (("nrprec", ("distance", "null", "max_neighbours")), ("pairs", ("label",))):
         for key in keys:
-            values = dict.fromkeys(row.get(key) for row in rows)
+            values = dict.fromkeys(str(row.get(key)) for row in results.rows.get(name, []))
             if len(values) > 1:
-                raise ValueError(f"{results.folder / table}.csv mixes {key} {' and '.join(str(value) for value in values)}: such rows "
-                                 "do not belong together; make all with the same options")
-    counted = {(network["name"], network["fold"]): network for network in results.networks}
-    for row in results.rows.get("nrprec", []):
-        network = counted.get((row["name"], row["fold"]))
-        n = None if row.get("nr_precision_se") is not None or row["queries"] is None else row["queries"] + (row.get("skipped") or 0)
-        if network and network["emb"] and n is not None and n != network["emb"]["n"]:
-            raise ValueError(f"{results.folder / 'nrprec.csv'} counts {n:,.0f} pictures for {row['name']}, {network['emb']['path']} has "
-                             f"{network['emb']['n']:,}: they do not belong together; run nrprec.py again")
-    for row in results.rows.get("compare", []):
-        for name, fold in ((row["name_a"], row["fold_a"]), (row["name_b"], row["fold_b"])):
-            network = counted.get((name, fold))
-            if network and network["maps"] and network["maps"]["n"] != row["n"] + row["left_out"]:
-                raise ValueError(f"{results.folder / 'compare.csv'} compares {row['n'] + row['left_out']:,.0f} maps of {name}, "
-                                 f"{network['maps']['path']} has {network['maps']['n']:,}: they do not belong together; run compare.py again")
+                raise ValueError(f"{results.folder / name}.csv mixes {key} {' and '.join(values)}: such rows do not belong "
+                                 "together; make all with the same options")
+    networks = {(network["name"], network["fold"]): network for network in results.networks}
+    counts = [("nrprec", "emb", row["name"], row["fold"], row["queries"] + (row.get("skipped") or 0))
+              for row in results.rows.get("nrprec", []) if row["queries"] is not None and row.get("nr_precision_se") is None]
+    counts += [("compare", "maps", row[f"name_{end}"], row[f"fold_{end}"], row["n"] + row["left_out"])
+               for row in results.rows.get("compare", []) for end in "ab"]
+    for name, kind, network, fold, n in counts:
+        array = networks.get((network, fold), {}).get(kind)
+        if array and array["n"] != n:
+            raise ValueError(f"{results.folder / name}.csv counts {n:,.0f} pictures for {network}, {array['path']} has "
+                             f"{array['n']:,}: they do not belong together; run {name}.py again")
 
 
 def by_fold(results, table, *keys):
@@ -413,25 +415,32 @@ def by_fold(results, table, *keys):
     found = defaultdict(dict)
     for row in results.rows.get(table, []):
         place = found[row["name"], *(row[key] for key in keys)]
-        if row["fold"] in place:
-            raise ValueError(f"{results.folder / table}.csv has two rows for {row['name']}, fold {row['fold']}"
-                             f"{''.join(f', {row[key]}' for key in keys)}; two networks of one name do not belong together: rename one")
-        place[row["fold"]] = row
+        put_once(place, row["fold"], row, f"{results.folder / table}.csv",
+                 ", ".join([row["name"], f"fold {row['fold']}", *(str(row[key]) for key in keys)]))
     return found
 
 
 def pairs_by_fold(results, table):
-    """{(name, name): {(fold, fold): row}}, the names in the data set's order."""
+    """{(name, name): {(fold, fold): row}}, the names in the data set's order. ValueError where a pair stands there twice."""
     found = defaultdict(dict)
     for row in results.rows.get(table, []):
-        ends = sorted([(results.order.index(row["name_a"]), row["fold_a"]), (results.order.index(row["name_b"]), row["fold_b"])],
-                      key=lambda end: (end[0], -1 if end[1] is None else end[1]))
-        place, folds = found[tuple(results.order[i] for i, _ in ends)], tuple(fold for _, fold in ends)
-        if folds in place:
-            raise ValueError(f"{results.folder / table}.csv has two rows for {row['name_a']} and {row['name_b']}, folds {folds}; two "
-                             "networks of one name do not belong together: rename one")
-        place[folds] = row
+        ends = sorted(((row[f"name_{end}"], row[f"fold_{end}"]) for end in "ab"),
+                      key=lambda end: (results.order.index(end[0]), -1 if end[1] is None else end[1]))
+        names, folds = zip(*ends)
+        what = f"{names[0]} and {names[1]}, folds {folds[0]} and {folds[1]}"
+        put_once(found[names], folds, row, f"{results.folder / table}.csv", what)
     return found
+
+
+def kept(rows, column):
+    """The values of one column that are there."""
+    return [row[column] for row in rows if row.get(column) is not None]
+
+
+def put_once(place, key, row, path, what):
+    if key in place:
+        raise ValueError(f"{path} has two rows for {what}; two networks of one name do not belong together: rename one")
+    place[key] = row
 
 
 # ---------------------------------------------------------------- cells and tables
@@ -501,25 +510,23 @@ def listing(items, most=8):
 
 
 def losses_table(everything):
-    """Table 1: the losses, with the folds that each data set has results of."""
-    known = losses()
-    names = [row["name"] for row in known]
-    names += [one for results in everything for one in results.order if one not in names]
+    """Table 1: the losses, with the number of networks (folds) that each data set has results of."""
+    known = {row["name"]: row for row in losses()}
+    others = {name: {"type": results.types[name], "distance": results.distances.get(name), "year": ""}
+              for results in everything for name in results.order if name not in known}
     rows = []
-    for name in dict.fromkeys(names):
-        row = next((row for row in known if row["name"] == name), {})
-        there = next((results for results in everything if name in results.types), None)
-        kind = row.get("type") or there.types[name]
-        distance = row.get("distance") if row else there.distances.get(name)
-        line = [name, cell(row.get("year", ""), row.get("year") or None), kind, "" if name == "None" else (distance or "").replace("_", " ")]
+    for name, row in {**known, **others}.items():
+        distance = "" if name == "None" else (row["distance"] or "").replace("_", " ")
+        rows.append([name, cell(row["year"], row["year"] or None), row["type"], distance])
         for results in everything:
-            folds = {network["fold"] for network in results.networks if network["name"] == name and (network["emb"] or network["maps"])}
+            folds = {network["fold"] for network in results.networks
+                     if network["name"] == name and (network["emb"] or network["maps"])}
             folds |= {row["fold"] for row in results.rows.get("nrprec", []) if row["name"] == name}
-            line.append(cell(len(folds) or "", len(folds) or None))
-        rows.append(line)
-    return table("losses", "Losses", "The losses, their types and distances, and the number of networks (folds) of each with results.",
-                 ["Loss", "Year", "Type", "Distance", *(f"Networks, {results.name}" for results in everything)], rows, paper="Table 1",
-                 notes=["None: ImageNet weights and an untrained last layer."])
+            rows[-1].append(cell(len(folds) or "", len(folds) or None))
+    counts = " and the number of networks (folds) of each with results" if everything else ""
+    return table("losses", "Losses", f"The losses, their types and distances{counts}.",
+                 ["Loss", "Year", "Type", "Distance", *(f"Networks, {results.name}" for results in everything)], rows,
+                 paper="Table 1", notes=["None: ImageNet weights and an untrained last layer."])
 
 
 def value_list(values):
@@ -605,11 +612,11 @@ def nrprec_tables(results):
     made = (f"Null {first.get('null') or 'not stated'}, distance {first.get('distance') or 'not stated'}, "
             + (f"at most {first['max_neighbours']:.0f} neighbours." if first.get("max_neighbours") else "all R neighbours."))
     found = [table(f"nrprec_{results.name}", f"NR-Prec, {results.name}",
-                   "Normalized R-Precision of each property, mean over folds: how far the embeddings cluster by it, 0 for chance.",
+                   "Normalized R-Precision of each property, mean over folds: how far embeddings cluster by it, 0 for chance.",
                    ["Loss", *values], rows, dataset=results.name, paper="Table 6", notes=[mark, tests and both, made])]
     if tests:
-        found.append(tests_table(f"nrprec_tests_{results.name}", f"Ranking against classification: NR-Prec, {results.name}", "Property",
-                                 tests, results))
+        found.append(tests_table(f"nrprec_tests_{results.name}", f"Ranking against classification: NR-Prec, {results.name}",
+                                 "Property", tests, results))
     else:
         results.lacks("nrprec_tests", "no losses of both types: ranking and classification can't be compared")
     return found
@@ -620,14 +627,13 @@ def nrprec_cell(rows, permuted):
     rows = {fold: row for fold, row in rows.items() if row["nr_precision"] is not None}
     if not rows:
         return dict(EMPTY)
-    values = [row["nr_precision"] for row in rows.values()]
-    mean, mark = float(np.mean(values)), "*" * bool(significant(rows.values(), permuted))
-    precision = [row["r_precision"] for row in rows.values() if row["r_precision"] is not None]
-    holms = [row["p_holm"] for row in rows.values() if row.get("p_holm") is not None]
-    hint = (f"{folds_text(rows)}: {mean:.2f}" + (f" ± {np.std(values, ddof=1):.2f} (standard deviation of the folds)" if len(rows) > 1 else "")
-            + (f"; R-Prec {np.mean(precision):.3f}" if precision else "") + (f"; largest p_holm {p_text(max(holms))}" if holms else ""))
-    return cell(rounded(mean) + f" {mark}" * bool(mark), mean, hint=hint, mark=mark,
-                spread=float(np.std(values, ddof=1)) if len(rows) > 1 else None)
+    values, precision, holms = (kept(rows.values(), key) for key in ("nr_precision", "r_precision", "p_holm"))
+    mark, spread = "*" * bool(significant(rows.values(), permuted)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+    hint = f"{folds_text(rows)}: {rounded(np.mean(values))}"
+    hint += "" if spread is None else f" ± {spread:.2f} (standard deviation of the folds)"
+    hint += f"; R-Prec {np.mean(precision):.3f}" if precision else ""
+    hint += f"; largest p_holm {p_text(max(holms))}" if holms else ""
+    return cell(rounded(np.mean(values)) + f" {mark}" * bool(mark), np.mean(values), hint=hint, mark=mark, spread=spread)
 
 
 def mean_cell(losses, members, test, kind, digits=2):
@@ -644,25 +650,28 @@ def mean_cell(losses, members, test, kind, digits=2):
 
 def tests_table(name, title, what, tests, results, digits=2):
     """Ranking against classification, measure by measure: the exact test, and the released way beside it."""
-    n, floor = next(iter(tests.values())).n, smallest_p(tests)
     rows = []
     for measure, test in tests.items():
-        released = ("ranking" if test.ranking > test.classification else "classification") if test.released < SIGNIFICANCE else ""
-        rows.append([measure, cell(rounded(test.ranking, digits), test.ranking, bold=test.larger == "ranking"),
-                     cell(rounded(test.classification, digits), test.classification, bold=test.larger == "classification"),
-                     cell(signed(test.ranking - test.classification, digits), test.ranking - test.classification),
+        means = [cell(rounded(mean, digits), mean, bold=test.larger == kind)
+                 for kind, mean in (("ranking", test.ranking), ("classification", test.classification))]
+        difference = test.ranking - test.classification
+        pooled = f"{test.pooled[0]} against {test.pooled[1]} fold values; two-sided {p_text(2 * test.released)}"
+        released = "" if test.released >= SIGNIFICANCE else "ranking" if difference > 0 else "classification"
+        rows.append([measure, *means, cell(signed(difference, digits), difference),
                      cell(signed(test.effect), test.effect, hint=f"{test.n[0]} against {test.n[1]} losses"),
                      cell(p_text(test.p), test.p), cell(p_text(test.p_holm), test.p_holm), test.larger or "",
-                     cell(p_text(test.released), test.released, hint=f"{test.pooled[0]} against {test.pooled[1]} fold values; two-sided "
-                          f"{p_text(2 * test.released)}"), released])
-    notes = [f"p: two-sided Mann-Whitney U on fold averages, exact; the unit is the loss ({n[0]} ranking, {n[1]} classification). "
-             f"Holm over the {len(tests)} rows, {100 * LEVEL:.0f} %; with so few losses it cannot fall below {p_text(floor)}.",
+                     cell(p_text(test.released), test.released, hint=pooled), released])
+    n = next(iter(tests.values())).n
+    notes = [f"p: two-sided Mann-Whitney U on fold averages, exact; the unit is the loss ({n[0]} ranking, {n[1]} "
+             f"classification). Holm over the {len(tests)} rows, {100 * LEVEL:.0f} %; with so few losses it cannot fall below "
+             f"{p_text(smallest_p(tests))}.",
              "Effect: rank-biserial correlation, 1 when every ranking loss lies above every classification loss, −1 the reverse.",
-             f"Released p: the way of the first paper's code, all folds pooled as if independent, not corrected, "
-             f"{100 * SIGNIFICANCE:.0f} %; the default of its SciPy version is half the two-sided p-value of the normal approximation."]
-    return table(name, title, f"Ranking against classification losses. An empty cell under “larger”: no difference could be shown.",
-                 [what, "Ranking", "Classification", "Difference", "Effect", "p", "p, Holm", "Larger", "Released p", "Released: larger"],
-                 rows, dataset=results.name, paper="Table 6" if name.startswith("nrprec") else None, notes=notes)
+             "Released p: the way of the first paper's code, all folds pooled as if independent, not corrected, "
+             f"{100 * SIGNIFICANCE:.0f} %; its SciPy's default was half the two-sided p-value of the normal approximation."]
+    header = [what, "Ranking", "Classification", "Difference", "Effect", "p", "p, Holm", "Larger", "Released p",
+              "Released: larger"]
+    return table(name, title, "Means over losses. An empty cell under “larger”: no difference could be shown.", header, rows,
+                 dataset=results.name, paper="Table 6" if what == "Property" else None, notes=notes)
 
 
 def note_missing_folds(results, name, found):
@@ -684,16 +693,17 @@ def note_missing_folds(results, name, found):
 
 # column: (title, what it is, times what, decimals)
 MEASURES = {
-    "correlation": ("Correlation of saliency maps", "Pearson correlation of two networks' saliency maps of one picture, per cent, ± standard "
-                    "deviation over pictures; averages through Fisher's z", 100, 0),
-    "jsd": ("JSD of saliency maps", "Jensen-Shannon divergence (base 2) of two networks' saliency maps of one picture, ± standard deviation "
-            "over pictures, both × 100; 0 for identical maps", 100, 1),
-    "ceiling": ("Noise ceiling of the correlation", "The most that two networks' maps can correlate, from two maps of each network that "
-                "differ in their noise alone, per cent", 100, 0),
+    "correlation": ("Correlation of saliency maps", "Pearson correlation of two networks' saliency maps of one picture, per "
+                    "cent, ± standard deviation over pictures; averages through Fisher's z", 100, 0),
+    "jsd": ("JSD of saliency maps", "Jensen-Shannon divergence (base 2) of two networks' saliency maps of one picture, "
+            "± standard deviation over pictures, both × 100; 0 for identical maps", 100, 1),
+    "ceiling": ("Noise ceiling of the correlation", "The most that two networks' maps can correlate, from two maps of each "
+                "network that differ in their noise alone, per cent", 100, 0),
     "corrected": ("Correlation corrected for noise", "Correlation divided by its noise ceiling, per cent", 100, 0),
-    "cka": ("Linear CKA of embeddings", "Linear centred kernel alignment of two networks' embeddings; 1 for embeddings that differ by "
-            "rotation and scale", 1, 2),
-    "overlap": ("Common nearest neighbours", "Share of a picture's 10 nearest neighbours that two networks have in common, per cent", 100, 0),
+    "cka": ("Linear CKA of embeddings", "Linear centred kernel alignment of two networks' embeddings; 1 for embeddings that "
+            "differ by rotation and scale", 1, 2),
+    "overlap": ("Common nearest neighbours", "Share of a picture's 10 nearest neighbours that two networks have in common, "
+                "per cent", 100, 0),
 }
 
 
@@ -736,7 +746,8 @@ def matrix_table(results, measure, averaged):
                 if names.index(a) < names.index(b):
                     results.lacks(measure, f"{a} and {b}: not compared" if measure != "ceiling" else f"{a} and {b}: no ceiling")
         rows.append(line)
-    paper = {"sop": "Table 2", "cars196": "Appendix A", "cub200": "Appendix A"}.get(results.name) if measure in ("correlation", "jsd") else None
+    paper = {"sop": "Table 2", "cars196": "Appendix A", "cub200": "Appendix A"}.get(results.name)
+    paper = paper if measure in ("correlation", "jsd") else None
     return table(f"{measure}_{results.name}", f"{title}, {results.name}", f"{caption}.", ["", *names],
                  shaded(rows, skip_diagonal=True), dataset=results.name, paper=paper, kind="matrix",
                  notes=["Diagonal: different folds of one loss." if diagonal else None])
@@ -763,14 +774,16 @@ def group_table(dataset, measure, averaged, by, group_of, order):
             line.append(pair_cell(mean, spread if chosen[0][1] is not None else None, hint, *form))
     paper = {"cars196": "Table 3", "cub200": "Table 4"}.get(dataset) if (measure, by) == ("correlation", "type") else None
     return table(f"{measure}_by_{by}_{dataset}", f"{title} by {by}, {dataset}",
-                 f"{caption}. Each cell is the mean over the pairs of two different losses.", ["", *(one.replace("_", " ") for one in groups)],
-                 shaded(rows), dataset=dataset, paper=paper, kind="matrix",
+                 f"{caption}. Each cell is the mean over the pairs of two different losses.",
+                 ["", *(one.replace("_", " ") for one in groups)], shaded(rows), dataset=dataset, paper=paper, kind="matrix",
                  notes=["Networks without a loss are left out." if by == "distance" else None])
 
 
 def comparison_tables(results):
     """Tables 2 to 4 in full, by type and by distance; ceiling, corrected; CKA and common neighbours."""
-    found = []
+    found, distances = [], {one: results.distances[one] for one in results.order
+                            if results.types[one] != "none" and results.distances.get(one)}
+    order = [*DISTANCES, *sorted({*distances.values()} - {*DISTANCES})]
     for name, measures in (("compare", ("correlation", "jsd", "ceiling", "corrected")), ("embeddings", ("cka", "overlap"))):
         pairs = pairs_by_fold(results, name)
         if pairs:
@@ -786,8 +799,6 @@ def comparison_tables(results):
                 continue
             found.append(matrix_table(results, measure, averaged))
             found.append(group_table(results.name, measure, averaged, "type", results.types, TYPES))
-            distances = {one: results.distances[one] for one in results.order if results.types[one] != "none" and results.distances.get(one)}
-            order = [*DISTANCES, *sorted({*distances.values()} - {*DISTANCES})]
             if name == "compare" and measure != "ceiling" and len(set(distances.values())) > 1:
                 found.append(group_table(results.name, measure, averaged, "distance", distances, order))
     return found
@@ -803,10 +814,11 @@ def note_missing_pairs(results, name, pairs):
 
 
 # ---------------------------------------------------------------- masks, sanity check, pairs, training
-MASK_HEADER = {"share": "In the object", "area": "Object's area", "other": "In other masks", "excess": "Excess", "pointing": "Maximum in object",
-               "pointing_other": "Maximum in other masks"}
-PAIR_HEADER = {"recall_at_1": "Recall@1", "map_at_r": "MAP@R", "jsd": "JSD", "jsd_null": "JSD, labels permuted", "r_precision": "R-Precision",
-               "positive_mean": "Positive mean", "negative_mean": "Negative mean"}
+
+MASK_HEADER = {"share": "In the object", "area": "Object's area", "other": "In other masks", "excess": "Excess",
+               "pointing": "Maximum in object", "pointing_other": "Maximum in other masks"}
+PAIR_HEADER = {"recall_at_1": "Recall@1", "map_at_r": "MAP@R", "jsd": "JSD", "jsd_null": "JSD, labels permuted",
+               "r_precision": "R-Precision", "positive_mean": "Positive mean", "negative_mean": "Negative mean"}
 TESTED_PAIRS = ("recall_at_1", "map_at_r", "jsd", "r_precision")
 
 
@@ -817,22 +829,23 @@ def masks_table(results):
         return []
     note_missing_folds(results, "masks", found)
     measures = [one for one in MASK_HEADER if any(key[1] == one for key in found)]
-    rows = []
-    for name in results.order:
-        folds = {one: {fold: row for fold, row in found.get((name, one), {}).items() if row["mean"] is not None} for one in measures}
-        if any(folds.values()):
-            rows.append([cell(name)] + [mask_cell(folds[one]) if folds[one] else dict(EMPTY) for one in measures])
+    rows = [[name, *(mask_cell(found.get((name, one), {})) for one in measures)] for name in results.order
+            if any((name, one) in found for one in measures)]
+    note = ("In other masks: the same maps under the other pictures' masks, the chance level of a map that knows only where "
+            "objects usually are. Excess: the difference, in points.")
     return [table(f"masks_{results.name}", f"Saliency inside the object, {results.name}",
-                  "How much of the saliency lies inside the object's mask, per cent, mean over folds.", ["Loss", *(MASK_HEADER[one] for one in measures)],
-                  rows, dataset=results.name, notes=["In other masks: the same maps under the other pictures' masks, the chance level of a map that "
-                                                     "knows only where objects usually are. Excess: the difference, in points."])]
+                  "How much of the saliency lies inside the object's mask, per cent, mean over folds.",
+                  ["Loss", *(MASK_HEADER[one] for one in measures)], rows, dataset=results.name, notes=[note])]
 
 
 def mask_cell(rows):
-    mean = float(np.mean([row["mean"] for row in rows.values()]))
+    """The mean over folds of one measure; the intervals over pictures in its hint."""
+    means = kept(rows.values(), "mean")
+    if not means:
+        return dict(EMPTY)
     intervals = [f"[{100 * row['low']:.1f}, {100 * row['high']:.1f}]" for row in rows.values() if row["low"] is not None]
-    return cell(rounded(100 * mean, 1), mean,
-                hint=f"{folds_text(rows)}" + (f"; 95 % interval over pictures {', '.join(intervals)}" if intervals else ""))
+    hint = folds_text(rows) + (f"; 95 % interval over pictures {', '.join(intervals)}" if intervals else "")
+    return cell(rounded(100 * np.mean(means), 1), np.mean(means), hint=hint)
 
 
 def sanity_table(results):
@@ -844,18 +857,20 @@ def sanity_table(results):
     steps = sorted({key[1:] for key in found}, key=lambda step: (step[1], step[0]))
     rows = []
     for name in results.order:
-        line = [cell(name)]
-        for step in steps:
-            folds = [row for row in found.get((name, *step), {}).values() if row["correlation"] is not None]
-            line.append(pair_cell(*average_correlation([row["correlation"] for row in folds], [row["correlation_std"] or 0.0 for row in folds]),
-                                  f"{len(folds)} fold{'s' * (len(folds) > 1)}") if folds else dict(EMPTY))
-        if any(one["value"] is not None for one in line[1:]):
-            rows.append(line)
-    several = len({of for _, of in steps}) > 1
-    return [table(f"sanity_{results.name}", f"Sanity check, {results.name}", "Correlation of the maps with the trained network's, per cent, as ever "
-                  "more layers are re-initialised from the top; 0 layers: the noise ceiling.",
-                  ["Layers", *(f"{layers:.0f}" + f" of {of:.0f}" * (several or i == len(steps) - 1) for i, (layers, of) in enumerate(steps))],
-                  shaded(rows), dataset=results.name)]
+        folds = [[row for row in found.get((name, *step), {}).values() if row["correlation"] is not None] for step in steps]
+        if any(folds):
+            rows.append([name, *(sanity_cell(one) for one in folds)])
+    heads = [f"{layers:.0f} of {of:.0f}" for layers, of in steps]
+    return [table(f"sanity_{results.name}", f"Sanity check, {results.name}",
+                  "Correlation of the maps with the trained network's, per cent, as ever more layers are re-initialised from the "
+                  "top; 0 layers: the noise ceiling.", ["Layers", *heads], shaded(rows), dataset=results.name)]
+
+
+def sanity_cell(rows):
+    if not rows:
+        return dict(EMPTY)
+    mean, spread = average_correlation(kept(rows, "correlation"), [row["correlation_std"] or 0.0 for row in rows])
+    return pair_cell(mean, spread, f"{len(rows)} fold{'s' * (len(rows) > 1)}")
 
 
 def whole_pairs(results):
@@ -863,8 +878,13 @@ def whole_pairs(results):
     rows = [row for row in results.rows.get("pairs", []) if row.get("split") in (None, "", "test") and row.get("repeat") is None]
     kinds = list(dict.fromkeys(row["bins"] for row in rows))
     bins = 200.0 if 200.0 in kinds else kinds[0] if kinds else None
-    chosen = results._replace(rows={"pairs": [row for row in rows if row["bins"] == bins]})
-    return by_fold(chosen, "pairs"), bins
+    return by_fold(results._replace(rows={"pairs": [row for row in rows if row["bins"] == bins]}), "pairs"), bins
+
+
+def pair_tests(results, found):
+    """Ranking against classification losses on the second paper's scores: {title: Test}."""
+    values = {PAIR_HEADER[one]: {name: kept(rows.values(), one) for (name,), rows in found.items()} for one in TESTED_PAIRS}
+    return compare_types(values, results.types)
 
 
 def pair_tables(results):
@@ -873,31 +893,36 @@ def pair_tables(results):
     if not found:
         return []
     note_missing_folds(results, "pairs", found)
-    measures = [one for one in PAIR_HEADER if any(row.get(one) is not None for folds in found.values() for row in folds.values())]
-    values = {one: {name: [row[one] for row in folds.values() if row.get(one) is not None] for (name,), folds in found.items()} for one in measures}
-    tests = compare_types({PAIR_HEADER[one]: values[one] for one in measures if one in TESTED_PAIRS}, results.types)
-    rows = []
-    for name in (name for name in results.order if (name,) in found):
-        line = [cell(name)]
-        for one in measures:
-            folds = values[one][name]
-            spread = float(np.std(folds, ddof=1)) if len(folds) > 1 else None
-            line.append(cell(rounded(np.mean(folds), 3), np.mean(folds), spread=spread,
-                             hint=folds_text(found[name,]) + ("" if spread is None else f", standard deviation {spread:.3f}")) if folds else dict(EMPTY))
-        rows.append(line)
+    measures = [one for one in PAIR_HEADER if any(kept(rows.values(), one) for rows in found.values())]
+    tests = pair_tests(results, found)
+    names = [name for name in results.order if (name,) in found]
+    rows = [[name, *(fold_cell(kept(found[name,].values(), one)) for one in measures)] for name in names]
     for kind in TYPES[:2]:
-        members = [name for name in results.order if results.types[name] == kind and (name,) in found]
+        members = [name for name in names if results.types[name] == kind]
         if members:
-            rows.append([cell(f"{kind.capitalize()} mean", bold=True),
-                         *(mean_cell(values[one], members, tests.get(PAIR_HEADER[one]), kind, 3) for one in measures)])
+            values = [{name: kept(found[name,].values(), one) for name in members} for one in measures]
+            means = [mean_cell(folds, members, tests.get(PAIR_HEADER[one]), kind, 3) for one, folds in zip(measures, values)]
+            rows.append([cell(f"{kind.capitalize()} mean", bold=True), *means])
+    notes = [tests and "Bold mean: the larger by the exact test (pairs_tests); †: by the released way (all folds pooled).",
+             "jsd_null" in measures and "JSD of few pairs is biased up: labels permuted shows by how much."]
     label = results.rows["pairs"][0]["label"]
-    tables = [table(f"pairs_{results.name}", f"Pairs and rankings, {results.name}", f"Scores of the second paper, label {label}, {bins:.0f} bins, mean over "
-                    "folds.", ["Loss", *(PAIR_HEADER[one] for one in measures)], rows, dataset=results.name, paper="Oi et al., Table 1",
-                    notes=[tests and "Bold mean: the larger by the exact test (pairs_tests); †: by the released way (all folds pooled).",
-                           "JSD of few pairs is biased up: labels permuted shows by how much." if "jsd_null" in measures else None])]
+    tables = [table(f"pairs_{results.name}", f"Pairs and rankings, {results.name}",
+                    f"Scores of the second paper, label {label}, {bins:.0f} bins, mean over folds.",
+                    ["Loss", *(PAIR_HEADER[one] for one in measures)], rows, dataset=results.name, paper="Oi et al., Table 1",
+                    notes=notes)]
     if tests:
-        tables.append(tests_table(f"pairs_tests_{results.name}", f"Ranking against classification: pairs, {results.name}", "Score", tests, results, 3))
+        title = f"Ranking against classification: pairs, {results.name}"
+        tables.append(tests_table(f"pairs_tests_{results.name}", title, "Score", tests, results, 3))
     return tables
+
+
+def fold_cell(folds):
+    """The mean over folds of one score."""
+    if not folds:
+        return dict(EMPTY)
+    spread = float(np.std(folds, ddof=1)) if len(folds) > 1 else None
+    hint = "one fold" if spread is None else f"mean of {len(folds)} folds, standard deviation {spread:.3f}"
+    return cell(rounded(np.mean(folds), 3), np.mean(folds), spread=spread, hint=hint)
 
 
 def read_history(network):
@@ -912,152 +937,173 @@ def training_table(results):
     """The second paper's Table 1 from the training histories: test split, before and after."""
     found = defaultdict(list)
     for network in results.networks:
-        if network["history"]:
-            before, after = read_history(network)
-            if after:
-                split = network["config"].get("split", {})
-                found[network["name"], str(split.get("kind", "") if isinstance(split, dict) else split)].append((before, after))
-            elif network["type"] != "none":
-                results.lacks("training", f"{network['history']}: no test at the end; left out, training may be half-finished")
+        before, after = read_history(network) if network["history"] else (None, None)
+        if after:
+            split = network["config"].get("split", {})
+            found[network["name"], str(split.get("kind", "") if isinstance(split, dict) else split)].append((before or {}, after))
+        elif network["history"] and network["type"] != "none":
+            results.lacks("training", f"{network['history']}: no test at the end; left out, training may be half-finished")
     measures = [one for one in ("recall_at_1", "map_at_r", "jsd", "positive_mean", "negative_mean")
-                if any(after.get(one) is not None for pairs in found.values() for _, after in pairs)]
+                if any(kept([after], one) for pairs in found.values() for _, after in pairs)]
     rows = []
     for name, split in sorted(found, key=lambda key: (results.order.index(key[0]), key[1])):
-        line = [cell(name), cell(split), cell(len(found[name, split]), len(found[name, split]))]
+        rows.append([name, split, cell(len(found[name, split]), len(found[name, split]))])
         for one in measures:
-            after = [after[one] for _, after in found[name, split] if after.get(one) is not None]
-            before = [before[one] for before, _ in found[name, split] if before and before.get(one) is not None]
+            before, after = (kept(side, one) for side in zip(*found[name, split]))
             text = " → ".join(rounded(np.mean(values), 3) for values in (before, after) if values)
-            line.append(cell(text, np.mean(after) if after else None, hint=f"{len(after)} networks, before → after training"))
-        rows.append(line)
+            rows[-1].append(cell(text, np.mean(after) if after else None, hint=f"{len(after)} networks, before → after training"))
+    if not rows:
+        return []
     return [table(f"training_{results.name}", f"Test split before and after training, {results.name}",
-                  "Scores of the test split, untrained → trained, mean over folds.", ["Loss", "Splitting", "Folds", *(PAIR_HEADER[one] for one in measures)],
-                  rows, dataset=results.name, paper="Oi et al., Table 1")] if rows else []
+                  "Scores of the test split, untrained → trained, mean over folds.",
+                  ["Loss", "Splitting", "Folds", *(PAIR_HEADER[one] for one in measures)], rows, dataset=results.name,
+                  paper="Oi et al., Table 1")]
 
 
 # ---------------------------------------------------------------- what the numbers support
 
 
-def statement(results, topic, text, test, p=None, main=False):
-    return {"dataset": results.name, "topic": topic, "text": text, "test": test, "p_value": None if p is None else float(p), "main": main}
+def statement(results, topic, text, test, p=None):
+    return {"dataset": results.name, "topic": topic, "text": text, "test": test, "p_value": None if p is None else float(p),
+            "main": False}
 
 
 def statements(results, main):
-    """Sentences that the numbers of one data set support; with main the three that matter most are marked."""
-    found = [property_statement(results, main), type_statement(results, main), pixel_statement(results, main)]
-    return found + [one for one in (order_statement(results), map_type_statement(results, "type"), map_type_statement(results, "distance"),
-                                    untrained_statement(results), embedding_statement(results), pair_statement(results), sanity_statement(results)) if one]
+    """Sentences that the numbers of one data set support; with main the first three are the report's main findings."""
+    found = [property_statement(results), type_statement(results), pixel_statement(results), order_statement(results),
+             map_group_statement(results, "type"), map_group_statement(results, "distance"), untrained_statement(results),
+             embedding_statement(results), pair_statement(results), sanity_statement(results)]
+    for one in found[:3]:
+        one["main"] = main
+    return [one for one in found if one]
 
 
-def trained(results, names):
+def with_loss(results, names):
     """The networks with a loss among these; all of them where none has one."""
-    with_loss = [name for name in names if results.types[name] != "none"]
-    return with_loss or list(names)
+    return [name for name in names if results.types[name] != "none"] or list(names)
 
 
-def property_statement(results, main):
+def mean_and_spread(values, digits=2):
+    """"4.50 ± 0.71" of several losses' values, "4.50" of one."""
+    spread = f" ± {rounded(np.std(values, ddof=1), digits)}" if len(values) > 1 else ""
+    return rounded(np.mean(values), digits) + spread
+
+
+def property_statement(results):
     """Which properties the embeddings cluster by, over the networks with a loss."""
     scores, values = by_fold(results, "nrprec", "property"), nrprec_values(results)
-    names = trained(results, [name for name in results.order if any(losses.get(name) for losses in values.values())])
-    known = {one: {name: losses[name] for name in names if losses.get(name)} for one, losses in values.items()}
-    means = {one: float(np.mean([np.mean(folds) for folds in losses.values()])) for one, losses in known.items() if losses}
-    if not means:
+    names = with_loss(results, [name for name in results.order if any(losses.get(name) for losses in values.values())])
+    known = {one: {name: float(np.mean(losses[name])) for name in names if losses.get(name)} for one, losses in values.items()}
+    known = {one: losses for one, losses in known.items() if losses}
+    if not known:
         why = "NR-Prec is not defined for any property" if values else "no property was analysed (nrprec.csv is not there)"
-        return statement(results, "property level", f"{results.name}: {why}.", "none", None, main)
-    ranked, tested = sorted(means, key=means.get, reverse=True), permuted(results)
-    spread = {one: np.std([np.mean(folds) for folds in known[one].values()], ddof=1) if len(known[one]) > 1 else None for one in means}
+        return statement(results, "property level", f"{results.name}: {why}.", "none")
+    tested, figures = permuted(results), {one: mean_and_spread(list(losses.values())) for one, losses in known.items()}
+    ranked = sorted(known, key=lambda one: -np.mean(list(known[one].values())))
+    top = ranked[0]
     marked = {one: sum(bool(significant([row for row in scores[name, one].values() if row["nr_precision"] is not None], tested))
-                       for name in known[one]) for one in means}
-    first = sum(max((one for one in means if name in known[one]), key=lambda one: np.mean(known[one][name])) == ranked[0] for name in names)
-    figure = lambda one: rounded(means[one]) + ("" if spread[one] is None else f" ± {rounded(spread[one])}")
-    everywhere = [f"{one} ({figure(one)})" for one in ranked if marked[one] == len(known[one])]
-    some = [f"{one} ({figure(one)}, {marked[one]} of {len(known[one])})" for one in ranked if 0 < marked[one] < len(known[one])]
-    nowhere = [one for one in ranked if not marked[one]]
-    of = f"all {len(names)} losses" if len(names) > 1 and everywhere else f"all of {len(names)} losses" if len(names) > 1 else names[0]
+                       for name in losses) for one, losses in known.items()}
+    first = sum(top == max((one for one in known if name in known[one]), key=lambda one: known[one][name]) for name in names)
+    in_all = [f"{one} ({figures[one]})" for one in ranked if marked[one] == len(known[one])]
+    in_some = [f"{one} ({figures[one]}, {marked[one]} of {len(known[one])})" for one in ranked
+               if 0 < marked[one] < len(known[one])]
+    in_none = [one for one in ranked if not marked[one]]
     above = "above chance" if tested else f"above the published mark {PUBLISHED_THRESHOLD}"
-    parts = [f"NR-Prec is {above} in {of} for {listing(everywhere, 12) if everywhere else 'no property'}",
-             f"in some for {listing(some, 12)}" if some else "", f"in none for {listing(nowhere, 12)}" if nowhere and everywhere + some else ""]
-    text = (f"The embeddings of {results.name} cluster most by {ranked[0]} (mean NR-Prec {figure(ranked[0])}, first in {first} of {len(names)} losses): "
-            if everywhere + some else f"The embeddings of {results.name} cluster clearly by no property: ")
-    holms = [row["p_holm"] for name in names for row in scores[name, ranked[0]].values() if row.get("p_holm") is not None]
-    test = (f"permutations of each property, Holm-corrected, p_holm < {SIGNIFICANCE} in every fold; {ranked[0]}: largest p_holm {p_text(max(holms))}" if tested else
-            f"the published mark: NR-Prec > {PUBLISHED_THRESHOLD} on the mean of the folds, a z-score's threshold applied to a mean; no permutations, so no p-value")
-    folds = [np.var(folds, ddof=1) for losses in known.values() for folds in losses.values() if len(folds) > 1]
+    of = names[0] if len(names) == 1 else f"all {len(names)} losses"
+    text = f"The embeddings of {results.name} cluster "
+    text += f"most by {top} (mean NR-Prec {figures[top]}, first in {first} of {len(names)} losses): " if in_all + in_some else \
+        "clearly by no property: "
+    text += f"NR-Prec is {above} in {of} for {listing(in_all, 12)}" if in_all else f"for no property is NR-Prec {above} in {of}"
+    text += f"; in some for {listing(in_some, 12)}" if in_some else ""
+    text += f"; in none for {listing(in_none, 12)}." if in_none else "."
+    largest = max((p for name in names for p in kept(scores.get((name, top), {}).values(), "p_holm")), default=None)
+    test = (f"permutations of each property, Holm-corrected, p_holm < {SIGNIFICANCE} in every fold; {top}: largest p_holm "
+            f"{p_text(largest)}" if tested else f"the published mark: NR-Prec > {PUBLISHED_THRESHOLD} on the mean of the folds, "
+            "a z-score's threshold applied to a mean; no permutations, so no p-value")
     test += f"; ± is the standard deviation over {len(names)} losses" * (len(names) > 1)
-    test += f"; folds of one loss differ by {np.sqrt(np.mean(folds)):.2f} (standard deviation, over all properties)" if folds else ""
-    return statement(results, "property level", text + "; ".join(part for part in parts if part) + ".", test, max(holms) if tested else None, main)
+    folds = [np.var(losses[name], ddof=1) for losses in values.values() for name in names if len(losses.get(name, [])) > 1]
+    test += f"; folds of one loss differ by {np.sqrt(np.mean(folds)):.2f} (standard deviation)" if folds else ""
+    return statement(results, "property level", text, test, largest if tested else None)
 
 
-def type_statement(results, main):
+def type_statement(results):
     """Ranking against classification losses, property by property."""
-    values = nrprec_values(results)
-    count = [sum(results.types[name] == kind for name in results.order) for kind in TYPES[:2]]
+    topic, values = "ranking against classification", nrprec_values(results)
     tests = compare_types(values, results.types)
-    topic = "ranking against classification"
     if not tests:
-        return statement(results, topic, f"Ranking and classification losses can't be compared on {results.name}: there are NR-Prec of "
-                         f"{count[0] if values else 0} ranking and {count[1] if values else 0} classification losses.", "none", None, main)
-    n, floor = next(iter(tests.values())).n, smallest_p(tests)
+        have = {name for losses in values.values() for name in losses}
+        count = [sum(results.types[name] == kind for name in have) for kind in TYPES[:2]]
+        return statement(results, topic, f"Ranking and classification losses can't be compared on {results.name}: there are "
+                         f"NR-Prec of {count[0]} ranking and {count[1]} classification losses.", "none")
+    floor, one = smallest_p(tests), next(iter(tests.values()))
+    n, pooled = one.n, one.pooled
     smallest = min(tests, key=lambda one: tests[one].p_holm)
     p = tests[smallest].p_holm
+    against = f"{n[0]} ranking {{}} {n[1]} classification losses"
     shown = {kind: [one for one, test in tests.items() if test.larger == kind] for kind in TYPES[:2]}
-    parts = [f"{kind} losses cluster more by {listing(shown[kind])}" for kind in TYPES[:2] if shown[kind]]
+    parts = [f"{kind} losses cluster more by {listing(ones, 12)}" for kind, ones in shown.items() if ones]
     rest = len(tests) - sum(map(len, shown.values()))
     if parts:
         text = " and ".join(parts)
-        text = text[0].upper() + text[1:] + f" than the other type ({n[0]} ranking against {n[1]} classification losses, {results.name})"
-        text += f"; for the other {rest} properties no difference could be shown." if rest > 1 else \
-            "; for the other property no difference could be shown." if rest else "; that is every property."
+        text = f"{text[0].upper()}{text[1:]} than the other type ({against.format('against')}, {results.name})"
+        text += {0: ".", 1: "; for the other property no difference could be shown."}.get(
+            rest, f"; for the other {rest} properties no difference could be shown.")
     else:
-        text = (f"No difference between {n[0]} ranking and {n[1]} classification losses could be shown for any of {len(tests)} "
-                f"propert{'ies' if len(tests) > 1 else 'y'} of {results.name}: the smallest Holm-corrected p is {p_text(p)} ({smallest}).")
-        if floor >= LEVEL:
-            text += f" With so few losses none could: it cannot fall below {p_text(floor)}."
+        text = (f"No difference between {against.format('and')} could be shown for any of {len(tests)} "
+                f"propert{'ies' if len(tests) > 1 else 'y'} of {results.name}: the smallest Holm-corrected p is {p_text(p)} "
+                f"({smallest}).")
+        text += f" With so few losses none could: it cannot fall below {p_text(floor)}." if floor >= LEVEL else ""
     released = [one for one, test in tests.items() if test.released < SIGNIFICANCE]
-    pooled = next(iter(tests.values())).pooled
-    test = (f"two-sided Mann-Whitney U on fold averages (the unit is the loss), exact, Holm over {len(tests)} properties, {100 * LEVEL:.0f} %; with {n[0]} against "
-            f"{n[1]} it cannot fall below {p_text(floor)}. The released way (all folds pooled, {pooled[0]} against {pooled[1]} values, not corrected, half the "
-            f"two-sided p, {100 * SIGNIFICANCE:.0f} %) calls {listing(released, 12) if released else 'no property'} different")
-    return statement(results, topic, text, test, p, main)
+    test = (f"two-sided Mann-Whitney U on fold averages (the unit is the loss), exact, Holm over {len(tests)} properties, "
+            f"{100 * LEVEL:.0f} %; with {n[0]} against {n[1]} it cannot fall below {p_text(floor)}. The released way (all folds "
+            f"pooled, {pooled[0]} against {pooled[1]} values, not corrected, half the two-sided p, {100 * SIGNIFICANCE:.0f} %) "
+            f"calls {listing(released, 12) if released else 'no property'} different")
+    return statement(results, topic, text, test, p)
 
 
-def pixel_statement(results, main):
+def loss_pairs(results, table, measure):
+    """{(name, name): mean over folds} of two different networks."""
+    averaged = pair_averages(pairs_by_fold(results, table), measure)
+    return {pair: one[0] for pair, one in averaged.items() if pair[0] != pair[1]}
+
+
+def mean_correlation(values):
+    """Mean through Fisher's z."""
+    return average_groups(values, [0.0] * len(values))[0]
+
+
+def pixel_statement(results):
     """How far the maps agree against their ceiling, and how much of the saliency lies in the object."""
-    pairs = pairs_by_fold(results, "compare")
-    parts, test = [], []
-    correlation = {pair: one for pair, one in pair_averages(pairs, "correlation").items() if pair[0] != pair[1]}
-    chosen = [pair for pair in correlation if set(pair) <= set(trained(results, pair))] and [
-        pair for pair in correlation if "none" not in (results.types[pair[0]], results.types[pair[1]])] or list(correlation)
+    correlation = loss_pairs(results, "compare", "correlation")
+    chosen = [pair for pair in correlation if "none" not in map(results.types.get, pair)] or list(correlation)
+    parts, test = [f"No saliency maps of {results.name} were compared."], []
     if chosen:
-        means = [correlation[pair][0] for pair in chosen]
-        mean = average_groups(means, [0.0] * len(means))[0]
-        text = f"Saliency maps of two networks correlate at {mean:.2f} on average"
-        text += f" ({min(means):.2f} to {max(means):.2f}, {len(chosen)} pairs, {results.name})" if len(chosen) > 1 else f" ({results.name})"
-        ceilings, corrected = ({pair: one[0] for pair, one in pair_averages(pairs, measure).items() if pair in chosen} for measure in ("ceiling", "corrected"))
-        if ceilings:
-            text += f"; two runs of one network that differ in noise alone at {average_groups(list(ceilings.values()), [0.0] * len(ceilings))[0]:.2f}"
-            text += f", so {rounded(100 * np.mean(list(corrected.values())), 0)} % of what the noise allows." if corrected else "."
-        else:
-            text += "; their noise ceiling was not measured, so how much of the difference is noise is unknown."
-        parts.append(text)
-        test.append(f"Pearson r, averaged through Fisher's z over pictures, folds and pairs; ceiling for {len(ceilings)} of {len(chosen)} pairs")
-    else:
-        parts.append(f"No saliency maps of {results.name} were compared.")
+        means = [correlation[pair] for pair in chosen]
+        ceilings, corrected = ([value for pair, value in loss_pairs(results, "compare", measure).items() if pair in chosen]
+                               for measure in ("ceiling", "corrected"))
+        among = f"{min(means):.2f} to {max(means):.2f}, {len(chosen)} pairs, " if len(chosen) > 1 else ""
+        text = f"Saliency maps of two networks correlate at {mean_correlation(means):.2f} on average ({among}{results.name}); "
+        text += (f"two runs of one network that differ in noise alone at {mean_correlation(ceilings):.2f}, so "
+                 f"{rounded(100 * np.mean(corrected), 0)} % of what the noise allows." if ceilings and corrected else
+                 "their noise ceiling was not measured, so how much of the difference is noise is unknown.")
+        parts = [text]
+        test = [f"Pearson r, averaged through Fisher's z over pictures, folds and pairs; ceiling for {len(ceilings)} of "
+                f"{len(chosen)} pairs"]
     masks = by_fold(results, "masks", "measure")
-    means = {measure: {name: np.mean([row["mean"] for row in rows.values() if row["mean"] is not None]) for (name, one), rows in masks.items()
-                       if one == measure and any(row["mean"] is not None for row in rows.values())} for measure in ("share", "other", "excess")}
-    names = trained(results, means["excess"])
-    if names and means["share"].keys() >= set(names) and means["other"].keys() >= set(names):
-        share, other, excess = (np.mean([means[one][name] for name in names]) for one in ("share", "other", "excess"))
-        each = [100 * means["excess"][name] for name in names]
-        points = f"{rounded(100 * excess, 1)} points" + (f" ({rounded(min(each), 1)} to {rounded(max(each), 1)} over {len(names)} networks)" if len(names) > 1 else "")
-        parts.append(f"{100 * share:.1f} % of the saliency lies inside the object, and {100 * other:.1f} % would lie inside other pictures' objects: an excess "
-                     f"of {points}.")
-        above = [all(row["low"] is not None and row["low"] > 0 for row in masks[name, "excess"].values()) for name in names]
-        test.append(f"the excess's 95 % interval over pictures (bootstrap) lies above 0 in every fold for {sum(above)} of {len(names)} networks")
-    else:
-        parts.append("No objects' masks were laid over them." if chosen else "")
-    return statement(results, "pixel level", " ".join(part for part in parts if part), "; ".join(test) or "none", None, main)
+    means = {one: {name: np.mean(kept(rows.values(), "mean")) for (name, measure), rows in masks.items()
+                   if measure == one and kept(rows.values(), "mean")} for one in ("share", "other", "excess")}
+    names = with_loss(results, [name for name in means["excess"] if name in means["share"] and name in means["other"]])
+    if names:
+        share, other, excess = ([100 * means[one][name] for name in names] for one in ("share", "other", "excess"))
+        among = f" ({rounded(min(excess), 1)} to {rounded(max(excess), 1)} over {len(names)} networks)" if len(names) > 1 else ""
+        parts.append(f"{np.mean(share):.1f} % of the saliency lies inside the object, and {np.mean(other):.1f} % would lie "
+                     f"inside other pictures' objects: an excess of {rounded(np.mean(excess), 1)} points{among}.")
+        above = sum(all(row["low"] is not None and row["low"] > 0 for row in masks[name, "excess"].values()) for name in names)
+        test.append(f"the excess's 95 % interval over pictures (bootstrap) lies above 0 in every fold for {above} of "
+                    f"{len(names)} networks")
+    elif chosen:
+        parts.append("No objects' masks were laid over them.")
+    return statement(results, "pixel level", " ".join(parts), "; ".join(test) or "none")
 
 
 def published_nrprec():
@@ -1069,101 +1115,95 @@ def published_nrprec():
 
 def order_statement(results):
     """Does the order of the properties agree with the paper's?"""
-    values, published = nrprec_values(results), published_nrprec()
-    theirs = {one: np.mean([row[one] for loss, row in published.items() if loss != "None" and not loss.endswith(" Mean") and row[one] is not None])
-              for one in published["None"]}
-    names = trained(results, {name for losses in values.values() for name in losses})
-    ours = {one: np.mean([np.mean(losses[name]) for name in names if losses.get(name)]) for one, losses in values.items()
-            if one in theirs and any(losses.get(name) for name in names)}
+    published = [row for loss, row in published_nrprec().items() if loss != "None" and not loss.endswith(" Mean")]
+    theirs = {one: np.mean(kept(published, one)) for one in published[0]}
+    ours = {}
+    for one, losses in nrprec_values(results).items():
+        means = [np.mean(losses[name]) for name in with_loss(results, list(losses)) if losses[name]]
+        if one in theirs and means:
+            ours[one] = np.mean(means)
     if len(ours) < 3:
         return None
-    rho, p = spearman([ours[one] for one in ours], [theirs[one] for one in ours])
-    agrees = ("agrees with" if rho > 0 else "is the reverse of") if p < LEVEL else "could not be shown to agree with"
-    return statement(results, "property level", f"The order of the {len(ours)} properties by NR-Prec on {results.name} {agrees} the paper's Table 6 "
-                     f"(Spearman's rank correlation {signed(rho)}).", f"Spearman's rank correlation of the losses' means, two-sided, {PERMUTATIONS:,} permutations, "
-                     f"p = {p_text(p)}", p)
+    rho, p = spearman(list(ours.values()), [theirs[one] for one in ours])
+    agrees = "could not be shown to agree with" if p >= LEVEL else "agrees with" if rho > 0 else "is opposed to"
+    return statement(results, "property level", f"The order of the {len(ours)} properties by NR-Prec on {results.name} {agrees} "
+                     f"the paper's Table 6 (Spearman's rank correlation {signed(rho)}).",
+                     f"Spearman's rank correlation of the losses' means, two-sided, {PERMUTATIONS:,} permutations, p = "
+                     f"{p_text(p)}", p)
 
 
-def map_type_statement(results, by):
+def map_group_statement(results, by):
     """Do maps of two losses of one type (or distance) agree more than maps of two types?"""
-    averaged = pair_averages(pairs_by_fold(results, "compare"), "correlation")
-    kinds = TYPES[:2] if by == "type" else None
-    groups = {name: results.types[name] if by == "type" else results.distances.get(name) for name in results.order
-              if results.types[name] != "none" and any(name in pair for pair in averaged)}
-    groups = {name: group for name, group in groups.items() if group and (kinds is None or group in kinds)}
-    names = list(groups)
+    correlation = loss_pairs(results, "compare", "correlation")
+    group_of, allowed = (results.types, TYPES[:2]) if by == "type" else (results.distances, None)
+    names = [name for name in results.order if results.types[name] != "none" and group_of.get(name)
+             and (allowed is None or group_of[name] in allowed) and any(name in pair for pair in correlation)]
     z = np.full((len(names), len(names)), np.nan)
-    for (a, b), (mean, *_) in averaged.items():
-        if a in groups and b in groups and a != b:
+    for (a, b), mean in correlation.items():
+        if a in names and b in names:
             i, j = names.index(a), names.index(b)
             z[i, j] = z[j, i] = np.arctanh(np.clip(mean, -CLIP, CLIP))
-    found = same_group(z, [groups[name] for name in names]) if len(names) > 2 else None
+    found = same_group(z, [group_of[name] for name in names]) if len(names) > 2 else None
     if not found:
         return None
-    same, other, p = found
-    if p < LEVEL:
-        text = f"Maps of two losses of one {by} correlate {'more' if same > other else 'less'} ({np.tanh(same):.2f}) than maps of two {by}s ({np.tanh(other):.2f}, {results.name})."
-    else:
-        text = (f"That maps of two losses of one {by} correlate differently ({np.tanh(same):.2f}) from maps of two {by}s ({np.tanh(other):.2f}) could not be "
-                f"shown ({results.name}).")
-    return statement(results, "pixel level", text, f"difference of the mean Fisher z, {by}s permuted over {len(names)} losses {PERMUTATIONS:,} times, two-sided, p = {p_text(p)}", p)
+    same, other, p = np.tanh(found[0]), np.tanh(found[1]), found[2]
+    more = "more" if same > other else "less"
+    text = (f"Maps of two losses of one {by} correlate {more} ({same:.2f}) than maps of two {by}s ({other:.2f}, {results.name})."
+            if p < LEVEL else f"That maps of two losses of one {by} correlate differently ({same:.2f}) from maps of two {by}s "
+            f"({other:.2f}) could not be shown ({results.name}).")
+    return statement(results, "pixel level", text, f"difference of the mean Fisher z, {by}s permuted over {len(names)} losses "
+                     f"{PERMUTATIONS:,} times, two-sided, p = {p_text(p)}", p)
 
 
 def untrained_statement(results):
     """Maps of trained networks against the untrained one's."""
-    averaged = {pair: one for pair, one in pair_averages(pairs_by_fold(results, "compare"), "correlation").items() if pair[0] != pair[1]}
-    plain = [one[0] for pair, one in averaged.items() if [results.types[name] for name in pair].count("none") == 1]
-    both = [one[0] for pair, one in averaged.items() if all(results.types[name] != "none" for name in pair)]
+    correlation = loss_pairs(results, "compare", "correlation")
+    untrained = {pair: sum(results.types[name] == "none" for name in pair) for pair in correlation}
+    plain, both = ([correlation[pair] for pair in correlation if untrained[pair] == number] for number in (1, 0))
     if not plain or not both:
         return None
-    a, b = (average_groups(means, [0.0] * len(means))[0] for means in (plain, both))
-    return statement(results, "pixel level", f"Maps of trained networks correlate with the untrained network's at {a:.2f}, with each other at {b:.2f} ({results.name}).",
+    return statement(results, "pixel level", f"Maps of trained networks correlate with the untrained network's at "
+                     f"{mean_correlation(plain):.2f}, with each other at {mean_correlation(both):.2f} ({results.name}).",
                      f"mean Fisher z over {len(plain)} and {len(both)} pairs; described, not tested")
 
 
 def embedding_statement(results):
     """How alike the embeddings of two losses are."""
-    pairs = pairs_by_fold(results, "embeddings")
-    averaged = {measure: [one[0] for pair, one in pair_averages(pairs, measure).items() if pair[0] != pair[1] and "none" not in
-                          (results.types[pair[0]], results.types[pair[1]])] for measure in ("cka", "overlap", "overlap_chance")}
-    if not averaged["cka"] or not averaged["overlap"]:
+    cka, overlap, chance = ([value for pair, value in loss_pairs(results, "embeddings", measure).items()
+                             if "none" not in map(results.types.get, pair)] for measure in ("cka", "overlap", "overlap_chance"))
+    if not cka or not overlap:
         return None
-    chance = f", {100 * np.mean(averaged['overlap_chance']):.1f} % by chance" if averaged["overlap_chance"] else ""
-    return statement(results, "embeddings", f"Embeddings of two losses have a linear CKA of {np.mean(averaged['cka']):.2f} ({min(averaged['cka']):.2f} to "
-                     f"{max(averaged['cka']):.2f}) and {rounded(100 * np.mean(averaged['overlap']), 0)} % of the 10 nearest neighbours in common{chance} ({results.name}).",
-                     f"means over {len(averaged['cka'])} pairs; described, not tested")
+    by_chance = f", {100 * np.mean(chance):.1f} % by chance" if chance else ""
+    return statement(results, "embeddings", f"Embeddings of two losses have a linear CKA of {np.mean(cka):.2f} ({min(cka):.2f} "
+                     f"to {max(cka):.2f}) and {rounded(100 * np.mean(overlap), 0)} % of the 10 nearest neighbours in "
+                     f"common{by_chance} ({results.name}).", f"means over {len(cka)} pairs; described, not tested")
 
 
 def pair_statement(results):
     """Ranking against classification losses on the second paper's scores."""
-    found, _ = whole_pairs(results)
-    values = {PAIR_HEADER[one]: {name: [row[one] for row in folds.values() if row.get(one) is not None] for (name,), folds in found.items()} for one in TESTED_PAIRS}
-    tests = compare_types(values, results.types)
+    tests = pair_tests(results, whole_pairs(results)[0])
     if not tests:
         return None
     n, p = next(iter(tests.values())).n, min(test.p_holm for test in tests.values())
-    shown = [f"{one} (larger for {test.larger} losses, {test.ranking:.3f} against {test.classification:.3f})" for one, test in tests.items() if test.larger]
+    shown = [f"{one} (larger for {test.larger} losses, {test.ranking:.3f} against {test.classification:.3f})"
+             for one, test in tests.items() if test.larger]
     text = (f"Ranking and classification losses differ in {listing(shown)} ({results.name})." if shown else
-            f"No difference between {n[0]} ranking and {n[1]} classification losses could be shown in {listing(tests)} ({results.name}).")
-    return statement(results, "pairs", text, f"two-sided Mann-Whitney U on fold averages, exact, Holm over {len(tests)} scores, smallest p {p_text(p)}, cannot fall "
-                     f"below {p_text(smallest_p(tests))}", p)
+            f"No difference between {n[0]} ranking and {n[1]} classification losses could be shown in {listing(tests)} "
+            f"({results.name}).")
+    return statement(results, "pairs", text, f"two-sided Mann-Whitney U on fold averages, exact, Holm over {len(tests)} scores, "
+                     f"smallest p {p_text(p)}, cannot fall below {p_text(smallest_p(tests))}", p)
 
 
 def sanity_statement(results):
     """Do the maps change when the network's layers are randomised?"""
-    found = by_fold(results, "sanity", "layers", "of")
-    if not found:
+    rows = [row for row in results.rows.get("sanity", []) if row["correlation"] is not None]
+    none, every = ([row["correlation"] for row in rows if row["layers"] == (row["of"] if end else 0)] for end in (0, 1))
+    if not none or not every:
         return None
-    means = {}
-    for end in (0, 1):
-        values = [row["correlation"] for (name, layers, of), rows in found.items() for row in rows.values()
-                  if layers == (of if end else 0) and row["correlation"] is not None]
-        if not values:
-            return None
-        means[end] = average_correlation(values, [0.0] * len(values))[0]
-    change = "falls" if means[1] < means[0] else "does not fall"
-    return statement(results, "pixel level", f"With all layers randomised the correlation with the trained network's map {change}: {means[1]:.2f}, against {means[0]:.2f} for "
-                     f"two runs of the trained network ({results.name}).", "described, not tested: correlations averaged through Fisher's z")
+    before, after = mean_correlation(none), mean_correlation(every)
+    return statement(results, "pixel level", "With all layers randomised the correlation with the trained network's map "
+                     f"{'falls' if after < before else 'does not fall'}: {after:.2f}, against {before:.2f} for two runs of the "
+                     f"trained network ({results.name}).", "described, not tested: correlations averaged through Fisher's z")
 
 
 # ---------------------------------------------------------------- what a reader must know
@@ -1171,76 +1211,81 @@ def sanity_statement(results):
 
 def warnings_for(results):
     """What the JSONs and the tables say that a reader must know, a line each."""
-    name, networks, rows = results.name, results.networks, results.rows
+    def some(chosen, of):
+        names = [network["name"] + ("" if network["fold"] is None else f" fold {network['fold']}") for network in chosen]
+        most = f"{len(chosen)} of {len(of)} networks ({listing(names, 3)})"
+        return f"all {len(of)} networks" if len(chosen) == len(of) else most
+
+    networks, nrprec = results.networks, results.rows.get("nrprec", [])
     maps = [network for network in networks if network["maps"]]
-    label = lambda network: network["name"] + ("" if network["fold"] is None else f" fold {network['fold']}")
-    some = lambda chosen, of: f"all {len(of)} networks" if len(chosen) == len(of) else f"{len(chosen)} of {len(of)} networks ({listing(map(label, chosen), 3)})"
+    trained = [network for network in networks if network["type"] != "none"]
+    arrays = [network[kind] for network in networks for kind in ("emb", "maps") if network[kind]]
     shared = [network for network in maps if network["maps"].get("options", {}).get("shared_noise")]
     if shared:
-        yield f"{name}: the maps of {some(shared, maps)} share their noise, which raises their correlations; no ceiling bounds them"
+        yield f"the maps of {some(shared, maps)} share their noise, which raises their correlations; no ceiling bounds them"
     bare = [network for network in maps if not network["ceiling"]]
     if bare:
-        yield f"{name}: {some(bare, maps)} have no second maps (saliency.py --ceiling), so a low correlation of theirs may be noise alone"
-    yield from permutation_warnings(name, rows.get("nrprec", []))
+        yield f"{some(bare, maps)} have no second maps (saliency.py --ceiling): a low correlation of theirs may be noise alone"
+    yield from permutation_warnings(nrprec)
     for kind, words, least in ("emb", "embeddings", 1000), ("maps", "saliency maps", 100):
         counts = [network[kind]["n"] for network in networks if network[kind]]
         if counts and min(counts) < least:
-            yield f"{name}: few pictures: {words} of only {min(counts):,} pictures for each network; means over them are uncertain"
-    frozen = [network for network in networks if network["config"].get("frozen_trunk")]
+            yield f"few pictures: {words} of only {min(counts):,} pictures for each network; means over them are uncertain"
+    frozen = [network for network in trained if network["config"].get("frozen_trunk")]
     if frozen:
-        yield f"{name}: {some(frozen, networks)} were trained with a frozen trunk: all of them see the same features and differ in the last layer alone"
-    defaults = [network for network in networks if network["config"].get("loss_parameters") is not None and network["type"] != "none"]
+        yield f"{some(frozen, trained)} were trained with a frozen trunk: they differ in the last layer alone"
+    defaults = [network for network in trained if network["config"].get("loss_parameters") is not None]
     if defaults:
-        yield f"{name}: the losses of {some(defaults, [network for network in networks if network['type'] != 'none'])} have their library's default parameters, not tuned ones; other parameters may rank losses differently"
-    left = {pictures for network in networks for kind in ("emb", "maps") if network[kind] for pictures in network[kind].get("pictures", {}).get("left_out", [])}
+        yield (f"the losses of {some(defaults, trained)} have their library's default parameters, not tuned ones; other "
+               "parameters may rank losses differently")
+    left = {name for about in arrays for name in about.get("pictures", {}).get("left_out", [])}
     if left:
-        yield f"{name}: {len(left):,} pictures were left out because they could not be read ({listing(sorted(left), 3)})"
-    most = max((row["left_out"] for row in rows.get("compare", []) if row["left_out"]), default=0)
+        yield f"{len(left):,} pictures were left out because they could not be read ({listing(sorted(left), 3)})"
+    most = max(kept(results.rows.get("compare", []), "left_out"), default=0)
     if most:
-        yield f"{name}: up to {most:,.0f} pictures are left out of a pair of maps, because a map is constant or not finite"
-    skipped = sorted({row["property"] for row in rows.get("nrprec", []) if row.get("skipped")})
+        yield f"up to {most:,.0f} pictures are left out of a pair of maps, because a map is constant or not finite"
+    skipped = sorted({row["property"] for row in nrprec if row.get("skipped")})
     if skipped:
-        yield f"{name}: queries that no other picture shares its value with were skipped ({listing(skipped)})"
-    if any(row.get("nr_precision_se") is not None for row in rows.get("nrprec", [])):
-        yield f"{name}: NR-Prec rests on a random sample of queries (nrprec.py --queries)"
-    backbones = sorted({str(about["backbone"]) for network in networks for about in (network["emb"] or network["maps"],) if about and about.get("backbone")})
+        yield f"pictures whose value no other picture has were skipped as queries ({listing(skipped)})"
+    if kept(nrprec, "nr_precision_se"):
+        yield "NR-Prec rests on a random sample of queries (nrprec.py --queries)"
+    backbones = sorted({str(about["backbone"]) for about in arrays if about.get("backbone")})
     if len(backbones) > 1:
-        yield f"{name}: the networks have different backbones ({listing(backbones)}): differences between losses may be the backbones'"
-    folds = {network["fold"] for network in networks if network["fold"] is not None}
-    if len(folds) == 1:
-        yield f"{name}: one fold only: how much a loss varies from training to training is unknown"
+        yield f"the networks have different backbones ({listing(backbones)}): differences between losses may be the backbones'"
+    if len({network["fold"] for network in networks if network["fold"] is not None}) == 1:
+        yield "one fold only: how much a loss varies from training to training is unknown"
     others = [one for one in results.order if results.types[one] == "other"]
     if others:
-        yield f"{name}: {listing(others)} {'is' if len(others) == 1 else 'are'} not in models/losses.csv: kept, type “other”"
+        yield f"{listing(others)} {'is' if len(others) == 1 else 'are'} not in models/losses.csv: kept, type “other”"
 
 
-def permutation_warnings(name, rows):
+def permutation_warnings(rows):
     """Without, with too few, or with different numbers of permutations."""
     known = [row for row in rows if row.get("p_value") is not None]
     if rows and not known:
-        yield f"{name}: NR-Prec was not tested by permutation (nrprec.py --permutations N); only the published mark stands in Table 6"
+        yield "NR-Prec was not tested by permutation (nrprec.py --permutations N): Table 6 has the published mark alone"
         return
-    if len(known) < len([row for row in rows if row["nr_precision"] is not None]):
-        yield f"{name}: some networks' NR-Prec were tested by permutation, others not: Table 6 has the published mark instead"
+    if len(known) < len(kept(rows, "nr_precision")):
+        yield "some networks' NR-Prec were tested by permutation, others not: Table 6 has the published mark instead"
     smallest = defaultdict(lambda: 1.0)  # of a property far above chance it is 1 / (1 + N)
     for row in known:
         smallest[row["name"], row["fold"]] = min(smallest[row["name"], row["fold"]], row["p_value"])
     floors = sorted({round(1 / p) - 1 for p in smallest.values() if p < 0.01 and abs(1 / p - round(1 / p)) < 1e-6})
     if len(floors) > 1:
-        yield f"{name}: the smallest p-values tell of different numbers of permutations ({listing(f'{floor:,}' for floor in floors)})"
+        yield f"the smallest p-values tell of different numbers of permutations ({listing(f'{floor:,}' for floor in floors)})"
     properties = len({row["property"] for row in known})
     if floors and properties / (1 + floors[0]) >= SIGNIFICANCE:
-        yield f"{name}: {floors[0]:,} permutations of {properties} properties can't give p_holm < {SIGNIFICANCE}: nothing can be marked"
+        yield f"{floors[0]:,} permutations of {properties} properties can't give p_holm < {SIGNIFICANCE}: nothing can be marked"
 
 
 # ---------------------------------------------------------------- writing
 
 MARKDOWN = {**{letter: f"\\{letter}" for letter in "\\`*_[]#|~!$^"}, "&": "&amp;", "<": "&lt;", ">": "&gt;"}
-LATEX = {"\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_", "~": r"\textasciitilde{}",
-         "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"{''}", "`": r"{\`{}}",
-         "\0": "{}", "±": r"$\pm$", "−": r"$-$", "–": "--", "—": "---", "×": r"$\times$", "·": r"$\cdot$", "°": r"$^\circ$", "≥": r"$\geq$",
-         "≤": r"$\leq$", "→": r"$\rightarrow$", "…": r"\dots{}", "†": r"$\dagger$", "σ": r"$\sigma$", "β": r"$\beta$", "“": "``", "”": "''", "’": "'",
-         "\u00a0": "~"}
+LATEX = {**{letter: f"\\{letter}" for letter in "{}$&#%_"}, "\\": r"\textbackslash{}", "~": r"\textasciitilde{}",
+         "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"{''}",
+         "`": r"{\`{}}", "\0": "{}", "±": r"$\pm$", "−": r"$-$", "–": "--", "—": "---", "×": r"$\times$", "·": r"$\cdot$",
+         "°": r"$^\circ$", "≥": r"$\geq$", "≤": r"$\leq$", "→": r"$\rightarrow$", "…": r"\dots{}", "†": r"$\dagger$",
+         "σ": r"$\sigma$", "“": "``", "”": "''", "’": "'"}
 PREAMBLE = r"""\documentclass[a4paper]{article}
 \usepackage[margin=18mm]{geometry}
 \usepackage{booktabs,graphicx,array}
@@ -1270,27 +1315,32 @@ def escape_latex(text):
 
 def csv_rows(content):
     """Header and rows of a table's CSV: the numbers with every digit, ± and marks in columns of their own."""
-    header, picks = [], []
+    def plain(one):
+        return one["text"] if one["value"] is None else int(one["value"]) if one["text"].isdigit() and one["value"].is_integer() \
+            else one["value"]
+
+    columns = []
     for number, name in enumerate(content["header"]):
         cells = [row[number] for row in content["rows"]]
-        header.append(name or "name")
-        picks.append((number, lambda one: one["text"] if one["value"] is None else int(one["value"]) if one["value"].is_integer()
-                      and one["text"].isdigit() else one["value"]))
+        columns.append([name or "name", *map(plain, cells)])
         for key, suffix in (("spread", "±"), ("mark", "mark")):
             if any(one[key] not in (None, "") for one in cells):
-                header.append(f"{name} {suffix}")
-                picks.append((number, lambda one, key=key: one[key]))
-    return header, [[pick(row[number]) for number, pick in picks] for row in content["rows"]]
+                columns.append([f"{name} {suffix}", *(one[key] for one in cells)])
+    header, *rows = zip(*columns)
+    return header, rows
+
+
+def has_numbers(content):
+    """Which columns hold numbers: those stand to the right."""
+    return [k > 0 and any(row[k]["value"] is not None for row in content["rows"]) for k in range(len(content["header"]))]
 
 
 def to_markdown(content):
     """The table as GitHub's Markdown."""
-    width = len(content["header"])
-    right = [any(row[k]["value"] is not None for row in content["rows"]) and k > 0 for k in range(width)]
-    lines = [f"### {escape_markdown(content['title'])}", "", escape_markdown(content["caption"])
-             + (f" ({escape_markdown(content['paper'])})" if content["paper"] else ""), ""]
-    lines.append("| " + " | ".join(escape_markdown(name) for name in content["header"]) + " |")
-    lines.append("|" + "|".join("---:" if one else "---" for one in right) + "|")
+    paper = f" ({content['paper']})" if content["paper"] else ""
+    lines = [f"### {escape_markdown(content['title'])}", "", escape_markdown(content["caption"] + paper), "",
+             "| " + " | ".join(map(escape_markdown, content["header"])) + " |",
+             "|" + "|".join("---:" if one else "---" for one in has_numbers(content)) + "|"]
     for row in content["rows"]:
         texts = [escape_markdown(one["text"]) for one in row]
         lines.append("| " + " | ".join(f"**{text}**" if one["bold"] and text else text for one, text in zip(row, texts)) + " |")
@@ -1300,26 +1350,26 @@ def to_markdown(content):
 
 def to_latex(content):
     """The table as a LaTeX float with booktabs' rules and shaded cells; shrunk where it is wider than the text."""
-    header, rows = content["header"], content["rows"]
-    long = [max([len(name)] + [len(row[k]["text"]) for row in rows]) > 34 and not any(row[k]["value"] is not None for row in rows)
-            for k, name in enumerate(header)]
-    short = sum(max([len(name)] + [len(row[k]["text"]) for row in rows]) for k, name in enumerate(header) if not long[k])
-    share = max(0.12, (0.98 - 0.0105 * short - 0.026 * len(header)) / max(1, sum(long)))
-    columns = "".join(rf">{{\raggedright\arraybackslash}}p{{{share:.3f}\linewidth}}" if wide
-                      else "r" if k and any(row[k]["value"] is not None for row in rows) else "l" for k, wide in enumerate(long))
+    header, rows, numbers = content["header"], content["rows"], has_numbers(content)
+    widest = [max([len(name)] + [len(row[k]["text"]) for row in rows]) for k, name in enumerate(header)]
+    wraps = [width > 34 and not number for width, number in zip(widest, numbers)]
+    room = 0.98 - 0.0105 * sum(width for width, wrap in zip(widest, wraps) if not wrap) - 0.026 * len(header)
+    paragraph = rf">{{\raggedright\arraybackslash}}p{{{max(0.12, room / max(1, sum(wraps))):.3f}\linewidth}}"
+    columns = "".join(paragraph if wrap else "r" if number else "l" for wrap, number in zip(wraps, numbers))
     turned = sum(map(len, header)) + 3 * len(header) > 130
-    heads = [rf"\rotatebox{{90}}{{{escape_latex(name)}}}" if turned and k else escape_latex(name) for k, name in enumerate(header)]
+    heads = [escape_latex(name) for name in header]
+    heads[1:] = [rf"\rotatebox{{90}}{{{name}}}" if turned else name for name in heads[1:]]
     lines = [f"% {content['name']}: \\usepackage{{booktabs,graphicx,array}} and \\usepackage[table]{{xcolor}}",
-             r"\begin{table}[htbp]", r"\centering", rf"\caption{{{escape_latex(content['title'])}. {escape_latex(content['caption'])}}}",
+             r"\begin{table}[htbp]", r"\centering",
+             rf"\caption{{{escape_latex(content['title'])}. {escape_latex(content['caption'])}}}",
              rf"\label{{tab:{content['name']}}}", r"\vspace{4pt}"]
-    lines += [] if any(long) else [r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"]
-    tight = r"\setlength{\tabcolsep}{3pt}" * (len(header) > 8)
-    lines += [r"\small" + tight, rf"\begin{{tabular}}{{{columns}}}", r"\toprule", "{}" + " & ".join(heads) + r" \\", r"\midrule"]
-    for row in rows:
-        if row[0]["bold"] and row is not rows[0] and not rows[rows.index(row) - 1][0]["bold"]:
-            lines.append(r"\midrule")  # before the rows of means
-        lines.append("{}" + " & ".join(map(latex_cell, row)) + r" \\")
-    lines += [r"\bottomrule", r"\end{tabular}" + ("" if any(long) else "}")]
+    lines += [] if any(wraps) else [r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"]
+    lines += [r"\small" + r"\setlength{\tabcolsep}{3pt}" * (len(header) > 8), rf"\begin{{tabular}}{{{columns}}}", r"\toprule",
+              "{}" + " & ".join(heads) + r" \\", r"\midrule"]
+    for before, row in zip([None, *rows], rows):
+        lines += [r"\midrule"] if before and row[0]["bold"] and not before[0]["bold"] else []  # before the rows of means
+        lines.append("{}" + " & ".join(map(latex_cell, row)) + r" \\")  # {}: a name may begin with [ or *
+    lines += [r"\bottomrule", r"\end{tabular}" + ("" if any(wraps) else "}")]
     if content["notes"]:
         lines += ["", r"\smallskip", r"\parbox{\linewidth}{\footnotesize " + " ".join(map(escape_latex, content["notes"])) + "}"]
     return "\n".join([*lines, r"\end{table}"]) + "\n"
@@ -1331,7 +1381,11 @@ def latex_cell(one):
     return text if one["shade"] is None else rf"\cellcolor{{black!{round(5 + 40 * one['shade'])}}}{text}"
 
 
-def print_table(content, most=118):
+def wrapped(text, first="", rest="  "):
+    return textwrap.fill(one_line(text), 118, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
+
+
+def print_table(content):
     """The table on the terminal, aligned; a wide matrix has numbers for its columns' names."""
     header, rows = list(content["header"]), [[one["text"] for one in row] for row in content["rows"]]
     if content["kind"] == "matrix" and len(header) > 7:
@@ -1339,40 +1393,44 @@ def print_table(content, most=118):
         header = ["", *map(str, range(1, len(header)))]
     rows = [[one_line(text) if len(text) <= 60 else one_line(text[:59]) + "…" for text in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *rows)]
-    numeric = [k > 0 and any(row[k]["value"] is not None for row in content["rows"]) for k in range(len(header))]
     print(f"\n{one_line(content['title'])}" + (f" ({content['paper']})" if content["paper"] else ""))
     for line in [header, *rows]:
-        print("  ".join(text.rjust(width) if right else text.ljust(width) for text, width, right in zip(line, widths, numeric)).rstrip())
+        print("  ".join(text.rjust(width) if right else text.ljust(width)
+                        for text, width, right in zip(line, widths, has_numbers(content))).rstrip())
     for note in content["notes"]:
-        print(textwrap.fill(one_line(note), most, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))
+        print(wrapped(note, "  "))
 
 
 def write_tables(out, contents, found, warnings, missing, options):
     """All files of the folder `out`, each whole or not at all; tables.json last."""
+    def write(name, text):
+        data.write_file(out / name, text.encode("utf-8", "replace"))
+
     for content in contents:
-        path = out / content["name"]
-        data.write_table(f"{path}.csv", *csv_rows(content))
-        data.write_file(f"{path}.md", to_markdown(content).encode("utf-8", "replace"))
-        data.write_file(f"{path}.tex", to_latex(content).encode("utf-8", "replace"))
+        data.write_table(out / f"{content['name']}.csv", *csv_rows(content))
+        write(f"{content['name']}.md", to_markdown(content))
+        write(f"{content['name']}.tex", to_latex(content))
     data.write_table(out / "missing.csv", ["dataset", "table", "what"], [list(one.values()) for one in missing])
     inputs = "".join(f"\\input{{{content['name']}}}\n\\clearpage\n" for content in contents)
-    data.write_file(out / "tables.tex", (PREAMBLE + inputs + "\\end{document}\n").encode())
-    data.write_file(out / "tables.md", page(contents, found, warnings, missing).encode("utf-8", "replace"))
-    kept = [{**content, "rows": [[{key: one[key] for key in ("text", "value", "shade", "bold", "hint")} for one in row]
-                                 for row in content["rows"]]} for content in contents]
-    versions = {"python": platform.python_version(), "numpy": np.__version__, "scipy": scipy.__version__}
-    everything = {"tables": kept, "statements": found, "warnings": warnings, "missing": missing,
-                  "made_with": {"versions": versions, "options": options}}
-    data.write_file(out / "tables.json", (json.dumps(everything, ensure_ascii=False, indent=1, allow_nan=False) + "\n").encode("utf-8", "replace"))
+    write("tables.tex", PREAMBLE + inputs + "\\end{document}\n")
+    write("tables.md", page(contents, found, warnings, missing))
+    keys = ("text", "value", "shade", "bold", "hint")
+    plain = [{**content, "rows": [[{key: one[key] for key in keys} for one in row] for row in content["rows"]]}
+             for content in contents]
+    made_with = {"versions": {"python": platform.python_version(), "numpy": np.__version__, "scipy": scipy.__version__},
+                 "options": options}
+    everything = {"tables": plain, "statements": found, "warnings": warnings, "missing": missing, "made_with": made_with}
+    write("tables.json", json.dumps(everything, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 
 
 def page(contents, found, warnings, missing):
     """tables.md: what the numbers support, what to beware of, the tables, what is missing."""
     lines = ["# Tables", "", "## What the numbers support", ""]
-    lines += [f"- {'**' if one['main'] else ''}{escape_markdown(one['text'])}{'**' if one['main'] else ''} _{escape_markdown(one['test'])}_" for one in found]
-    lines += ["", "## What to beware of", "", *(f"- {escape_markdown(warning)}" for warning in warnings or ["Nothing was found."]), "", "## Tables", ""]
-    lines += [to_markdown(content) for content in contents]
-    lines += ["## What is missing", ""]
+    for one in found:
+        text = escape_markdown(one["text"])
+        lines.append(f"- {f'**{text}**' if one['main'] else text} _{escape_markdown(one['test'])}_")
+    lines += ["", "## What to beware of", "", *(f"- {escape_markdown(line)}" for line in warnings or ["Nothing was found."])]
+    lines += ["", "## Tables", "", *map(to_markdown, contents), "## What is missing", ""]
     lines += [f"- {escape_markdown(one['dataset'])}: {escape_markdown(one['what'])}" for one in missing] or ["Nothing."]
     return "\n".join(lines) + "\n"
 
@@ -1383,76 +1441,72 @@ def page(contents, found, warnings, missing):
 def published_matrix(name, title, paper, dataset, rows):
     """Tables 2 to 4 as printed: rows of (name, name, per cent, ±)."""
     names = list(dict.fromkeys([row[0] for row in rows] + [row[1] for row in rows]))
-    values = {(a, b): (float(mean), float(std)) for a, b, mean, std in rows}
-    values |= {(b, a): value for (a, b), value in values.items()}
-    lines = [[cell(a)] + [cell(f"{values[a, b][0]:.0f} ± {values[a, b][1]:.0f}", values[a, b][0] / 100, spread=values[a, b][1] / 100)
-                          if (a, b) in values else dict(EMPTY) for b in names] for a in names]
-    return table(name, title, "Correlation of saliency maps as published, per cent.", ["", *names], shaded(lines), dataset=dataset,
-                 paper=paper, kind="matrix")
+    values = {pair: (float(mean) / 100, float(std) / 100) for a, b, mean, std in rows for pair in ((a, b), (b, a))}
+    lines = [[cell(a), *(pair_cell(*values[a, b], None) if (a, b) in values else dict(EMPTY) for b in names)] for a in names]
+    return table(name, title, "Correlation of saliency maps as published, per cent.", ["", *names], shaded(lines),
+                 dataset=dataset, paper=paper, kind="matrix")
 
 
 def published_tables():
-    """The papers' tables of published/: [(table, digits of a difference, per cent?)]."""
-    folder = HERE / "published"
-    full = [*zip(*data.read_table(folder / "kobs_table2_sop_correlation.csv").values())]
-    grouped = [*zip(*data.read_table(folder / "kobs_tables3_4_grouped_correlation.csv").values())]
-    oi = [*zip(*data.read_table(folder / "oi_table1_split.csv").values())]
-    found = [published_matrix("published_table2", "Correlation of saliency maps, SOP, published", "Table 2", "sop", full)]
-    types = {row["name"]: row["type"] for row in losses()}
-    averaged = {(a, b): (float(mean) / 100, float(std) / 100, 1, "") for i, (a, b, mean, std) in enumerate(full) if (b, a) not in [row[:2] for row in full[:i]]}
-    condensed = group_table("sop", "correlation", averaged, "type", types, TYPES)
-    found.append({**condensed, "name": "published_table2_by_type", "title": "Correlation by type, SOP, from the published Table 2", "paper": "Table 2",
-                  "notes": ["Condensed here; the paper prints the full table alone."]})
-    for number, dataset in (3, "cars196"), (4, "cub200"):
-        found.append(published_matrix(f"published_table{number}", f"Correlation by type, {dataset}, published", f"Table {number}", dataset,
-                                      [row[1:] for row in grouped if row[0] == dataset]))
-    rows = [[loss, *(dict(EMPTY) if value is None else cell(f"{value:.2f}" + " *" * (value > PUBLISHED_THRESHOLD), value)
-                      for value in values.values())] for loss, values in published_nrprec().items()]
-    for row in rows:
-        row[0] = cell(row[0].replace(" Mean", " mean"), bold=row[0].endswith(" Mean"))
+    """The papers' tables of published/, those that ours can be put beside."""
+    sop, grouped, oi = ([*zip(*data.read_table(HERE / "published" / f"{name}.csv").values())] for name in (
+        "kobs_table2_sop_correlation", "kobs_tables3_4_grouped_correlation", "oi_table1_split"))
+    table2 = published_matrix("published_table2", "Correlation of saliency maps, SOP, published", "Table 2", "sop", sop)
+    averaged = {tuple(sorted((a, b))): (float(mean) / 100, float(std) / 100, 1, "") for a, b, mean, std in sop}
+    condensed = group_table("sop", "correlation", averaged, "type", {row["name"]: row["type"] for row in losses()}, TYPES)
+    condensed |= {"name": "published_table2_by_type", "title": "Correlation by type, SOP, from the published Table 2",
+                  "paper": "Table 2", "notes": ["Condensed here; the paper prints the full table alone."]}
+    tables3_4 = [published_matrix(f"published_table{number}", f"Correlation by type, {dataset}, published", f"Table {number}",
+                                  dataset, [row[1:] for row in grouped if row[0] == dataset])
+                 for number, dataset in ((3, "cars196"), (4, "cub200"))]
+    rows = [[cell(loss.replace(" Mean", " mean"), bold=loss.endswith(" Mean")),
+             *(dict(EMPTY) if value is None else cell(f"{value:.2f}" + " *" * (value > PUBLISHED_THRESHOLD), value)
+               for value in values.values())] for loss, values in published_nrprec().items()]
     shaded(rows[:-2], lambda value: math.log1p(max(value, 0)))
-    found.append(table("published_table6", "NR-Prec, published", "NR-Prec of 100,000 rendered cars, networks trained on Cars196.", ["Loss", *published_nrprec()["None"]],
-                       rows, paper="Table 6", notes=[f"* above {PUBLISHED_THRESHOLD}, the published mark. ProxyNCA's last cell is missing in our source.", "NR-Prec grows with the number of pictures: compare the "
-                                                     "order of properties and of losses, not the values."]))
-    rows = [[f"{dataset}, {splitting}", *(cell(f"{float(value):.3f}", float(value)) for value in values)] for dataset, splitting, *values in oi]
-    found.append(table("published_oi_table1", "Normalized Softmax on the test split, published", "The second paper's scores by the split of the classes.",
-                       ["Data set, splitting", "Recall@1", "MAP@R", "JSD"], rows, paper="Oi et al., Table 1"))
-    return found
+    table6 = table("published_table6", "NR-Prec, published", "NR-Prec of 100,000 rendered cars, networks trained on Cars196.",
+                   ["Loss", *published_nrprec()["None"]], rows, paper="Table 6", notes=[
+                       f"* above {PUBLISHED_THRESHOLD}, the published mark. ProxyNCA's last cell is missing in our source.",
+                       "NR-Prec grows with the number of pictures: compare the order of properties and of losses, not the "
+                       "values."])
+    rows = [[f"{dataset}, {splitting}", *(cell(value, value) for value in values)] for dataset, splitting, *values in oi]
+    oi_table1 = table("published_oi_table1", "Normalized Softmax on the test split, published",
+                      "The second paper's scores by the split of the classes.",
+                      ["Data set, splitting", "Recall@1", "MAP@R", "JSD"], rows, paper="Oi et al., Table 1")
+    return [table2, condensed, *tables3_4, table6, oi_table1]
 
 
-def ours_beside(content, everything, tables_of):
-    """Our tables of what a published table shows: [table]."""
+def ours_beside(content, tables_of):
+    """Our tables of what a published table shows."""
     if content["name"] == "published_oi_table1":
-        rows = [[f"{results.name}, {row[1]['text']}", *row[3:6]] for results in everything for one in tables_of[results.name] if one["name"] == f"training_{file_name(results.name)}"
-                for row in one["rows"] if row[0]["text"] == "Normalized Softmax" and results.name in ("cars196", "cub200")]
-        return [table("ours_oi_table1", "Normalized Softmax on the test split, ours", "", content["header"], rows)] if rows else []
-    wanted = {"published_table2": "correlation_", "published_table2_by_type": "correlation_by_type_", "published_table3": "correlation_by_type_", "published_table4": "correlation_by_type_",
-              "published_table6": "nrprec_"}[content["name"]]
-    found = []
-    for results in everything:
-        for one in tables_of[results.name]:
-            if one["name"] == f"{wanted}{file_name(results.name)}" and content["dataset"] in (None, results.name):
-                found.append(one)
-    return found
+        rows = [[f"{dataset}, {row[1]['text']}", *row[3:6]] for dataset in ("cars196", "cub200")
+                for one in tables_of.get(dataset, []) if one["name"] == f"training_{dataset}"
+                for row in one["rows"] if row[0]["text"] == "Normalized Softmax"]
+        title = "Normalized Softmax on the test split, ours"
+        return [table("ours_oi_table1", title, "", content["header"], rows)] if rows else []
+    prefix = {"published_table2": "correlation_", "published_table6": "nrprec_"}.get(content["name"], "correlation_by_type_")
+    return [one for dataset, tables in tables_of.items() for one in tables
+            if one["name"] == prefix + file_name(dataset) and content["dataset"] in (None, dataset)]
 
 
 def difference_table(published, ours):
     """Ours − published, for the rows and columns that both have; None where there are none."""
     columns = [name for name in published["header"][1:] if name in ours["header"]]
     theirs = {row[0]["text"]: dict(zip(published["header"], row)) for row in published["rows"]}
-    digits, factor = (0, 100) if published["kind"] == "matrix" else (3, 1) if published["name"] == "published_oi_table1" else (2, 1)
+    form = (100, 0) if published["kind"] == "matrix" else (1, 3) if published["name"] == "published_oi_table1" else (1, 2)
+
+    def difference(a, b):
+        return dict(EMPTY) if None in (a, b) else cell(signed(form[0] * (a - b), form[1]), a - b)
+
     rows = []
     for row in ours["rows"]:
         mine, other = dict(zip(ours["header"], row)), theirs.get(row[0]["text"])
         if other:
-            pairs = [(mine[name]["value"], other[name]["value"]) for name in columns]
-            rows.append([cell(row[0]["text"])] + [dict(EMPTY) if None in pair else cell(signed(factor * (pair[0] - pair[1]), digits), pair[0] - pair[1])
-                                                  for pair in pairs])
-    if not columns or not any(one["value"] is not None for row in rows for one in row):
+            rows.append([row[0]["text"], *(difference(mine[name]["value"], other[name]["value"]) for name in columns)])
+    if not any(one["value"] is not None for row in rows for one in row[1:]):
         return None
-    name = f"difference_{published['name'][10:]}" + (f"_{ours['dataset']}" if ours["dataset"] else "")
-    return table(name, f"{ours['title']}: ours − published", "The difference of our numbers and the published ones.", [ours["header"][0], *columns], rows,
-                 dataset=ours["dataset"], paper=published["paper"], kind=published["kind"])
+    name = published["name"].replace("published", "difference") + (f"_{ours['dataset']}" if ours["dataset"] else "")
+    return table(name, f"{ours['title']}: ours − published", "The difference of our numbers and the published ones.",
+                 [ours["header"][0], *columns], rows, dataset=ours["dataset"], paper=published["paper"], kind=published["kind"])
 
 
 # ---------------------------------------------------------------- the command
@@ -1468,13 +1522,15 @@ def fail(message):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = fail
     add = parser.add_argument
-    add("results", nargs="?", type=Path, metavar="RESULTS", help="results/ with data sets' folders in it, or one data set's folder")
+    add("results", nargs="?", type=Path, metavar="RESULTS", help="results/ with data sets' folders in it, or one of these "
+                                                                 "folders")
     add("--out", type=Path, metavar="DIR", help="where the tables go, made if need be (tables); with --published only if given")
     add("--published", action="store_true", help="print the papers' tables, with RESULTS ours beside them and the differences")
-    add("--models", type=Path, default=HERE / "models", metavar="DIR", help="folder of trained/<dataset>/<slug>/fold<k>/ (models/)")
+    add("--models", type=Path, default=HERE / "models", metavar="DIR", help="has trained/<dataset>/<slug>/fold<k>/ (models/)")
     return parser.parse_args(argv)
 
 
@@ -1490,32 +1546,39 @@ def check_folder(out, folders):
 
 def dataset_tables(results):
     """All tables of one data set."""
-    return [properties_table(results), *nrprec_tables(results), *comparison_tables(results), *masks_table(results), *sanity_table(results),
-            *pair_tables(results), *training_table(results)]
+    absent = [row["name"] for row in losses() if row["name"] not in results.types]
+    if absent:
+        results.lacks("", f"no results of {listing(absent, 14)}")
+    return [properties_table(results), *nrprec_tables(results), *comparison_tables(results), *masks_table(results),
+            *sanity_table(results), *pair_tables(results), *training_table(results)]
 
 
-def main_dataset(everything):
-    """The data set of the three main statements: the one with most tables, the first of equals."""
-    return max(everything, key=lambda results: sum(name in results.rows for name in ("nrprec", "compare", "masks")), default=None)
+def papers_tables(tables_of):
+    """The papers' tables, with ours and the differences after each."""
+    contents = [losses_table([]), properties_table(None)]
+    for content in published_tables():
+        contents.append(content)
+        for ours in ours_beside(content, tables_of):
+            contents += [one for one in (ours, difference_table(content, ours)) if one]
+    return contents
 
 
 def show(everything, contents, found, warnings, missing, out):
     """The terminal's summary: the short tables, the statements, what to beware of and what is missing."""
     for content in contents:
-        if re.match(r"nrprec_tests_|correlation_by_type_|corrected_by_type_|pairs_", content["name"]) and "pairs_tests" not in content["name"]:
+        if re.match(r"(nrprec_tests|correlation_by_type|corrected_by_type|pairs(?!_tests))_", content["name"]):
             print_table({**content, "notes": []})
     print("\nWhat the numbers support (★ main)")
     for one in found:
-        print(textwrap.fill(f"{'★' if one['main'] else '-'} {one_line(one['text'])}", 118, subsequent_indent="  ", break_on_hyphens=False))
+        print(wrapped(one["text"], "★ " if one["main"] else "- "))
     for title, lines in ("What to beware of", warnings), ("Missing", [f"{one['dataset']}: {one['what']}" for one in missing]):
-        if lines:
-            print(f"\n{title}")
-            for line in lines[:12]:
-                print(textwrap.fill(f"- {one_line(line)}", 118, subsequent_indent="  ", break_on_hyphens=False))
-            if len(lines) > 12:
-                print(f"  … {len(lines) - 12} more in {out / ('missing.csv' if title == 'Missing' else 'tables.md')}")
-    print(f"\n{len(contents)} tables of {listing(results.name for results in everything)}: {out / 'tables.md'}, {out / 'tables.tex'} (pdflatex), "
-          f"{out / 'tables.json'}")
+        print(f"\n{title}" if lines else "", end="\n" if lines else "")
+        for line in lines[:12]:
+            print(wrapped(line, "- "))
+        if len(lines) > 12:
+            print(f"  … {len(lines) - 12} more in {out / ('missing.csv' if title == 'Missing' else 'tables.md')}")
+    print(f"\n{len(contents)} tables of {listing(results.name for results in everything)}: {out / 'tables.md'}, "
+          f"{out / 'tables.tex'} (pdflatex), {out / 'tables.json'}")
 
 
 def main(argv=None):
@@ -1525,25 +1588,19 @@ def main(argv=None):
     folders = find_datasets(args.results) if args.results else []
     everything = [read_results(folder, args.models) for folder in folders]
     tables_of = {results.name: dataset_tables(results) for results in everything}
-    known = losses()
-    for results in everything:
-        absent = [row["name"] for row in known if row["name"] not in results.types]
-        if absent:
-            results.lacks("", f"no results of {listing(absent, 14)}")
-    contents = [losses_table(everything), *(one for some in tables_of.values() for one in some), errata_table()]
     if args.published:
-        contents = [losses_table([]), properties_table(None)]
-        for content in published_tables():
-            contents.append(content)
-            for ours in ours_beside(content, everything, tables_of):
-                contents += [one for one in (ours, difference_table(content, ours)) if one]
+        contents = papers_tables(tables_of)
         for content in contents:
             print_table(content)
         if not args.out:
             return
-    main_one = main_dataset(everything)
-    found = [one for results in everything for one in statements(results, results is main_one)]
-    warnings = [warning for results in everything for warning in warnings_for(results)]
+    else:
+        contents = [losses_table(everything), *(one for tables in tables_of.values() for one in tables), errata_table()]
+    # the three main statements are of the data set with most of these tables, the first of equals
+    wealth = lambda results: sum(name in results.rows for name in ("nrprec", "compare", "masks"))
+    first = max(everything, key=wealth, default=None)
+    found = [one for results in everything for one in statements(results, results is first)]
+    warnings = [f"{results.name}: {line}" for results in everything for line in warnings_for(results)]
     missing = [one for results in everything for one in results.missing]
     args.out = args.out or Path("tables")
     check_folder(args.out, [*([args.results] if args.results else []), *folders])

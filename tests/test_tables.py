@@ -194,7 +194,8 @@ def test_golden_nrprec(small, run_script, tmp_path):
         assert row[2] == "" if spread is None else float(row[2]) == pytest.approx(spread)
     assert (tmp_path / "out" / "nrprec_cars.md").read_text().splitlines()[4:12] == [
         r"| Loss | model | sun\_rotation |", "|---|---:|---:|", r"| Contrastive | 3.25 \* | 0.00 |", r"| Triplet | 4.50 \* | 0.00 |",
-        "| ArcFace | 2.25 | 0.00 |", "| None | 1.13 | 0.00 |", "| **Ranking mean** | 3.88 | 0.00 |", "| **Classification mean** | 2.25 | 0.00 |"]
+        "| ArcFace | 2.25 | 0.00 |", "| None | 1.13 | 0.00 |", "| **Ranking mean** | 3.88 | 0.00 "
+                                                               "|", "| **Classification mean** | 2.25 | 0.00 |"]
     lines = (tmp_path / "out" / "nrprec_cars.tex").read_text().splitlines()
     assert r"\begin{tabular}{lrr}" in lines and r"{}Loss & model & sun\_rotation \\" in lines
     assert r"{}Triplet & \cellcolor{black!45}4.50 * & \cellcolor{black!5}0.00 \\" in lines
@@ -215,7 +216,9 @@ def test_golden_correlation(small, run_script, tmp_path):
     assert matrix["rows"][0][3]["text"] == "63 ± 10"  # 62.5 is rounded, neither truncated nor to even
     assert (matrix["rows"][0][2]["shade"], matrix["rows"][1][4]["shade"], matrix["rows"][0][0]["shade"]) == (1, 0, None)
     condensed = texts(named["correlation_by_type_cars"])
-    assert condensed[0] == ["ranking", f"{100 * both:.0f} ± {100 * spread:.0f}", f"{100 * np.tanh((np.arctanh(0.4) + np.arctanh(0.625)) / 2):.0f} ± 10", "10 ± 10"]
+    assert condensed[0] == ["ranking", f"{100 * both:.0f} ± "
+                                       f"{100 * spread:.0f}", f"{100 * np.tanh((np.arctanh(0.4) + np.arctanh(0.625)) / 2):.0f} ± "
+                                                              "10", "10 ± 10"]
     assert condensed[1][2] == "" and condensed[2][3] == ""  # one classification loss, one None: no pair of different losses
     assert texts(named["ceiling_cars"])[0][2] == "80"
     assert named["corrected_cars"]["rows"][0][2]["value"] == pytest.approx((0.5 / 0.8 + 0.8 / 0.8) / 2)
@@ -301,7 +304,8 @@ def test_group_means_of_table_6_and_the_direction_of_every_difference(run_script
     text = statements["ranking against classification"]["text"]
     assert "classification losses cluster more by" in text and "color_hue" in text and "(9 ranking against 5 classification losses, cars)" in text
     assert "cannot fall below 0.011" in statements["ranking against classification"]["test"]
-    assert any("agrees with the paper's Table 6 (Spearman's rank correlation +1.00)" in one["text"] for one in found["statements"])
+    assert any("agrees with the paper's Table 6 (Spearman's rank correlation "
+               "+1.00)" in one["text"] for one in found["statements"])
 
 
 def test_published_prints_every_number(run_script):
@@ -353,11 +357,13 @@ def test_what_is_shipped_is_the_reference():
 def test_no_difference_is_said_where_none_was_shown(small, run_script, tmp_path):
     run(run_script, small, "--out", tmp_path / "out")
     property_level, types, pixels = tabled(tmp_path / "out")[0]["statements"][:3]
-    assert types["text"] == ("No difference between 2 ranking and 1 classification losses could be shown for any of 2 properties of cars: the smallest "
-                             "Holm-corrected p is 1.00 (model). With so few losses none could: it cannot fall below 1.00.")
+    assert types["text"] == ("No difference between 2 ranking and 1 classification losses could be shown for any of 2 "
+                             "properties of cars: the smallest Holm-corrected p is 1.00 (model). With so few losses none could: "
+                             "it cannot fall below 1.00.")
     assert types["p_value"] == 1 and "the unit is the loss" in types["test"]
-    assert property_level["text"].startswith("The embeddings of cars cluster most by model (mean NR-Prec 3.33 ± 1.13, first in 3 of 3 losses): NR-Prec is above the "
-                                             "published mark 2.576 in all of 3 losses for no property; in some for model (3.33 ± 1.13, 2 of 3)")
+    assert property_level["text"].startswith("The embeddings of cars cluster most by model (mean NR-Prec 3.33 ± 1.13, first in "
+                                             "3 of 3 losses): for no property is NR-Prec above the published mark 2.576 in all "
+                                             "3 losses; in some for model (3.33 ± 1.13, 2 of 3); in none for sun_rotation.")
     assert "no p-value" in property_level["test"] and property_level["p_value"] is None
     # pairs of losses: artanh means of (0.5, 0.8), 0.4 and 0.625
     mean = np.tanh((np.log(27) / 4 + np.arctanh(0.4) + np.arctanh(0.625)) / 3)
@@ -377,12 +383,13 @@ def test_a_clear_difference_and_permutation_tests_are_said(run_script, tmp_path)
     run(run_script, folder, "--out", tmp_path / "out")
     found, named = tabled(tmp_path / "out")
     property_level, types, pixels = found["statements"][:3]
-    assert property_level["text"].endswith("NR-Prec is above chance in all 14 losses for model (1.42 ± 0.53); in none for sun.") and property_level["p_value"] == 0.002
-    assert types["text"] == ("Classification losses cluster more by model than the other type (9 ranking against 5 classification losses, cars); for the other "
-                             "property no difference could be shown.")
+    assert property_level["text"].endswith("NR-Prec is above chance in all 14 losses for model (1.42 ± 0.53); in none for "
+                                           "sun.") and property_level["p_value"] == 0.002
+    assert types["text"] == ("Classification losses cluster more by model than the other type (9 ranking against 5 "
+                             "classification losses, cars); for the other property no difference could be shown.")
     assert types["p_value"] == pytest.approx(2 * 2 / 2002)
-    assert pixels["text"] == ("No saliency maps of cars were compared. 38.0 % of the saliency lies inside the object, and 33.0 % would lie inside other pictures' "
-                              "objects: an excess of 5.0 points.")
+    assert pixels["text"] == ("No saliency maps of cars were compared. 38.0 % of the saliency lies inside the object, and 33.0 "
+                              "% would lie inside other pictures' objects: an excess of 5.0 points.")
     assert "above 0 in every fold for 1 of 1 networks" in pixels["test"]
     assert named["nrprec_cars"]["rows"][0][1]["text"].endswith("*") and "p_holm < 0.01" in named["nrprec_cars"]["notes"][0]
     assert texts(named["masks_cars"]) == [["Triplet", "38.0", "33.0", "5.0"]]
@@ -409,10 +416,17 @@ def test_warnings(run_script, tmp_path):
     write(folder / "compare.csv", COMPARE, [row])
     run(run_script, folder, "--models", tmp_path / "models", "--out", tmp_path / "out")
     said = "\n".join(tabled(tmp_path / "out")[0]["warnings"])
-    for part in ("all 3 networks share their noise", "2 of 3 networks (Mine fold 0 and Triplet fold 0) have no second maps", "different numbers of permutations (100 and 500)",
-                 "100 permutations of 6 properties can't give p_holm < 0.01", "few pictures: saliency maps of only 6", "1 of 3 networks (Triplet fold 0) were trained with a frozen trunk",
-                 "have their library's default parameters", "1 pictures were left out because they could not be read (broken.jpg)", "up to 2 pictures are left out of a pair",
-                 "different backbones (bninception and vit)", "one fold only", "Mine is not in models/losses.csv: kept, type “other”"):
+    for part in ("all 3 networks share their "
+                 "noise", "2 of 3 networks (Mine fold 0 and Triplet fold 0) have no second "
+                          "maps", "different numbers of permutations (100 and 500)",
+                 "100 permutations of 6 properties can't give p_holm < "
+                 "0.01", "few pictures: saliency maps of only "
+                         "6", "1 of 3 networks (Triplet fold 0) were trained with a frozen trunk: they differ",
+                 "have their library's default "
+                 "parameters", "1 pictures were left out because they could not be read "
+                               "(broken.jpg)", "up to 2 pictures are left out of a pair",
+                 "different backbones (bninception and "
+                 "vit)", "one fold only", "Mine is not in models/losses.csv: kept, type “other”"):
         assert part in said, part
     done = run(run_script, folder, "--models", tmp_path / "models", "--out", tmp_path / "out")
     assert "share their noise" in done.stdout
@@ -438,9 +452,10 @@ def test_scores_of_the_second_paper(run_script, tmp_path):
     assert texts(named["pairs_cub200"])[:2] == [["Triplet", "0.550", "0.200", "0.400", "0.010", "0.300", "0.500", "−0.100"],
                                                 ["ArcFace", "0.700", "0.200", "0.400", "0.010", "0.300", "0.500", "−0.100"]]
     assert [row[0]["text"] for row in named["pairs_tests_cub200"]["rows"]] == ["Recall@1", "MAP@R", "JSD", "R-Precision"]
-    assert texts(named["sanity_cub200"]) == [["Triplet", "60 ± 10", "30 ± 10", "20 ± 10"]] and named["sanity_cub200"]["header"][1:] == ["0", "25", "50 of 50"]
+    assert texts(named["sanity_cub200"]) == [["Triplet", "60 ± 10", "30 ± 10", "20 ± 10"]] and named["sanity_cub200"]["header"][1:] == ["0 of 50", "25 of 50", "50 of 50"]
     assert texts(named["cka_cub200"])[0] == ["Triplet", "", "0.90"] and texts(named["overlap_cub200"])[0][2] == "55"
-    assert any("correlation with the trained network's map falls: 0.20, against 0.60" in one["text"] for one in found["statements"])
+    assert any("correlation with the trained network's map falls: 0.20, against "
+               "0.60" in one["text"] for one in found["statements"])
     assert {"dataset": "cub200", "table": "pairs", "what": "ArcFace: fold 1; the mean is over the others"} in found["missing"]
 
 
@@ -560,7 +575,11 @@ def test_no_results_at_all(run_script, tmp_path):
     assert "unrecognized arguments" in run(run_script, tmp_path, "--bogus", status=2).stderr
 
 
-@pytest.mark.parametrize("change, said", [({"sha": "two"}, "other lists of pictures"), ({"options": {"precision": "bf16"}}, "other options (precision: None, bf16)")])
+@pytest.mark.parametrize("change, said", [({"sha": "two"}, "other lists of pictures"), ({"options": {"precision": "bf16"}}, "other "
+                                                                                                                            "options "
+                                                                                                                            "(precision: "
+                                                                                                                            "None, "
+                                                                                                                            "bf16)")])
 def test_results_that_do_not_belong_together_are_named(small, run_script, tmp_path, change, said):
     add_network(small, "cosface", "CosFace", 1, **change)
     done = run(run_script, small, "--out", tmp_path / "out", status=2)
@@ -582,7 +601,8 @@ def test_embeddings_and_maps_of_different_checkpoints(small, run_script, tmp_pat
 
 @pytest.mark.parametrize("rows, said", [
     ([nrprec_row("Triplet", 0, "model", 1, queries=300)], "counts 300 pictures for Triplet"),
-    ([nrprec_row("Triplet", 0, "model", 1), nrprec_row("ArcFace", 0, "model", 1, distance="cosine")], "mixes distance euclidean and cosine"),
+    ([nrprec_row("Triplet", 0, "model", 1), nrprec_row("ArcFace", 0, "model", 1, distance="cosine")], "mixes distance euclidean "
+                                                                                                      "and cosine"),
     ([nrprec_row("Triplet", 0, "model", 1), nrprec_row("Triplet", 0, "model", 2)], "two rows for Triplet, fold 0, model"),
     ([nrprec_row("Triplet", 0, "model", "much")], "column nr_precision is 'much'; expected a number")])
 def test_nrprec_that_does_not_belong(small, run_script, tmp_path, rows, said):
@@ -597,7 +617,7 @@ def test_tables_of_something_else(small, run_script, tmp_path):
     assert "line 2 has 1 field, the header 2" in run(run_script, small, "--out", tmp_path / "out", status=2).stderr
     write(small / "compare.csv", COMPARE, [compare_row("Triplet", "ArcFace", 0, 0.5, n=99)])
     add_network(small, "triplet", "Triplet", 0, kinds=("maps",))
-    assert "compares 99 maps of Triplet" in run(run_script, small, "--out", tmp_path / "out", status=2).stderr
+    assert "compare.csv counts 99 pictures for Triplet" in run(run_script, small, "--out", tmp_path / "out", status=2).stderr
 
 
 def test_a_half_finished_result_is_left_out_and_listed(small, run_script, tmp_path):
