@@ -27,6 +27,7 @@ import itertools
 import json
 import re
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -168,6 +169,7 @@ def draw_heat_map(values, names, kinds, tree, order, text="{:.0f}", ramp="Blues"
     if tree is not None:
         beside = fig.add_axes([(margin + side + 0.04) / WIDTH, (height - side - 0.1) / height, branch / WIDTH, side / height])
         dendrogram(tree, orientation="right", ax=beside, color_threshold=0, above_threshold_color="#555555", no_labels=True)
+        beside.set(xlim=(max(0, tree[0, 2] - 0.3 * (tree[-1, 2] - tree[0, 2])), 1.002 * tree[-1, 2]))  # from the lowest joint on
         beside.invert_yaxis()
         beside.axis("off")
         for lines in beside.collections:
@@ -389,11 +391,12 @@ def pair_histograms(embeddings, labels, bins=200, block=1024):
 
 
 def coarser(histograms, most=40):
-    """What is drawn of histograms, a list of (2, bins) over [-1, 1]: (edges, the same with fewer bins).
+    """What is drawn of histograms, a list of (2, bins) over [-1, 1]: (edges, the same with fewer bins, equally many).
 
     Neighbouring bins are joined until at most `most` cover what any of the histograms reaches; the rest is cut off.
     """
-    bins = histograms[0].shape[1]
+    bins = np.gcd.reduce([one.shape[1] for one in histograms])
+    histograms = [one.reshape(2, bins, -1).sum(axis=2) for one in histograms]
     reached = np.flatnonzero(sum(one.sum(axis=0) for one in histograms))
     joined = next(d for d in range(1, bins + 1) if bins % d == 0 and reached[-1] // d - reached[0] // d < most)
     first, last = reached[0] // joined, reached[-1] // joined + 1
@@ -445,21 +448,23 @@ def draw_pairs(after, before=None, scores=("", "")):
 
 
 def draw_pair_panels(histograms, names, kinds, scores, before=None, across=3):
-    """One panel a network with its own scale: histograms K × (2, bins), the mean of its folds; before: dotted in every panel."""
+    """One panel a network with its own scale: histograms, before: K × (2, bins), means of folds; before: dotted, or None."""
     lines = -(-len(names) // across)
-    edges, histograms = coarser([*histograms] + [before] * (before is not None))
-    before = None if before is None else histograms[-1]
+    known = [one for one in before or [] if one is not None]
+    edges, drawn = coarser([*histograms, *known])
+    later = iter(drawn[len(names):])
+    before = [None if one is None else next(later) for one in before or [None] * len(names)]
     fig = Figure(figsize=(WIDTH, 0.5 + 1.35 * lines), layout="constrained")
-    for k, (counts, name, kind, score) in enumerate(zip(histograms, names, kinds, scores)):
+    for k, (counts, name, kind, score) in enumerate(zip(drawn, names, kinds, scores)):
         ax = fig.add_subplot(lines, across, k + 1)
-        draw_pair_panel(ax, edges, counts, before=None if kind == "none" else before)
+        draw_pair_panel(ax, edges, counts, before=before[k])
         ax.set_title(f"{SHAPES[kind]} {plain(name, 26)}", fontsize=8.5)
         ax.text(0.03, 0.95, score, transform=ax.transAxes, fontsize=7.5, va="top")
         ax.tick_params(labelbottom=k + across >= len(names), labelleft=False)
         ax.set_yticks([])
     fig.supxlabel("inner product", fontsize=9)
     fig.supylabel("density", fontsize=9)
-    pair_legend(fig, [("before training", "#444444", ":")] if before is not None else [])
+    pair_legend(fig, [("before training", "#444444", ":")] if known else [])
     return fig
 
 
@@ -470,44 +475,49 @@ CURVES = (("loss", "loss"), ("positive_mean", "positive\npairs' mean"), ("negati
 def draw_training(histories, kinds, chosen):
     """A row a measure, a column a split. histories: {name: {split: {measure: (epochs, folds)}}}; chosen: drawn with its folds.
 
-    The loss is drawn for the chosen one alone: losses of different kinds have no common scale.
+    A split of two epochs alone (the test part) is drawn as before and after. The loss is drawn for the chosen one alone:
+    losses of different kinds have no common scale.
     """
-    splits = list(dict.fromkeys(split for one in histories.values() for split in one
-                                if np.isfinite(one[split]["jsd"]).any(axis=1).sum() > 1))  # one epoch is no curve
+    lengths = {}
+    for split, values in (item for one in histories.values() for item in one.items()):
+        lengths[split] = max(lengths.get(split, 0), len(values["jsd"]))
+    splits = [split for split, length in lengths.items() if length > 1]
     measures = [(key, text) for key, text in CURVES
                 if any(np.isfinite(one[split][key]).any() for one in histories.values() for split in splits if split in one)]
     fig = Figure(figsize=(WIDTH, 0.9 + 1.15 * len(measures)), layout="constrained")
-    for i, (key, text) in enumerate(measures):
-        first = None
-        for j, split in enumerate(splits):
-            ax = first = fig.add_subplot(len(measures), len(splits), i * len(splits) + j + 1, sharey=first)
+    axes = fig.subplots(len(measures), len(splits), sharey="row", sharex="col", squeeze=False,
+                        width_ratios=[0.45 if lengths[split] == 2 else 1 for split in splits])
+    for (key, text), line in zip(measures, axes):
+        line[0].set_ylabel(text)
+        for split, ax in zip(splits, line):
             for name, one in histories.items():
-                values = one.get(split, {}).get(key)
-                if values is None or not np.isfinite(values).any() or (key == "loss" and name != chosen):
-                    continue
-                epochs = np.flatnonzero(np.isfinite(values).any(axis=1))
-                values = values[epochs]
-                mean = np.nanmean(values, axis=1)
-                if name == chosen:
-                    ax.fill_between(epochs, np.nanmin(values, axis=1), np.nanmax(values, axis=1), color="black", alpha=0.18, linewidth=0)
-                    ax.plot(epochs, mean, color="black", linewidth=1.8, zorder=3)
-                else:
-                    ax.plot(epochs, mean, color=TYPES[kinds[name]][0], linewidth=0.7, alpha=0.8,
-                            marker=TYPES[kinds[name]][1], markersize=2.5, markevery=(len(values) - 1, 1))
-            ax.tick_params(labelleft=j == 0, labelbottom=i == len(measures) - 1)
-            ax.xaxis.get_major_locator().set_params(integer=True)
-            if j == 0:
-                ax.set_ylabel(text)
-            if i == 0:
-                ax.set_title(plain(split))
-            if i == len(measures) - 1:
-                ax.set_xlabel("epoch")
+                if split in one and (key != "loss" or name == chosen):
+                    draw_curve(ax, one[split][key], TYPES[kinds[name]], name == chosen)
+            ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4, integer=True))
+            if lengths[split] == 2:
+                ax.set(xlim=(-0.35, 1.35))
+                ax.set_xticks([0, 1], ["before", "after"])
+    for split, first, last in zip(splits, axes[0], axes[-1]):
+        first.set_title(plain(split))
+        last.set_xlabel("epoch" if lengths[split] > 2 else "")
     others = [kind for kind in TYPES if kind in [kinds[name] for name in histories if name != chosen]]
     handles = [Line2D([], [], color="black", linewidth=1.8)]
     handles += [Line2D([], [], color=TYPES[kind][0], marker=TYPES[kind][1], markersize=3.5, linewidth=0.9) for kind in others]
-    fig.legend(handles, [plain(chosen, 26)] + [f"another {NAMED[kind]}".replace("another no", "no").replace("another other", "other")
-                                               for kind in others], loc="outside upper center", ncols=2)
+    fig.legend(handles, [plain(chosen, 26)] + [f"{NAMED[kind]}{', other' * (kind != 'other')}" for kind in others],
+               loc="outside upper center", ncols=2)
     return fig
+
+
+def draw_curve(ax, values, look, chosen):
+    """The mean of values (epochs, folds) against the epoch; of the chosen network in black with the folds' range."""
+    epochs = np.flatnonzero(np.isfinite(values).any(axis=1))
+    values = values[epochs]
+    if chosen:
+        ax.fill_between(epochs, np.nanmin(values, axis=1), np.nanmax(values, axis=1), color="black", alpha=0.18, linewidth=0)
+        ax.plot(epochs, np.nanmean(values, axis=1), color="black", linewidth=1.8, zorder=3)
+    elif len(values):
+        ax.plot(epochs, np.nanmean(values, axis=1), color=look[0], linewidth=0.7, alpha=0.8, marker=look[1], markersize=2.5,
+                markevery=[len(values) - 1])
 
 
 # ---------------------------------------------------------------- text
@@ -515,7 +525,7 @@ def draw_training(histories, kinds, chosen):
 
 def plain(text, most=200):
     """A name as it can be drawn: no control characters, no line breaks, shortened to `most` letters."""
-    text = "".join(letter if letter.isprintable() else "\ufffd" for letter in str(text)) or " "
+    text = "".join(letter if letter.isprintable() else "\ufffd" for letter in str(text)).strip() or "–"
     text = f"\u2009{text}" if text[0] == "_" else text  # matplotlib's legends leave out what begins with an underscore
     return text if len(text) <= most else text[:most - 1] + "…"
 
@@ -927,7 +937,10 @@ def make_pairs(found, args):
             counts[key], label = count_network(network, found, label or args.label)
     order, types = sorted_names([name for name, _ in counts], found)
     chosen = choose_pair(counts, found, args.network)
-    before = next((counts[key] for key in counts if types[key[0]] == "none" and key[1] == chosen[1] and key != chosen), None)
+    untrained = {key: counts[key] for key in counts if types[key[0]] == "none"}
+    started = {key: untrained[other] for key in counts for other in untrained if key[1] == other[1] and key not in untrained}
+    started.update({key: value for key, value in read_started(found, args).items() if key in counts and key not in untrained})
+    before = started.get(chosen)
 
     def score(name, folds=None):
         values = [value for fold, value in jsd.get(name, {}).items() if folds is None or fold in folds]
@@ -935,24 +948,26 @@ def make_pairs(found, args):
             return ""
         return f"JSD {values[0]:.2f}" if len(values) == 1 else f"JSD {np.mean(values):.2f}\n({min(values):.2f}–{max(values):.2f})"
 
-    none = next((name for name in order if types[name] == "none"), None)
+    none = next((name for name in order if types[name] == "none"), "")
     pairs = counts[chosen].sum(axis=1)
     caption = (f"Inner products of l2-normalised embeddings of {chosen[0]}" + f", fold {chosen[1]}" * bool(chosen[1])
                + f": {pairs[0]:,} pairs of one {label} (positive), {pairs[1]:,} of two (negative). (a) As counted; (b) each "
-               "normalised to area 1" + (f"; (c) before training ({none})" if before is not None else "") + ".")
+               "normalised to area 1" + "; (c) before training" * (before is not None) + ".")
     yield ("pairs", f"Pairs of the same and of different {label}: {chosen[0]}", caption,
            draw_pairs(counts[chosen], before, (score(chosen[0], {chosen[1], ""}), score(none, {chosen[1], ""}))))
     if len(order) > 1:
-        mean = {name: np.mean([one / np.maximum(one.sum(axis=1, keepdims=True), 1) for key, one in counts.items() if key[0] == name], axis=0)
-                for name in order}
+        def mean(histograms, name):
+            folds = [one / np.maximum(one.sum(axis=1, keepdims=True), 1) for key, one in histograms.items() if key[0] == name]
+            return np.mean(folds, axis=0) if folds else None
+
         folds = max(Counter(name for name, _ in counts).values())
         yield ("pairs_all", f"Pairs of the same and of different {label}, every network",
                "Inner products of positive and negative pairs, each normalised to area 1" + f", mean of {folds} folds" * (folds > 1)
-               + (f"; dotted: before training ({none})" if none else "")
+               + "; dotted: before training" * bool(started)
                + ". Each panel has its own scale. " + ", ".join(f"{SHAPES[kind]} {NAMED[kind]}" for kind in TYPES if kind in map(types.get, order))
                + ". JSD as pairs.csv has it" * bool(jsd) + ", with the smallest and largest fold" * (bool(jsd) and folds > 1) + ".",
-               draw_pair_panels([mean[name] for name in order], order, [types[name] for name in order],
-                                [score(name) for name in order], mean[none] if none else None))
+               draw_pair_panels([mean(counts, name) for name in order], order, [types[name] for name in order],
+                                [score(name) for name in order], [mean(started, name) for name in order]))
 
 
 def choose_pair(counts, found, wanted):
@@ -972,13 +987,34 @@ def read_histograms(found, label):
     if not path.is_file():
         return {}, None
     table = read_rows(path, "pairs.py", ["embeddings", "label", "bins"], ["positive", "negative"])
-    label, bins = label or table["label"][0], table["bins"][0]
-    names, counts = loss_names(table, found), {}
-    folds = table.get("fold", [""] * len(names))
-    for row, name in enumerate(names):
-        if table["label"][row] == label and table["bins"][row] == bins:
-            counts.setdefault((name, folds[row]), []).append((table["positive"][row], table["negative"][row]))
-    return {key: np.array(rows).T.astype(np.int64) for key, rows in counts.items()}, label
+    label, names = label or table["label"][0], loss_names(table, found)
+    rows = [row for row in range(len(names)) if table["label"][row] == label and table["bins"][row] == table["bins"][0]]
+    keys = list(zip(names, table.get("fold", [""] * len(names))))
+    return {key: two_rows(table, [row for row in rows if keys[row] == key]) for key in dict.fromkeys(keys[row] for row in rows)}, label
+
+
+def two_rows(table, rows):
+    return np.stack([table["positive"][rows], table["negative"][rows]]).astype(np.int64)
+
+
+def read_started(found, args):
+    """The test pairs before training, from train.py's histograms.csv: {(name, fold): int64 (2, bins)}."""
+    started = {}
+    for path, name, fold in trained(found, args, "histograms.csv"):
+        table = read_rows(path, "train.py", ["epoch", "split"], ["positive", "negative"])
+        rows = [row for row, key in enumerate(zip(table["epoch"], table["split"])) if key == ("0", "test")]
+        if rows:
+            started[name, fold] = two_rows(table, rows)
+    return started
+
+
+def trained(found, args, file):
+    """(path, network's name, fold) of a file in models/trained/<dataset>/<slug>/fold<k>/, for every network that has it."""
+    folder = next((place for place in (args.models / "trained" / found["name"], args.models / found["name"]) if place.is_dir()), None)
+    slugs = {network["slug"]: network["name"] for network in found["networks"]}
+    for path in sorted(folder.glob(f"*/fold*/{file}")) if folder else []:
+        slug = path.parent.parent.name
+        yield path, slugs.get(slug) or found["losses"].get(slug, {}).get("name", slug), path.parent.name[4:]
 
 
 def count_network(network, found, label):
@@ -995,30 +1031,21 @@ def count_network(network, found, label):
 
 
 def make_training(found, args):
-    folder = next((place for place in (args.models / "trained" / found["name"], args.models / found["name"]) if place.is_dir()), None)
-    paths = sorted(folder.glob("*/fold*/history.csv")) if folder else []
-    if not paths:
-        raise Missing(f"{args.models / 'trained' / found['name']} has no history.csv (python train.py writes them; see --models)")
-    slugs = {network["slug"]: network["name"] for network in found["networks"]}
     read, lengths = {}, Counter()
-    for path in paths:
+    for path, name, _ in trained(found, args, "history.csv"):
         table = read_rows(path, "train.py", ["epoch", "split"], [key for key, _ in CURVES])
-        slug = path.parent.parent.name
-        name = slugs.get(slug) or found["losses"].get(slug, {}).get("name", slug)
         for row, (epoch, split) in enumerate(zip(table["epoch"], table["split"])):
             if not epoch.isdigit():
                 raise ValueError(f"{path}: line {row + 2}: epoch {epoch!r} is no number; train that network again")
             lengths[name] = max(lengths[name], int(epoch) + 1)
             read.setdefault(name, {}).setdefault(split, {}).setdefault(path, {})[int(epoch)] = [table[key][row] for key, _ in CURVES]
-    histories = {}
-    for name, one in read.items():
-        if lengths[name] > 1:  # the untrained network has epoch 0 alone
-            histories[name] = {split: as_arrays(folds, lengths[name]) for split, folds in one.items()}
+    histories = {name: {split: as_arrays(folds) for split, folds in one.items()} for name, one in read.items() if lengths[name] > 1}
     if not histories:
-        raise Missing(f"{folder} has no network that was trained for an epoch")
+        raise Missing(f"{args.models / 'trained' / found['name']} has no history.csv of an epoch (python train.py writes them; see --models)")
     order, types = sorted_names(list(histories), found)
     wanted = (args.network or "").partition("/")[0]
-    chosen = next((name for name in order if wanted in (name, *(slug for slug, one in slugs.items() if one == name))), order[0])
+    wanted = next((network["name"] for network in found["networks"] if network["slug"] == wanted), wanted)
+    chosen = wanted if wanted in order else order[0]
     folds = max(values["jsd"].shape[1] for values in histories[chosen].values())
     yield ("training", f"Training: {chosen}" + " among the other losses" * (len(order) > 1),
            f"Black: {chosen}, mean" + f" of {folds} folds and their range" * (folds > 1) + "; thin: the other networks' means. Epoch 0 is "
@@ -1026,9 +1053,14 @@ def make_training(found, args):
            draw_training({name: histories[name] for name in order}, types, chosen))
 
 
-def as_arrays(folds, epochs):
-    """{fold: {epoch: [a value a measure]}} -> {measure: float64 (epochs, folds)}, nan where there is none."""
-    values = np.full((epochs, len(folds), len(CURVES)), np.nan)
+def as_arrays(folds):
+    """{fold: {epoch: [a value a measure]}} -> {measure: float64 (epochs, folds)}, nan where there is none.
+
+    Folds that know two epochs alone, before training and their best one, are lined up at 0 and 1.
+    """
+    if max(map(len, folds.values())) <= 2:
+        folds = {fold: dict(enumerate(rows[epoch] for epoch in sorted(rows))) for fold, rows in folds.items()}
+    values = np.full((1 + max(max(rows) for rows in folds.values()), len(folds), len(CURVES)), np.nan)
     for k, rows in enumerate(folds.values()):
         for epoch, row in rows.items():
             values[epoch, k] = row
@@ -1049,22 +1081,30 @@ def save(fig, folder, name, photograph):
     formats = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
     for suffix in ["png", "pdf"] + ["svg"] * (not photograph):
         content = io.BytesIO()
-        fig.savefig(content, format=suffix, metadata=formats[suffix])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fig.savefig(content, format=suffix, metadata=formats[suffix])
+        if suffix == "png" and any("missing from font" in str(warning.message) for warning in caught):
+            say(f"note: {name}: letters that the font (DejaVu Sans) lacks are drawn as boxes")
         data.write_file(folder / f"{name}.{suffix}", content.getvalue())
 
 
-def open_pictures(args, name, alone):
-    """The data set of --dataset that has this name (or the only one), a published one that is there, or None."""
-    for given in args.dataset or []:
-        pictures = data.open_dataset(given, args.data_root, "all")
-        if pictures.name == name or (alone and len(args.dataset) == 1):
-            return pictures
-    if name in data.PUBLISHED:
-        try:
-            return data.open_dataset(name, args.data_root, "all")
-        except FileNotFoundError:
-            return None
-    return None
+def open_pictures(args, names):
+    """{name of a results folder: its data set}: of --dataset, else the published one where it is there."""
+    given = [data.open_dataset(one, args.data_root, "all") for one in args.dataset or []]
+    found = {pictures.name: pictures for pictures in given}
+    if len(given) == len(names) == 1:
+        return {names[0]: given[0]}  # whatever its folder is called
+    strange = next((name for name in found if name not in names), None)
+    if strange is not None:
+        raise ValueError(f"--dataset {strange}: no results of this name; there are {listing(names)}")
+    for name in names:
+        if name in data.PUBLISHED and name not in found:
+            try:
+                found[name] = data.open_dataset(name, args.data_root, "all")
+            except FileNotFoundError:
+                pass
+    return found
 
 
 def check_network(args, datasets):
@@ -1121,11 +1161,10 @@ def main(argv=None):
     args = parse(argv)
     only = check(args)
     folders, losses = find_datasets(args.results), read_losses()
-    datasets = []
-    for folder in folders:
-        name = folder.resolve().name
-        datasets.append({"name": name, "folder": folder, "losses": losses, "networks": find_networks(folder, losses),
-                         "pictures": open_pictures(args, name, len(folders) == 1)})
+    names = [folder.resolve().name for folder in folders]
+    pictures = open_pictures(args, names)
+    datasets = [{"name": name, "folder": folder, "losses": losses, "networks": find_networks(folder, losses),
+                 "pictures": pictures.get(name)} for name, folder in zip(names, folders)]
     if args.network:
         check_network(args, datasets)
     for found, stem in itertools.product(datasets, ("emb", "maps")):
