@@ -25,6 +25,7 @@ import importlib.util
 import io
 import itertools
 import json
+import os
 import re
 import sys
 import warnings
@@ -48,6 +49,7 @@ import data
 HERE = Path(__file__).resolve().parent
 FIGURES = ("profile", "correlation", "jsd", "gallery", "tsne", "samples", "pairs", "training")
 MARK = 2.576   # the published mark of NR-Prec
+DASHES = (0, (4, 2))
 WIDTH = 5.4    # inches of every figure: 9 points are 9 pixels where it is shown 400 pixels wide
 DPI = 200
 MOST_PAIRED = 20_000  # embeddings whose pairs are counted here; above, pairs.py --histograms does it
@@ -83,8 +85,6 @@ def draw_profile(values, low, high, properties, kinds):
     values, low, high: (L, P), a loss's mean and the ends of its whisker (nan: none); properties: P names;
     kinds: L of TYPES. A type of two or more losses has a bar: its mean with Student's 95 % interval over the losses.
     """
-    from scipy.stats import t
-
     shown = [kind for kind in TYPES if kind in kinds]
     order = np.argsort(-np.nan_to_num(np.nanmean(values, axis=0), nan=-np.inf), kind="stable")
     step = 0.8 / len(shown)
@@ -95,29 +95,35 @@ def draw_profile(values, low, high, properties, kinds):
             ax.axhspan(row - 0.5, row + 0.5, color="#f1f1f1", linewidth=0, zorder=0)
         for place, kind in enumerate(shown):
             members = [i for i, one in enumerate(kinds) if one == kind and np.isfinite(values[i, k])]
-            x, y = values[members, k], row + (place - (len(shown) - 1) / 2) * step
-            spread = y + np.linspace(-0.3, 0.3, len(members)) * step if len(members) > 1 else np.array([y])
-            colour, marker = TYPES[kind]
-            ax.hlines(spread, low[members, k], high[members, k], color=colour, linewidth=0.7, alpha=0.45)
-            ax.plot(x, spread, marker, color=colour, markersize=3.6, markeredgecolor="white", markeredgewidth=0.3)
-            if len(members) > 1:
-                half = t.ppf(0.975, len(members) - 1) * x.std(ddof=1) / np.sqrt(len(members))
-                ax.hlines(y, x.mean() - half, x.mean() + half, color=colour, linewidth=4, alpha=0.3, zorder=1)
-                ax.vlines(x.mean(), y - 0.42 * step, y + 0.42 * step, color=colour, linewidth=1.6)
-    ax.axvline(MARK, color="black", linewidth=0.8, linestyle=(0, (4, 2)))
+            y = row + (place - (len(shown) - 1) / 2) * step
+            draw_dots(ax, values[members, k], low[members, k], high[members, k], y, step, kind)
+    ax.axvline(MARK, color="black", linewidth=0.8, linestyle=DASHES)
     ax.axvline(0, color="black", linewidth=0.5)
-    if np.nanmax(values) > 10:  # one property often lies far above the others
-        ax.set_xscale("function", functions=(lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * x ** 2))
-        ax.set_xticks([tick for tick in (0, 1, 5, 10, 20, 40, 60, 80, 120, 200, 400) if tick <= np.nanmax(high)])
     least, most = min(0, np.nanmin(low)), max(MARK, np.nanmax(high))
+    if most > 10:  # one property often lies far above the others
+        ax.set_xscale("function", functions=(lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * x ** 2))
+        ax.set_xticks([tick for tick in (0, 1, 5, 10, 20, 40, 60, 80, 120, 200, 400) if tick <= most])
     ax.set(ylim=(len(properties) - 0.5, -0.5), xlim=(least - 0.04 * min(most, 5), 1.04 * most), xlabel="NR-Prec")
     ax.set_yticks(range(len(properties)), [plain(properties[k]) for k in order])
     ax.tick_params(axis="y", length=0)
-    handles = [Line2D([], [], color=TYPES[kind][0], marker=TYPES[kind][1], linestyle="", markersize=5) for kind in shown]
-    handles.append(Line2D([], [], color="black", linewidth=0.8, linestyle=(0, (4, 2))))
+    handles = [*type_handles(shown), Line2D([], [], color="black", linewidth=0.8, linestyle=DASHES)]
     fig.legend(handles, [NAMED[kind] for kind in shown] + [f"published mark {MARK}"], loc="outside upper center",
                ncols=min(4, len(handles)), handletextpad=0.4, columnspacing=1.2)
     return fig
+
+
+def draw_dots(ax, x, low, high, y, step, kind):
+    """One type's losses of one property, at heights round y; of two or more the mean and Student's 95 % interval."""
+    from scipy.stats import t
+
+    colour, marker = TYPES[kind]
+    heights = y + (np.linspace(-0.3, 0.3, len(x)) * step if len(x) > 1 else np.zeros(len(x)))
+    ax.hlines(heights, low, high, color=colour, linewidth=0.7, alpha=0.45)
+    ax.plot(x, heights, marker, color=colour, markersize=3.6, markeredgecolor="white", markeredgewidth=0.3)
+    if len(x) > 1:
+        half = t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
+        ax.hlines(y, x.mean() - half, x.mean() + half, color=colour, linewidth=4, alpha=0.3, zorder=1)
+        ax.vlines(x.mean(), y - 0.42 * step, y + 0.42 * step, color=colour, linewidth=1.6)
 
 
 def cluster(distances):
@@ -162,26 +168,29 @@ def draw_heat_map(values, names, kinds, tree, order, text="{:.0f}", ramp="Blues"
     ax.tick_params(length=0, pad=12)
     ax.spines[:].set_visible(False)
     for place, i in enumerate(order):
-        colour, marker = TYPES[kinds[i]]
-        for x, y, move in (0, place + 0.5, (-6, 0)), (place + 0.5, K, (0, -6)):
-            ax.plot(x, y, marker, color=colour, markersize=5, clip_on=False,
-                    transform=ax.transData + matplotlib.transforms.ScaledTranslation(move[0] / 72, move[1] / 72, fig.dpi_scale_trans))
+        for x, y, move in (0, place + 0.5, (-6, 0)), (place + 0.5, K, (0, -6)):  # six points beside the cells
+            shift = matplotlib.transforms.ScaledTranslation(move[0] / 72, move[1] / 72, fig.dpi_scale_trans)
+            colour, marker = TYPES[kinds[i]]
+            ax.plot(x, y, marker, color=colour, markersize=5, clip_on=False, transform=ax.transData + shift)
     if tree is not None:
         beside = fig.add_axes([(margin + side + 0.04) / WIDTH, (height - side - 0.1) / height, branch / WIDTH, side / height])
         dendrogram(tree, orientation="right", ax=beside, color_threshold=0, above_threshold_color="#555555", no_labels=True)
         beside.set(xlim=(max(0, tree[0, 2] - 0.3 * (tree[-1, 2] - tree[0, 2])), 1.002 * tree[-1, 2]))  # from the lowest joint on
         beside.invert_yaxis()
         beside.axis("off")
-        for lines in beside.collections:
-            lines.set_linewidth(0.8)
+        beside.collections[0].set_linewidth(0.8)
     type_legend(fig, kinds, loc="lower left", fontsize=7.5)
     return fig
 
 
+def type_handles(kinds):
+    return [Line2D([], [], color=TYPES[kind][0], marker=TYPES[kind][1], linestyle="", markersize=5) for kind in kinds]
+
+
 def type_legend(fig, kinds, **options):
     here = [kind for kind in TYPES if kind in kinds]
-    handles = [Line2D([], [], color=TYPES[kind][0], marker=TYPES[kind][1], linestyle="", markersize=5) for kind in here]
-    fig.legend(handles, [NAMED[kind].replace(" loss", "") for kind in here], handletextpad=0.2, borderpad=0.1, columnspacing=1.2, **options)
+    fig.legend(type_handles(here), [NAMED[kind].replace(" loss", "") for kind in here], handletextpad=0.2, borderpad=0.1,
+               columnspacing=1.2, **options)
 
 
 # ---------------------------------------------------------------- pictures
@@ -220,7 +229,8 @@ def draw_gallery(cells, names, kinds, titles, gap=6, margin=270):
     for i, j in itertools.product(range(len(cells)), range(len(titles))):
         y, x = i * (side + gap), j * (side + gap)
         canvas[y:y + side, x:x + side] = resized(cells[i][j], side)
-    ax.imshow(canvas, extent=(margin, margin + canvas.shape[1], head + canvas.shape[0], head), interpolation="none", aspect="auto")
+    place = margin, margin + canvas.shape[1], head + canvas.shape[0], head
+    ax.imshow(canvas, extent=place, interpolation="none", aspect="auto")
     for j, title in enumerate(titles):
         ax.text(margin + j * (side + gap) + side / 2, head - 6, plain(title, 11), ha="center", va="bottom", fontsize=7.5)
     for i, name in enumerate(["picture", *names]):
@@ -339,14 +349,14 @@ def draw_tsne(places, properties, circular=(), named=(), titles=None, across=3):
 
 
 def draw_names(ax, beneath, places, column, size):
-    common = [value for value, _ in sorted(Counter(column.tolist()).items(), key=lambda item: (-item[1], data.natural_key(item[0])))]
-    common = common[:len(MARKERS)]
+    counts = Counter(column.tolist())
+    common = sorted(counts, key=lambda value: (-counts[value], data.natural_key(value)))[:len(MARKERS)]
     rest = ~np.isin(column, common)
     ax.scatter(*places[rest].T, s=size, c="#cccccc", marker="o", linewidth=0, rasterized=True)
     for value, (colour, marker) in zip(common, MARKERS):
         ax.scatter(*places[column == value].T, s=size, c=colour, marker=marker, linewidth=0, rasterized=True)
-    handles = [Line2D([], [], color=colour, marker=marker, linestyle="", markersize=4) for colour, marker in MARKERS[:len(common)]]
-    labels = [plain(value, 10) for value in common]
+    handles = [Line2D([], [], color=colour, marker=marker, linestyle="", markersize=4) for colour, marker in MARKERS]
+    handles, labels = handles[:len(common)], [plain(value, 10) for value in common]
     if rest.any():
         handles.append(Line2D([], [], color="#cccccc", marker="o", linestyle="", markersize=4))
         labels.append(f"{len(set(column[rest]))} more")
@@ -366,7 +376,8 @@ def draw_numbers(fig, ax, beneath, key, places, numbers, is_circular, size):
         values = np.unique(numbers)
         ticks = values if len(values) <= 4 else np.linspace(values[0], values[-1], 3)
     points = ax.scatter(*places.T, s=size, c=numbers, cmap=ramp, norm=norm, linewidth=0, rasterized=True)
-    bar = fig.colorbar(points, cax=beneath.inset_axes([0.05, 1 - 0.14 / key, 0.9, 0.07 / key]), orientation="horizontal", ticks=ticks)
+    place = beneath.inset_axes([0.05, 1 - 0.14 / key, 0.9, 0.07 / key])
+    bar = fig.colorbar(points, cax=place, orientation="horizontal", ticks=ticks)
     bar.ax.set_xticklabels([f"{tick:g}" for tick in ticks], fontsize=7)
     bar.ax.tick_params(length=2, pad=1)
     bar.outline.set_visible(False)
@@ -376,7 +387,7 @@ def draw_numbers(fig, ax, beneath, key, places, numbers, is_circular, size):
 # ---------------------------------------------------------------- pairs and training
 
 
-def pair_histograms(embeddings, labels, bins=200, block=1024):
+def pair_histograms(embeddings, labels, bins=200, block=256):
     """Inner products of l2-normalised embeddings (n, m) over all pairs -> int64 (2, bins): positives, negatives; over [-1, 1]."""
     unit = embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-30)
     codes = np.unique(labels, return_inverse=True)[1]
@@ -558,8 +569,8 @@ def find_datasets(results):
         raise ValueError(f"{results}: no such folder; expected results/ or one data set's folder in it")
     found = [results] if holds(results) else [folder for folder in sorted(results.iterdir()) if folder.is_dir() and holds(folder)]
     if not found:
-        raise ValueError(f"{results}: no results in this folder; expected <dataset>/<loss>/fold<k>/emb.npy or maps.npy, or tables "
-                         f"as <dataset>/{TABLES[0]}: python embed.py, nrprec.py, saliency.py and compare.py make them")
+        raise ValueError(f"{results}: no results in this folder; expected <dataset>/<loss>/fold<k>/emb.npy or maps.npy, "
+                         f"or tables as <dataset>/{TABLES[0]}: python embed.py, nrprec.py, saliency.py and compare.py make them")
     return found
 
 
@@ -591,13 +602,18 @@ def find_networks(folder, losses):
     return sorted(networks, key=lambda network: (network["order"], network["fold"]))
 
 
+def told(path, part):
+    """A dictionary in the JSON beside an array: its pictures, options, preprocessing; {} where there is none."""
+    content = data.read_sidecar(path).get(part)
+    return content if isinstance(content, dict) else {}
+
+
 def check_lists(networks, stem):
     """Raise ValueError naming two arrays of one fold whose JSONs tell of different pictures."""
     first = {}
     for network in networks:
         path = network["folder"] / f"{stem}.npy"
-        listed = data.read_sidecar(path).get("pictures")
-        digest = listed.get("sha256") if isinstance(listed, dict) and path.is_file() else None
+        digest = told(path, "pictures").get("sha256") if path.is_file() else None
         if digest:
             other, expected = first.setdefault(network["fold"], (path, digest))
             if digest != expected:
@@ -612,25 +628,24 @@ def read_rows(path, script, texts, numbers):
     table = data.read_table(path)
     absent = [name for name in [*texts, *numbers] if name not in table]
     if absent:
-        raise ValueError(f"{path} has no column {' and '.join(absent)}; expected a table of {script}, its columns are {', '.join(table)}")
+        raise ValueError(f"{path} has no column {' and '.join(absent)}; expected a table of {script}; "
+                         f"its columns are {', '.join(table)}")
     for name in numbers:
         for line, value in enumerate(table[name], 2):
             if value and not data.is_number(value):
-                raise ValueError(f"{path}: line {line}, column {name}: {value!r} is no number; make the table again with {script}")
+                raise ValueError(f"{path}: line {line}, column {name}: {value!r} is no number; make it again with {script}")
         table[name] = np.array([float(value or "nan") for value in table[name]])
     return table
 
 
 def loss_names(table, found):
-    """The network's name of every row: its loss, else its backbone."""
-    alone = {network["name"] for network in found["networks"]}
-
-    def name(row):
-        about = data.read_sidecar(table["embeddings"][row])
-        return about.get("backbone") or (next(iter(alone)) if len(alone) == 1 else table["embeddings"][row])
-
-    losses = table.get("loss") or [""] * len(table["embeddings"])
-    return [loss or name(row) for row, loss in enumerate(losses)]
+    """The network's name of every row: its loss, else that of its folder, else its backbone, else its file."""
+    slugs = {network["slug"]: network["name"] for network in found["networks"]}
+    names = {}
+    for file in set(table["embeddings"]):
+        names[file] = slugs.get(Path(file).parent.parent.name) or data.read_sidecar(file).get("backbone") or (
+            next(iter(slugs.values())) if len(slugs) == 1 else file)
+    return [loss or names[file] for loss, file in zip(table.get("loss") or [""] * len(table["embeddings"]), table["embeddings"])]
 
 
 def sorted_names(names, found):
@@ -660,8 +675,7 @@ def choose_network(found, wanted, file):
 def picture_names(network, stem, pictures):
     """Names of the pictures that an array's rows are, from labels.csv or the data set. Raises Missing or ValueError."""
     path = network["folder"] / f"{stem}.npy"
-    about, n = data.read_sidecar(path), len(data.read_array(path))
-    listed, options = about.get("pictures") or {}, about.get("options") or {}
+    n, listed, options = len(data.read_array(path)), told(path, "pictures"), told(path, "options")
     beside, candidates = network["folder"] / "labels.csv", []
     if beside.is_file():
         table = data.read_table(beside)
@@ -698,8 +712,8 @@ def find_properties(network, pictures):
     row_of = {name: row for row, name in enumerate(pictures.relative)}
     rows = [row_of[name] for name in names if name in row_of]
     if len(rows) < n:
-        raise ValueError(f"{n - len(rows):,} of the {n:,} pictures of {network['folder'] / 'emb.npy'} are not in {pictures.folder}; "
-                         "give the data set they come from")
+        raise ValueError(f"{n - len(rows):,} of the {n:,} pictures of {network['folder'] / 'emb.npy'} are not in "
+                         f"{pictures.folder}; give the data set they come from")
     if pictures.labels is not None:
         return {"class": np.array(pictures.classes)[pictures.labels[rows]]}
     if (pictures.folder / "props.csv").is_file():
@@ -729,7 +743,7 @@ def listing(names):
     return ", ".join(names) if len(names) <= 15 else f"{', '.join(names[:15])} and {len(names) - 15} more"
 
 
-# ---------------------------------------------------------------- from results to figures: each yields (name, title, caption, Figure)
+# ---------------------------------------------------------------- results to figures: each yields name, title, caption, Figure
 
 
 def make_profile(found, args):
@@ -738,88 +752,93 @@ def make_profile(found, args):
     options = {key: sorted(set(table[key])) for key in ("distance", "null", "max_neighbours") if key in table}
     mixed = next((key for key, values in options.items() if len(values) > 1), None)
     if mixed:
-        raise ValueError(f"{path} mixes {mixed} {' and '.join(value or 'none' for value in options[mixed])}, which can't be compared; "
-                         "run nrprec.py on all networks with the same options")
+        raise ValueError(f"{path} mixes {mixed} {' and '.join(value or 'none' for value in options[mixed])}, which can't be "
+                         "compared; run nrprec.py on all networks with the same options")
+    if not np.isfinite(table["nr_precision"]).any():
+        raise Missing(f"{path} has no NR-Prec")
     names, properties = loss_names(table, found), list(dict.fromkeys(table["property"]))
     order, types = sorted_names(names, found)
-    errors = np.array([float(value or "nan") for value in table.get("nr_precision_se", [""] * len(names))])
-    values, low, high = np.full((3, len(order), len(properties)), np.nan)
-    folds = Counter()
-    for (i, name), (k, key) in itertools.product(enumerate(order), enumerate(properties)):
-        rows = [row for row in range(len(names)) if names[row] == name and table["property"][row] == key]
-        one = table["nr_precision"][rows]
-        one, error = one[np.isfinite(one)], errors[rows][np.isfinite(one)]
-        folds[len(one)] += 1
-        if len(one):
-            half = 1.96 * np.nan_to_num(error[0]) if len(one) == 1 else 0
-            values[i, k], low[i, k], high[i, k] = one.mean(), one.min() - half, one.max() + half
-    if not np.isfinite(values).any():
-        raise Missing(f"{path} has no NR-Prec")
     if "loss" not in table:
         types = {name: "none" if types[name] == "other" else types[name] for name in order}
-    several = max(folds) > 1
-    told = ", ".join(f"{key.replace('_', ' ')} {values[0]}" for key, values in options.items() if values[0])
-    caption = (f"NR-Prec of {len(properties)} properties; " + (
-        f"each dot one of {len(order)} networks" if len(order) > 1 else f"network: {order[0]}")
-        + (f", its mean over {max(folds)} folds with a whisker from the smallest to the largest fold" if several else
-           ", with the 95 % interval of its sample of queries" if np.isfinite(errors).any() else "")
-        + (". Strokes: the types' means, in bars that are Student's 95 % interval over the losses" if len(order) > 2 else "")
-        + f". Properties in the order of their mean. Dashed: the published mark {MARK}, one z-score's 1 % threshold applied to a "
-        f"mean of many. {told[:1].upper()}{told[1:]}" + "." * bool(told)
-        + " Square-root axis." * bool(np.nanmax(values) > 10))
-    yield "profile", "Which properties the embeddings cluster by", caption, draw_profile(
-        values, low, high, properties, [types[name] for name in order])
+    values, low, high, folds = mean_over_folds(table, names, order, properties)
+    settings = ", ".join(f"{key.replace('_', ' ')} {values[0]}" for key, values in options.items() if values[0])
+    yield ("profile", "Which properties the embeddings cluster by",
+           profile_caption(order, properties, folds, (high > low).any(), settings, np.nanmax(high) > 10),
+           draw_profile(values, low, high, properties, [types[name] for name in order]))
 
 
-def short_paths(names):
-    """Networks named by their files lose the folders that all have in common."""
-    if len(names) > 1 and all("/" in name for name in names):
-        common = len(names[0]) if len(set(names)) == 1 else next(
-            k for k in range(min(map(len, names)) + 1) if len({name[:k + 1] for name in names}) > 1)
-        cut = names[0][:common].rfind("/") + 1
-        return [name[cut:] for name in names]
-    return names
+def mean_over_folds(table, names, order, properties):
+    """(L, P) means, the ends of the folds' range or of a single fold's 95 % interval, and how many folds there are."""
+    errors = np.array([float(value or "nan") for value in table.get("nr_precision_se", [""] * len(names))])
+    places = {}
+    for row, key in enumerate(zip(names, table["property"])):
+        if np.isfinite(table["nr_precision"][row]):
+            places.setdefault(key, []).append(row)
+    values, low, high = np.full((3, len(order), len(properties)), np.nan)
+    for (name, key), rows in places.items():
+        place, one = (order.index(name), properties.index(key)), table["nr_precision"][rows]
+        half = 1.96 * np.nan_to_num(errors[rows[0]]) if len(rows) == 1 else 0
+        values[place], low[place], high[place] = one.mean(), one.min() - half, one.max() + half
+    return values, low, high, max(map(len, places.values()))
+
+
+def profile_caption(order, properties, folds, whiskers, settings, roots):
+    return (f"NR-Prec of {len(properties)} properties, in the order of their mean. "
+            + (f"Each dot is one of {len(order)} networks" if len(order) > 1 else f"Network: {order[0]}")
+            + (f", its mean over {folds} folds with a whisker from the smallest to the largest" if folds > 1 else
+               ", with the 95 % interval over a sample of queries" if whiskers else "")
+            + (". Strokes: the types' means, in bars that are Student's 95 % interval over the losses" if len(order) > 2 else "")
+            + f". Dashed: the published mark {MARK}, one z-score's 1 % threshold applied to a mean of many."
+            + f" {settings[:1].upper()}{settings[1:]}." * bool(settings) + " Square-root axis." * bool(roots))
 
 
 def make_heat_map(found, args, measure):
     path = found["folder"] / "compare.csv"
     table = read_rows(path, "compare.py", ["model_a", "model_b"],
-                      ["n", "correlation", "correlation_low", "correlation_high", "jsd", "ceiling", "corrected"])
+                      ["n", "correlation", "correlation_low", "correlation_high", "jsd", "ceiling"])
     order, types = sorted_names(table["model_a"] + table["model_b"], found)
-    forward, back = (np.tanh, lambda r: np.arctanh(np.clip(r, -0.999999, 0.999999))) if measure == "correlation" else (np.array,) * 2
-    sums, counts = np.zeros((2, len(order), len(order)))
-    for a, b, value in zip(table["model_a"], table["model_b"], back(table[measure])):
-        if a != b and np.isfinite(value):
-            for i, j in (order.index(a), order.index(b)), (order.index(b), order.index(a)):
-                sums[i, j] += value
-                counts[i, j] += 1
-    if not counts.any():
+    values, folds = pair_matrix(table, order, measure)
+    if not folds:
         raise Missing(f"{path} has no {measure} of two different networks")
-    values = forward(np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0))
     tree, leaves = cluster(1 - values if measure == "correlation" else values)
-    pictures = sorted({int(n) for n in table["n"] if np.isfinite(n)})
-    folds = int(counts.max())
-    caption = (f"{'Correlation, per cent,' if measure == 'correlation' else 'Jensen-Shannon divergence (base 2), in hundredths,'} of the saliency maps "
-               f"of every two networks; mean over pictures ({'–'.join(map(str, sorted({pictures[0], pictures[-1]})))} a pair)"
-               + f" and {folds} folds" * (folds > 1) + (", by Fisher's z" if measure == "correlation" else "") + "; dark: alike. ")
-    caption += ("Order and tree: average linkage on " + ("1 − r. " if measure == "correlation" else "the divergence. ")
-                if tree is not None else "Not clustered: pairs are missing, or networks are two. ")
-    ceiling = table["ceiling"][np.isfinite(table["ceiling"])]
-    if measure == "correlation":
-        half = (table["correlation_high"] - table["correlation_low"]) / 2
-        if np.isfinite(half).any():
-            caption += f"95 % intervals over pictures are ± {100 * np.nanmedian(half):.1f} points (median, one fold). "
-        if len(ceiling):
-            caption += (f"Ceiling by the maps' own noise: {100 * ceiling.min():.0f} to {100 * ceiling.max():.0f}, mean "
-                        f"{100 * ceiling.mean():.0f}; no two networks can be expected to agree better. ")
-        else:
-            caption += "Without a noise ceiling (saliency.py --ceiling) low values may be noise alone. "
-    names = short_paths(order)
-    hundreds = 100 * values
-    text = "{:.1f}" if np.nanmax(hundreds) < 10 else "{:.0f}"
-    yield (measure, "How alike the saliency maps of different losses are" + " (divergence)" * (measure == "jsd"), caption.strip(),
-           draw_heat_map(hundreds, names, [types[name] for name in order], tree, leaves, text,
-                         "Blues" if measure == "correlation" else "Blues_r"))
+    common = os.path.commonpath(order) if all(os.sep in name for name in order) else ""  # networks named by their files
+    names = [name[len(common):].lstrip(os.sep) for name in order]
+    text, ramp = "{:.1f}" if np.nanmax(100 * values) < 10 else "{:.0f}", "Blues" if measure == "correlation" else "Blues_r"
+    yield (measure, "How alike the saliency maps of different losses are" + " (divergence)" * (measure == "jsd"),
+           heat_map_caption(table, folds, measure, tree is not None),
+           draw_heat_map(100 * values, names, [types[name] for name in order], tree, leaves, text, ramp))
+
+
+def pair_matrix(table, order, measure):
+    """((K, K) mean over the folds, of correlations by Fisher's z; nan where there is none, most folds of a pair)."""
+    each = np.arctanh(np.clip(table[measure], -0.999999, 0.999999)) if measure == "correlation" else table[measure]
+    sums, counts = np.zeros((2, len(order), len(order)))
+    for a, b, value in zip(table["model_a"], table["model_b"], each):
+        if a != b and np.isfinite(value):
+            for place in (order.index(a), order.index(b)), (order.index(b), order.index(a)):
+                sums[place] += value
+                counts[place] += 1
+    mean = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
+    return np.tanh(mean) if measure == "correlation" else mean, int(counts.max())
+
+
+def heat_map_caption(table, folds, measure, clustered):
+    pictures = "–".join(sorted({f"{n:.0f}" for n in (np.nanmin(table["n"]), np.nanmax(table["n"]))}, key=int))
+    correlation = measure == "correlation"
+    caption = ("Correlation, in per cent, " if correlation else "Jensen-Shannon divergence (base 2), in hundredths, ")
+    caption += f"of the saliency maps of every two networks: mean over {pictures} pictures" + f" and {folds} folds" * (folds > 1)
+    caption += ", by Fisher's z" * correlation + ". Dark: alike. "
+    caption += (f"Order and tree: average linkage on {'1 − r' if correlation else 'the divergence'}." if clustered else
+                "Not clustered: networks are two, or a pair is missing.")
+    if not correlation:
+        return caption
+    half, ceiling = (table["correlation_high"] - table["correlation_low"]) / 2, table["ceiling"][np.isfinite(table["ceiling"])]
+    if np.isfinite(half).any():
+        caption += f" 95 % intervals over one fold's pictures are ± {100 * np.nanmedian(half):.1f} points (median)."
+    if len(ceiling):
+        return caption + (f" Ceiling by the maps' own noise: {100 * ceiling.min():.0f} to {100 * ceiling.max():.0f}, mean "
+                          f"{100 * ceiling.mean():.0f}; no two networks can be expected to agree better.")
+    return caption + " Without a noise ceiling (saliency.py --ceiling) low values may be noise alone."
 
 
 def make_gallery(found, args):
@@ -832,15 +851,7 @@ def make_gallery(found, args):
     wanted = (args.network or "").partition("/")[2].removeprefix("fold")
     fold = int(wanted) if wanted.isdigit() and int(wanted) in counts else min(counts, key=lambda fold: (-counts[fold], fold))
     networks = [network for network in networks if network["fold"] == fold]
-    maps = [data.read_array(network["folder"] / "maps.npy") for network in networks]
-    about = [data.read_sidecar(network["folder"] / "maps.npy") for network in networks]
-    geometry = [{key: (one.get("preprocessing") or {}).get(key) for key in ("resize", "crop")} for one in about]
-    for network, array, where in zip(networks, maps, geometry):
-        if array.ndim != 3 or array.dtype.kind not in "fiub" or 0 in array.shape:
-            raise ValueError(f"{network['folder'] / 'maps.npy'} has shape {array.shape}, dtype {array.dtype}; expected maps (n, H, W)")
-        if array.shape != maps[0].shape or where != geometry[0]:
-            raise ValueError(f"{networks[0]['folder'] / 'maps.npy'} and {network['folder'] / 'maps.npy'} differ in shape, resize or crop "
-                             f"({maps[0].shape}, {geometry[0]}; {array.shape}, {where}); make both from the same pictures")
+    maps, geometry = open_maps(networks)
     names = picture_names(networks[0], "maps", found["pictures"])
     place = dict(zip(found["pictures"].relative, found["pictures"].paths))
     rows = np.unique(np.linspace(0, len(names) - 1, min(args.pictures, len(names))).round().astype(int))
@@ -850,14 +861,29 @@ def make_gallery(found, args):
                          f"{', …' * (len(absent) > 3)}; give the data set that the maps were made from")
     pages = np.array_split(rows, -(-len(rows) // 6))
     for page, chosen in enumerate(pages):
-        cells = [[data.load_pixels(place[names[row]], geometry[0]) for row in chosen]]
+        cells = [[data.load_pixels(place[names[row]], geometry) for row in chosen]]
         for network, array in zip(networks, maps):
             cells.append([heat(in_range(array[row], network, row)) for row in chosen])
-        yield ("gallery" + f"_{page + 1}" * (page > 0), "What each network looks at" + f" ({page + 1} of {len(pages)})" * (len(pages) > 1),
-               f"SmoothGrad maps of {len(chosen)} of {len(names)} pictures, evenly spread over the list, fold {fold}; dark: no influence "
-               f"on the embedding, light: the most. Networks: {listing(network['name'] for network in networks)}.",
+        number = f" ({page + 1} of {len(pages)})" * (len(pages) > 1)
+        yield ("gallery" + f"_{page + 1}" * (page > 0), "What each network looks at" + number,
+               f"SmoothGrad maps of {len(chosen)} of {len(names)} pictures, evenly spread over the list, fold {fold}; dark: no "
+               f"influence on the embedding, light: the most. Networks: {listing(network['name'] for network in networks)}.",
                draw_gallery(cells, [network["name"] for network in networks], [network["type"] for network in networks],
                             [Path(names[row]).stem for row in chosen]))
+
+
+def open_maps(networks):
+    """(the networks' maps (n, H, W), memory-mapped, their common resize and crop). Raises ValueError where they differ."""
+    paths = [network["folder"] / "maps.npy" for network in networks]
+    maps = [data.read_array(path) for path in paths]
+    geometry = [{key: told(path, "preprocessing").get(key) for key in ("resize", "crop")} for path in paths]
+    for path, array, where in zip(paths, maps, geometry):
+        if array.ndim != 3 or array.dtype.kind not in "fiub" or 0 in array.shape:
+            raise ValueError(f"{path} has shape {array.shape}, dtype {array.dtype}; expected maps (n, H, W)")
+        if array.shape != maps[0].shape or where != geometry[0]:
+            raise ValueError(f"{paths[0]} and {path} differ in shape, resize or crop ({maps[0].shape}, {geometry[0]}; "
+                             f"{array.shape}, {where}); make both from the same pictures with the same preprocessing")
+    return maps, geometry[0]
 
 
 def in_range(saliency_map, network, row):
@@ -914,60 +940,74 @@ def make_samples(found, args):
         label = name if number == len(values) else f"{name} ({len(values)} of {number} values)"
         rows.append((label, values, [np.asarray(data.read_rgb(pictures.paths[row])) for row in members]))
     yield ("samples", "Pictures of the rendered set",
-           f"A row a property, a picture a value, of {len(pictures.paths):,} pictures whose properties all vary: of each value the "
-           "picture whose other properties are nearest the middle of theirs.", draw_samples(rows))
+           f"A row a property, a picture a value, of {len(pictures.paths):,} pictures whose properties all vary: of each value "
+           "the picture whose other properties are nearest the middle of theirs.", draw_samples(rows))
 
 
 def make_pairs(found, args):
+    counts, jsd, label = count_pairs(found, args)
+    order, types = sorted_names([name for name, _ in counts], found)
+    chosen = choose_pair(counts, found, args.network)
+    started = before_training(counts, types, found, args)
+    (same, different), before = counts[chosen].sum(axis=1), started.get(chosen)
+    untrained = next((name for name in order if types[name] == "none"), None)
+    yield ("pairs", f"Pairs of the same and of different {label}: {chosen[0]}",
+           f"Inner products of l2-normalised embeddings of {chosen[0]}" + f", fold {chosen[1]}" * bool(chosen[1])
+           + f": {same:,} pairs of one {label} (positive), {different:,} of two (negative). (a) As counted; (b) each normalised "
+           "to area 1" + "; (c) the same before training" * (before is not None) + ".",
+           draw_pairs(counts[chosen], before, [score(jsd, name, {chosen[1], ""}) for name in (chosen[0], untrained)]))
+    if len(order) > 1:
+        folds = max(Counter(name for name, _ in counts).values())
+        shapes = ", ".join(f"{SHAPES[kind]} {NAMED[kind]}" for kind in TYPES if kind in map(types.get, order))
+        yield ("pairs_all", f"Pairs of the same and of different {label}, every network",
+               "Inner products of positive and negative pairs, each normalised to area 1"
+               + f", mean of {folds} folds" * (folds > 1) + "; dotted: before training" * bool(started)
+               + f". Each panel has its own scale. {shapes}."
+               + (" JSD as in pairs.csv" + ", with the smallest and largest fold" * (folds > 1) + ".") * bool(jsd),
+               draw_pair_panels([mean_area(counts, name) for name in order], order, [types[name] for name in order],
+                                [score(jsd, name) for name in order], [mean_area(started, name) for name in order]))
+
+
+def count_pairs(found, args):
+    """({(name, fold): histograms (2, bins)}, {(name, fold): JSD of pairs.csv}, label): read where they are, else counted."""
+    counts, label = read_histograms(found, args.label)
     networks = [network for network in found["networks"] if (network["folder"] / "emb.npy").is_file()]
-    stored, label = read_histograms(found, args.label)
-    if not networks and not stored:
+    if not networks and not counts:
         raise Missing(f"{found['folder']} has neither emb.npy nor histograms.csv (embed.py, pairs.py --histograms write them)")
     jsd = {}
     if (found["folder"] / "pairs.csv").is_file():
         table = read_rows(found["folder"] / "pairs.csv", "pairs.py", ["embeddings", "label"], ["jsd"])
         label = label or args.label or table["label"][0]
-        for name, fold, one, value in zip(loss_names(table, found), table.get("fold", [""] * len(table["jsd"])), table["label"], table["jsd"]):
+        keys = zip(loss_names(table, found), table.get("fold", [""] * len(table["jsd"])))
+        for key, one, value in zip(keys, table["label"], table["jsd"]):
             if one == label and np.isfinite(value):
-                jsd.setdefault(name, {}).setdefault(fold, value)
-    counts = dict(stored)
+                jsd.setdefault(key, value)  # of the first number of bins
     for network in networks:
         key = (network["name"], str(network["fold"]))
         if key not in counts:
             counts[key], label = count_network(network, found, label or args.label)
-    order, types = sorted_names([name for name, _ in counts], found)
-    chosen = choose_pair(counts, found, args.network)
-    untrained = {key: counts[key] for key in counts if types[key[0]] == "none"}
-    started = {key: untrained[other] for key in counts for other in untrained if key[1] == other[1] and key not in untrained}
-    started.update({key: value for key, value in read_started(found, args).items() if key in counts and key not in untrained})
-    before = started.get(chosen)
+    return counts, jsd, label
 
-    def score(name, folds=None):
-        values = [value for fold, value in jsd.get(name, {}).items() if folds is None or fold in folds]
-        if not values:
-            return ""
-        return f"JSD {values[0]:.2f}" if len(values) == 1 else f"JSD {np.mean(values):.2f}\n({min(values):.2f}–{max(values):.2f})"
 
-    none = next((name for name in order if types[name] == "none"), "")
-    pairs = counts[chosen].sum(axis=1)
-    caption = (f"Inner products of l2-normalised embeddings of {chosen[0]}" + f", fold {chosen[1]}" * bool(chosen[1])
-               + f": {pairs[0]:,} pairs of one {label} (positive), {pairs[1]:,} of two (negative). (a) As counted; (b) each "
-               "normalised to area 1" + "; (c) before training" * (before is not None) + ".")
-    yield ("pairs", f"Pairs of the same and of different {label}: {chosen[0]}", caption,
-           draw_pairs(counts[chosen], before, (score(chosen[0], {chosen[1], ""}), score(none, {chosen[1], ""}))))
-    if len(order) > 1:
-        def mean(histograms, name):
-            folds = [one / np.maximum(one.sum(axis=1, keepdims=True), 1) for key, one in histograms.items() if key[0] == name]
-            return np.mean(folds, axis=0) if folds else None
+def before_training(counts, types, found, args):
+    """{(name, fold): histograms} of the untrained networks: as train.py counted them, else of the fold's network None."""
+    untrained = {fold: one for (name, fold), one in counts.items() if types[name] == "none"}
+    started = {**{key: untrained[key[1]] for key in counts if key[1] in untrained}, **read_started(found, args)}
+    return {key: started[key] for key in counts if key in started and types[key[0]] != "none"}
 
-        folds = max(Counter(name for name, _ in counts).values())
-        yield ("pairs_all", f"Pairs of the same and of different {label}, every network",
-               "Inner products of positive and negative pairs, each normalised to area 1" + f", mean of {folds} folds" * (folds > 1)
-               + "; dotted: before training" * bool(started)
-               + ". Each panel has its own scale. " + ", ".join(f"{SHAPES[kind]} {NAMED[kind]}" for kind in TYPES if kind in map(types.get, order))
-               + ". JSD as pairs.csv has it" * bool(jsd) + ", with the smallest and largest fold" * (bool(jsd) and folds > 1) + ".",
-               draw_pair_panels([mean(counts, name) for name in order], order, [types[name] for name in order],
-                                [score(name) for name in order], [mean(started, name) for name in order]))
+
+def score(jsd, name, folds=None):
+    """A network's JSD in words: the mean over its folds, and their range."""
+    values = [value for (one, fold), value in jsd.items() if one == name and (folds is None or fold in folds)]
+    if len(values) < 2:
+        return f"JSD {values[0]:.2f}" if values else ""
+    return f"JSD {np.mean(values):.2f}\n({min(values):.2f}–{max(values):.2f})"
+
+
+def mean_area(histograms, name):
+    """The mean of a network's folds, each positive and each negative histogram divided by its sum; None without any."""
+    folds = [one / np.maximum(one.sum(axis=1, keepdims=True), 1) for key, one in histograms.items() if key[0] == name]
+    return np.mean(folds, axis=0) if folds else None
 
 
 def choose_pair(counts, found, wanted):
@@ -989,8 +1029,10 @@ def read_histograms(found, label):
     table = read_rows(path, "pairs.py", ["embeddings", "label", "bins"], ["positive", "negative"])
     label, names = label or table["label"][0], loss_names(table, found)
     rows = [row for row in range(len(names)) if table["label"][row] == label and table["bins"][row] == table["bins"][0]]
-    keys = list(zip(names, table.get("fold", [""] * len(names))))
-    return {key: two_rows(table, [row for row in rows if keys[row] == key]) for key in dict.fromkeys(keys[row] for row in rows)}, label
+    places = {}
+    for row in rows:
+        places.setdefault((names[row], table["fold"][row] if "fold" in table else ""), []).append(row)
+    return {key: two_rows(table, rows) for key, rows in places.items()}, label
 
 
 def two_rows(table, rows):
@@ -1010,7 +1052,8 @@ def read_started(found, args):
 
 def trained(found, args, file):
     """(path, network's name, fold) of a file in models/trained/<dataset>/<slug>/fold<k>/, for every network that has it."""
-    folder = next((place for place in (args.models / "trained" / found["name"], args.models / found["name"]) if place.is_dir()), None)
+    places = args.models / "trained" / found["name"], args.models / found["name"]
+    folder = next((place for place in places if place.is_dir()), None)
     slugs = {network["slug"]: network["name"] for network in found["networks"]}
     for path in sorted(folder.glob(f"*/fold*/{file}")) if folder else []:
         slug = path.parent.parent.name
@@ -1026,7 +1069,7 @@ def count_network(network, found, label):
     embeddings = data.read_embeddings(network["folder"] / "emb.npy")
     if len(embeddings) > MOST_PAIRED:
         raise Missing(f"{len(embeddings):,} embeddings make too many pairs to count here: python pairs.py "
-                      f"{network['folder'].parent.parent}/*/fold*/emb.npy LABELS --histograms {found['folder'] / 'histograms.csv'}")
+                      f"{found['folder']}/*/fold*/emb.npy LABELS --histograms {found['folder'] / 'histograms.csv'}")
     return pair_histograms(embeddings, properties[label]), label
 
 
@@ -1038,18 +1081,22 @@ def make_training(found, args):
             if not epoch.isdigit():
                 raise ValueError(f"{path}: line {row + 2}: epoch {epoch!r} is no number; train that network again")
             lengths[name] = max(lengths[name], int(epoch) + 1)
-            read.setdefault(name, {}).setdefault(split, {}).setdefault(path, {})[int(epoch)] = [table[key][row] for key, _ in CURVES]
-    histories = {name: {split: as_arrays(folds) for split, folds in one.items()} for name, one in read.items() if lengths[name] > 1}
+            folds = read.setdefault(name, {}).setdefault(split, {})
+            folds.setdefault(path, {})[int(epoch)] = [table[key][row] for key, _ in CURVES]
+    histories = {name: {split: as_arrays(folds) for split, folds in one.items()}
+                 for name, one in read.items() if lengths[name] > 1}
     if not histories:
-        raise Missing(f"{args.models / 'trained' / found['name']} has no history.csv of an epoch (python train.py writes them; see --models)")
+        raise Missing(f"{args.models / 'trained' / found['name']} has no history.csv of an epoch (python train.py writes them; "
+                      "see --models)")
     order, types = sorted_names(list(histories), found)
     wanted = (args.network or "").partition("/")[0]
     wanted = next((network["name"] for network in found["networks"] if network["slug"] == wanted), wanted)
     chosen = wanted if wanted in order else order[0]
     folds = max(values["jsd"].shape[1] for values in histories[chosen].values())
     yield ("training", f"Training: {chosen}" + " among the other losses" * (len(order) > 1),
-           f"Black: {chosen}, mean" + f" of {folds} folds and their range" * (folds > 1) + "; thin: the other networks' means. Epoch 0 is "
-           "before training. The loss's own value is drawn for one network: different losses have no common scale.",
+           f"Black: {chosen}" + f", mean of {folds} folds and their range" * (folds > 1)
+           + "; thin: the other networks' means" * (len(order) > 1) + ". Epoch 0 is before training. The loss's own "
+           "value is drawn for one network: different losses have no common scale.",
            draw_training({name: histories[name] for name in order}, types, chosen))
 
 
@@ -1122,14 +1169,17 @@ def fail(message):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = fail
     add = parser.add_argument
     add("results", type=Path, metavar="RESULTS", help="results/ with data sets' folders in it, or one data set's folder")
     add("--out", type=Path, required=True, metavar="DIR", help="where the figures go; made if it is not there")
-    add("--dataset", action="append", metavar="FOLDER", help="the pictures: a folder, a CSV file, cars196, cub200 or sop; again for each data set")
+    add("--dataset", action="append", metavar="FOLDER",
+        help="the pictures: a folder, a CSV file, cars196, cub200 or sop; again for each data set")
     add("--data-root", metavar="DIR", help="folder of the published data sets (DML_DATA_ROOT, else data/)")
-    add("--models", type=Path, default=HERE / "models", metavar="DIR", help="where trained/<dataset>/<loss>/fold<k>/history.csv lie (models/)")
+    add("--models", type=Path, default=HERE / "models", metavar="DIR",
+        help="where trained/<dataset>/<loss>/fold<k>/history.csv lie (models/)")
     add("--only", metavar="NAMES", help=f"these figures alone, with commas: {', '.join(FIGURES)}")
     add("--network", metavar="SLUG/FOLD", help="for tsne, pairs and training, as triplet/fold0 (the first of models/losses.csv)")
     add("--label", metavar="NAME", help="what makes a pair positive (that of pairs.csv, else class, model or the first property)")
@@ -1176,7 +1226,8 @@ def main(argv=None):
     data.check_output(args.out / "figures.json")
 
     done, missing = [], []
-    with style.context(STYLE), tqdm(total=len(datasets) * len(only), unit=" figures", delay=2, disable=not sys.stderr.isatty()) as bar:
+    total = len(datasets) * len(only)
+    with style.context(STYLE), tqdm(total=total, unit=" figures", delay=2, disable=not sys.stderr.isatty()) as bar:
         for found, figure in itertools.product(datasets, only):
             try:
                 for part, title, caption, fig in MAKERS[figure](found, args):
@@ -1187,7 +1238,8 @@ def main(argv=None):
             except Missing as error:
                 missing.append({"dataset": found["name"], "figure": figure, "what": str(error)})
             bar.update()
-    data.write_file(args.out / "figures.json", (json.dumps({"figures": done, "missing": missing}, indent=1, ensure_ascii=False) + "\n").encode())
+    about = json.dumps({"figures": done, "missing": missing}, indent=1, ensure_ascii=False) + "\n"
+    data.write_file(args.out / "figures.json", about.encode())
     for one in missing:
         say(f"left out: {one['figure']} of {one['dataset']}: {one['what']}")
     for one in done:
