@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# The whole two-step analysis of 14 losses on a rendered set, from its pictures to report.html:
+#
+#     bash examples/analyse.sh                      # examples/cars, in minutes on two CPU cores
+#     bash examples/analyse.sh my_renders           # any folder with images/ and props.csv, perhaps masks/
+#     PICTURES=50 SAMPLES=50 bash examples/analyse.sh my_renders
+#
+# Every step is one command that can be copied. Stopped anywhere, the same line goes on where it was.
+# What the steps print is in results/<dataset>/log/.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+dataset=${1:-examples/cars}
+pictures=${PICTURES:-6}   # held-out pictures of each fold that get saliency maps
+samples=${SAMPLES:-20}    # noisy copies of each
+epochs=${EPOCHS:-20}
+fold=${FOLD:-all}
+models=${MODELS:-models}
+out=${RESULTS:-results}
+results=$out/$(basename "$(realpath "$dataset")")
+mkdir -p "$results/log"
+
+number=0
+step() {  # step "what it does" command …
+    local what=$1 started=$SECONDS log
+    shift
+    number=$((number + 1))
+    log=$results/log/$number-$(basename "$2" .py).txt
+    printf '%s/9  %-58s' "$number" "$what"
+    if ! "$@" > "$log" 2>&1; then
+        printf 'failed\n'
+        tail -n 5 "$log" >&2
+        echo "analyse.sh: stopped in step $number: $*" >&2
+        exit 1
+    fi
+    printf '%4d s\n' $((SECONDS - started))
+}
+
+step "14 losses and the untrained layer, on one frozen trunk" \
+    python train.py --dataset "$dataset" --model efficientnet_lite0 --dim 128 --freeze-trunk --loss all,None --fold "$fold" \
+    --epochs "$epochs" --models "$models"
+step "embeddings of the held-out pictures" \
+    python embed.py --dataset "$dataset" --loss all --fold "$fold" --models "$models" --out "$out"
+step "NR-Prec of every property" \
+    python nrprec.py "$results"/*/fold*/emb.npy --null hypergeometric --permutations 2000 --out "$results/nrprec.csv"
+step "pair histograms, JSD, Recall@K, MAP@R" \
+    python pairs.py "$results"/*/fold*/emb.npy --label model --out "$results/pairs.csv" --histograms "$results/histograms.csv"
+step "saliency maps of $pictures pictures a fold, twice for the ceiling" \
+    python saliency.py --dataset "$dataset" --loss all --fold "$fold" --models "$models" --limit "$pictures" \
+    --samples "$samples" --order released --shared-noise --ceiling --out "$out"
+masks=()
+[ ! -d "$dataset/masks" ] || masks=(--masks)
+step "agreement of maps, masks and embeddings" \
+    python compare.py --dataset "$dataset" --results "$out" "${masks[@]}" --embeddings
+step "tables" \
+    python tables.py "$results" --models "$models" --out "$results/tables"
+step "figures" \
+    python figures.py "$results" --models "$models" --dataset "$dataset" --out "$results/figures"
+step "report" \
+    python report.py "$results" --tables "$results/tables" --figures "$results/figures" --dataset "$dataset" \
+    --models "$models" --out "$results/report.html"
+echo
+cat "$results"/log/9-report.txt
