@@ -58,7 +58,8 @@ def find_networks(results):
             continue
         slug, dataset = folder.parent.name, folder.parent.parent.resolve().name
         number, row = losses.get(slug, (99, {"name": slug, "type": "other"}))
-        fold = about["fold"] if "fold" in about else folder.name.removeprefix("fold")
+        fold = about.get("fold", folder.name.removeprefix("fold"))
+        fold = fold if fold is None else str(fold)
         name, kind = about.get("loss") or row["name"], row["type"]
         if "loss" in about and about["loss"] is None:
             name, kind = about.get("backbone") or slug, "none"
@@ -85,7 +86,12 @@ def open_array(path, dimensions, results, left_out):
         return None
     about = {key: value for key, value in data.read_sidecar(path).items()
              if isinstance(value, dict) or key not in ("options", "preprocessing", "versions", "pictures")}
-    number = about.get("pictures", {}).get("number", len(array) if array.ndim else 0)
+    pictures, options = about.get("pictures", {}), about.get("options", {})
+    number = pictures.get("number", len(array) if array.ndim else 0)
+    lists, limit = (pictures.get("left_out") or [], options.get("pick") or []), options.get("limit")
+    if not all(isinstance(some, list) for some in lists) or not all(isinstance(row, int) for row in lists[1]) or not isinstance(limit or 0, int):
+        left_out.append(f"{name}: the lists in its JSON are none; restore the file that was written with the array")
+        return None
     if array.ndim != dimensions or array.dtype.kind not in "fiub" or 0 in array.shape or number != len(array):
         left_out.append(f"{name}: shape {array.shape} of {array.dtype}, {number} pictures in its JSON; expected {dimensions} dimensions")
         return None
@@ -95,17 +101,14 @@ def open_array(path, dimensions, results, left_out):
 def trained(about, results):
     """What train.py left beside the checkpoint: {"config": {…}, "history": {column: texts}}, empty where there is nothing."""
     for place in (Path("."), results, results.parent, results.parent.parent, Path(__file__).resolve().parent):
-        folder = place / str(about.get("checkpoint") or "\0")
-        try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            history = data.read_table(folder / "history.csv") if (folder / "history.csv").is_file() else {}
-        except (OSError, ValueError):
-            continue
-        return {"config": config if isinstance(config, dict) else {}, "history": history}
+        folder = place / str(about.get("checkpoint") or "/none")
+        if (folder / "config.json").is_file():
+            config = data.read_sidecar(folder / "config.json")
+            return {"config": config, "history": data.read_table(folder / "history.csv") if (folder / "history.csv").is_file() else {}}
     return {"config": {}, "history": {}}
 
 
-PER_NETWORK = ("ceiling", "noise_of", "limit", "pick")  # options that differ between arrays which belong together
+MAY_DIFFER = ("ceiling", "noise_of", "seed", "limit", "pick")  # options of arrays that belong together; pictures are compared apart
 
 
 def check_together(networks):
@@ -115,7 +118,7 @@ def check_together(networks):
         for stem in filter(network.get, ("emb", "maps", "maps_ceiling")):
             found, kind = network[stem], stem[:4]
             about = found["about"]
-            options = {key: value for key, value in about.get("options", {}).items() if key not in PER_NETWORK}
+            options = {key: value for key, value in about.get("options", {}).items() if key not in MAY_DIFFER}
             pictures = {"number": len(found["array"]), "sha256": str(about.get("pictures", {}).get("sha256"))[:12]}
             for what, key, told in (("options", (network["dataset"], kind), options),
                                     ("pictures", (network["dataset"], kind, network["fold"]), pictures)):
@@ -165,6 +168,8 @@ TABLE = {"name": str, "title": str, "caption": str, "dataset": (str, type(None))
 CELL = {"text": str, "value": (int, float, type(None)), "shade": (int, float, type(None)), "bold": bool, "hint": (str, type(None))}
 STATEMENT = {"dataset": (str, type(None)), "topic": str, "text": str, "test": (str, type(None)), "p_value": (int, float, type(None)), "main": bool}
 MISSING = {"dataset": (str, type(None)), "table": str, "what": str}
+FIGURES = {"figures": list, "missing": (list, type(None))}
+MISSING_FIGURE = {"dataset": (str, type(None)), "figure": str, "what": str}
 FIGURE = {"name": str, "title": str, "caption": str, "dataset": (str, type(None)), "svg": (str, type(None)), "png": (str, type(None))}
 
 
@@ -175,7 +180,7 @@ def read_part(folder, name, script):
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: no JSON ({error}); make it again: python {script}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds {type(content).__name__}, expected an object; make it again: python {script}")
@@ -188,10 +193,10 @@ def fields(path, where, item, expected):
         raise ValueError(f"{path}: {where} is {type(item).__name__}, expected an object; make the file again")
     for key, kinds in expected.items():
         kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-        optional = type(None) in kinds
-        if not isinstance(item.get(key), kinds) or (key not in item and not optional) or item.get(key) is True and bool not in kinds:
+        value = item.get(key)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             names = " or ".join({type(None): "null"}.get(kind, kind.__name__) for kind in kinds)
-            raise ValueError(f"{path}: {key} of {where} is {str(item.get(key, 'missing'))[:40]}, expected {names}; make the file again")
+            raise ValueError(f"{path}: {key} of {where} is {str(item.get(key, 'missing'))[:40]!r}, expected {names}; make the file again")
     return {key: item.get(key) for key in expected}
 
 
@@ -201,10 +206,13 @@ def read_tables(folder):
     if content is None:
         return None
     content = fields(path, "the file", content, TABLES)
-    tables = []
+    tables, names = [], set()
     for number, item in enumerate(content["tables"]):
         table = fields(path, f"table {number}", item, TABLE)
         where, width = f"table {table['name']!r}", len(table["header"])
+        if table["name"] in names:
+            raise ValueError(f"{path}: two tables are named {table['name']!r}; make the file again")
+        names.add(table["name"])
         if table["kind"] not in ("rows", "matrix") or not all(isinstance(name, str) for name in [*table["header"], *table["notes"]]):
             raise ValueError(f"{path}: {where} has kind {table['kind']!r} or a header or note that is no text; make the file again")
         for row in table["rows"]:
@@ -221,31 +229,40 @@ def read_tables(folder):
 
 
 def read_figures(folder):
-    """figures.json with each picture as a data URI, the vector one unless it is large; None where it is not there."""
+    """figures.json with each figure's file as a data URI; None where it is not there."""
     path, content = folder / "figures.json", read_part(folder, "figures.json", "figures.py RESULTS --out " + str(folder))
     if content is None:
         return None
-    figures = []
-    for number, item in enumerate(fields(path, "the file", content, {"figures": list})["figures"]):
-        figure = fields(path, f"figure {number}", item, FIGURE)
-        files = [folder / name for name in (figure["svg"], figure["png"]) if name]
-        outside = [file for file in files if file.parent != folder or not file.is_file()]
-        if outside or not files:
-            raise ValueError(f"{path}: figure {figure['name']!r} is in no file of {folder} ({', '.join(map(str, outside)) or 'none named'}); "
-                             "make the figures again")
-        file = min(files, key=lambda file: file.stat().st_size) if files[0].stat().st_size > 1 << 21 else files[0]
-        kind = "svg+xml" if file.suffix == ".svg" else "png"
-        figures.append({**figure, "uri": data_uri(file.read_bytes(), kind)})
-    return figures
+    content = fields(path, "the file", content, FIGURES)
+    figures = [fields(path, f"figure {i}", item, FIGURE) for i, item in enumerate(content["figures"])]
+    for figure in figures:
+        svg, png = (folder / figure[kind] if figure[kind] else None for kind in ("svg", "png"))
+        absent = [file for file in (svg, png) if file and (file.parent != folder or not file.is_file())]
+        if absent or not (svg or png):
+            raise ValueError(f"{path}: figure {figure['name']!r}: {absent[0] if absent else 'its file'} is not in {folder}; make the figures again")
+        figure["uri"] = figure_uri(svg, png)
+    missing = [fields(path, f"missing {i}", item, MISSING_FIGURE) for i, item in enumerate(content["missing"] or [])]
+    return {"figures": figures, "missing": missing}
 
 
-def errata(readme):
-    """The rows [[published, found, what we do], …] of README's table of errata, without its back quotes; [] if it is not there."""
-    if not readme.is_file():
-        return []
-    section = re.search(r"^## Errata.*?(?=^## |\Z)", readme.read_text(encoding="utf-8"), re.M | re.S)
-    lines = [line for line in (section.group() if section else "").splitlines() if line.startswith("| ")][1:]
-    return [[part.strip().replace("`", "").replace("*", "") for part in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+def figure_uri(svg, png, longest=1800):
+    """A drawing as its SVG file, a photograph as a smaller WebP: data URIs; a large SVG too is shown by its PNG."""
+    if svg and (svg.stat().st_size < 2 << 20 or not png):
+        return data_uri(svg.read_bytes(), "svg+xml")
+    image = data.read_rgb(png)
+    image.thumbnail((longest, longest))
+    return webp(np.asarray(image), 80)
+
+
+def errata(tables):
+    """The table of errata: that of tables.json, else the project's own file, else None."""
+    found = [table for table in (tables or {"tables": []})["tables"] if table["name"] == "errata"]
+    path = Path(__file__).resolve().parent / "published" / "errata.csv"
+    if not found and path.is_file():
+        columns = data.read_table(path)
+        found = [{"name": "errata", "title": "Errata", "caption": "", "header": [name.capitalize() for name in columns], "notes": [],
+                  "rows": [[cell(part) for part in row] for row in zip(*columns.values())]}]
+    return {**found[0], "kind": "text"} if found else None
 
 
 # ---------------------------------------------------------------- pictures and maps as small images
@@ -267,8 +284,8 @@ def sprite(maps, size):
 
     nan is 0, what lies outside is cut. One picture for all networks: decoded only when it is chosen.
     """
-    K, H, W = maps.shape
-    height, width = max(1, round(size * H / max(H, W))), max(1, round(size * W / max(H, W)))
+    K, *shape = maps.shape
+    height, width = small_shape(shape, size)
     columns = math.ceil(math.sqrt(K))
     sheet = np.zeros((math.ceil(K / columns) * height, columns * width), np.uint8)
     for k, one in enumerate(maps):
@@ -279,66 +296,68 @@ def sprite(maps, size):
 
 
 def gallery(networks, datasets, most, size):
-    """Sets of networks with maps of the same pictures -> ([what the page's script needs of a set], {id: JSON of a picture}, [notes]).
+    """The gallery's contents: ([what the page's script must know of each set], {id: a picture and its maps}, [notes in words]).
 
-    A set is one fold of one data set and one resize and crop. At most `most` pictures, evenly out of all sets' rows.
+    A set is one fold of one data set, its networks' maps of the same pictures with the same resize and crop; id is
+    picture-<set>-<picture>. At most `most` pictures, evenly out of all sets' rows.
     """
     groups = {}
-    for network in networks:
-        if network["maps"]:
-            geometry = network["maps"]["about"].get("preprocessing", {})
-            shape = network["maps"]["array"].shape[1:]
-            key = (network["dataset"], network["fold"], shape, str([geometry.get(part) for part in ("resize", "crop")]))
-            groups.setdefault(key, []).append(network)
+    for network in filter(lambda network: network["maps"], networks):
+        geometry = network["maps"]["about"].get("preprocessing", {})
+        key = (network["dataset"], network["fold"], network["maps"]["array"].shape, geometry.get("resize"), geometry.get("crop"))
+        groups.setdefault(str(key), []).append(network)
     total = sum(len(members[0]["maps"]["array"]) for members in groups.values())
     sets, stored, notes = [], {}, []
-    if total > most:
-        notes.append(f"The gallery shows {most:,} of {total:,} pictures, taken evenly (--pictures {total} shows all).")
     with tqdm(total=min(total, most), unit=" pictures", desc="gallery", delay=2, disable=not sys.stderr.isatty()) as bar:
-        for (dataset, fold, shape, _), members in groups.items():
-            arrays = [member["maps"]["array"] for member in members]
-            seconds = [(member["maps_ceiling"] or {}).get("array") for member in members]
-            both = all(second is not None and second.shape == arrays[0].shape for second in seconds)
-            n = len(arrays[0])
-            number = max(1, round(n * min(1, most / total)))
-            rows = np.linspace(0, n - 1, number).round().astype(int).tolist()
+        for number, members in enumerate(groups.values()):
+            dataset, fold, (n, *shape) = members[0]["dataset"], members[0]["fold"], members[0]["maps"]["array"].shape
             names, properties = picture_names(members[0], datasets.get(dataset))
+            names = names or [f"row {row}" for row in range(n)]
             paths = dict(zip(datasets[dataset].relative, datasets[dataset].paths)) if dataset in datasets else {}
-            label = dataset if fold is None else f"{dataset}, fold {fold}"
-            pictures, unseen = [], 0
+            rows = np.linspace(0, n - 1, max(1, round(n * min(1, most / total)))).round().astype(int).tolist()
+            pictures = []
             for row in rows:
-                maps = np.stack([array[row].astype(np.float32) for array in arrays])
-                name = names[row] if names else f"row {row}"
-                image = small_picture(paths.get(name), members[0]["maps"]["about"].get("preprocessing"), size)
-                item = {"maps": webp(sprite(maps, size), 60)}
-                if image:
-                    item["picture"] = image
-                if both:
-                    item["second"] = webp(sprite(np.stack([array[row].astype(np.float32) for array in seconds]), size), 60)
-                stored[f"picture-{len(sets)}-{len(pictures)}"] = item
-                unseen += not image
-                blank = [k for k, one in enumerate(maps) if not np.isfinite(one).all() or one.max() == one.min()]
-                pictures.append({"name": name, "properties": properties.get(name, []), "blank": blank})
+                images, blank = picture_and_maps(members, row, paths.get(names[row]), size)
+                stored[f"picture-{number}-{len(pictures)}"] = images
+                pictures.append({"name": names[row], "properties": properties.get(names[row], []), "blank": blank})
                 bar.update()
-            if unseen:
-                notes.append(f"{label}: {unseen:,} of {len(rows):,} pictures are not here, their maps stand alone "
-                             "(--dataset FOLDER names the pictures' folder).")
-            empty = sum(len(picture["blank"]) for picture in pictures)
-            if empty:
-                notes.append(f"{label}: {empty:,} maps in the gallery are constant or nan, and left out of the comparisons.")
-            sets.append({"label": label, "second": both, "width": max(1, round(size * shape[1] / max(shape))),
-                         "height": max(1, round(size * shape[0] / max(shape))), "pictures": pictures,
+            label = dataset if fold is None else f"{dataset}, fold {fold}"
+            height, width = small_shape(shape, size)
+            sets.append({"label": label, "second": "second" in images, "width": width, "height": height, "pictures": pictures,
                          "networks": [{"name": member["name"], "type": member["type"]} for member in members]})
+            unseen = sum("picture" not in stored[f"picture-{number}-{k}"] for k in range(len(rows)))
+            blank = sum(len(picture["blank"]) for picture in pictures)
+            notes += [f"{label}: {unseen:,} of {count(len(rows), 'picture')} can't be shown; the maps stand alone "
+                      "(report.py --dataset FOLDER names the pictures' folder)."] * (unseen > 0)
+            notes += [f"{label}: {count(blank, 'map')} in the gallery constant or nan: shown empty, left out of comparisons."] * (blank > 0)
+    if sum(len(one["pictures"]) for one in sets) < total:
+        notes.append(f"The gallery shows {sum(len(one['pictures']) for one in sets):,} of {total:,} pictures, taken evenly (report.py --pictures {total} shows all).")
     return sets, stored, notes
 
 
+def picture_and_maps(members, row, path, size):
+    """One picture, its maps and, where all networks have them, their second maps, as data URIs; and which maps are blank."""
+    maps = np.stack([member["maps"]["array"][row].astype(np.float32) for member in members])
+    images = {"maps": webp(sprite(maps, size), 60)}
+    seconds = [(member["maps_ceiling"] or {}).get("array") for member in members]
+    if all(second is not None and second.shape == members[0]["maps"]["array"].shape for second in seconds):
+        images["second"] = webp(sprite(np.stack([second[row].astype(np.float32) for second in seconds]), size), 60)
+    picture = path and small_picture(path, members[0]["maps"]["about"].get("preprocessing"), size)
+    if picture:
+        images["picture"] = picture
+    return images, [k for k, one in enumerate(maps) if not np.isfinite(one).all() or one.max() == one.min()]
+
+
+def small_shape(shape, size):
+    """(height, width) of a map in the gallery: the longer side is `size` pixels."""
+    return tuple(max(1, round(size * side / max(shape))) for side in shape)
+
+
 def small_picture(path, preprocessing, size):
-    """A picture as the network saw it (resized and cropped), twice the maps' side at most; None if it can't be had."""
-    if path is None:
-        return None
+    """A picture as the network saw it (resized and cropped), twice the maps' side at most; None if it can't be read."""
     try:
         image = data.resize_and_crop(data.read_rgb(path), preprocessing or {"resize": None, "crop": None})
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, TypeError):  # no picture, or a JSON of another project
         return None
     image.thumbnail((2 * size, 2 * size))
     return webp(np.asarray(image), 75)
@@ -362,20 +381,29 @@ def cell(shown, value=None, hint=None):
     return {"text": str(shown), "value": value, "shade": None, "bold": False, "hint": hint}
 
 
-def table_html(table, level=3, place=""):
-    """A table under its title, in a region of its own that scrolls; sortable by its header, or a heat map (kind "matrix").
+def anchor(table):
+    """The id of a table's place on the page."""
+    return "table-" + re.sub(r"[^A-Za-z0-9_-]", lambda found: f".{ord(found[0]):x}", table["name"])
+
+
+def table_html(table):
+    """A table under its title, in a region of its own that scrolls: sortable by its header (kind "rows"), not (kind "text"),
+    or a heat map (kind "matrix").
 
     Where cells have hints the table is a grid: the arrow keys move in it and each hint is announced.
     """
-    name = re.sub(r"[^\w-]", "-", f"table-{place}{table['name']}")
+    name = anchor(table)
     matrix = table["kind"] == "matrix"
     grid = matrix or any(one["hint"] for row in table["rows"] for one in row)
     numeric = [any(row[k]["value"] is not None for row in table["rows"]) for k in range(len(table["header"]))]
+    short = all(len(row[0]["text"]) <= 26 for row in table["rows"])
     head = []
     for k, title in enumerate(table["header"]):
         side = ' class="n"' if numeric[k] and not matrix else ""
-        if matrix:
-            head.append(f'<th scope="col"><span>{text(title)}</span></th>' if k else "<td></td>")
+        if matrix and k == 0:
+            head.append("<td></td>")
+        elif table["kind"] != "rows":
+            head.append(f'<th scope="col"><span>{text(title)}</span></th>')
         else:
             head.append(f'<th scope="col" aria-sort="none"{side}><button type="button">{text(title) or "Name"}</button></th>')
     rows = []
@@ -383,15 +411,15 @@ def table_html(table, level=3, place=""):
         cells = [f'<th scope="row">{cell_text(row[0])}</th>'] if row else []
         for one in row[1:]:
             kinds = "n" * (one["value"] is not None) + (f" s{level_of(one['shade'])}" if one["shade"] is not None else "")
-            told = (f' class="{kinds.strip()}"' if kinds else "") + ("" if one["value"] is None else f' data-value="{one["value"]!r}"')
+            told = (f' class="{kinds.strip()}"' if kinds else "") + ("" if one["value"] is None or not math.isfinite(one["value"]) else f' data-value="{one["value"]!r}"')
             told += f' data-hint="{text(one["hint"])}"' if one["hint"] else ""
             cells.append(f"<td{told}>{cell_text(one)}</td>")
         rows.append("<tr>" + "".join(cells) + "</tr>")
     notes = "".join(f"<li>{text(note)}</li>" for note in table["notes"])
-    return (f'<article class="table" id="{name}"><h{level} id="{name}-title">{text(table["title"])}</h{level}>'
+    return (f'<article class="table" id="{name}"><h3 id="{name}-title">{text(table["title"])}</h3>'
             + (f"<p>{text(table['caption'])}</p>" if table["caption"] else "") + legend(table)
             + f'<div class="scroll" role="region" tabindex="0" aria-labelledby="{name}-title">'
-            f'<table aria-labelledby="{name}-title"' + (' role="grid"' if grid else "") + (' class="matrix"' if matrix else "")
+            f'<table aria-labelledby="{name}-title"' + (' role="grid"' if grid else "") + f' class="{table["kind"]}{" short" * short}"'
             + f'>\n<thead><tr>{"".join(head)}</tr></thead>\n<tbody>\n' + "\n".join(rows) + "\n</tbody></table></div>"
             + (f'<ul class="notes">{notes}</ul>' if notes else "") + "</article>")
 
@@ -422,30 +450,28 @@ def settings_table(dataset, networks):
         values = {}  # {setting: {value: [networks]}}
         for network in filter(lambda network: network[stem], networks):
             about = network[stem]["about"]
-            for key, value in flat({key: about[key] for key in SETTINGS if key in about}):
-                values.setdefault(key, {}).setdefault(value, []).append(f"{network['name']} fold {network['fold']}")
+            told = {**{key: about.get(key) for key in ("split", "backbone", "preprocessing", "distance", "seed")},
+                    **about.get("options", {}), "versions": about.get("versions")}
+            for key, value in told.items():
+                if value is not None and key not in ("ceiling", "noise_of"):
+                    values.setdefault(key, {}).setdefault(in_words(value), []).append(network)
         columns.append(values)
     rows = []
-    for key in {**columns[0], **columns[1]}:
-        shown = [cell("; ".join(value if len(column[key]) == 1 else f"{value} ({names[0] if len(names) == 1 else len(names)})"
-                                for value, names in column[key].items()) if key in column else "") for column in columns]
-        rows.append([cell(key.replace("_", " ")), *shown])
-    return {"name": f"settings-{dataset}", "title": f"Settings: {dataset}", "kind": "rows", "header": ["Setting", "Embeddings", "Saliency maps"],
-            "caption": "As the arrays' JSON files tell; where arrays differ, each value with its network or their number.",
-            "rows": rows, "notes": []}
+    for key in sorted({**columns[1], **columns[0]}, key="versions".__eq__):  # at the end
+        shown = ["; ".join(f"{value} ({len(using)} of {sum(map(len, column[key].values()))})" if len(column[key]) > 1 else value
+                           for value, using in column[key].items()) if key in column else "" for column in columns]
+        rows.append([cell(part) for part in (key.replace("_", " "), *shown)])
+    return {"name": f"settings-{dataset}", "title": f"Settings: {dataset}", "kind": "text", "header": ["Setting", "Embeddings", "Saliency maps"],
+            "caption": "As the JSON files beside the arrays tell. Where arrays differ, the number of each is given.", "rows": rows, "notes": []}
 
 
-SETTINGS = ("dataset", "split", "backbone", "distance", "preprocessing", "seed", "options", "versions")
-
-
-def flat(about, prefix=""):
-    """(name, value as text) of each leaf of nested dictionaries, without what belongs to one array alone."""
-    for key, value in about.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key}: ")
-        elif key not in ("noise_of", "ceiling"):
-            yield f"{prefix}{key}", {None: "none", True: "yes", False: "no"}.get(value, str(value)) if not isinstance(value, list) \
-                else ", ".join(map(str, value))
+def in_words(value):
+    """A value of a JSON on one line: {"crop": 224, "scale": 255} is "crop 224, scale 255"."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {in_words(part)}" for key, part in value.items())
+    if isinstance(value, list):
+        return " ".join(map(in_words, value))
+    return {"None": "none", "True": "yes", "False": "no"}.get(str(value), str(value))
 
 
 def networks_table(dataset, networks):
@@ -485,7 +511,7 @@ def history_table(dataset, networks):
                 row.append(cell("" if mean is None else f"{mean:.3f}", mean, ", ".join(f"{value:.4f}" for value in values) or None))
         rows.append(row)
     header = ["Network", "Folds", "Epochs", *(f"{title}: {when}" for _, _, title in measures for when in ("before", "after"))]
-    return rows and {"name": f"history-{dataset}", "title": f"Training: {dataset}", "kind": "rows", "header": header, "rows": rows, "notes": [],
+    return rows and {"name": f"history-{dataset}", "title": dataset, "kind": "rows", "header": header, "rows": rows, "notes": [],
                      "caption": "Means over the folds before training (epoch 0) and after the last epoch; each fold's value in the hint."}
 
 
@@ -498,9 +524,15 @@ def curve_of(history, column, split):
     return [float(value) for _, value in rows if math.isfinite(float(value))]
 
 
+def capital(words):
+    return words[:1].upper() + words[1:]
+
+
 def statement_html(statement):
-    p = "" if statement["p_value"] is None else f" <span class=\"p\">p = {statement['p_value']:.2g}</span>"
-    return f"<p>{text(statement['text'])}</p><p class=\"test\">{text(statement['test'] or 'no test')}{p}</p>"
+    test, p = capital(statement["test"] or "no test"), statement["p_value"]
+    if p is not None and "p = " not in test and "p < " not in test:
+        test += f"; p = {p:.2g}"
+    return f'<p>{text(statement["text"])}</p><p class="test">{text(test)}</p>'
 
 
 def section(name, title, *parts):
@@ -556,7 +588,6 @@ nav a:hover { border-color: var(--strong); color: var(--strong); }
 .findings li::before { content: counter(finding); font: 700 1.6rem/1 Charter, "Bitstream Charter", Georgia, serif; color: var(--strong); }
 .findings p:first-of-type { font-size: 1.08rem; margin: .35rem 0 .6rem; }
 .test { color: var(--soft); font-size: .875rem; line-height: 1.45; margin: 0; }
-.p { white-space: nowrap; font-variant-numeric: tabular-nums; }
 .statements { margin: 0; padding: 0; list-style: none; }
 .statements li { border-left: 3px solid var(--line); padding: .1rem 0 .1rem 1rem; margin: 0 0 1rem; }
 .statements p:first-child { margin-bottom: .15rem; }
@@ -565,23 +596,26 @@ nav a:hover { border-color: var(--strong); color: var(--strong); }
 .notes { color: var(--soft); font-size: .875rem; max-width: 60rem; padding-left: 1.2rem; margin: .5rem 0 0; }
 .scroll { overflow-x: auto; max-width: 100%; position: relative; }
 .tall { max-height: 34rem; overflow-y: auto; }
-table { border-collapse: collapse; font-size: .9rem; line-height: 1.35; font-variant-numeric: tabular-nums; }
+.tall thead th { position: sticky; top: 0; background: var(--page); z-index: 2; }
+table { border-collapse: separate; border-spacing: 0; font-size: .9rem; line-height: 1.35; font-variant-numeric: tabular-nums; }
 thead th, thead td { border-bottom: 2px solid var(--ink); vertical-align: bottom; text-align: left; padding: 0; }
 th, td { padding: .38rem .65rem; text-align: left; border-bottom: 1px solid var(--line); }
 td { overflow-wrap: break-word; max-width: 28rem; }
 tbody th { font-weight: 500; position: sticky; left: 0; background: var(--page); max-width: 13rem; z-index: 1; }
 td.n { text-align: right; white-space: nowrap; }
 th.n, th.n button { text-align: right; }
+th > span { display: inline-block; padding: .4rem .65rem; font-weight: 600; }
 th button { background: none; border: 0; padding: .4rem .65rem; width: 100%; min-height: 2.2rem; font-weight: 600; text-align: left; cursor: pointer; }
-th button::after { content: " ↕"; color: var(--soft); font-weight: 400; }
-th[aria-sort=ascending] button::after { content: " ↑"; color: var(--strong); }
-th[aria-sort=descending] button::after { content: " ↓"; color: var(--strong); }
+th button::after { content: "\\a0↕"; color: var(--soft); font-weight: 400; }
+th[aria-sort=ascending] button::after { content: "\\a0↑"; color: var(--strong); }
+th[aria-sort=descending] button::after { content: "\\a0↓"; color: var(--strong); }
 tbody tr:hover > th, tbody tr:focus-within > th, thead th.at { color: var(--strong); }
 .matrix { font-size: .82rem; }
 .matrix thead th { padding: .4rem .2rem; font-weight: 500; }
-.matrix thead span { writing-mode: vertical-rl; transform: rotate(180deg); white-space: nowrap; max-height: 14rem; overflow: hidden; }
+.short tbody th { white-space: nowrap; max-width: none; }
+.matrix thead span { padding: 0; font-weight: 500; writing-mode: vertical-rl; transform: rotate(180deg); white-space: nowrap; max-height: 14rem; overflow: hidden; }
 .matrix td { text-align: center; padding: .38rem .3rem; min-width: 2.6rem; border: 1px solid var(--page); }
-.matrix tbody th { white-space: nowrap; text-align: right; border-bottom: 0; }
+.matrix tbody th { text-align: right; border-bottom: 0; }
 td[data-at] { outline: 3px solid var(--ring); outline-offset: -3px; }
 .legend { display: flex; align-items: center; gap: .6rem; font-size: .875rem; color: var(--soft); font-variant-numeric: tabular-nums; }
 .ramp { display: inline-flex; border: 1px solid var(--line); }
@@ -613,8 +647,7 @@ figcaption { margin-top: .6rem; max-width: 46rem; font-size: .95rem; }
 footer { color: var(--soft); font-size: .875rem; border-top: 1px solid var(--line); margin-top: 3rem; padding-top: 1rem; padding-bottom: 3rem; }
 @media (max-width: 40rem) {
   body { font-size: .97rem; }
-  tbody th { max-width: 8.5rem; }
-  .matrix tbody th { white-space: normal; }
+  tbody th, .short tbody th, .matrix tbody th { max-width: 8.5rem; white-space: normal; }
   th, td { padding: .34rem .45rem; }
 }
 @media print {
@@ -625,6 +658,8 @@ footer { color: var(--soft); font-size: .875rem; border-top: 1px solid var(--lin
   .columns { display: block; }
   body { font-size: 9.5pt; }
   table { font-size: 7pt; }
+  .matrix { font-size: 6pt; }
+  .matrix td { min-width: 0; padding: 2pt; }
   figure, .findings li, tr { break-inside: avoid; }
   h2, h3 { break-after: avoid; }
   td, .ramp span, canvas { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
@@ -933,8 +968,10 @@ def open_datasets(given, root, names):
     found = {}
     for place in given:
         dataset = data.open_dataset(place, root, "all")
+        if len(given) == len(names) == 1:
+            return {names[0]: dataset}  # the folder may have been renamed
         if dataset.name not in names:
-            raise ValueError(f"--dataset {place} is the data set {dataset.name}; RESULTS has {', '.join(names)}: give the folder of one")
+            raise ValueError(f"--dataset {place} is the data set {dataset.name}; RESULTS has {', '.join(names) or 'no arrays'}: give the folder of one")
         found[dataset.name] = dataset
     for name in names:
         if name in data.PUBLISHED and name not in found:
@@ -945,7 +982,7 @@ def open_datasets(given, root, names):
     return found
 
 
-def analysed(networks, left_out):
+def analysed(networks):
     """The section's content: what was analysed, data set by data set."""
     parts = []
     for dataset in dict.fromkeys(network["dataset"] for network in networks):
@@ -985,40 +1022,41 @@ def build(args):
     main = [statement for statement in statements if statement["main"]]
 
     warned = list(dict.fromkeys([*(tables["warnings"] if tables else []), *warnings_of(networks), *notes]))
-    absent = [f"{item['dataset'] + ': ' if item['dataset'] else ''}{item['table']}: {item['what']}" for item in (tables or {"missing": []})["missing"]]
+    absent = [": ".join(filter(None, (item["dataset"], item.get("table") or item.get("figure"), item["what"])))
+              for part in (tables, figures) if part for item in part["missing"]]
     findings = f'<ol class="findings">{"".join(f"<li>{statement_html(one)}</li>" for one in main)}</ol>' if main else \
         '<p class="note">No statements: tables.py makes them (python tables.py RESULTS --out tables).</p>'
     topics = {}
     for one in statements:
-        topics.setdefault(" · ".join(filter(None, (one["topic"], one["dataset"]))), []).append(one)
+        topics.setdefault(" · ".join(filter(None, (capital(one["topic"]), one["dataset"]))), []).append(one)
     said = "".join(f'<h3>{text(topic)}</h3><ul class="statements">{"".join(f"<li>{statement_html(one)}</li>" for one in found)}</ul>'
                    for topic, found in topics.items())
-    shown = [table_html(table, place=f"{k}-") for k, table in enumerate(tables["tables"])] if tables else []
-    index = "".join(f'<li><a href="#{re.search(chr(34) + "(table-[^" + chr(34) + "]*)", one).group(1)}">{text(table["title"])}</a></li>'
-                    for one, table in zip(shown, tables["tables"])) if tables else ""
+    kept = [table for table in tables["tables"] if table["name"] != "errata"] if tables else []
+    shown = [table_html(table) for table in kept]
+    index = "".join(f'<li><a href="#{anchor(table)}">{text(table["title"])}</a></li>' for table in kept)
     drawn = [f'<figure><img alt="{text(figure["title"])}" src="{figure["uri"]}"><figcaption><strong>{text(figure["title"])}.</strong> '
-             f'{text(figure["caption"])}</figcaption></figure>' for figure in figures or []]
+             f'{text(figure["caption"])}</figcaption></figure>' for figure in (figures or {"figures": []})["figures"]]
     histories = [table_html(table) for name in names if (table := history_table(name, [n for n in networks if n["dataset"] == name]))]
-    wrong = errata(Path(__file__).resolve().parent / "README.md")
-    wrong = {"name": "errata", "title": "Where the published description and its numbers disagree, and what we do", "caption": "", "kind": "rows",
-             "header": ["Published", "What we found", "What we do"], "rows": [[cell(part) for part in row] for row in wrong], "notes": []}
+    wrong = errata(tables)
+    versions = in_words(tables["made_with"].get("versions") or "unknown versions") if tables else ""
+    made_with = f'<p class="test">Tables and tests: {text(versions)}.</p>' if tables and networks else ""
     sections = [
         ("findings", "Main findings", findings),
-        ("analysed", "What was analysed", analysed(networks, left_out)),
+        ("analysed", "What was analysed", analysed(networks) + made_with),
         ("warnings", "Warnings and gaps", ('<div class="note">' + listing(warned) + "</div>" if warned else "")
-         + ("<h3>Left out</h3>" + listing(left_out) if left_out else "") + ("<h3>Missing from the tables</h3>" + listing(absent) if absent else "")),
+         + ("<h3>Left out</h3>" + listing(left_out) if left_out else "") + ("<h3>Missing</h3>" + listing(absent) if absent else "")),
         ("statements", "What the numbers support", said),
         ("gallery", "Gallery", GALLERY if sets else ""),
         ("tables", "Tables", f'<ul class="index">{index}</ul>' + "\n".join(shown) if shown else
          '<p class="note">No tables: python tables.py RESULTS --out tables makes them.</p>'),
         ("figures", "Figures", "\n".join(drawn) or '<p class="note">No figures: python figures.py RESULTS --out figures makes them.</p>'),
         ("training", "Training", "\n".join(histories)),
-        ("errata", "Errata of the published method", table_html(wrong) if wrong["rows"] else ""),
+        ("errata", "Errata of the published method", table_html(wrong) if wrong else ""),
     ]
     sections = [(name, title, section(name, title, body)) for name, title, body in sections]
     stored = {"gallery-sets": sets, **stored} if sets else {}
     counts = [count(len(networks), "network"), count(sum(len(one["pictures"]) for one in sets), "picture"),
-              count(len(tables["tables"]) if tables else 0, "table"), count(len(figures or []), "figure")]
+              count(len(shown), "table"), count(len(drawn), "figure")]
     return page("What do these losses make a network look at?", sentence(networks), sections, stored), main, counts, len(warned) + len(left_out)
 
 
@@ -1060,13 +1098,14 @@ def main(argv=None):
     content, findings, counts, warned = build(args)
     data.write_file(args.out, content.encode("utf-8"))
 
+    sys.stdout.reconfigure(errors="replace")  # no name can stop the report
     width = min(100, shutil.get_terminal_size().columns)
     print(f"{args.out}  {', '.join(counts)}, {len(content) / 2**20:.1f} MiB")
     if warned:
         print(f"{count(warned, 'warning')} or gap{'s' * (warned != 1)}: see the page")
     for number, one in enumerate(findings[:3], 1):
         print(textwrap.fill(one["text"], width, initial_indent=f"\n{number}. ", subsequent_indent="   "))
-        print(textwrap.fill(one["test"] or "no test", width, initial_indent="   ", subsequent_indent="   "))
+        print(textwrap.fill(capital(one["test"] or "no test"), width, initial_indent="   ", subsequent_indent="   "))
     if not findings:
         print("no main findings: they come from tables.py (python tables.py RESULTS --out tables)")
 
