@@ -942,24 +942,27 @@ def page(title, summary, sections, stored):
 """
 
 
-def warnings_of(networks):
-    """What the arrays' JSONs warn of: pictures left out, noise shared, networks without a second map, versions mixed."""
-    found, left_out = [], {}
+def unreadable(networks):
+    """The pictures that the arrays' JSONs say were left out, each named once."""
+    left_out = {}
     for network in networks:
         for stem in filter(network.get, ("emb", "maps")):
-            for name in network[stem]["about"].get("pictures", {}).get("left_out", []):
+            for name in network[stem]["about"].get("pictures", {}).get("left_out") or []:
                 left_out.setdefault((network["dataset"], str(name)), []).append(network[stem]["name"])
-    found += [f"{dataset}: {name} could not be read and is left out of {len(where)} arrays ({where[0]}{', …' * (len(where) > 1)})."
-              for (dataset, name), where in left_out.items()]
+    return [f"{dataset}: {name} could not be read: not in {where[0]}" + (f" and {len(where) - 1} more" if len(where) > 1 else "")
+            for (dataset, name), where in left_out.items()]
+
+
+def warnings_of(networks):
+    """What must be said of the maps even where no tables.json says it: noise shared, no second maps."""
+    found = []
     for dataset in dict.fromkeys(network["dataset"] for network in networks):
         maps = [network for network in networks if network["dataset"] == dataset and network["maps"]]
         shared = [network for network in maps if network["maps"]["about"].get("options", {}).get("shared_noise")]
         alone = [network for network in maps if not network["maps_ceiling"]]
-        if shared:
-            found.append(f"{dataset}: {len(shared)} of {len(maps)} networks' maps share their noise, which raises their correlations.")
-        if alone:
-            found.append(f"{dataset}: {len(alone)} of {len(maps)} networks have no second map with other noise: without this ceiling a low "
-                         "correlation may be noise alone (saliency.py --ceiling).")
+        found += [f"{dataset}: {len(shared)} of {len(maps)} networks' maps share their noise, which raises their correlations."] * bool(shared)
+        found += [f"{dataset}: {len(alone)} of {len(maps)} networks have no second map with other noise: without this ceiling a low "
+                  "correlation may be noise alone (saliency.py --ceiling)."] * bool(alone)
     return found
 
 
@@ -1021,7 +1024,10 @@ def build(args):
     statements = tables["statements"] if tables else []
     main = [statement for statement in statements if statement["main"]]
 
-    warned = list(dict.fromkeys([*(tables["warnings"] if tables else []), *warnings_of(networks), *notes]))
+    left_out += unreadable(networks)
+    others = sorted({item["dataset"] for item in [*tables["tables"], *statements] if item["dataset"]} - {*names}) if tables and names else []
+    stale = [f"{args.tables / 'tables.json'} tells of {', '.join(others)}, of which {args.results} has no arrays."] if others else []
+    warned = [*(tables["warnings"] if tables else warnings_of(networks)), *stale, *notes]
     absent = [": ".join(filter(None, (item["dataset"], item.get("table") or item.get("figure"), item["what"])))
               for part in (tables, figures) if part for item in part["missing"]]
     findings = f'<ol class="findings">{"".join(f"<li>{statement_html(one)}</li>" for one in main)}</ol>' if main else \

@@ -342,9 +342,17 @@ def test_warnings_of_the_arrays(place, written):
     about["pictures"]["left_out"] = ["images/broken.png"]
     write_json(folder / "emb.json", about)
     page = Page(written("--dataset", "cars"))
-    assert "cars: images/broken.png could not be read and is left out of 1 arrays (cars/margin/fold1/emb.npy)." in page.text
-    assert "cars: 1 of 7 networks have no second map" in page.text
+    assert "cars: images/broken.png could not be read: not in cars/margin/fold1/emb.npy" in page.text
     assert page.stored()["gallery-sets"][1]["second"] is False
+    assert "have no second map" not in page.text  # tables.py says it, where there are tables
+    shutil.rmtree(place / "tables")
+    write_json(folder / "maps.json", about_of("Margin", 1, FOLDS[1]))
+    assert "cars: 1 of 7 networks have no second map" in Page(written("--dataset", "cars")).text
+
+
+def test_tables_of_other_results_are_said(place, written):
+    shutil.move(place / "results/cars", place / "results/birds")
+    assert "tables/tables.json tells of cars, of which results has no arrays." in Page(written()).text
 
 
 # ---------------------------------------------------------------- nothing read can run, nothing is asked of a network
