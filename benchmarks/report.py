@@ -1,0 +1,100 @@
+"""How large is report.py's page, and how soon does it show its first picture? Asserts nothing.
+
+    python benchmarks/report.py                                  # 15 networks × 300 pictures, and their second maps
+    python benchmarks/report.py --networks 15 --pictures 1000 --size 160
+
+Made-up maps (blurred noise, cut at the 99th percentile, 224 × 224) and pictures, no tables. Needs 0.06 GB of disk for each network
+and hundred pictures. Opening (chromium, chromedriver and selenium, where they are here) is timed from the address to the first
+picture's maps drawn, five times in one browser.
+"""
+import argparse
+import csv
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def blurred(rng, sides, number):
+    """Smooth fields in [0, 1], float16 (number, 224, 224): noise at several sizes, enlarged and summed."""
+    fields = np.zeros((number, 224, 224), np.float32)
+    for side in sides:
+        for field in fields:
+            noise = Image.fromarray(rng.gamma(1, 1, (side, side)).astype(np.float32))
+            field += np.asarray(noise.resize((224, 224), Image.Resampling.BICUBIC))
+    fields -= fields.min(axis=(1, 2), keepdims=True)
+    return (np.minimum(fields / np.percentile(fields, 99, axis=(1, 2), keepdims=True), 1) ** 4).astype(np.float16)  # mostly dark, as maps are
+
+
+def make_results(folder, networks, pictures):
+    """results/made_up/<slug>/fold0 with two maps a picture, and made_up/ with the pictures."""
+    rng = np.random.default_rng(0)
+    names = [f"{i:05d}.jpg" for i in range(pictures)]
+    with open(ROOT / "models" / "losses.csv", encoding="utf-8") as file:
+        losses = [row["name"] for row in csv.DictReader(file)]
+    for number in range(networks):
+        place = folder / "results" / "made_up" / f"network{number}" / "fold0"
+        place.mkdir(parents=True)
+        for stem in ("maps", "maps_ceiling"):
+            np.save(place / f"{stem}.npy", blurred(rng, (14, 56, 112), pictures))
+            (place / f"{stem}.json").write_text(json.dumps({"loss": losses[number % len(losses)] + f" {number // len(losses)}" * (number >= len(losses))}))
+        (place / "labels.csv").write_text("path\n" + "\n".join(names) + "\n")
+    (folder / "made_up").mkdir()
+    for name in names:
+        colours = np.stack([blurred(rng, (4, 28, 112), 1)[0] for _ in range(3)], axis=2)
+        Image.fromarray((255 * colours).astype(np.uint8)).save(folder / "made_up" / name, quality=90)
+
+
+def opening_seconds(page, times=5):
+    """Seconds until the first picture's maps are drawn, sorted; None without a browser."""
+    try:
+        from selenium import webdriver
+    except ImportError:
+        return None
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        return None
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,1000"):
+        options.add_argument(argument)
+    browser, found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver)), []
+    for _ in range(times):
+        start = time.perf_counter()
+        browser.get(page.as_uri())
+        while not browser.execute_script("return document.body.dataset.shown"):
+            time.sleep(0.005)
+        found.append(time.perf_counter() - start)
+    browser.quit()
+    return sorted(found)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in ("networks", 15), ("pictures", 300), ("size", 112):
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"({default})")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        make_results(folder, args.networks, args.pictures)
+        start = time.perf_counter()
+        subprocess.run([sys.executable, ROOT / "report.py", folder / "results", "--dataset", folder / "made_up", "--out", folder / "report.html",
+                        "--pictures", str(args.pictures), "--size", str(args.size)], check=True, stdout=subprocess.DEVNULL)
+        print(f"made in {time.perf_counter() - start:.1f} s, peak {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024:,.0f} MiB")
+        print(f"page: {(folder / 'report.html').stat().st_size / 2**20:.1f} MiB for {args.networks} networks × {args.pictures} pictures × 2 maps")
+        seconds = opening_seconds(folder / "report.html")
+    print("opening: no chromium, chromedriver or selenium here" if seconds is None else
+          f"opens in {seconds[len(seconds) // 2]:.2f} s ({seconds[0]:.2f} to {seconds[-1]:.2f}), first picture drawn")
+
+
+if __name__ == "__main__":
+    main()
