@@ -541,6 +541,9 @@ def read_masks(files, shape, about):
     """Masks (b, H, W), bool, through the pictures' own resize and crop."""
     geometry = about.get("preprocessing") or {"resize": None, "crop": None}
     masks = [data.load_mask(path, geometry) for path in files]
+    if size := about.get("options", {}).get("map_size"):  # saliency.py averaged its maps: what is more than half object
+        masks = [np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).resize((size, size), Image.Resampling.BOX)) > 127
+                 for mask in masks]
     for path, mask in zip(files, masks):
         if mask.shape != shape:
             raise ValueError(f"{path} has {mask.shape[1]} × {mask.shape[0]} pixels after resize and crop, the maps "

@@ -424,6 +424,8 @@ def maps_of(ready, stem, pictures, baselines, distance, seeds, args):
                               noise=args.noise, order=args.order, percentile=args.percentile, seeds=seeds,
                               antithetic=args.antithetic, batch=args.batch, stem=stem,
                               autocast=torch.bfloat16 if args.precision == "bf16" else None)
+            if args.map_size:
+                maps = torch.nn.functional.adaptive_avg_pool2d(maps, args.map_size)  # of finished maps: still in [0, 1]
             return maps.half().cpu().numpy()
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
@@ -555,7 +557,7 @@ def about(dataset, spec, chosen, relative, distance, ceiling, args):
     """The JSON beside the array."""
     rows = {"rows": [spec["config"]["split"]["test"][i] for i in chosen]} if dataset.split == "held out" else {}  # of the whole
     options = {key: getattr(args, key) for key in ("samples", "noise", "order", "baseline", "percentile", "seed", "shared_noise",
-                                                   "antithetic", "precision", "limit", "pick")}
+                                                   "antithetic", "precision", "limit", "pick", "map_size")}
     return {"dataset": dataset.name, "split": dataset.split, **rows, **models.describe(spec), "distance": distance,
             "options": {**options, "ceiling": ceiling, "noise_of": "" if args.shared_noise else spec["name"]},
             "versions": {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__},
@@ -584,7 +586,8 @@ def make_gallery(path, arrays, preprocessings, names, pictures, relative, overla
             row = i - sum(name in kept for name in relative[:i])
             pixels = data.load_pixels(pictures[i][1], preprocessing)
             cells = cells or [pixels]
-            cells.append(heat(data.read_array(array)[row], pixels if overlay else None))
+            found = Image.fromarray(np.float32(data.read_array(array)[row])).resize(pixels.shape[1::-1], Image.Resampling.BILINEAR)
+            cells.append(heat(np.asarray(found), pixels if overlay else None))
         else:
             rows.append((cells, relative[i]))
     for page, start in enumerate(range(0, len(rows), 8)):
@@ -672,6 +675,8 @@ def parse(argv):
     add("--distance", choices=list(models.DISTANCES), help="of l2-normalised embeddings (the loss's own)")
     add("--baseline", default="black", choices=["black", "mean", "blur"],
         help="whose embedding the distance is to: a black picture, the picture's mean colour, the picture blurred (black)")
+    add("--map-size", type=int, metavar="N", help="store maps averaged to N × N pixels: 57 instead of 227 takes a 16th of the "
+        "space (the network's input size)")
     add("--percentile", type=float, default=99.0, metavar="P", help="values above it are cut to it (99)")
     add("--seed", type=int, default=0, metavar="N", help="of the noise (0)")
     add("--shared-noise", action="store_true", help="the same noise for all networks: networks of one trunk (train.py --freeze-trunk) then share "
@@ -701,7 +706,7 @@ def check(args):
     if args.batch is None:
         args.batch = 10 if args.device.type == "cpu" else 250
     check_options(args.samples, args.noise, args.order, args.percentile, args.batch)
-    for name in ("limit", "randomise", "workers"):
+    for name in ("limit", "randomise", "workers", "map_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
     if args.gallery:
@@ -746,7 +751,11 @@ def main(argv=None):
         first, files = numbers[0], []
         try:
             for path, description in zip(paths, descriptions):
-                shape = (len(pictures[first]), *data.input_size(description["preprocessing"]))
+                size = data.input_size(description["preprocessing"])
+                if args.map_size and args.map_size > min(size):
+                    raise ValueError(f"--map-size {args.map_size}: the maps have {size[1]} × {size[0]} pixels; give fewer")
+                size = [args.map_size] * 2 if args.map_size else size
+                shape = (len(pictures[first]), *size)
                 files.append(rowfile.RowFile(path, shape, np.float16, description, retry=not args.skip_unreadable))
             done += sum(file.complete for file in files)
             at_work = [(file, specs[number], models.distance(description["distance"]))

@@ -1,4 +1,5 @@
 """saliency.py: closed forms, a literal transcription of both orders, invariances, and the command."""
+import csv
 import json
 import subprocess
 import sys
@@ -377,6 +378,26 @@ def test_ceiling_seed_and_shared_noise(place):
     assert json.loads((place / "b.json").read_text())["options"]["noise_of"] == ""
     a, second, b = (np.load(name).astype(float) for name in ("a.npy", "a_ceiling.npy", "b.npy"))
     assert np.abs(a - second).max() > 0.05 and np.abs(a - b).max() > 0.05
+
+
+def test_smaller_maps_are_averages_and_meet_smaller_masks(place):
+    import compare
+    run("--out", "a.npy", "--limit", 3)
+    run("--out", "small.npy", "--limit", 3, "--map-size", 7, "--gallery", "small.png", "--overlay")
+    whole, small = (np.load(f"{name}.npy").astype(float) for name in ("a", "small"))
+    assert small.shape == (3, 7, 7) and json.loads((place / "small.json").read_text())["options"]["map_size"] == 7
+    assert np.abs(small - whole.reshape(3, 7, 4, 7, 4).mean(axis=(2, 4))).max() < 1e-3
+    (place / "masks").mkdir()
+    for i in range(12):
+        mask = np.zeros((40, 48), np.uint8)
+        mask[:, 30:] = 255  # the centre crop's columns from 19 on: a quarter of the small map's fifth, all of its last two
+        Image.fromarray(mask).save(place / f"masks/{i}.png")
+    compare.main(["small.npy", "--dataset", "pictures", "--masks", "masks", "--out", "c.csv"])
+    row = next(row for row in csv.DictReader(open("masks.csv")) if row["measure"] == "share")
+    right = small[:, :, 5:].sum(axis=(1, 2)) / small.sum(axis=(1, 2))
+    assert float(row["mean"]) == pytest.approx(right.mean(), abs=1e-3)
+    with pytest.raises(ValueError, match="28 × 28"):
+        run("--out", "large.npy", "--map-size", 29)
 
 
 def test_networks_of_one_trunk_and_noise_share_its_passes(place, held_out_networks, monkeypatch):
