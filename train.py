@@ -70,6 +70,8 @@ def split_rows(labels, kind, fold=0, seed=1):
     labels = np.asarray(labels)
     if labels.ndim != 1 or not len(labels):
         raise ValueError(f"labels have shape {labels.shape}; expected (n,), one for each picture")
+    if fold not in range(FOLDS):
+        raise ValueError(f"fold {fold}: expected 0 to {FOLDS - 1}")
     classes, number = np.unique(labels, return_inverse=True)
     c, n = len(classes), len(labels)
     if c < 2 or c == n:
@@ -397,6 +399,8 @@ def train(run, job, args, bar):
         history, before, first = [row for row, _ in found], found[-1][1], 1
         before = before and before.histograms[BINS]
     bar.update(first - 1)
+    if job.team[1] > 1 and args.device.type == "cuda":  # the whole batch's statistics, as in one process
+        nn.SyncBatchNorm.convert_sync_batchnorm(job.network)
     network = torch.compile(job.network) if args.compile else job.network
     if job.team[1] > 1 and job.criterion:
         network = nn.parallel.DistributedDataParallel(network, static_graph=True)
@@ -639,8 +643,8 @@ def parse(argv):
     add("--dim", type=int, default=64, metavar="M", help="dimension of the embedding (64)")
     add("--freeze-trunk", action="store_true", help="train the embedder alone, on features computed once")
     add("--epochs", type=int, default=20, metavar="N", help="(20)")
-    add("--lr", type=float, metavar="X", help="learning rate of the network (1e-4; with --freeze-trunk 1e-3, for one linear layer "
-        "alone hardly gets anywhere in 20 epochs at 1e-4)")
+    add("--lr", type=float, metavar="X", help="learning rate of the network (1e-4; with --freeze-trunk 1e-3: at 1e-4 one "
+        "linear layer does not come far in 20 epochs)")
     add("--loss-lr", type=float, default=1e-2, metavar="X", help="learning rate of the loss's own parameters (1e-2)")
     add("--scale", type=float, default=10.0, metavar="S", help="of Normalized Softmax, Eq. 3 (10; the library's default is 20)")
     add("--weight-decay", type=float, default=0.01, metavar="X", help="of AdamW (0.01, torch's default; the paper states none)")
@@ -701,28 +705,36 @@ def main(argv=None):
     for fold in args.folds:
         split_rows(labels, args.split, fold, args.seed)  # what is wrong is said before a network is loaded
     network = models.load(models.find(model=args.model, weights=args.weights)[0])
-    with torch.inference_mode():
-        black = torch.from_numpy(data.black_picture(network.preprocessing))[None]
-        args.width = network.module.eval()(black).shape[1]
+    args.width = features_of(network)
     runs = plan(dataset, labels, label, network, rows, args)
-    todo = [run for run in runs if not is_finished(run)]
-    for run in todo:
+    for run in (todo := [run for run in runs if not is_finished(run)]):
         read_checkpoint(run)
     rank, ranks = rowfile.my_share()
     if todo:
-        train_all(todo, network.module, dataset, labels, args, rank, ranks)
+        train_all(runs, todo, network.module, dataset, labels, args, rank, ranks)
     elif rank == 0:
         say(f"nothing to do: {len(runs)} of {len(runs)} networks are there")
     if rank == 0:
         print_scores([run for run in runs if is_finished(run)])
 
 
-def train_all(todo, trunk, dataset, labels, args, rank, ranks):
-    """Frozen: the processes share the runs. Else they work on one after the other together."""
+def features_of(network):
+    """How many features a trunk gives for a picture."""
+    black = torch.from_numpy(data.black_picture(network.preprocessing))[None]
+    try:
+        with torch.inference_mode():
+            shape = tuple(network.module(black).shape)
+    except (RuntimeError, TypeError, AttributeError) as error:  # a factory's network, made for other inputs
+        raise ValueError(f"{network.name} fails on a picture {tuple(black.shape[1:])}: {error}") from None
+    if len(shape) != 2 or shape[0] != 1:
+        raise ValueError(f"{network.name} gives {shape} for one picture; expected (1, features)")
+    return shape[1]
+
+
+def train_all(runs, todo, trunk, dataset, labels, args, rank, ranks):
+    """Train what is to do. Processes of torchrun work on one run after the other together; frozen runs are shared out."""
     together = "RANK" in os.environ and ranks > 1  # started by torchrun
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
-    for run in todo:
-        run.folder.mkdir(parents=True, exist_ok=True)
     if together:
         if args.device.type == "cuda":
             torch.cuda.set_device(args.device)
@@ -732,11 +744,15 @@ def train_all(todo, trunk, dataset, labels, args, rank, ranks):
     else:
         feed = feed_pictures(dataset.paths, todo[0].about["preprocessing"], args.device, args.workers, args.seed)
         weights = {name: value.clone() for name, value in trunk.state_dict().items()}
-    mine, team = (todo, (rank, ranks)) if trunk and together else (todo[rank::ranks], (0, 1))
+    mine, team = todo, (rank, ranks)
+    if not (trunk and together):  # shares of all runs, so that processes agree whenever they start
+        names = {run.name for run in todo}
+        mine, team = [run for run in runs[rank::ranks] if run.name in names], (0, 1)
     start = time.perf_counter()
     with tqdm(total=len(mine) * args.epochs, unit=" epochs", delay=2, disable=None if rank == 0 else True) as bar:
         for run in mine:
             bar.set_description(run.name)
+            run.folder.mkdir(parents=True, exist_ok=True)
             if trunk:
                 trunk.load_state_dict(weights)
             train(run, begin(run, trunk, args.width, feed, labels, args, team), args, bar)
@@ -762,6 +778,8 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         fail(error)
+    except torch.cuda.OutOfMemoryError:
+        fail("out of GPU memory; give a smaller --batch, or --precision bf16")
     except KeyboardInterrupt:
         say("stopped; the same command continues")
         sys.exit(130)

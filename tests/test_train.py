@@ -555,6 +555,14 @@ def test_options_that_can_not_be(pictures, refused):
     refused("--precision tf32 is an NVIDIA GPU's", "--dataset", "p", "--precision", "tf32")
 
 
+def test_networks_that_are_no_trunk(pictures, refused):
+    Path("odd_for_test.py").write_text("from torch import nn\ndef image(): return nn.Identity()\n"
+                                       "def broken(): return nn.Sequential(nn.Flatten(), nn.Linear(5, 3))\n")
+    refused(r"odd_for_test:image gives \(1, 3, 224, 224\) for one picture; expected \(1, features\)", "--dataset", "p",
+            "--model", "odd_for_test:image")
+    refused(r"odd_for_test:broken fails on a picture \(3, 224, 224\): ", "--dataset", "p", "--model", "odd_for_test:broken")
+
+
 def test_missing_weights(pictures, refused):
     refused(r"the ImageNet weights of inception_v3 are not at .*inception_v3_google-0cc3c7bd.pth: download https://.* --weights FILE",
             "--dataset", "p", "--model", "inception_v3")
