@@ -394,7 +394,7 @@ def check_rows(results):
     """Raise ValueError when a table mixes options, or tells of other pictures than the arrays that lie there."""
     for name, keys in (("nrprec", ("distance", "null", "max_neighbours")), ("pairs", ("label",))):
         for key in keys:
-            values = dict.fromkeys(str(row.get(key)) for row in results.rows.get(name, []))
+            values = dict.fromkeys(str(row.get(key) or "none") for row in results.rows.get(name, []))
             if len(values) > 1:
                 raise ValueError(f"{results.folder / name}.csv mixes {key} {' and '.join(values)}: such rows do not belong "
                                  "together; make all with the same options")
@@ -843,7 +843,8 @@ def mask_cell(rows):
     means = kept(rows.values(), "mean")
     if not means:
         return dict(EMPTY)
-    intervals = [f"[{100 * row['low']:.1f}, {100 * row['high']:.1f}]" for row in rows.values() if row["low"] is not None]
+    intervals = [f"[{100 * row['low']:.1f}, {100 * row['high']:.1f}]" for row in rows.values()
+                 if None not in (row["low"], row["high"])]
     hint = folds_text(rows) + (f"; 95 % interval over pictures {', '.join(intervals)}" if intervals else "")
     return cell(rounded(100 * np.mean(means), 1), np.mean(means), hint=hint)
 
