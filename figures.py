@@ -157,9 +157,9 @@ def draw_heat_map(values, names, kinds, tree, order, text="{:.0f}", ramp="Blues"
     colours = Normalize(known.min(), known.max() if known.max() > known.min() else known.min() + 1)
     ax.pcolormesh(np.ma.masked_invalid(shown), cmap=ramp, norm=colours, edgecolors="white", linewidth=0.8)
     for i, j in np.argwhere(np.isfinite(shown)):
-        dark = (colours(shown[i, j]) > 0.55) != ramp.endswith("_r")
+        light = np.dot(np.array(matplotlib.colormaps[ramp](colours(shown[i, j]))[:3]) ** 2.2, [0.2126, 0.7152, 0.0722])
         ax.text(j + 0.5, i + 0.5, text.format(shown[i, j]), ha="center", va="center", fontsize=min(9, 0.45 * 72 * side / K),
-                color="white" if dark else "black")
+                color="white" if light < 0.18 else "black")  # the better contrast
     for i in range(K):
         ax.add_patch(matplotlib.patches.Rectangle((i, i), 1, 1, color="white", linewidth=0))
     ax.set(xlim=(0, K), ylim=(K, 0))
@@ -223,7 +223,7 @@ def sheet(width, height):
 
 def draw_gallery(cells, names, kinds, titles, gap=6, margin=270):
     """A row for the pictures and one for each network; cells (1 + K, C, H, W, 3) uint8, names and kinds: K, titles: C."""
-    head, foot, side = 34, 44, max(126, min(160, 810 // len(titles) - gap))
+    head, foot, side = 34, 44, 112  # pixels: maps are noise, which PNG does not shrink
     fig, ax = sheet(margin + max(3, len(titles)) * (side + gap), head + len(cells) * (side + gap) + foot)
     canvas = np.full((len(cells) * (side + gap), len(titles) * (side + gap), 3), 255, np.uint8)
     for i, j in itertools.product(range(len(cells)), range(len(titles))):
@@ -327,7 +327,7 @@ def draw_tsne(places, properties, circular=(), named=(), titles=None, across=3):
     side = (WIDTH - gap * across) / across
     columns = {name: None if name in named else numeric(column) for name, column in properties.items()}
     lines = [list(properties)[start:start + across] for start in range(0, len(properties), across)]
-    keys = [0.34 if all(columns[name] is not None for name in line) else 0.54 for line in lines]  # colour bars; legends
+    keys = [max(key_height(properties[name]) if columns[name] is None else 0.34 for name in line) for line in lines]
     height = sum(keys) + len(lines) * (side + head)
     fig = Figure(figsize=(WIDTH, height))
     size = 11 if len(places) <= 400 else 5
@@ -348,20 +348,31 @@ def draw_tsne(places, properties, circular=(), named=(), titles=None, across=3):
     return fig
 
 
-def draw_names(ax, beneath, places, column, size):
+def most_common(column):
+    """The values of names that get a colour of their own."""
     counts = Counter(column.tolist())
-    common = sorted(counts, key=lambda value: (-counts[value], data.natural_key(value)))[:len(MARKERS)]
+    return sorted(counts, key=lambda value: (-counts[value], data.natural_key(value)))[:len(MARKERS)]
+
+
+def key_height(column):
+    """Inches for the legend of names: two columns of short ones, one of long ones."""
+    return 0.54 if max(map(len, most_common(column))) <= 10 else 0.98
+
+
+def draw_names(ax, beneath, places, column, size):
+    common = most_common(column)
+    columns = 2 if max(map(len, common)) <= 10 else 1
     rest = ~np.isin(column, common)
     ax.scatter(*places[rest].T, s=size, c="#cccccc", marker="o", linewidth=0, rasterized=True)
     for value, (colour, marker) in zip(common, MARKERS):
         ax.scatter(*places[column == value].T, s=size, c=colour, marker=marker, linewidth=0, rasterized=True)
     handles = [Line2D([], [], color=colour, marker=marker, linestyle="", markersize=4) for colour, marker in MARKERS]
-    handles, labels = handles[:len(common)], [plain(value, 10) for value in common]
+    handles, labels = handles[:len(common)], [plain(value, 26) for value in common]
     if rest.any():
         handles.append(Line2D([], [], color="#cccccc", marker="o", linestyle="", markersize=4))
         labels.append(f"{len(set(column[rest]))} more")
-    beneath.legend(handles, labels, loc="upper center", ncols=2, fontsize=7, handletextpad=0.1, columnspacing=0.6, borderpad=0.1,
-                   borderaxespad=0.1, labelspacing=0.2)
+    beneath.legend(handles, labels, loc="upper center", ncols=columns, fontsize=7, handletextpad=0.1, columnspacing=0.6,
+                   borderpad=0.1, borderaxespad=0.1, labelspacing=0.2)
 
 
 def draw_numbers(fig, ax, beneath, key, places, numbers, is_circular, size):
@@ -378,7 +389,7 @@ def draw_numbers(fig, ax, beneath, key, places, numbers, is_circular, size):
     points = ax.scatter(*places.T, s=size, c=numbers, cmap=ramp, norm=norm, linewidth=0, rasterized=True)
     place = beneath.inset_axes([0.05, 1 - 0.14 / key, 0.9, 0.07 / key])
     bar = fig.colorbar(points, cax=place, orientation="horizontal", ticks=ticks)
-    bar.ax.set_xticklabels([f"{tick:g}" for tick in ticks], fontsize=7)
+    bar.ax.set_xticklabels([f"{tick:g}".replace("-", "−") for tick in ticks], fontsize=7)
     bar.ax.tick_params(length=2, pad=1)
     bar.outline.set_visible(False)
     bar.solids.set_rasterized(True)
@@ -1149,8 +1160,8 @@ def open_pictures(args, names):
         if name in data.PUBLISHED and name not in found:
             try:
                 found[name] = data.open_dataset(name, args.data_root, "all")
-            except FileNotFoundError:
-                pass
+            except (FileNotFoundError, ValueError):
+                pass  # nobody asked for it: what needs it is left out
     return found
 
 
@@ -1210,6 +1221,8 @@ def main(argv=None):
 
     args = parse(argv)
     only = check(args)
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file; give a folder")
     folders, losses = find_datasets(args.results), read_losses()
     names = [folder.resolve().name for folder in folders]
     pictures = open_pictures(args, names)

@@ -415,6 +415,19 @@ def test_histograms_before_training_come_from_the_training(small):
     assert {key: value.tolist() for key, value in started.items()} == {("Contrastive", "0"): [[1, 0, 2, 7], [3, 3, 3, 3]]}
 
 
+def test_networks_keep_their_names_and_types(tmp_path):
+    known = ("triplet", "Triplet", "b"), ("my_loss", "My <loss>", "b"), ("resnet", None, "resnet"), ("old", None, None)
+    for slug, loss, backbone in known:
+        place = tmp_path / slug / "fold1"
+        place.mkdir(parents=True)
+        if backbone:
+            (place / "emb.json").write_text(json.dumps({"loss": loss, "backbone": backbone, "pictures": "strange"}))
+    found = figures.find_networks(tmp_path, figures.read_losses())
+    assert {one["name"]: one["type"] for one in found} == {"Triplet": "ranking", "My <loss>": "other", "resnet": "none", "old": "other"}
+    assert found[0]["name"] == "Triplet" and all(one["fold"] == 1 for one in found)
+    figures.check_lists(found, "emb")
+
+
 # ---------------------------------------------------------------- bad input
 
 
@@ -483,6 +496,12 @@ def test_packages_that_are_missing(small, package):
                            str(small / "out")], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and "pip install '.[plots]'" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert not (small / "out").exists()
+
+
+def test_the_output_is_no_folder(small):
+    (small / "file").write_text("")
+    done = draw(small, out="file")
+    assert done.returncode == 2 and "is a file" in done.stderr and (small / "file").read_text() == ""
 
 
 def test_help_names_every_figure(run_script):
