@@ -13,7 +13,8 @@ Output: report.html   opens anywhere, asks no network for anything, the same byt
 Tables sort by a click on a column's name; Enter does too. In tables with shades or hints the arrow keys move from cell to
 cell. The gallery's slider fades from the picture over its salient parts to the map alone. What is missing (tables,
 figures, pictures, half-finished arrays) is left out and said on the page. An HTML page from a stranger is a program; this
-one carries a content security policy that runs its own script alone, and everything read is escaped.
+one carries a content security policy that runs its own script alone, and everything read is escaped. The page's style and
+script are report.css and report.js, beside this file.
 """
 import argparse
 import base64
@@ -117,18 +118,13 @@ def check_together(networks):
     for network in networks:
         for stem in filter(network.get, ("emb", "maps", "maps_ceiling")):
             found, kind = network[stem], stem[:4]
-            about = found["about"]
-            options = {key: value for key, value in about.get("options", {}).items() if key not in MAY_DIFFER}
-            pictures = {"number": len(found["array"]), "sha256": str(about.get("pictures", {}).get("sha256"))[:12]}
-            for what, key, told in (("options", (network["dataset"], kind), options),
-                                    ("pictures", (network["dataset"], kind, network["fold"]), pictures)):
-                if what == "options" and not about:
-                    continue
-                other, before = first.setdefault((what, *key), (found["name"], told))
-                different = [f"{name} {before.get(name)} and {told.get(name)}" for name in {**before, **told}
-                             if before.get(name) != told.get(name)]
-                if different:
-                    raise ValueError(f"{other} and {found['name']} don't belong together: {', '.join(different)}; make both with "
+            listed = {"number": len(found["array"]), "sha256": found["about"].get("pictures", {}).get("sha256")}
+            told = [("options", None, name, value) for name, value in found["about"].get("options", {}).items() if name not in MAY_DIFFER]
+            told += [("pictures", network["fold"], name, value) for name, value in listed.items() if value is not None]
+            for what, fold, name, value in told:
+                other, before = first.setdefault((network["dataset"], kind, what, fold, name), (found["name"], value))
+                if before != value:
+                    raise ValueError(f"{other} and {found['name']} don't belong together: {name} is {before} and {value}; make both with "
                                      f"the same {what}, or take one of them out of the folder")
 
 
@@ -145,12 +141,11 @@ def picture_names(network, dataset):
         table = data.read_table(network["folder"] / "labels.csv")
         names = table.pop("path", None) or next(iter(table.values()))
         lists.append(names)
-        for path, source in ((None, table), (network["folder"] / "props.csv", None)):
-            source = source if path is None else data.read_table(path) if path.is_file() else {}
-            for column, values in source.items():
-                if len(values) == len(names) and column.lower() not in data.IDENTIFIERS:
-                    for name, value in zip(names, values):
-                        properties.setdefault(name, []).append((column, value))
+        beside = network["folder"] / "props.csv"
+        for column, values in [*table.items(), *(data.read_table(beside) if beside.is_file() else {}).items()]:
+            if len(values) == len(names) and column.lower() not in data.IDENTIFIERS:
+                for name, value in zip(names, values):
+                    properties.setdefault(name, []).append((column, value))
     lists += [dataset.relative] if dataset else []
     for names in lists:
         rows = options.get("pick") or range(len(names))[:options.get("limit")]
@@ -163,14 +158,14 @@ def picture_names(network, dataset):
 
 # ---------------------------------------------------------------- tables, statements and figures of the steps before
 
+TEXT, NUMBER = (str, type(None)), (int, float, type(None))
 TABLES = {"tables": list, "statements": list, "warnings": list, "missing": list, "made_with": dict}
-TABLE = {"name": str, "title": str, "caption": str, "dataset": (str, type(None)), "kind": str, "header": list, "rows": list, "notes": list}
-CELL = {"text": str, "value": (int, float, type(None)), "shade": (int, float, type(None)), "bold": bool, "hint": (str, type(None))}
-STATEMENT = {"dataset": (str, type(None)), "topic": str, "text": str, "test": (str, type(None)), "p_value": (int, float, type(None)), "main": bool}
-MISSING = {"dataset": (str, type(None)), "table": str, "what": str}
+TABLE = {"name": str, "title": str, "caption": str, "dataset": TEXT, "kind": str, "header": list, "rows": list, "notes": list}
+CELL = {"text": str, "value": NUMBER, "shade": NUMBER, "bold": bool, "hint": TEXT}
+STATEMENT = {"dataset": TEXT, "topic": str, "text": str, "test": TEXT, "p_value": NUMBER, "main": bool}
 FIGURES = {"figures": list, "missing": (list, type(None))}
-MISSING_FIGURE = {"dataset": (str, type(None)), "figure": str, "what": str}
-FIGURE = {"name": str, "title": str, "caption": str, "dataset": (str, type(None)), "svg": (str, type(None)), "png": (str, type(None))}
+FIGURE = {"name": str, "title": str, "caption": str, "dataset": TEXT, "svg": TEXT, "png": TEXT}
+MISSING = {"dataset": TEXT, "table": TEXT, "figure": TEXT, "what": str}
 
 
 def read_part(folder, name, script):
@@ -206,26 +201,20 @@ def read_tables(folder):
     if content is None:
         return None
     content = fields(path, "the file", content, TABLES)
-    tables, names = [], set()
-    for number, item in enumerate(content["tables"]):
-        table = fields(path, f"table {number}", item, TABLE)
-        where, width = f"table {table['name']!r}", len(table["header"])
-        if table["name"] in names:
-            raise ValueError(f"{path}: two tables are named {table['name']!r}; make the file again")
-        names.add(table["name"])
-        if table["kind"] not in ("rows", "matrix") or not all(isinstance(name, str) for name in [*table["header"], *table["notes"]]):
-            raise ValueError(f"{path}: {where} has kind {table['kind']!r} or a header or note that is no text; make the file again")
-        for row in table["rows"]:
-            if not isinstance(row, list) or len(row) != width:
-                raise ValueError(f"{path}: {where} has a row of {len(row) if isinstance(row, list) else 'no'} cells, its header {width}; "
-                                 "make the file again")
-        table["rows"] = [[fields(path, f"a cell of {where}", cell, CELL) for cell in row] for row in table["rows"]]
-        tables.append(table)
-    if not all(isinstance(text, str) for text in content["warnings"]):
-        raise ValueError(f"{path}: a warning is no text; make the file again")
-    return {**content, "tables": tables,
-            "statements": [fields(path, f"statement {i}", item, STATEMENT) for i, item in enumerate(content["statements"])],
-            "missing": [fields(path, f"missing {i}", item, MISSING) for i, item in enumerate(content["missing"])]}
+    content["tables"] = [fields(path, f"table {i}", item, TABLE) for i, item in enumerate(content["tables"])]
+    content["statements"] = [fields(path, f"statement {i}", item, STATEMENT) for i, item in enumerate(content["statements"])]
+    content["missing"] = [fields(path, f"missing {i}", item, MISSING) for i, item in enumerate(content["missing"])]
+    names = [table["name"] for table in content["tables"]]
+    for table in content["tables"]:
+        where = f"table {table['name']!r}"
+        if names.count(table["name"]) > 1 or table["kind"] not in ("rows", "matrix"):
+            raise ValueError(f"{path}: {where} is there twice or of kind {table['kind']!r}; expected one, of kind rows or matrix: make the file again")
+        if any(not isinstance(row, list) or len(row) != len(table["header"]) for row in table["rows"]):
+            raise ValueError(f"{path}: {where} has a row of another length than its header, {len(table['header'])}; make the file again")
+        table["rows"] = [[fields(path, f"a cell of {where}", one, CELL) for one in row] for row in table["rows"]]
+    if not all(isinstance(words, str) for words in [*content["warnings"], *(words for table in content["tables"] for words in table["header"] + table["notes"])]):
+        raise ValueError(f"{path}: a warning, header or note is no text; make the file again")
+    return content
 
 
 def read_figures(folder):
@@ -241,7 +230,7 @@ def read_figures(folder):
         if absent or not (svg or png):
             raise ValueError(f"{path}: figure {figure['name']!r}: {absent[0] if absent else 'its file'} is not in {folder}; make the figures again")
         figure["uri"] = figure_uri(svg, png)
-    missing = [fields(path, f"missing {i}", item, MISSING_FIGURE) for i, item in enumerate(content["missing"] or [])]
+    missing = [fields(path, f"missing {i}", item, MISSING) for i, item in enumerate(content["missing"] or [])]
     return {"figures": figures, "missing": missing}
 
 
@@ -309,30 +298,35 @@ def gallery(networks, datasets, most, size):
     total = sum(len(members[0]["maps"]["array"]) for members in groups.values())
     sets, stored, notes = [], {}, []
     with tqdm(total=min(total, most), unit=" pictures", desc="gallery", delay=2, disable=not sys.stderr.isatty()) as bar:
-        for number, members in enumerate(groups.values()):
-            dataset, fold, (n, *shape) = members[0]["dataset"], members[0]["fold"], members[0]["maps"]["array"].shape
-            names, properties = picture_names(members[0], datasets.get(dataset))
-            names = names or [f"row {row}" for row in range(n)]
-            paths = dict(zip(datasets[dataset].relative, datasets[dataset].paths)) if dataset in datasets else {}
-            rows = np.linspace(0, n - 1, max(1, round(n * min(1, most / total)))).round().astype(int).tolist()
-            pictures = []
-            for row in rows:
-                images, blank = picture_and_maps(members, row, paths.get(names[row]), size)
-                stored[f"picture-{number}-{len(pictures)}"] = images
-                pictures.append({"name": names[row], "properties": properties.get(names[row], []), "blank": blank})
-                bar.update()
-            label = dataset if fold is None else f"{dataset}, fold {fold}"
-            height, width = small_shape(shape, size)
-            sets.append({"label": label, "second": "second" in images, "width": width, "height": height, "pictures": pictures,
-                         "networks": [{"name": member["name"], "type": member["type"]} for member in members]})
-            unseen = sum("picture" not in stored[f"picture-{number}-{k}"] for k in range(len(rows)))
-            blank = sum(len(picture["blank"]) for picture in pictures)
-            notes += [f"{label}: {unseen:,} of {count(len(rows), 'picture')} can't be shown; the maps stand alone "
+        for members in groups.values():
+            found, images = gallery_set(members, datasets.get(members[0]["dataset"]), min(1, most / total), size, bar)
+            stored.update({f"picture-{len(sets)}-{k}": one for k, one in enumerate(images)})
+            sets.append(found)
+            unseen, blank = sum("picture" not in one for one in images), sum(len(picture["blank"]) for picture in found["pictures"])
+            notes += [f"{found['label']}: {unseen:,} of {count(len(images), 'picture')} can't be shown; the maps stand alone "
                       "(report.py --dataset FOLDER names the pictures' folder)."] * (unseen > 0)
-            notes += [f"{label}: {count(blank, 'map')} in the gallery constant or nan: shown empty, left out of comparisons."] * (blank > 0)
-    if sum(len(one["pictures"]) for one in sets) < total:
-        notes.append(f"The gallery shows {sum(len(one['pictures']) for one in sets):,} of {total:,} pictures, taken evenly (report.py --pictures {total} shows all).")
+            notes += [f"{found['label']}: {count(blank, 'map')} in the gallery constant or nan: shown empty, left out of comparisons."] * (blank > 0)
+    if len(stored) < total:
+        notes.append(f"The gallery shows {len(stored):,} of {total:,} pictures, taken evenly (report.py --pictures {total} shows all).")
     return sets, stored, notes
+
+
+def gallery_set(members, dataset, share, size, bar):
+    """One set of the gallery: what the script must know of it, and each picture with its maps."""
+    n, *shape = members[0]["maps"]["array"].shape
+    names, properties = picture_names(members[0], dataset)
+    names = names or [f"row {row}" for row in range(n)]
+    paths = dict(zip(dataset.relative, dataset.paths)) if dataset else {}
+    pictures, images = [], []
+    for row in np.linspace(0, n - 1, max(1, round(n * share))).round().astype(int).tolist():
+        found, blank = picture_and_maps(members, row, paths.get(names[row]), size)
+        images.append(found)
+        pictures.append({"name": names[row], "properties": properties.get(names[row], []), "blank": blank})
+        bar.update()
+    height, width = small_shape(shape, size)
+    label = members[0]["dataset"] if members[0]["fold"] is None else f"{members[0]['dataset']}, fold {members[0]['fold']}"
+    return {"label": label, "second": "second" in images[0], "width": width, "height": height, "pictures": pictures,
+            "networks": [{"name": member["name"], "type": member["type"]} for member in members]}, images
 
 
 def picture_and_maps(members, row, path, size):
@@ -386,42 +380,38 @@ def anchor(table):
     return "table-" + re.sub(r"[^A-Za-z0-9_-]", lambda found: f".{ord(found[0]):x}", table["name"])
 
 
-def table_html(table):
+def table_html(table, region="scroll"):
     """A table under its title, in a region of its own that scrolls: sortable by its header (kind "rows"), not (kind "text"),
     or a heat map (kind "matrix").
 
     Where cells have hints the table is a grid: the arrow keys move in it and each hint is announced.
     """
-    name = anchor(table)
-    matrix = table["kind"] == "matrix"
-    grid = matrix or any(one["hint"] for row in table["rows"] for one in row)
-    numeric = [any(row[k]["value"] is not None for row in table["rows"]) for k in range(len(table["header"]))]
-    short = all(len(row[0]["text"]) <= 26 for row in table["rows"])
+    name, kind = anchor(table), table["kind"]
+    grid = kind == "matrix" or any(one["hint"] for row in table["rows"] for one in row)
+    short = all(len(one["text"]) <= 26 for row in table["rows"] for one in row[:1])  # such names are kept on one line
     head = []
     for k, title in enumerate(table["header"]):
-        side = ' class="n"' if numeric[k] and not matrix else ""
-        if matrix and k == 0:
-            head.append("<td></td>")
-        elif table["kind"] != "rows":
-            head.append(f'<th scope="col"><span>{text(title)}</span></th>')
-        else:
-            head.append(f'<th scope="col" aria-sort="none"{side}><button type="button">{text(title) or "Name"}</button></th>')
-    rows = []
-    for row in table["rows"]:
-        cells = [f'<th scope="row">{cell_text(row[0])}</th>'] if row else []
-        for one in row[1:]:
-            kinds = "n" * (one["value"] is not None) + (f" s{level_of(one['shade'])}" if one["shade"] is not None else "")
-            told = (f' class="{kinds.strip()}"' if kinds else "") + ("" if one["value"] is None or not math.isfinite(one["value"]) else f' data-value="{one["value"]!r}"')
-            told += f' data-hint="{text(one["hint"])}"' if one["hint"] else ""
-            cells.append(f"<td{told}>{cell_text(one)}</td>")
-        rows.append("<tr>" + "".join(cells) + "</tr>")
-    notes = "".join(f"<li>{text(note)}</li>" for note in table["notes"])
+        numbers = kind == "rows" and any(row[k]["value"] is not None for row in table["rows"])
+        words = f'<button type="button">{text(title) or "Name"}</button>' if kind == "rows" else f"<span>{text(title)}</span>"
+        head.append("<td></td>" if kind == "matrix" and k == 0 else
+                    '<th scope="col"' + ' aria-sort="none"' * (kind == "rows") + ' class="n"' * numbers + f">{words}</th>")
+    rows = [f'<tr><th scope="row">{cell_text(row[0])}</th>{"".join(map(cell_html, row[1:]))}</tr>' for row in table["rows"] if row]
     return (f'<article class="table" id="{name}"><h3 id="{name}-title">{text(table["title"])}</h3>'
             + (f"<p>{text(table['caption'])}</p>" if table["caption"] else "") + legend(table)
-            + f'<div class="scroll" role="region" tabindex="0" aria-labelledby="{name}-title">'
-            f'<table aria-labelledby="{name}-title"' + (' role="grid"' if grid else "") + f' class="{table["kind"]}{" short" * short}"'
-            + f'>\n<thead><tr>{"".join(head)}</tr></thead>\n<tbody>\n' + "\n".join(rows) + "\n</tbody></table></div>"
-            + (f'<ul class="notes">{notes}</ul>' if notes else "") + "</article>")
+            + f'<div class="{region}" role="region" tabindex="0" aria-labelledby="{name}-title">'
+            f'<table aria-labelledby="{name}-title"' + ' role="grid"' * grid + f' class="{kind}{" short" * short}">\n'
+            f'<thead><tr>{"".join(head)}</tr></thead>\n<tbody>\n' + "\n".join(rows) + "\n</tbody></table></div>"
+            + listing(table["notes"], "notes") + "</article>")
+
+
+def cell_html(one):
+    value, shade, hint = one["value"], one["shade"], one["hint"]
+    kinds = ["n"] if value is not None else []
+    kinds += [f"s{level_of(shade)}"] if shade is not None else []
+    told = f' class="{" ".join(kinds)}"' if kinds else ""
+    told += f' data-value="{value!r}"' if value is not None and math.isfinite(value) else ""
+    told += f' data-hint="{text(hint)}"' if hint else ""
+    return f"<td{told}>{cell_text(one)}</td>"
 
 
 def cell_text(one):
@@ -481,14 +471,13 @@ def networks_table(dataset, networks):
         about = (network["emb"] or network["maps"] or network["maps_ceiling"])["about"]
         config = network["trained"]["config"]
         parameters = config.get("loss_parameters") if isinstance(config.get("loss_parameters"), dict) else {}
-        shapes = [" × ".join(map(str, found["array"].shape)) if found else "" for found in (network["emb"], network["maps"], network["maps_ceiling"])]
-        counts = [len(found["array"]) if found else None for found in (network["emb"], network["maps"], network["maps_ceiling"])]
+        arrays = [network[stem] and network[stem]["array"] for stem in ("emb", "maps", "maps_ceiling")]
+        shapes = [cell("") if array is None else cell(" × ".join(map(str, array.shape)), len(array)) for array in arrays]
         rows.append([cell(network["name"]), cell(network["type"]), cell("" if network["fold"] is None else network["fold"]),
-                     cell(about.get("distance", "")), *map(cell, shapes, counts), cell(str(about.get("checkpoint_sha256") or "")[:12]),
+                     cell(about.get("distance", "")), *shapes, cell(str(about.get("checkpoint_sha256") or "")[:12]),
                      cell(", ".join(f"{key} {value}" for key, value in parameters.items()))])
     header = ["Network", "Type", "Fold", "Distance", "Embeddings", "Maps", "Maps, other noise", "Checkpoint (SHA-256)", "Loss's parameters"]
-    empty = [k for k in range(len(header)) if k > 3 and not any(row[k]["text"] for row in rows)]
-    keep = [k for k in range(len(header)) if k not in empty]
+    keep = [k for k in range(len(header)) if k < 4 or any(row[k]["text"] for row in rows)]
     return {"name": f"networks-{dataset}", "title": f"Networks: {dataset}", "kind": "rows", "header": [header[k] for k in keep], "notes": [],
             "caption": "Shapes are pictures × dimension, and pictures × height × width.", "rows": [[row[k] for k in keep] for row in rows]}
 
@@ -528,345 +517,26 @@ def capital(words):
     return words[:1].upper() + words[1:]
 
 
+def test_of(statement):
+    return capital(statement["test"]) if statement["test"] not in (None, "", "none") else "Not tested"
+
+
 def statement_html(statement):
-    test, p = capital(statement["test"] or "no test"), statement["p_value"]
+    test, p = test_of(statement), statement["p_value"]
     if p is not None and "p = " not in test and "p < " not in test:
         test += f"; p = {p:.2g}"
     return f'<p>{text(statement["text"])}</p><p class="test">{text(test)}</p>'
 
 
-def section(name, title, *parts):
-    """A section with its heading; nothing if it has no content."""
-    content = "\n".join(filter(None, parts))
-    return f'<section id="{name}" aria-labelledby="{name}-title">\n<h2 id="{name}-title">{title}</h2>\n{content}\n</section>' if content else ""
+def section(name, title, content):
+    return f'<section id="{name}" aria-labelledby="{name}-title">\n<h2 id="{name}-title">{title}</h2>\n{content}\n</section>'
 
 
-def listing(items, kind="ul"):
-    return f"<{kind}>" + "".join(f"<li>{text(item)}</li>" for item in items) + f"</{kind}>" if items else ""
+def listing(items, kind="plain"):
+    return f'<ul class="{kind}">' + "".join(f"<li>{text(item)}</li>" for item in items) + "</ul>" if items else ""
 
 
-# ---------------------------------------------------------------- the page: its style, its script, its parts
-
-STYLE = """
-:root { color-scheme: light dark; --page: light-dark(#fcfcfa, #14161a); --panel: light-dark(#f3f3ee, #1d2026);
-  --ink: light-dark(#1b1d21, #e7e7e3); --soft: light-dark(#55585f, #a9acb3); --line: light-dark(#d9d9d2, #353942);
-  --strong: light-dark(#5b1a6e, #d9a6ea); --mark: light-dark(#f6ecd2, #3d3420); --ring: light-dark(#a12f5a, #ffb454); }
-:root[data-theme=light] { color-scheme: light; }
-:root[data-theme=dark] { color-scheme: dark; }
-* { box-sizing: border-box; }
-html { scroll-padding-top: 1rem; -webkit-text-size-adjust: 100%; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 1rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-h1, h2, h3, h4 { font-family: Charter, "Bitstream Charter", "Iowan Old Style", Cambria, Georgia, serif; line-height: 1.2; text-wrap: balance; }
-h1 { font-size: clamp(1.8rem, 1.2rem + 2.6vw, 3rem); margin: 0 0 .5rem; }
-h2 { font-size: 1.75rem; margin: 0 0 1rem; padding-top: 1.25rem; border-top: 3px solid var(--strong); }
-h3 { font-size: 1.2rem; margin: 2rem 0 .4rem; }
-p { margin: 0 0 .75rem; max-width: 46rem; overflow-wrap: break-word; }
-a { color: var(--strong); text-underline-offset: .18em; }
-:focus-visible { outline: 3px solid var(--ring); outline-offset: 2px; border-radius: 3px; }
-button, select, input { font: inherit; color: inherit; }
-button.plain, select { background: var(--panel); border: 1px solid var(--soft); border-radius: 6px; padding: .3rem .8rem; min-height: 2.5rem; }
-button.plain:hover { border-color: var(--strong); color: var(--strong); }
-button.plain:disabled { opacity: .55; }
-.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
-.skip { position: absolute; left: 1rem; top: -6rem; background: var(--page); padding: .5rem 1rem; z-index: 3; }
-.skip:focus { top: .5rem; }
-.frame { max-width: 86rem; margin: 0 auto; padding: 0 clamp(1rem, 3vw, 2.5rem); }
-header.frame { padding-top: 2rem; display: grid; grid-template-columns: 1fr auto; gap: 0 1rem; }
-header p { color: var(--soft); font-size: 1.1rem; }
-section { margin: 3rem 0; }
-nav ol { list-style: none; margin: 1rem 0; padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; }
-nav a { display: inline-block; padding: .3rem 0; color: var(--ink); text-decoration: none; border-bottom: 2px solid transparent; }
-nav a:hover { border-color: var(--strong); color: var(--strong); }
-@media (min-width: 75rem) {
-  .columns { display: grid; grid-template-columns: 11rem minmax(0, 1fr); gap: 3rem; }
-  nav { position: sticky; top: 0; align-self: start; padding-top: 2.2rem; }
-  nav ol { display: block; border-left: 1px solid var(--line); padding-left: 1rem; }
-}
-.findings { list-style: none; counter-reset: finding; margin: 0; padding: 0; display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); }
-.findings li { counter-increment: finding; background: var(--panel); border-radius: 10px; padding: 1.1rem 1.25rem; }
-.findings li::before { content: counter(finding); font: 700 1.6rem/1 Charter, "Bitstream Charter", Georgia, serif; color: var(--strong); }
-.findings p:first-of-type { font-size: 1.08rem; margin: .35rem 0 .6rem; }
-.test { color: var(--soft); font-size: .875rem; line-height: 1.45; margin: 0; }
-.statements { margin: 0; padding: 0; list-style: none; }
-.statements li { border-left: 3px solid var(--line); padding: .1rem 0 .1rem 1rem; margin: 0 0 1rem; }
-.statements p:first-child { margin-bottom: .15rem; }
-.note { background: var(--mark); border-radius: 8px; padding: .7rem 1rem; max-width: 60rem; overflow-wrap: break-word; }
-.note ul { margin: 0; padding-left: 1.2rem; }
-.notes { color: var(--soft); font-size: .875rem; max-width: 60rem; padding-left: 1.2rem; margin: .5rem 0 0; }
-.scroll { overflow-x: auto; max-width: 100%; position: relative; }
-.tall { max-height: 34rem; overflow-y: auto; }
-.tall thead th { position: sticky; top: 0; background: var(--page); z-index: 2; }
-table { border-collapse: separate; border-spacing: 0; font-size: .9rem; line-height: 1.35; font-variant-numeric: tabular-nums; }
-thead th, thead td { border-bottom: 2px solid var(--ink); vertical-align: bottom; text-align: left; padding: 0; }
-th, td { padding: .38rem .65rem; text-align: left; border-bottom: 1px solid var(--line); }
-td { overflow-wrap: break-word; max-width: 28rem; }
-tbody th { font-weight: 500; position: sticky; left: 0; background: var(--page); max-width: 13rem; z-index: 1; }
-td.n { text-align: right; white-space: nowrap; }
-th.n, th.n button { text-align: right; }
-th > span { display: inline-block; padding: .4rem .65rem; font-weight: 600; }
-th button { background: none; border: 0; padding: .4rem .65rem; width: 100%; min-height: 2.2rem; font-weight: 600; text-align: left; cursor: pointer; }
-th button::after { content: "\\a0↕"; color: var(--soft); font-weight: 400; }
-th[aria-sort=ascending] button::after { content: "\\a0↑"; color: var(--strong); }
-th[aria-sort=descending] button::after { content: "\\a0↓"; color: var(--strong); }
-tbody tr:hover > th, tbody tr:focus-within > th, thead th.at { color: var(--strong); }
-.matrix { font-size: .82rem; }
-.matrix thead th { padding: .4rem .2rem; font-weight: 500; }
-.short tbody th { white-space: nowrap; max-width: none; }
-.matrix thead span { padding: 0; font-weight: 500; writing-mode: vertical-rl; transform: rotate(180deg); white-space: nowrap; max-height: 14rem; overflow: hidden; }
-.matrix td { text-align: center; padding: .38rem .3rem; min-width: 2.6rem; border: 1px solid var(--page); }
-.matrix tbody th { text-align: right; border-bottom: 0; }
-td[data-at] { outline: 3px solid var(--ring); outline-offset: -3px; }
-.legend { display: flex; align-items: center; gap: .6rem; font-size: .875rem; color: var(--soft); font-variant-numeric: tabular-nums; }
-.ramp { display: inline-flex; border: 1px solid var(--line); }
-.ramp span { width: 1rem; height: .8rem; }
-.index { columns: 17rem; padding-left: 1.2rem; margin: 0; font-size: .95rem; }
-#tip { position: fixed; z-index: 4; max-width: min(22rem, calc(100vw - 1rem)); background: light-dark(#24262b, #f0f0ea); color: light-dark(#fff, #16181c);
-  border-radius: 6px; padding: .45rem .7rem; font-size: .85rem; line-height: 1.4; pointer-events: none; white-space: pre-line; box-shadow: 0 3px 14px #0005; }
-#tip:empty { display: none; }
-.controls { display: flex; flex-wrap: wrap; gap: .8rem 1.6rem; align-items: end; margin: 1rem 0; }
-.controls label { display: grid; gap: .2rem; font-size: .875rem; color: var(--soft); }
-.controls label.row { display: flex; align-items: center; gap: .5rem; min-height: 2.5rem; }
-.controls input[type=range] { width: min(20rem, 80vw); accent-color: var(--strong); height: 2rem; margin: 0; }
-.controls input[type=checkbox] { width: 1.2rem; height: 1.2rem; accent-color: var(--strong); }
-#film { display: flex; gap: 6px; overflow-x: auto; list-style: none; margin: 0 0 1rem; padding: 6px; background: var(--panel); border-radius: 8px; }
-#film li { flex: none; width: 76px; font-size: .75rem; text-align: center; color: var(--soft); border-radius: 6px; padding: 4px; cursor: pointer; }
-#film li[aria-selected=true] { background: var(--strong); color: var(--page); }
-#film img { display: block; width: 68px; height: 68px; object-fit: cover; border-radius: 4px; background: var(--line); }
-#about { display: flex; flex-wrap: wrap; gap: .1rem 1.2rem; margin: 0 0 1rem; font-size: .9rem; }
-#about div { display: flex; gap: .4rem; overflow-wrap: anywhere; }
-#about dt { color: var(--soft); }
-#about dd { margin: 0; font-weight: 600; }
-#tiles { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(9.5rem, 44%), 1fr)); padding: 0; margin: 0; list-style: none; }
-#tiles canvas { display: block; width: 100%; border-radius: 6px; background: var(--line); }
-#tiles p { margin: .35rem 0 0; font-size: .875rem; line-height: 1.3; }
-#tiles small { color: var(--soft); font-size: .8rem; }
-figure { margin: 2rem 0; }
-figure img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 8px; padding: clamp(.3rem, 1.5vw, 1rem); border: 1px solid var(--line); }
-figcaption { margin-top: .6rem; max-width: 46rem; font-size: .95rem; }
-footer { color: var(--soft); font-size: .875rem; border-top: 1px solid var(--line); margin-top: 3rem; padding-top: 1rem; padding-bottom: 3rem; }
-@media (max-width: 40rem) {
-  body { font-size: .97rem; }
-  tbody th, .short tbody th, .matrix tbody th { max-width: 8.5rem; white-space: normal; }
-  th, td { padding: .34rem .45rem; }
-}
-@media print {
-  :root, :root[data-theme] { color-scheme: light; }
-  nav, .controls, #film, #theme, .skip, #tip { display: none; }
-  .scroll, .tall { overflow: visible; max-height: none; }
-  .frame { max-width: none; padding: 0; }
-  .columns { display: block; }
-  body { font-size: 9.5pt; }
-  table { font-size: 7pt; }
-  .matrix { font-size: 6pt; }
-  .matrix td { min-width: 0; padding: 2pt; }
-  figure, .findings li, tr { break-inside: avoid; }
-  h2, h3 { break-after: avoid; }
-  td, .ramp span, canvas { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-}
-"""
-
-SCRIPT = r"""
-"use strict";
-const $ = (selector, root = document) => root.querySelector(selector);
-const all = (selector, root = document) => [...root.querySelectorAll(selector)];
-const make = (name, properties = {}) => Object.assign(document.createElement(name), properties);
-const announce = words => { $("#live").textContent = words; };
-const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
-
-// ---- light and dark
-const isDark = () => (document.documentElement.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
-const nameTheme = () => { $("#theme").textContent = isDark() ? "Light" : "Dark"; };
-$("#theme").hidden = false;
-$("#theme").addEventListener("click", () => { document.documentElement.dataset.theme = isDark() ? "light" : "dark"; nameTheme(); });
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", nameTheme);
-nameTheme();
-
-// ---- tables: a column's name sorts by it, once more the other way, a third time as it was
-const firstOrder = new WeakMap();
-all("tbody tr").forEach((row, number) => firstOrder.set(row, number));
-
-function sortBy(button) {
-  const head = button.closest("th"), body = head.closest("table").tBodies[0], column = head.cellIndex;
-  const rows = [...body.rows], numeric = rows.some(row => row.cells[column].dataset.value !== undefined);
-  const orders = ["none", ...(numeric ? ["descending", "ascending"] : ["ascending", "descending"])];
-  const order = orders[(orders.indexOf(head.getAttribute("aria-sort")) + 1) % 3];
-  const key = row => numeric ? row.cells[column].dataset.value : row.cells[column].textContent;
-  rows.sort((a, b) => {
-    const [x, y] = [key(a), key(b)], empty = (x === undefined || x === "") - (y === undefined || y === "");
-    const compared = numeric ? x - y : String(x).localeCompare(y, "en", {numeric: true});
-    return order === "none" ? firstOrder.get(a) - firstOrder.get(b)
-      : empty || (order === "ascending" ? compared : -compared) || firstOrder.get(a) - firstOrder.get(b);
-  });
-  body.append(...rows);
-  all("th[aria-sort]", head.parentNode).forEach(other => other.setAttribute("aria-sort", other === head ? order : "none"));
-  announce(order === "none" ? "In the original order" : `Sorted by ${button.textContent}, ${order}`);
-}
-all("th[aria-sort] button").forEach(button => button.addEventListener("click", () => sortBy(button)));
-
-// ---- grids: hints on hover, by tapping and by arrow keys
-function showTip(cell) {
-  const row = cell.parentNode.cells[0].textContent, column = cell.closest("table").tHead.rows[0].cells[cell.cellIndex];
-  const words = `${row} · ${column.textContent}: ${cell.textContent}`, hint = cell.dataset.hint, tip = $("#tip");
-  tip.textContent = hint ? `${words}\n${hint}` : words;
-  all(".at").forEach(other => other.classList.remove("at"));
-  column.classList.add("at");
-  const place = cell.getBoundingClientRect(), size = tip.getBoundingClientRect();
-  tip.style.left = clamp(place.x + place.width / 2 - size.width / 2, 8, innerWidth - size.width - 8) + "px";
-  tip.style.top = (place.y > size.height + 12 ? place.y - size.height - 8 : place.bottom + 8) + "px";
-  return hint ? `${words}. ${hint}` : words;
-}
-function hideTip() {
-  $("#tip").textContent = "";
-  all(".at").forEach(other => other.classList.remove("at"));
-}
-const moves = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1], Home: [0, -1e4], End: [0, 1e4],
-  PageUp: [-1e4, 0], PageDown: [1e4, 0]};
-for (const grid of all("table[role=grid]")) {
-  const body = grid.tBodies[0];
-  for (const cell of all("td", body)) cell.tabIndex = -1;
-  if ($("td", body)) $("td", body).tabIndex = 0;
-  body.addEventListener("keydown", event => {
-    const cell = event.target.closest("td"), move = moves[event.key];
-    if (event.key === "Escape") hideTip();
-    if (!cell || !move || event.altKey || event.metaKey) return;
-    const rows = [...body.rows], far = event.ctrlKey && move[0] === 0 ? Math.sign(move[1]) * 1e4 : 0;
-    const row = rows[clamp(rows.indexOf(cell.parentNode) + move[0] + (event.key === "Home" || event.key === "End" ? far : 0), 0, rows.length - 1)];
-    row.cells[clamp(cell.cellIndex + move[1], 1, row.cells.length - 1)].focus();
-    event.preventDefault();
-  });
-  body.addEventListener("focusin", event => {
-    const cell = event.target.closest("td");
-    if (!cell) return;
-    all("td[tabindex='0']", body).forEach(other => { other.tabIndex = -1; });
-    cell.tabIndex = 0;
-    cell.scrollIntoView({block: "nearest", inline: "nearest"});
-    announce(showTip(cell));
-  });
-  body.addEventListener("focusout", hideTip);
-  body.addEventListener("mouseover", event => { const cell = event.target.closest("td"); if (cell) showTip(cell); });
-  body.addEventListener("mouseleave", hideTip);
-}
-addEventListener("scroll", () => { if (!document.activeElement.matches("td")) hideTip(); }, {passive: true, capture: true});
-addEventListener("keydown", event => { if (event.key === "Escape") hideTip(); });
-
-// ---- the gallery: a picture's maps are decoded when it is chosen
-const heat = [[0, 0, 4], [31, 12, 72], [85, 15, 109], [136, 34, 106], [186, 54, 85], [227, 89, 51], [249, 142, 9], [249, 203, 53], [252, 255, 164]];
-
-// A map's value v and the slider t in [0, 1] -> colour and opacity: at ½ the salient parts alone cover the picture.
-function colours(t, alone) {
-  const table = new Uint32Array(256), bytes = new Uint8Array(table.buffer);
-  for (let level = 0; level < 256; level++) {
-    const v = level / 255, at = Math.min(v * (heat.length - 1), heat.length - 1.000001), k = Math.floor(at);
-    const opacity = alone ? 1 : t < .5 ? 2 * t * v : v + (2 * t - 1) * (1 - v);
-    const colour = heat[k].map((low, channel) => low + (at - k) * (heat[k + 1][channel] - low));
-    bytes.set([...colour, 255 * opacity].map(Math.round), 4 * level);
-  }
-  return table;
-}
-async function decoded(uri) {
-  const image = make("img", {src: uri});
-  await image.decode();
-  return image;
-}
-function startGallery() {
-  const sets = JSON.parse($("#gallery-sets").textContent), film = $("#film"), state = {set: 0, picture: 0, turn: 0};
-  const stored = (set, picture) => JSON.parse($(`#picture-${set}-${picture}`).textContent);
-  const seen = new IntersectionObserver(entries => entries.filter(entry => entry.isIntersecting).forEach(({target}) => {
-    const item = stored(state.set, target.dataset.picture);
-    if (item.picture) $("img", target).src = item.picture;
-    seen.unobserve(target);
-  }), {root: film, rootMargin: "0px 300px"});
-
-  function chooseSet(number) {
-    state.set = number;
-    seen.disconnect();
-    film.replaceChildren(...sets[number].pictures.map((picture, p) => {
-      const item = make("li", {id: `film-${p}`, role: "option", title: picture.name});
-      item.setAttribute("aria-label", `${p + 1}: ${picture.name}`);
-      item.dataset.picture = p;
-      item.append(make("img", {alt: "", width: 68, height: 68}), String(p + 1));
-      seen.observe(item);
-      return item;
-    }));
-    $("#second").disabled = !sets[number].second;
-    const tiles = sets[number].networks.map(network => {
-      const tile = make("li"), words = make("p", {textContent: network.name + " "});
-      words.append(make("small", {textContent: network.type}));
-      tile.append(make("canvas", {width: 2 * sets[number].width, height: 2 * sets[number].height, role: "img"}), words);
-      return tile;
-    });
-    const own = make("li");
-    own.append(make("canvas", {width: 2 * sets[number].width, height: 2 * sets[number].height, role: "img"}), make("p", {textContent: "Picture"}));
-    $("#tiles").replaceChildren(own, ...tiles);
-    choose(0);
-  }
-
-  async function choose(number) {
-    const set = sets[state.set], turn = ++state.turn;
-    state.picture = clamp(number, 0, set.pictures.length - 1);
-    const picture = set.pictures[state.picture], item = stored(state.set, state.picture);
-    all("[aria-selected=true]", film).forEach(other => other.setAttribute("aria-selected", "false"));
-    const option = $(`#film-${state.picture}`);
-    option.setAttribute("aria-selected", "true");
-    film.setAttribute("aria-activedescendant", option.id);
-    film.scrollLeft = option.offsetLeft - film.offsetLeft - (film.clientWidth - option.offsetWidth) / 2;
-    $("#previous").disabled = state.picture === 0;
-    $("#next").disabled = state.picture === set.pictures.length - 1;
-    $("#which").textContent = `${state.picture + 1} of ${set.pictures.length}: ${picture.name}`;
-    $("#about").replaceChildren(...picture.properties.map(([name, value]) => {
-      const pair = make("div");
-      pair.append(make("dt", {textContent: name}), make("dd", {textContent: value}));
-      return pair;
-    }));
-    const second = $("#second").checked && item.second;
-    const [own, maps] = await Promise.all([item.picture && decoded(item.picture), decoded(second || item.maps)]);
-    if (turn !== state.turn) return;
-    const sheet = make("canvas", {width: maps.naturalWidth, height: maps.naturalHeight}).getContext("2d", {willReadFrequently: true});
-    sheet.drawImage(maps, 0, 0);
-    const across = maps.naturalWidth / set.width;
-    state.own = own;
-    state.levels = set.networks.map((_, k) => sheet.getImageData(k % across * set.width, Math.floor(k / across) * set.height, set.width, set.height).data);
-    draw();
-    document.body.dataset.shown = `${state.set}-${state.picture}`;
-  }
-
-  function draw() {
-    const set = sets[state.set], picture = set.pictures[state.picture], table = colours($("#overlay").value / 100, !state.own);
-    const canvases = all("#tiles canvas");
-    canvases.forEach((canvas, tile) => {
-      const context = canvas.getContext("2d"), k = tile - 1, {width, height} = canvas;
-      context.clearRect(0, 0, width, height);
-      if (state.own) context.drawImage(state.own, 0, 0, width, height);
-      canvas.setAttribute("aria-label", tile ? `Saliency map of ${set.networks[k].name}, ${picture.name}` : state.own ? picture.name : "The picture is not here");
-      if (!tile || picture.blank.includes(k)) return;
-      const pixels = new ImageData(set.width, set.height), target = new Uint32Array(pixels.data.buffer), levels = state.levels[k];
-      for (let i = 0; i < target.length; i++) target[i] = table[levels[4 * i]];
-      const layer = make("canvas", {width: set.width, height: set.height});
-      layer.getContext("2d").putImageData(pixels, 0, 0);
-      context.drawImage(layer, 0, 0, width, height);
-    });
-    $("#overlay").setAttribute("aria-valuetext", `${$("#overlay").value} per cent`);
-  }
-
-  $("#set").replaceChildren(...sets.map((set, number) => make("option", {value: number, textContent: `${set.label} (${set.pictures.length})`})));
-  $("#set").addEventListener("change", event => chooseSet(Number(event.target.value)));
-  $("#previous").addEventListener("click", () => { choose(state.picture - 1); announce($("#which").textContent); });
-  $("#next").addEventListener("click", () => { choose(state.picture + 1); announce($("#which").textContent); });
-  $("#second").addEventListener("change", () => choose(state.picture));
-  $("#overlay").addEventListener("input", draw);
-  film.addEventListener("click", event => { const item = event.target.closest("li"); if (item) choose(Number(item.dataset.picture)); });
-  film.addEventListener("keydown", event => {
-    const far = sets[state.set].pictures.length, steps = {ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1, PageUp: -10, PageDown: 10, Home: -far, End: far};
-    if (!(event.key in steps)) return;
-    event.preventDefault();
-    choose(state.picture + steps[event.key]);
-  });
-  chooseSet(0);
-}
-if ($("#gallery-sets")) startGallery();
-document.body.dataset.ready = "yes";
-"""
+# ---------------------------------------------------------------- the page
 
 GALLERY = """
 <p>Choose a picture, by the arrow keys too. The slider fades from the picture over its salient parts to the map alone; bright is
@@ -874,8 +544,8 @@ salient. Each map is scaled to its own maximum, so maps tell where, not how much
 <noscript><p class="note">The gallery needs JavaScript; everything else on this page reads without.</p></noscript>
 <div class="controls">
 <label>Pictures of <select id="set"></select></label>
-<button type="button" class="plain" id="previous">Previous</button>
-<button type="button" class="plain" id="next">Next</button>
+<button type="button" class="box" id="previous">Previous</button>
+<button type="button" class="box" id="next">Next</button>
 <label>Map over picture <input type="range" id="overlay" min="0" max="100" value="60"></label>
 <label class="row"><input type="checkbox" id="second"> The same networks with other noise: how far a map can be trusted</label>
 </div>
@@ -903,10 +573,12 @@ def hashed(content):
 
 
 def page(title, summary, sections, stored):
-    """The whole document. sections: [(id, title, HTML of the section or "")]; stored: {id: JSON-able}, for the script."""
-    style = STYLE + shade_rules()
-    policy = f"default-src 'none'; img-src data:; style-src {hashed(style)}; script-src {hashed(SCRIPT)}; base-uri 'none'; form-action 'none'"
-    contents = "".join(f'<li><a href="#{name}">{heading}</a></li>' for name, heading, body in sections if body)
+    """The whole document. sections: [(id, title, HTML of its content)], empty ones left out; stored: {id: JSON-able}, for the script."""
+    sections = [(name, heading, body) for name, heading, body in sections if body]
+    style, script = (Path(__file__).with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".css", ".js"))
+    style += shade_rules()
+    policy = f"default-src 'none'; img-src data:; style-src {hashed(style)}; script-src {hashed(script)}; base-uri 'none'; form-action 'none'"
+    contents = "".join(f'<li><a href="#{name}">{heading}</a></li>' for name, heading, _ in sections)
     blocks = "\n".join(f'<script type="application/json" id="{name}">{script_json(value)}</script>' for name, value in stored.items())
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -923,20 +595,20 @@ def page(title, summary, sections, stored):
 <a class="skip" href="#main">Skip to the content</a>
 <header class="frame">
 <h1>{text(title)}</h1>
-<div><button type="button" class="plain" id="theme" hidden>Dark</button></div>
+<div><button type="button" class="box" id="theme" hidden>Dark</button></div>
 <p>{text(summary)}</p>
 </header>
 <div class="frame columns">
 <nav aria-label="Contents"><ol>{contents}</ol></nav>
 <main id="main" tabindex="-1">
-{chr(10).join(body for _, _, body in sections if body)}
+{chr(10).join(section(*one) for one in sections)}
 </main>
 </div>
 <footer class="frame">Made by report.py of dml-analysis. This page is one file: it loads nothing and sends nothing.</footer>
 <div id="tip" aria-hidden="true"></div>
 <div id="live" class="unseen" role="status" aria-live="polite"></div>
 {blocks}
-<script>{SCRIPT}</script>
+<script>{script}</script>
 </body>
 </html>
 """
@@ -990,80 +662,88 @@ def analysed(networks):
     parts = []
     for dataset in dict.fromkeys(network["dataset"] for network in networks):
         here = [network for network in networks if network["dataset"] == dataset]
-        parts += [table_html(settings_table(dataset, here)), table_html(networks_table(dataset, here)).replace('"scroll"', '"scroll tall"')]
+        parts += [table_html(settings_table(dataset, here)), table_html(networks_table(dataset, here), "scroll tall")]
     return "\n".join(parts)
 
 
-def count(number, singular, plural=None):
-    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
+def count(number, what):
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def sentence(networks):
     """What was analysed, in one sentence."""
-    names = {(network["dataset"], network["name"]) for network in networks}
-    folds = {network["fold"] for network in networks if network["fold"] is not None}
-    maps = sum(len(network["maps"]["array"]) for network in networks if network["maps"])
-    backbones = sorted({str(about["backbone"]) for network in networks for found in [network["emb"] or network["maps"]] if found
-                        for about in [found["about"]] if about.get("backbone")})
-    datasets = list(dict.fromkeys(network["dataset"] for network in networks))
     if not networks:
         return "Tables alone: no arrays are beside them."
-    return (f"{count(len({name for _, name in names}), 'network')} on {', '.join(datasets)}"
-            + (f", {count(len(folds), 'fold')}" if len(folds) > 1 else "") + (f", {count(maps, 'saliency map')}" if maps else "")
-            + (f", {' and '.join(backbones)}" if backbones else "") + ".")
+    datasets, folds = dict.fromkeys(network["dataset"] for network in networks), {network["fold"] for network in networks} - {None}
+    arrays = [network[stem] for network in networks for stem in ("emb", "maps") if network[stem]]
+    backbones = sorted({str(found["about"]["backbone"]) for found in arrays if found["about"].get("backbone")})
+    maps = sum(len(network["maps"]["array"]) for network in networks if network["maps"])
+    parts = [f"{count(len({network['name'] for network in networks}), 'network')} on {' and '.join(datasets)}", count(len(folds), "fold") * (len(folds) > 1),
+             count(maps, "saliency map") * (maps > 0), " and ".join(backbones)]
+    return ", ".join(filter(None, parts)) + "."
+
+
+def statements_html(statements):
+    """Every statement with its test, under its topic and data set."""
+    topics = {}
+    for one in statements:
+        topics.setdefault(" · ".join(filter(None, (capital(one["topic"]), one["dataset"]))), []).append(f"<li>{statement_html(one)}</li>")
+    return "".join(f'<h3>{text(topic)}</h3><ul class="statements">{"".join(found)}</ul>' for topic, found in topics.items())
+
+
+def tables_html(tables):
+    """A list of the tables, and the tables."""
+    index = "".join(f'<li><a href="#{anchor(table)}">{text(table["title"])}</a></li>' for table in tables)
+    return f'<ul class="index">{index}</ul>' + "\n".join(map(table_html, tables)) if tables else ""
+
+
+def figure_html(figure):
+    return (f'<figure><img alt="{text(figure["title"])}" src="{figure["uri"]}"><figcaption><strong>{text(figure["title"])}.</strong> '
+            f'{text(figure["caption"])}</figcaption></figure>')
 
 
 def build(args):
-    """The page's parts from what is on disk -> (HTML, [main findings], [counts, in words])."""
+    """Read everything, make the page -> (HTML, [main findings], what is on it in words, number of warnings and gaps)."""
     networks, left_out = find_networks(args.results)
     check_together(networks)
     names = list(dict.fromkeys(network["dataset"] for network in networks))
     datasets = open_datasets(args.dataset, args.data_root, names)
     tables, figures = read_tables(args.tables), read_figures(args.figures)
     sets, stored, notes = gallery(networks, datasets, args.pictures, args.size)
-    statements = tables["statements"] if tables else []
-    main = [statement for statement in statements if statement["main"]]
 
+    shown = [table for table in tables["tables"] if table["name"] != "errata"] if tables else []
+    statements, drawn = tables["statements"] if tables else [], figures["figures"] if figures else []
+    main = [one for one in statements if one["main"]]
+    others = sorted({one["dataset"] for one in shown + statements if one["dataset"]} - {*names}) if names else []
+    warned = [*(tables["warnings"] if tables else warnings_of(networks)), *notes]
+    warned += [f"{args.tables / 'tables.json'} tells of {', '.join(others)}, of which {args.results} has no arrays."] * bool(others)
     left_out += unreadable(networks)
-    others = sorted({item["dataset"] for item in [*tables["tables"], *statements] if item["dataset"]} - {*names}) if tables and names else []
-    stale = [f"{args.tables / 'tables.json'} tells of {', '.join(others)}, of which {args.results} has no arrays."] if others else []
-    warned = [*(tables["warnings"] if tables else warnings_of(networks)), *stale, *notes]
-    absent = [": ".join(filter(None, (item["dataset"], item.get("table") or item.get("figure"), item["what"])))
-              for part in (tables, figures) if part for item in part["missing"]]
-    findings = f'<ol class="findings">{"".join(f"<li>{statement_html(one)}</li>" for one in main)}</ol>' if main else \
-        '<p class="note">No statements: tables.py makes them (python tables.py RESULTS --out tables).</p>'
-    topics = {}
-    for one in statements:
-        topics.setdefault(" · ".join(filter(None, (capital(one["topic"]), one["dataset"]))), []).append(one)
-    said = "".join(f'<h3>{text(topic)}</h3><ul class="statements">{"".join(f"<li>{statement_html(one)}</li>" for one in found)}</ul>'
-                   for topic, found in topics.items())
-    kept = [table for table in tables["tables"] if table["name"] != "errata"] if tables else []
-    shown = [table_html(table) for table in kept]
-    index = "".join(f'<li><a href="#{anchor(table)}">{text(table["title"])}</a></li>' for table in kept)
-    drawn = [f'<figure><img alt="{text(figure["title"])}" src="{figure["uri"]}"><figcaption><strong>{text(figure["title"])}.</strong> '
-             f'{text(figure["caption"])}</figcaption></figure>' for figure in (figures or {"figures": []})["figures"]]
-    histories = [table_html(table) for name in names if (table := history_table(name, [n for n in networks if n["dataset"] == name]))]
+    missing = [": ".join(filter(None, (one["dataset"], one["table"], one["figure"], one["what"])))
+               for part in (tables, figures) if part for one in part["missing"]]
+    versions = tables and networks and f"Tables and tests: {in_words(tables['made_with'].get('versions') or 'unknown versions')}."
+    histories = [history_table(name, [network for network in networks if network["dataset"] == name]) for name in names]
     wrong = errata(tables)
-    versions = in_words(tables["made_with"].get("versions") or "unknown versions") if tables else ""
-    made_with = f'<p class="test">Tables and tests: {text(versions)}.</p>' if tables and networks else ""
     sections = [
-        ("findings", "Main findings", findings),
-        ("analysed", "What was analysed", analysed(networks) + made_with),
-        ("warnings", "Warnings and gaps", ('<div class="note">' + listing(warned) + "</div>" if warned else "")
-         + ("<h3>Left out</h3>" + listing(left_out) if left_out else "") + ("<h3>Missing</h3>" + listing(absent) if absent else "")),
-        ("statements", "What the numbers support", said),
+        ("findings", "Main findings", f'<ol class="findings">{"".join(f"<li>{statement_html(one)}</li>" for one in main)}</ol>' if main else
+         none_here("No statements: tables.py makes them (python tables.py RESULTS --out tables).")),
+        ("analysed", "What was analysed", analysed(networks) + (f'<p class="test">{text(versions)}</p>' if versions else "")),
+        ("warnings", "Warnings and gaps", listing(warned, "note") + "".join(f"<h3>{title}</h3>{listing(items)}" for title, items in
+                                                                           (("Left out", left_out), ("Missing", missing)) if items)),
+        ("statements", "What the numbers support", statements_html(statements)),
         ("gallery", "Gallery", GALLERY if sets else ""),
-        ("tables", "Tables", f'<ul class="index">{index}</ul>' + "\n".join(shown) if shown else
-         '<p class="note">No tables: python tables.py RESULTS --out tables makes them.</p>'),
-        ("figures", "Figures", "\n".join(drawn) or '<p class="note">No figures: python figures.py RESULTS --out figures makes them.</p>'),
-        ("training", "Training", "\n".join(histories)),
+        ("tables", "Tables", tables_html(shown) or none_here("No tables: python tables.py RESULTS --out tables makes them.")),
+        ("figures", "Figures", "\n".join(map(figure_html, drawn)) or none_here("No figures: python figures.py RESULTS --out figures makes them.")),
+        ("training", "Training", "\n".join(map(table_html, filter(None, histories)))),
         ("errata", "Errata of the published method", table_html(wrong) if wrong else ""),
     ]
-    sections = [(name, title, section(name, title, body)) for name, title, body in sections]
-    stored = {"gallery-sets": sets, **stored} if sets else {}
-    counts = [count(len(networks), "network"), count(sum(len(one["pictures"]) for one in sets), "picture"),
-              count(len(shown), "table"), count(len(drawn), "figure")]
-    return page("What do these losses make a network look at?", sentence(networks), sections, stored), main, counts, len(warned) + len(left_out)
+    counts = ", ".join(count(number, what) for number, what in ((len(networks), "network"), (len(stored), "picture"), (len(shown), "table"),
+                                                                 (len(drawn), "figure")))
+    content = page("What do these losses make a network look at?", sentence(networks), sections, {"gallery-sets": sets, **stored} if sets else {})
+    return content, main, counts, len(warned) + len(left_out) + len(missing)
+
+
+def none_here(words):
+    return f'<p class="note">{text(words)}</p>'
 
 
 def say(message):
@@ -1106,12 +786,12 @@ def main(argv=None):
 
     sys.stdout.reconfigure(errors="replace")  # no name can stop the report
     width = min(100, shutil.get_terminal_size().columns)
-    print(f"{args.out}  {', '.join(counts)}, {len(content) / 2**20:.1f} MiB")
+    print(f"{args.out}  {counts}, {len(content) / 2**20:.1f} MiB")
     if warned:
         print(f"{count(warned, 'warning')} or gap{'s' * (warned != 1)}: see the page")
     for number, one in enumerate(findings[:3], 1):
         print(textwrap.fill(one["text"], width, initial_indent=f"\n{number}. ", subsequent_indent="   "))
-        print(textwrap.fill(capital(one["test"] or "no test"), width, initial_indent="   ", subsequent_indent="   "))
+        print(textwrap.fill(test_of(one), width, initial_indent="   ", subsequent_indent="   "))
     if not findings:
         print("no main findings: they come from tables.py (python tables.py RESULTS --out tables)")
 
