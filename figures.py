@@ -237,7 +237,8 @@ def draw_gallery(cells, names, kinds, titles, gap=6, margin=270):
         ax.text(margin + j * (side + gap) + side / 2, head - 6, plain(title, 11), ha="center", va="bottom", fontsize=7.5)
     for i, name in enumerate(["picture", *names]):
         y = head + i * (side + gap) + side / 2
-        ax.text(margin - 36, y, "\n".join(textwrap.wrap(plain(name, 40), 16, break_long_words=False)), ha="right", va="center", fontsize=9)
+        lines = textwrap.wrap(plain(name, 40), 16, break_long_words=False)
+        ax.text(margin - 36, y, "\n".join(lines), ha="right", va="center", fontsize=9)
         if i:
             ax.plot(margin - 18, y, TYPES[kinds[i - 1]][1], color=TYPES[kinds[i - 1]][0], markersize=6)
     width, height = fig.get_size_inches() * DPI
@@ -1135,7 +1136,7 @@ def save(fig, folder, name, title, photograph):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             fig.savefig(content, format=suffix, metadata=formats[suffix])
-        if suffix == "png" and any("missing from font" in str(warning.message) for warning in caught):
+        if suffix == "png" and any("missing from" in str(warning.message) for warning in caught):
             say(f"note: {name}: letters that the font (DejaVu Sans) lacks are drawn as boxes")
         data.write_file(folder / f"{name}.{suffix}", content.getvalue())
 
