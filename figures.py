@@ -6,7 +6,8 @@
     python figures.py results --out figures --only tsne --network triplet/fold1
 
 Reads:  results/<dataset>/ (or a folder of such): nrprec.csv, compare.csv, pairs.csv, histograms.csv, and each network's
-        <loss>/fold<k>/ with emb.npy, maps.npy, their JSONs, labels.csv, props.csv; models/trained/<dataset>/…/history.csv
+        <loss>/fold<k>/ with emb.npy, maps.npy, their JSONs, labels.csv, props.csv; of the training history.csv and
+        histograms.csv in models/trained/<dataset>/<loss>/fold<k>/
 Writes: NAME.svg, NAME.png and NAME.pdf for each figure (photographs: no SVG), and figures.json with titles and captions
 
     profile      NR-Prec of every property, losses as dots (Kobs et al., Table 6)
@@ -28,6 +29,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -235,7 +237,8 @@ def draw_gallery(cells, names, kinds, titles, gap=6, margin=270):
         ax.text(margin + j * (side + gap) + side / 2, head - 6, plain(title, 11), ha="center", va="bottom", fontsize=7.5)
     for i, name in enumerate(["picture", *names]):
         y = head + i * (side + gap) + side / 2
-        ax.text(margin - 36, y, "\n".join(wrap(plain(name, 40), 16)), ha="right", va="center", fontsize=9)
+        lines = textwrap.wrap(plain(name, 40), 16, break_long_words=False)
+        ax.text(margin - 36, y, "\n".join(lines), ha="right", va="center", fontsize=9)
         if i:
             ax.plot(margin - 18, y, TYPES[kinds[i - 1]][1], color=TYPES[kinds[i - 1]][0], markersize=6)
     width, height = fig.get_size_inches() * DPI
@@ -550,16 +553,6 @@ def plain(text, most=200):
     text = "".join(letter if letter.isprintable() else "\ufffd" for letter in str(text)).strip() or "–"
     text = f"\u2009{text}" if text[0] == "_" else text  # matplotlib's legends leave out what begins with an underscore
     return text if len(text) <= most else text[:most - 1] + "…"
-
-
-def wrap(text, width):
-    """Lines of at most `width` letters where there are blanks to break at."""
-    lines = [""]
-    for word in text.split(" "):
-        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}" if lines[-1] else word
-    return lines
 
 
 def say(text):
@@ -1134,15 +1127,16 @@ PHOTOGRAPHS = ("gallery", "samples")
 # ---------------------------------------------------------------- the command
 
 
-def save(fig, folder, name, photograph):
+def save(fig, folder, name, title, photograph):
     """NAME.png, NAME.pdf and, unless it is made of photographs, NAME.svg; without dates."""
-    formats = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
+    formats = {"png": {"Software": None}, "pdf": {"Title": plain(title), "Creator": "figures.py", "CreationDate": None},
+               "svg": {"Title": plain(title), "Creator": "figures.py", "Date": None}}
     for suffix in ["png", "pdf"] + ["svg"] * (not photograph):
         content = io.BytesIO()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             fig.savefig(content, format=suffix, metadata=formats[suffix])
-        if suffix == "png" and any("missing from font" in str(warning.message) for warning in caught):
+        if suffix == "png" and any("missing from" in str(warning.message) for warning in caught):
             say(f"note: {name}: letters that the font (DejaVu Sans) lacks are drawn as boxes")
         data.write_file(folder / f"{name}.{suffix}", content.getvalue())
 
@@ -1190,7 +1184,7 @@ def parse(argv):
         help="the pictures: a folder, a CSV file, cars196, cub200 or sop; again for each data set")
     add("--data-root", metavar="DIR", help="folder of the published data sets (DML_DATA_ROOT, else data/)")
     add("--models", type=Path, default=HERE / "models", metavar="DIR",
-        help="where trained/<dataset>/<loss>/fold<k>/history.csv lie (models/)")
+        help="where train.py wrote trained/<dataset>/<loss>/fold<k>/ (models/)")
     add("--only", metavar="NAMES", help=f"these figures alone, with commas: {', '.join(FIGURES)}")
     add("--network", metavar="SLUG/FOLD", help="for tsne, pairs and training, as triplet/fold0 (the first of models/losses.csv)")
     add("--label", metavar="NAME", help="what makes a pair positive (that of pairs.csv, else class, model or the first property)")
@@ -1245,7 +1239,7 @@ def main(argv=None):
             try:
                 for part, title, caption, fig in MAKERS[figure](found, args):
                     name, photograph = f"{part}_{found['name']}", figure in PHOTOGRAPHS
-                    save(fig, args.out, name, photograph)
+                    save(fig, args.out, name, title, photograph)
                     done.append({"name": name, "title": title, "caption": caption, "dataset": found["name"],
                                  "svg": None if photograph else f"{name}.svg", "png": f"{name}.png"})
             except Missing as error:

@@ -304,10 +304,12 @@ def test_captions_say_what_a_reader_needs(made):
 
 
 def test_svgs_are_xml_light_and_alone(made):
+    told = [one["title"] for one in json.loads((made[0] / "out" / "figures.json").read_text())["figures"]]
     for path in (made[0] / "out").glob("*.svg"):
         text = path.read_text()
         root = ET.fromstring(text)
         assert len(text) < 400_000 and root.tag.endswith("svg"), path
+        assert [one.text for one in root.iter() if one.tag.endswith("}title")][0] in told
         for element in root.iter():
             assert not element.tag.endswith("script")
             for key, value in element.attrib.items():
@@ -423,7 +425,8 @@ def test_networks_keep_their_names_and_types(tmp_path):
         if backbone:
             (place / "emb.json").write_text(json.dumps({"loss": loss, "backbone": backbone, "pictures": "strange"}))
     found = figures.find_networks(tmp_path, figures.read_losses())
-    assert {one["name"]: one["type"] for one in found} == {"Triplet": "ranking", "My <loss>": "other", "resnet": "none", "old": "other"}
+    types = {one["name"]: one["type"] for one in found}
+    assert types == {"Triplet": "ranking", "My <loss>": "other", "resnet": "none", "old": "other"}
     assert found[0]["name"] == "Triplet" and all(one["fold"] == 1 for one in found)
     figures.check_lists(found, "emb")
 
