@@ -19,6 +19,7 @@ import csv
 import itertools
 import json
 import math
+import os
 import platform
 import re
 import sys
@@ -431,7 +432,7 @@ def by_fold(results, table, *keys):
     """{(name, *keys): {fold: row}} of a table of single networks. ValueError where one network stands there twice."""
     found = defaultdict(dict)
     for row in results.rows.get(table, []):
-        place = found[row["name"], *(row[key] for key in keys)]
+        place = found[(row["name"], *(row[key] for key in keys))]
         put_once(place, row["fold"], row, f"{results.folder / table}.csv",
                  ", ".join([row["name"], f"fold {row['fold']}", *(str(row[key]) for key in keys)]))
     return found
@@ -1019,8 +1020,9 @@ def property_statement(results):
     tested, figures = permuted(results), {one: mean_and_spread(list(losses.values())) for one, losses in known.items()}
     ranked = sorted(known, key=lambda one: -np.mean(list(known[one].values())))
     top = ranked[0]
-    marked = {one: sum(bool(significant([row for row in scores[name, one].values() if row["nr_precision"] is not None], tested))
-                       for name in losses) for one, losses in known.items()}
+    folds = lambda name, one: [row for row in scores[name, one].values() if row["nr_precision"] is not None]
+    marked = {one: sum(mean > 0 and bool(significant(folds(name, one), tested)) for name, mean in losses.items())
+              for one, losses in known.items()}  # a two-sided p-value may also mean fewer neighbours than by chance
     first = sum(top == max((one for one in known if name in known[one]), key=lambda one: known[one][name]) for name in names)
     in_all = [f"{one} ({figures[one]})" for one in ranked if marked[one] == len(known[one])]
     in_some = [f"{one} ({figures[one]}, {marked[one]} of {len(known[one])})" for one in ranked
@@ -1039,8 +1041,8 @@ def property_statement(results):
             f"{p_text(largest)}" if tested else f"the published mark: NR-Prec > {PUBLISHED_THRESHOLD} on the mean of the folds, "
             "a z-score's threshold applied to a mean; no permutations, so no p-value")
     test += f"; ± is the standard deviation over {len(names)} losses" * (len(names) > 1)
-    folds = [np.var(losses[name], ddof=1) for losses in values.values() for name in names if len(losses.get(name, [])) > 1]
-    test += f"; folds of one loss differ by {np.sqrt(np.mean(folds)):.2f} (standard deviation)" if folds else ""
+    within = [np.var(losses[name], ddof=1) for losses in values.values() for name in names if len(losses.get(name, [])) > 1]
+    test += f"; folds of one loss differ by {np.sqrt(np.mean(within)):.2f} (standard deviation)" if within else ""
     return statement(results, "property level", text, test, largest if tested else None)
 
 
@@ -1634,6 +1636,9 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our tables has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:

@@ -419,6 +419,16 @@ def test_a_clear_difference_and_permutation_tests_are_said(run_script, tmp_path)
     assert texts(named["masks_cars"]) == [["Triplet", "38.0", "33.0", "5.0"]]
 
 
+def test_significantly_below_chance_is_not_called_above(run_script, tmp_path):
+    folder = published_results(tmp_path / "cars")
+    write(folder / "nrprec.csv", NRPREC, [nrprec_row("Triplet", 0, name, value, p_value=0.001, p_holm=0.002)
+                                          for name, value in (("model", 4.0), ("sun", -3.0))])
+    run(run_script, folder, "--out", tmp_path / "out")
+    assert tabled(tmp_path / "out")[0]["statements"][0]["text"] == (
+        "The embeddings of cars cluster most by model (mean NR-Prec 4.00, first in 1 of 1 losses): NR-Prec is above chance in Triplet "
+        "for model (4.00); in none for sun.")
+
+
 def test_one_fold_below_significance_takes_the_mark_away():
     rows = [{"p_holm": 0.001, "nr_precision": 9.0}, {"p_holm": 0.02, "nr_precision": 9.0}]
     assert not tables.significant(rows, True) and tables.significant(rows[:1], True) and tables.significant(rows, False)
