@@ -19,6 +19,7 @@ import csv
 import itertools
 import json
 import math
+import os
 import platform
 import re
 import sys
@@ -267,32 +268,48 @@ def find_datasets(folder):
     return found
 
 
+def read_about(path):
+    """The JSON beside an array, its path and its number of rows n. Raises ValueError or OSError for a broken array."""
+    shape = data.read_array(path).shape
+    if not shape:
+        raise ValueError(f"{path} holds a single number; expected one row for each picture")
+    about = data.read_sidecar(path)
+    return about | {"path": path, "n": shape[0]} | {
+        key: about[key] if isinstance(about.get(key), dict) else {} for key in ("options", "pictures")}
+
+
+def checkpoint_home(place, about, models, dataset):
+    """The folder of a network's config.json and history.csv: the JSON's checkpoint, wherever models/ lies now."""
+    checkpoint = Path(str(about.get("checkpoint") or Path("trained", dataset, place.parent.name, place.name)))
+    parts = checkpoint.parts
+    moved = [models.joinpath(*parts[parts.index("trained"):])] if "trained" in parts else []
+    homes = [HERE / checkpoint, checkpoint, *moved]
+    return next((home for home in homes if (home / "config.json").is_file()), homes[-1])
+
+
 def read_network(place, rows, models, dataset, lacks):
     """One <slug>/fold<k> folder as a dict. rows: of losses.csv. lacks: called with (what) for what is half-finished."""
-    slug, fold, abouts = place.parent.name, int(place.name[4:]), {}
-    for kind in ("emb", "maps", "maps_ceiling"):
+    slug, fold, abouts = place.parent.name, int(place.name[4:]), dict.fromkeys(("emb", "maps", "maps_ceiling"))
+    for kind in abouts:
         path = place / f"{kind}.npy"
-        abouts[kind] = None
         if path.is_file():
             try:
-                abouts[kind] = {"path": path, "n": len(data.read_array(path)), **data.read_sidecar(path)}
+                abouts[kind] = read_about(path)
             except (ValueError, OSError) as error:
                 lacks(f"{error}; left out")
         elif path.with_name(f"{kind}.npy.part").exists():
             lacks(f"{path} is half-finished ({kind}.npy.part is there); left out: the command that makes it continues it")
     about = abouts["emb"] or abouts["maps"] or {}
     known = next((row for row in rows if row["slug"] == slug), None)
-    name = about.get("loss") or (known["name"] if known else about.get("backbone")) or slug
+    name = str(about.get("loss") or (known["name"] if known else about.get("backbone")) or slug)
     known = next((row for row in rows if row["name"] == name), known)
-    homes = [models / "trained" / dataset / slug / f"fold{fold}"]
-    homes += [HERE / about["checkpoint"], Path(about["checkpoint"])] if about.get("checkpoint") else []
-    home = next((home for home in homes if (home / "config.json").is_file()), homes[0])
+    home = checkpoint_home(place, about, models, dataset)
     config = data.read_sidecar(home / "config.json")
     plain = about.get("backbone") and not about.get("loss") and not known  # a backbone without a loss
     kind = known["type"] if known else "none" if plain else config.get("type")
-    return {"name": str(name), "slug": slug, "fold": None if plain else fold, "folder": place, "config": config,
+    return {"name": name, "slug": slug, "fold": None if plain else fold, "folder": place, "config": config,
             "type": kind if kind in TYPES else "other",
-            "distance": about.get("distance") or (known["distance"] if known else None),
+            "distance": str(about.get("distance") or (known["distance"] if known else "")) or None,
             "emb": abouts["emb"], "maps": abouts["maps"], "ceiling": abouts["maps_ceiling"] is not None,
             "history": home / "history.csv" if (home / "history.csv").is_file() else None}
 
@@ -353,9 +370,10 @@ def name_row(row, networks):
 
 
 def read_properties(folder, networks):
-    """{property: set of its values} of the data set's props.csv, or of its networks'; {} without one."""
-    found = {}
-    for path in [folder / "props.csv", *(network["folder"] / "props.csv" for network in networks)]:
+    """{property: set of its values} of the data set's props.csv and of its folds'; {} without one."""
+    found, first = {}, {network["fold"]: network["folder"] for network in reversed(networks)
+                        if (network["folder"] / "props.csv").is_file()}  # the networks of one fold have the same pictures
+    for path in [folder / "props.csv", *(place / "props.csv" for place in first.values())]:
         if path.is_file():
             for name, values in data.read_properties(path).items():
                 found.setdefault(name, set()).update(values.tolist())
@@ -365,9 +383,9 @@ def read_properties(folder, networks):
 def check_networks(networks):
     """Raise ValueError naming two networks whose pictures or options differ, so that their results do not belong together."""
     for kind in ("emb", "maps"):
-        told = [network for network in networks if network[kind] and network[kind].get("pictures")]
+        told = [network for network in networks if network[kind] and network[kind]["pictures"]]
         for a, b in itertools.combinations(told, 2):
-            different = differences(a[kind].get("options", {}), b[kind].get("options", {}))
+            different = differences(a[kind]["options"], b[kind]["options"])
             if different:
                 raise ValueError(f"{a[kind]['path']} and {b[kind]['path']} were made with other options "
                                  f"({'; '.join(different)}); their results do not belong together: make both alike, or give them "
@@ -414,7 +432,7 @@ def by_fold(results, table, *keys):
     """{(name, *keys): {fold: row}} of a table of single networks. ValueError where one network stands there twice."""
     found = defaultdict(dict)
     for row in results.rows.get(table, []):
-        place = found[row["name"], *(row[key] for key in keys)]
+        place = found[(row["name"], *(row[key] for key in keys))]
         put_once(place, row["fold"], row, f"{results.folder / table}.csv",
                  ", ".join([row["name"], f"fold {row['fold']}", *(str(row[key]) for key in keys)]))
     return found
@@ -1002,8 +1020,9 @@ def property_statement(results):
     tested, figures = permuted(results), {one: mean_and_spread(list(losses.values())) for one, losses in known.items()}
     ranked = sorted(known, key=lambda one: -np.mean(list(known[one].values())))
     top = ranked[0]
-    marked = {one: sum(bool(significant([row for row in scores[name, one].values() if row["nr_precision"] is not None], tested))
-                       for name in losses) for one, losses in known.items()}
+    folds = lambda name, one: [row for row in scores[name, one].values() if row["nr_precision"] is not None]
+    marked = {one: sum(mean > 0 and bool(significant(folds(name, one), tested)) for name, mean in losses.items())
+              for one, losses in known.items()}  # a two-sided p-value may also mean fewer neighbours than by chance
     first = sum(top == max((one for one in known if name in known[one]), key=lambda one: known[one][name]) for name in names)
     in_all = [f"{one} ({figures[one]})" for one in ranked if marked[one] == len(known[one])]
     in_some = [f"{one} ({figures[one]}, {marked[one]} of {len(known[one])})" for one in ranked
@@ -1022,8 +1041,8 @@ def property_statement(results):
             f"{p_text(largest)}" if tested else f"the published mark: NR-Prec > {PUBLISHED_THRESHOLD} on the mean of the folds, "
             "a z-score's threshold applied to a mean; no permutations, so no p-value")
     test += f"; ± is the standard deviation over {len(names)} losses" * (len(names) > 1)
-    folds = [np.var(losses[name], ddof=1) for losses in values.values() for name in names if len(losses.get(name, [])) > 1]
-    test += f"; folds of one loss differ by {np.sqrt(np.mean(folds)):.2f} (standard deviation)" if folds else ""
+    within = [np.var(losses[name], ddof=1) for losses in values.values() for name in names if len(losses.get(name, [])) > 1]
+    test += f"; folds of one loss differ by {np.sqrt(np.mean(within)):.2f} (standard deviation)" if within else ""
     return statement(results, "property level", text, test, largest if tested else None)
 
 
@@ -1221,7 +1240,7 @@ def warnings_for(results):
     maps = [network for network in networks if network["maps"]]
     trained = [network for network in networks if network["type"] != "none"]
     arrays = [network[kind] for network in networks for kind in ("emb", "maps") if network[kind]]
-    shared = [network for network in maps if network["maps"].get("options", {}).get("shared_noise")]
+    shared = [network for network in maps if network["maps"]["options"].get("shared_noise")]
     if shared:
         yield f"the maps of {some(shared, maps)} share their noise, which raises their correlations; no ceiling bounds them"
     bare = [network for network in maps if not network["ceiling"]]
@@ -1239,7 +1258,7 @@ def warnings_for(results):
     if defaults:
         yield (f"the losses of {some(defaults, trained)} have their library's default parameters, not tuned ones; other "
                "parameters may rank losses differently")
-    left = {name for about in arrays for name in about.get("pictures", {}).get("left_out", [])}
+    left = {str(name) for about in arrays for name in about["pictures"].get("left_out") or []}
     if left:
         yield f"{len(left):,} pictures were left out because they could not be read ({listing(sorted(left), 3)})"
     most = max(kept(results.rows.get("compare", []), "left_out"), default=0)
@@ -1603,6 +1622,9 @@ def main(argv=None):
     found = [one for results in everything for one in statements(results, results is first)]
     warnings = [f"{results.name}: {line}" for results in everything for line in warnings_for(results)]
     missing = [one for results in everything for one in results.missing]
+    names = [content["name"] for content in contents]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two data sets' names give one file name ({max(names, key=names.count)}); rename one's folder")
     args.out = args.out or Path("tables")
     check_folder(args.out, [*([args.results] if args.results else []), *folders])
     options = {"results": str(args.results) if args.results else None, "published": args.published}
@@ -1614,6 +1636,9 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our tables has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:

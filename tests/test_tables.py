@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import warnings
 
 import numpy as np
 import pytest
@@ -418,6 +419,16 @@ def test_a_clear_difference_and_permutation_tests_are_said(run_script, tmp_path)
     assert texts(named["masks_cars"]) == [["Triplet", "38.0", "33.0", "5.0"]]
 
 
+def test_significantly_below_chance_is_not_called_above(run_script, tmp_path):
+    folder = published_results(tmp_path / "cars")
+    write(folder / "nrprec.csv", NRPREC, [nrprec_row("Triplet", 0, name, value, p_value=0.001, p_holm=0.002)
+                                          for name, value in (("model", 4.0), ("sun", -3.0))])
+    run(run_script, folder, "--out", tmp_path / "out")
+    assert tabled(tmp_path / "out")[0]["statements"][0]["text"] == (
+        "The embeddings of cars cluster most by model (mean NR-Prec 4.00, first in 1 of 1 losses): NR-Prec is above chance in Triplet "
+        "for model (4.00); in none for sun.")
+
+
 def test_one_fold_below_significance_takes_the_mark_away():
     rows = [{"p_holm": 0.001, "nr_precision": 9.0}, {"p_holm": 0.02, "nr_precision": 9.0}]
     assert not tables.significant(rows, True) and tables.significant(rows[:1], True) and tables.significant(rows, False)
@@ -670,6 +681,20 @@ def test_a_half_finished_result_is_left_out_and_listed(small, run_script, tmp_pa
     assert any("nrprec.csv has no rows of CosFace" in one["what"] for one in found["missing"])
 
 
+def test_a_checkpoint_that_was_moved_and_a_json_of_something_else(small, run_script, tmp_path):
+    place = add_network(small, "cosface", "CosFace", checkpoint="models/trained/others/cosface/fold0", options=None, pictures=7)
+    for name, frozen in ("others", True), ("cars", False):
+        home = tmp_path / "models" / "trained" / name / "cosface" / "fold0"
+        home.mkdir(parents=True)
+        (home / "config.json").write_text(json.dumps({"frozen_trunk": frozen}))
+    (small / "triplet" / "fold0" / "emb.json").write_text("[half")
+    np.save(small / "triplet" / "fold1" / "emb.npy", np.float32(1))
+    run(run_script, small, "--models", tmp_path / "models", "--out", tmp_path / "out")
+    found = tabled(tmp_path / "out")[0]
+    assert any("(CosFace fold 0) were trained with a frozen trunk" in one for one in found["warnings"]) and place.exists()
+    assert any("triplet/fold1/emb.npy holds a single number" in one["what"] for one in found["missing"])
+
+
 def test_an_unknown_loss_in_a_folder_name_is_kept(small, run_script, tmp_path):
     (small / "my_new_loss" / "fold0").mkdir(parents=True)
     np.save(small / "my_new_loss" / "fold0" / "emb.npy", np.zeros((6, 2), np.float32))
@@ -686,6 +711,43 @@ def test_outputs_that_would_destroy(small, run_script, tmp_path):
     (tmp_path / "file").write_text("mine")
     assert "is a file; give a folder" in run(run_script, small, "--out", tmp_path / "file", status=2).stderr
     assert (tmp_path / "file").read_text() == "mine" and before == sorted(path.name for path in small.iterdir())
+
+
+def test_data_sets_whose_tables_would_have_one_name(run_script, tmp_path):
+    for name in "my cars", "my_cars":
+        published_results(tmp_path / "results" / name)
+    done = run(run_script, tmp_path / "results", "--out", tmp_path / "out", status=2)
+    assert "two data sets' names give one file name" in done.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_is_missing_the_rest_comes_out(small, run_script, tmp_path, monkeypatch, seed):
+    """Tables, rows and cells are removed at random: nothing fails, and nothing is not a number."""
+    monkeypatch.setattr(tables, "PERMUTATIONS", 20)
+    generator = np.random.default_rng(seed)
+    write(small / "masks.csv", "model,fold,measure,n,left_out,mean,std,low,high", [
+        [loss, fold, name, 6, 0, 0.3, 0.1, 0.2, 0.4] for loss in ("Triplet", "ArcFace") for fold in range(2) for name in tables.MASK_HEADER])
+    write(small / "sanity.csv", "model,fold,layers,of,lowest,n,correlation,correlation_std", [
+        [loss, fold, layers, 50, None, 6, 0.5, 0.1] for loss in ("Triplet", "None") for fold in range(2) for layers in (0, 50)])
+    write(small / "embeddings.csv", "model_a,fold_a,model_b,fold_b,n,cka,overlap,overlap_low,overlap_high,overlap_chance", [
+        ["Triplet", fold, other, fold, 6, 0.9, 0.55, 0.5, 0.6, 0.1] for fold in range(2) for other in ("ArcFace", "Contrastive", "None")])
+    values = {"nr_precision", "r_precision", "p_holm", "p_value", "correlation", "correlation_std", "jsd", "jsd_std", "ceiling",
+              "corrected", "mean", "low", "high", "cka", "overlap", "overlap_chance"}
+    for path in sorted(small.glob("*.csv")):
+        columns = data.read_table(path)
+        rows = [["" if name in values and generator.random() < 0.3 else value for name, value in zip(columns, row)]
+                for row in zip(*columns.values()) if generator.random() < 0.7]
+        if rows and generator.random() < 0.8:
+            data.write_table(path, list(columns), rows)
+        else:
+            path.unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(run_script, small, "--out", tmp_path / "out")
+    found, named = tabled(tmp_path / "out")
+    assert [one["main"] for one in found["statements"][:3]] == [True] * 3
+    page = (tmp_path / "out" / "tables.md").read_text()
+    assert "nan" not in re.findall(r"[a-z]+", page) and len(named) > 2
 
 
 def test_help_teaches(run_script):
