@@ -544,8 +544,7 @@ salient. Each map is scaled to its own maximum, so maps tell where, not how much
 <noscript><p class="note">The gallery needs JavaScript; everything else on this page reads without.</p></noscript>
 <div class="controls">
 <label>Pictures of <select id="set"></select></label>
-<button type="button" class="box" id="previous">Previous</button>
-<button type="button" class="box" id="next">Next</button>
+<div><button type="button" class="box" id="previous">Previous</button> <button type="button" class="box" id="next">Next</button></div>
 <label>Map over picture <input type="range" id="overlay" min="0" max="100" value="60"></label>
 <label class="row"><input type="checkbox" id="second"> The same networks with other noise: how far a map can be trusted</label>
 </div>

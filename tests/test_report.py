@@ -532,7 +532,7 @@ def test_malformed_tables(place, change, words):
 
 @pytest.mark.parametrize("change, words", [
     (lambda f: {"figures": {}}, "figures of the file is '{}', expected list"),
-    (lambda f: {"figures": [{**f, "svg": "../results/x.svg"}]}, "x.svg is not in "),
+    (lambda f: {"figures": [{**f, "svg": "../cars/images/0.png"}]}, "0.png is not in "),  # though it is there
     (lambda f: {"figures": [{**f, "png": "none.png"}]}, "none.png is not in "),
     (lambda f: {"figures": [{**f, "svg": None, "png": None}]}, "its file is not in "),
     (lambda f: {"figures": [{**f, "title": None}]}, "title of figure 0"),
@@ -682,6 +682,16 @@ def test_browser_sorts_by_click_and_by_keyboard(visit):
     assert column(driver, "nrprec_cars", 2) == ["0", "2", ""]
 
 
+def test_browser_keeps_means_below(place, visit):
+    tables = some_tables()
+    tables["tables"][0]["rows"].append([cell("Mean", bold=True), cell("9.9", 9.9), cell("")])
+    write_json(place / "tables/tables.json", tables)
+    driver = visit()
+    for expected in (["ArcFace", "Margin", "Triplet", "Mean"], ["Triplet", "Margin", "ArcFace", "Mean"]):
+        driver.find_elements("css selector", "#table-nrprec_cars th button")[1].click()
+        assert column(driver, "nrprec_cars", 0) == expected
+
+
 def test_browser_heat_map_by_keyboard_and_hover(visit):
     from selenium.webdriver import ActionChains, Keys
     driver = visit()
@@ -706,7 +716,7 @@ def test_browser_heat_map_by_keyboard_and_hover(visit):
     assert tip["x"] >= 0 and tip["x"] + tip["width"] <= 1400
 
 
-def test_browser_gallery(visit):
+def test_browser_gallery(place, visit):
     from selenium.webdriver import Keys
     driver = visit()
     tile = lambda number: driver.execute_script(
@@ -717,11 +727,14 @@ def test_browser_gallery(visit):
     mixed = tile(1)
     driver.execute_script("const s = document.querySelector('#overlay'); s.value = 0; s.dispatchEvent(new Event('input'))")
     assert tile(1) == tile(0) != mixed  # nothing of the map
+    values = np.load(place / "results/cars/triplet/fold0/maps.npy")[0].astype(float).ravel()
+    at = lambda: np.array(tile(1)).reshape(224, 224, 4)[11:224:22, 11:224:22, :3][:10, :10].reshape(100, 3)  # the middle of each value
+    driver.execute_script("const s = document.querySelector('#overlay'); s.value = 49; s.dispatchEvent(new Event('input'))")
+    away = np.abs(at() - tile(0)[:3]).sum(axis=1)
+    assert away[values < 0.05].max() < 60 < away[values > 0.5].min()  # the salient parts alone
     driver.execute_script("const s = document.querySelector('#overlay'); s.value = 100; s.dispatchEvent(new Event('input'))")
     alone = np.array(tile(1)).reshape(224, 224, 4)
-    values = np.load(next(Path(driver.current_url.removeprefix("file://")).parent.glob("results/cars/triplet/fold0/maps.npy")))[0]
-    brightness = alone[11:224:22, 11:224:22, :3][:10, :10].sum(axis=2)  # at the middle of each of the 10 × 10 values
-    assert np.corrcoef(brightness.ravel(), values.astype(float).ravel())[0, 1] > 0.9  # the map, and the brighter the more salient
+    assert np.corrcoef(at().sum(axis=1), values)[0, 1] > 0.9  # the map alone: the brighter the more salient
     find(driver, "#second").click()
     shown(driver, "0-0")
     time.sleep(0.3)
