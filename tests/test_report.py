@@ -193,7 +193,7 @@ def test_page_in_full(make):
     assert done.returncode == 0, done.stderr
     page = Page(content)
     for words in ("3 networks on cars, 2 folds, 18 saliency maps, efficientnet_lite0.", "Finding 0 of Triplet.", "Permutations; p = 0.01",
-                  "resize 12, crop 10, channels RGB", "0abcdef01234", "cars: Margin is odd", "cars: pairs: pairs.csv is not there",
+                  "resize 12, crop 10, channels RGB", "0abcdef0 1abcdef0", "cars: Margin is odd", "cars: pairs: pairs.csv is not there",
                   "cars: tsne: scikit-learn is not installed", "σ in Eq. 5", "A note.", "numpy 2.0", "3 × 10 × 10"):
         assert words in page.text, words
     assert [found["id"] for found in page.of("section")] == ["findings", "analysed", "warnings", "statements", "gallery", "tables",
@@ -306,6 +306,15 @@ def test_pictures_of_a_limited_or_picked_subset(place):
     assert report.picture_names(network(folder, ["other.png", "list.png"], limit=2), None)[0] is None
 
 
+def test_pictures_of_held_out_rows_without_labels(place):
+    dataset = data.open_dataset(place / "cars")
+    found = network(place, [dataset.relative[4], dataset.relative[1]])
+    found["maps"]["about"]["rows"] = [4, 1]
+    assert report.picture_names(found, dataset)[0] == [dataset.relative[4], dataset.relative[1]]
+    found["maps"]["about"]["rows"] = [4, 600]
+    assert report.picture_names(found, dataset)[0] is None
+
+
 def network(folder, names, **options):
     return {"folder": folder, "emb": None, "maps": {"array": np.zeros((len(names), 2, 2)), "about": about_of("Margin", 7, names, **options)}}
 
@@ -326,12 +335,15 @@ def test_training_history_is_averaged_over_folds(place, written):
     for fold, (first, last) in enumerate([(0.2, 0.6), (0.4, 0.7)]):
         folder = place / f"models/trained/cars/Triplet/fold{fold}"
         folder.mkdir(parents=True)
-        write_json(folder / "config.json", {"loss_parameters": {"class": "TripletMarginLoss", "margin": 0.05}})
+        write_json(folder / "config.json", {"loss_parameters": {"class": "TripletMarginLoss", "margin": 0.05}, "frozen_trunk": True,
+                                             "split": {"kind": "pictures", "train": 4, "test": [1]}, "options": {"epochs": 1 + fold}})
         (folder / "history.csv").write_text("epoch,split,loss,positive_mean,negative_mean,jsd,recall_at_1,map_at_r,seconds\n"
                                             f"1,validation,1,,,0.5,{last},0.1,1\n0,validation,2,,,0.1,{first},0.1,1\n1,train,nan,,,,,,1\n")
     page = Page(written("--dataset", "cars"))
     assert "Triplet 2 1 0.300 0.650 0.100 0.100 0.100 0.500" in page.text  # no training loss that is a number
-    assert "class TripletMarginLoss, margin 0.05" in page.text
+    assert "Triplet ranking 0 1 euclidean 3 × 4 3 × 10 × 10 3 × 10 × 10 0abcdef0 1abcdef0 class TripletMarginLoss, margin 0.05" in page.text
+    for words in ("Setting Training Embeddings Saliency maps", "frozen trunk yes", "kind pictures, train 4", "epochs 1 (1 of 2); 2 (1 of 2)"):
+        assert words in page.text, words
     hints = [found["data-hint"] for found in page.of("td") if found.get("data-hint")]
     assert "0.6000, 0.7000" in hints
 
