@@ -14,9 +14,10 @@ $("#theme").addEventListener("click", () => { document.documentElement.dataset.t
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", nameTheme);
 nameTheme();
 
-// ---- tables: a column's name sorts by it, once more the other way, a third time as it was
+// ---- tables: a column's name sorts by it, once more the other way, a third time as it was; rows of means (bold) stay below
 const firstOrder = new WeakMap();
 all("tbody tr").forEach((row, number) => firstOrder.set(row, number));
+const isMean = row => Boolean($("th strong", row));
 
 function sortBy(button) {
   const head = button.closest("th"), body = head.closest("table").tBodies[0], column = head.cellIndex;
@@ -27,8 +28,8 @@ function sortBy(button) {
   rows.sort((a, b) => {
     const [x, y] = [key(a), key(b)], empty = (x === undefined || x === "") - (y === undefined || y === "");
     const compared = numeric ? x - y : String(x).localeCompare(y, "en", {numeric: true});
-    return order === "none" ? firstOrder.get(a) - firstOrder.get(b)
-      : empty || (order === "ascending" ? compared : -compared) || firstOrder.get(a) - firstOrder.get(b);
+    return order === "none" ? firstOrder.get(a) - firstOrder.get(b) : isMean(a) - isMean(b)
+      || empty || (order === "ascending" ? compared : -compared) || firstOrder.get(a) - firstOrder.get(b);
   });
   body.append(...rows);
   all("th[aria-sort]", head.parentNode).forEach(other => other.setAttribute("aria-sort", other === head ? order : "none"));

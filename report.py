@@ -136,17 +136,19 @@ def picture_names(network, dataset):
     """
     found = network["maps"] or network["emb"]
     about, n = found["about"].get("pictures", {}), len(found["array"])
-    options, lists, properties = found["about"].get("options", {}), [], {}
+    options, properties = found["about"].get("options", {}), {}
+    rows, lists = found["about"].get("rows"), [dataset.relative] if dataset else []
+    if dataset and isinstance(rows, list) and all(isinstance(row, int) and row < len(dataset.relative) for row in rows):
+        lists.append([dataset.relative[row] for row in rows])  # held out when the network was trained
     if (network["folder"] / "labels.csv").is_file():
         table = data.read_table(network["folder"] / "labels.csv")
         names = table.pop("path", None) or next(iter(table.values()))
-        lists.append(names)
+        lists.insert(0, names)
         beside = network["folder"] / "props.csv"
         for column, values in [*table.items(), *(data.read_table(beside) if beside.is_file() else {}).items()]:
             if len(values) == len(names) and column.lower() not in data.IDENTIFIERS:
                 for name, value in zip(names, values):
                     properties.setdefault(name, []).append((column, value))
-    lists += [dataset.relative] if dataset else []
     for names in lists:
         rows = options.get("pick") or range(len(names))[:options.get("limit")]
         left_out = about.get("left_out", [])
@@ -380,7 +382,7 @@ def anchor(table):
     return "table-" + re.sub(r"[^A-Za-z0-9_-]", lambda found: f".{ord(found[0]):x}", table["name"])
 
 
-def table_html(table, region="scroll"):
+def table_html(table):
     """A table under its title, in a region of its own that scrolls: sortable by its header (kind "rows"), not (kind "text"),
     or a heat map (kind "matrix").
 
@@ -398,7 +400,7 @@ def table_html(table, region="scroll"):
     rows = [f'<tr><th scope="row">{cell_text(row[0])}</th>{"".join(map(cell_html, row[1:]))}</tr>' for row in table["rows"] if row]
     return (f'<article class="table" id="{name}"><h3 id="{name}-title">{text(table["title"])}</h3>'
             + (f"<p>{text(table['caption'])}</p>" if table["caption"] else "") + legend(table)
-            + f'<div class="{region}" role="region" tabindex="0" aria-labelledby="{name}-title">'
+            + f'<div class="scroll" role="region" tabindex="0" aria-labelledby="{name}-title">'
             f'<table aria-labelledby="{name}-title"' + ' role="grid"' * grid + f' class="{kind}{" short" * short}">\n'
             f'<thead><tr>{"".join(head)}</tr></thead>\n<tbody>\n' + "\n".join(rows) + "\n</tbody></table></div>"
             + listing(table["notes"], "notes") + "</article>")
@@ -434,25 +436,35 @@ def legend(table):
 
 
 def settings_table(dataset, networks):
-    """The JSONs beside one data set's arrays as a table: setting, value for embeddings, for maps."""
-    columns = []
-    for stem in ("emb", "maps"):
-        values = {}  # {setting: {value: [networks]}}
-        for network in filter(lambda network: network[stem], networks):
-            about = network[stem]["about"]
-            told = {**{key: about.get(key) for key in ("split", "backbone", "preprocessing", "distance", "seed")},
-                    **about.get("options", {}), "versions": about.get("versions")}
-            for key, value in told.items():
+    """How one data set's networks were trained, and its arrays made, as their JSONs tell: a row a setting, a column a step."""
+    columns = {}
+    for step, stem in ("Training", None), ("Embeddings", "emb"), ("Saliency maps", "maps"):
+        values = {}  # {setting: [its value for each network]}
+        for network in networks:
+            about = dict(network["trained"]["config"] if stem is None else network[stem]["about"] if network[stem] else {})
+            split = about.get("split")
+            if isinstance(split, dict):  # without the rows
+                about["split"] = {key: split[key] for key in ("kind", "label", "seed", "train", "validation") if split.get(key) is not None}
+            options = about.get("options") if isinstance(about.get("options"), dict) else {}
+            for key, value in {**{key: about.get(key) for key in SETTINGS}, **options, "versions": about.get("versions")}.items():
                 if value is not None and key not in ("ceiling", "noise_of"):
-                    values.setdefault(key, {}).setdefault(in_words(value), []).append(network)
-        columns.append(values)
-    rows = []
-    for key in sorted({**columns[1], **columns[0]}, key="versions".__eq__):  # at the end
-        shown = ["; ".join(f"{value} ({len(using)} of {sum(map(len, column[key].values()))})" if len(column[key]) > 1 else value
-                           for value, using in column[key].items()) if key in column else "" for column in columns]
-        rows.append([cell(part) for part in (key.replace("_", " "), *shown)])
-    return {"name": f"settings-{dataset}", "title": f"Settings: {dataset}", "kind": "text", "header": ["Setting", "Embeddings", "Saliency maps"],
-            "caption": "As the JSON files beside the arrays tell. Where arrays differ, the number of each is given.", "rows": rows, "notes": []}
+                    values.setdefault(key, []).append(in_words(value))
+        if values:
+            columns[step] = {key: tally(told) for key, told in values.items()}
+    keys = dict.fromkeys(key for values in columns.values() for key in values)
+    rows = [[cell(key.replace("_", " ")), *(cell(shares(values.get(key, {}))) for values in columns.values())]
+            for key in sorted(keys, key="versions".__eq__)]  # versions at the end
+    return {"name": f"settings {dataset}", "title": f"Settings: {dataset}", "kind": "text", "header": ["Setting", *columns], "rows": rows,
+            "caption": "As the JSON files beside networks and arrays tell. Where they differ, the number of each is given.", "notes": []}
+
+
+SETTINGS = ("split", "backbone", "frozen_trunk", "preprocessing", "distance", "seed")
+
+
+def shares(counts, total=None):
+    """{"cosine": 3, "snr": 1} is "cosine (3 of 4); snr (1 of 4)"; a value that all `total` have stands alone."""
+    total = total or sum(counts.values())
+    return "; ".join(value if number == total else f"{value} ({number} of {total})" for value, number in counts.items())
 
 
 def in_words(value):
@@ -465,21 +477,29 @@ def in_words(value):
 
 
 def networks_table(dataset, networks):
-    """Which networks of a data set were analysed, on what, from which checkpoint."""
+    """Which networks of a data set were analysed, on what, from which checkpoints: a row a loss, its folds together."""
     rows = []
-    for network in networks:
-        about = (network["emb"] or network["maps"] or network["maps_ceiling"])["about"]
-        config = network["trained"]["config"]
-        parameters = config.get("loss_parameters") if isinstance(config.get("loss_parameters"), dict) else {}
-        arrays = [network[stem] and network[stem]["array"] for stem in ("emb", "maps", "maps_ceiling")]
-        shapes = [cell("") if array is None else cell(" × ".join(map(str, array.shape)), len(array)) for array in arrays]
-        rows.append([cell(network["name"]), cell(network["type"]), cell("" if network["fold"] is None else network["fold"]),
-                     cell(about.get("distance", "")), *shapes, cell(str(about.get("checkpoint_sha256") or "")[:12]),
-                     cell(", ".join(f"{key} {value}" for key, value in parameters.items()))])
-    header = ["Network", "Type", "Fold", "Distance", "Embeddings", "Maps", "Maps, other noise", "Checkpoint (SHA-256)", "Loss's parameters"]
-    keep = [k for k in range(len(header)) if k < 4 or any(row[k]["text"] for row in rows)]
-    return {"name": f"networks-{dataset}", "title": f"Networks: {dataset}", "kind": "rows", "header": [header[k] for k in keep], "notes": [],
-            "caption": "Shapes are pictures × dimension, and pictures × height × width.", "rows": [[row[k] for k in keep] for row in rows]}
+    for slug in dict.fromkeys(network["slug"] for network in networks):
+        folds = [network for network in networks if network["slug"] == slug]
+        abouts = [(network["emb"] or network["maps"] or network["maps_ceiling"])["about"] for network in folds]
+        shapes = [tally(" × ".join(map(str, network[stem]["array"].shape)) for network in folds if network[stem]) for stem in ("emb", "maps", "maps_ceiling")]
+        parameters = [network["trained"]["config"].get("loss_parameters") for network in folds]
+        rows.append([folds[0]["name"], folds[0]["type"], " ".join(network["fold"] or "" for network in folds),
+                     shares(tally(in_words(about["distance"]) for about in abouts if about.get("distance"))), *(shares(shape, len(folds)) for shape in shapes),
+                     " ".join(str(about.get("checkpoint_sha256") or "")[:8] for about in abouts),
+                     shares(tally(in_words(part) for part in parameters if part))])
+    header = ["Network", "Type", "Folds", "Distance", "Embeddings", "Maps", "Maps, other noise", "Checkpoints (SHA-256)", "Loss's parameters"]
+    keep = [k for k in range(len(header)) if k < 4 or any(row[k].strip() for row in rows)]
+    return {"name": f"networks {dataset}", "title": f"Networks: {dataset}", "kind": "rows", "header": [header[k] for k in keep], "notes": [],
+            "caption": "Shapes are pictures × dimension and pictures × height × width, of each fold.", "rows": [[cell(row[k]) for k in keep] for row in rows]}
+
+
+def tally(values):
+    """{value: how many times it is there}."""
+    counts = {}
+    for value in values:
+        counts[value] = counts.get(value, 0) + 1
+    return counts
 
 
 def history_table(dataset, networks):
@@ -500,7 +520,7 @@ def history_table(dataset, networks):
                 row.append(cell("" if mean is None else f"{mean:.3f}", mean, ", ".join(f"{value:.4f}" for value in values) or None))
         rows.append(row)
     header = ["Network", "Folds", "Epochs", *(f"{title}: {when}" for _, _, title in measures for when in ("before", "after"))]
-    return rows and {"name": f"history-{dataset}", "title": dataset, "kind": "rows", "header": header, "rows": rows, "notes": [],
+    return rows and {"name": f"history {dataset}", "title": dataset, "kind": "rows", "header": header, "rows": rows, "notes": [],
                      "caption": "Means over the folds before training (epoch 0) and after the last epoch; each fold's value in the hint."}
 
 
@@ -544,8 +564,7 @@ salient. Each map is scaled to its own maximum, so maps tell where, not how much
 <noscript><p class="note">The gallery needs JavaScript; everything else on this page reads without.</p></noscript>
 <div class="controls">
 <label>Pictures of <select id="set"></select></label>
-<button type="button" class="box" id="previous">Previous</button>
-<button type="button" class="box" id="next">Next</button>
+<div><button type="button" class="box" id="previous">Previous</button> <button type="button" class="box" id="next">Next</button></div>
 <label>Map over picture <input type="range" id="overlay" min="0" max="100" value="60"></label>
 <label class="row"><input type="checkbox" id="second"> The same networks with other noise: how far a map can be trusted</label>
 </div>
@@ -662,7 +681,7 @@ def analysed(networks):
     parts = []
     for dataset in dict.fromkeys(network["dataset"] for network in networks):
         here = [network for network in networks if network["dataset"] == dataset]
-        parts += [table_html(settings_table(dataset, here)), table_html(networks_table(dataset, here), "scroll tall")]
+        parts += [table_html(settings_table(dataset, here)), table_html(networks_table(dataset, here))]
     return "\n".join(parts)
 
 
@@ -718,8 +737,9 @@ def build(args):
     warned = [*(tables["warnings"] if tables else warnings_of(networks)), *notes]
     warned += [f"{args.tables / 'tables.json'} tells of {', '.join(others)}, of which {args.results} has no arrays."] * bool(others)
     left_out += unreadable(networks)
+    listed = [line.split(":")[0] for line in left_out]  # arrays that tables.py left out as well
     missing = [": ".join(filter(None, (one["dataset"], one["table"], one["figure"], one["what"])))
-               for part in (tables, figures) if part for one in part["missing"]]
+               for part in (tables, figures) if part for one in part["missing"] if not any(name in one["what"] for name in listed)]
     versions = tables and networks and f"Tables and tests: {in_words(tables['made_with'].get('versions') or 'unknown versions')}."
     histories = [history_table(name, [network for network in networks if network["dataset"] == name]) for name in names]
     wrong = errata(tables)

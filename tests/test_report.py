@@ -193,7 +193,7 @@ def test_page_in_full(make):
     assert done.returncode == 0, done.stderr
     page = Page(content)
     for words in ("3 networks on cars, 2 folds, 18 saliency maps, efficientnet_lite0.", "Finding 0 of Triplet.", "Permutations; p = 0.01",
-                  "resize 12, crop 10, channels RGB", "0abcdef01234", "cars: Margin is odd", "cars: pairs: pairs.csv is not there",
+                  "resize 12, crop 10, channels RGB", "0abcdef0 1abcdef0", "cars: Margin is odd", "cars: pairs: pairs.csv is not there",
                   "cars: tsne: scikit-learn is not installed", "σ in Eq. 5", "A note.", "numpy 2.0", "3 × 10 × 10"):
         assert words in page.text, words
     assert [found["id"] for found in page.of("section")] == ["findings", "analysed", "warnings", "statements", "gallery", "tables",
@@ -306,6 +306,15 @@ def test_pictures_of_a_limited_or_picked_subset(place):
     assert report.picture_names(network(folder, ["other.png", "list.png"], limit=2), None)[0] is None
 
 
+def test_pictures_of_held_out_rows_without_labels(place):
+    dataset = data.open_dataset(place / "cars")
+    found = network(place, [dataset.relative[4], dataset.relative[1]])
+    found["maps"]["about"]["rows"] = [4, 1]
+    assert report.picture_names(found, dataset)[0] == [dataset.relative[4], dataset.relative[1]]
+    found["maps"]["about"]["rows"] = [4, 600]
+    assert report.picture_names(found, dataset)[0] is None
+
+
 def network(folder, names, **options):
     return {"folder": folder, "emb": None, "maps": {"array": np.zeros((len(names), 2, 2)), "about": about_of("Margin", 7, names, **options)}}
 
@@ -326,12 +335,15 @@ def test_training_history_is_averaged_over_folds(place, written):
     for fold, (first, last) in enumerate([(0.2, 0.6), (0.4, 0.7)]):
         folder = place / f"models/trained/cars/Triplet/fold{fold}"
         folder.mkdir(parents=True)
-        write_json(folder / "config.json", {"loss_parameters": {"class": "TripletMarginLoss", "margin": 0.05}})
+        write_json(folder / "config.json", {"loss_parameters": {"class": "TripletMarginLoss", "margin": 0.05}, "frozen_trunk": True,
+                                             "split": {"kind": "pictures", "train": 4, "test": [1]}, "options": {"epochs": 1 + fold}})
         (folder / "history.csv").write_text("epoch,split,loss,positive_mean,negative_mean,jsd,recall_at_1,map_at_r,seconds\n"
                                             f"1,validation,1,,,0.5,{last},0.1,1\n0,validation,2,,,0.1,{first},0.1,1\n1,train,nan,,,,,,1\n")
     page = Page(written("--dataset", "cars"))
     assert "Triplet 2 1 0.300 0.650 0.100 0.100 0.100 0.500" in page.text  # no training loss that is a number
-    assert "class TripletMarginLoss, margin 0.05" in page.text
+    assert "Triplet ranking 0 1 euclidean 3 × 4 3 × 10 × 10 3 × 10 × 10 0abcdef0 1abcdef0 class TripletMarginLoss, margin 0.05" in page.text
+    for words in ("Setting Training Embeddings Saliency maps", "frozen trunk yes", "kind pictures, train 4", "epochs 1 (1 of 2); 2 (1 of 2)"):
+        assert words in page.text, words
     hints = [found["data-hint"] for found in page.of("td") if found.get("data-hint")]
     assert "0.6000, 0.7000" in hints
 
@@ -532,7 +544,7 @@ def test_malformed_tables(place, change, words):
 
 @pytest.mark.parametrize("change, words", [
     (lambda f: {"figures": {}}, "figures of the file is '{}', expected list"),
-    (lambda f: {"figures": [{**f, "svg": "../results/x.svg"}]}, "x.svg is not in "),
+    (lambda f: {"figures": [{**f, "svg": "../cars/images/0.png"}]}, "0.png is not in "),  # though it is there
     (lambda f: {"figures": [{**f, "png": "none.png"}]}, "none.png is not in "),
     (lambda f: {"figures": [{**f, "svg": None, "png": None}]}, "its file is not in "),
     (lambda f: {"figures": [{**f, "title": None}]}, "title of figure 0"),
@@ -682,6 +694,16 @@ def test_browser_sorts_by_click_and_by_keyboard(visit):
     assert column(driver, "nrprec_cars", 2) == ["0", "2", ""]
 
 
+def test_browser_keeps_means_below(place, visit):
+    tables = some_tables()
+    tables["tables"][0]["rows"].append([cell("Mean", bold=True), cell("9.9", 9.9), cell("")])
+    write_json(place / "tables/tables.json", tables)
+    driver = visit()
+    for expected in (["ArcFace", "Margin", "Triplet", "Mean"], ["Triplet", "Margin", "ArcFace", "Mean"]):
+        driver.find_elements("css selector", "#table-nrprec_cars th button")[1].click()
+        assert column(driver, "nrprec_cars", 0) == expected
+
+
 def test_browser_heat_map_by_keyboard_and_hover(visit):
     from selenium.webdriver import ActionChains, Keys
     driver = visit()
@@ -706,7 +728,7 @@ def test_browser_heat_map_by_keyboard_and_hover(visit):
     assert tip["x"] >= 0 and tip["x"] + tip["width"] <= 1400
 
 
-def test_browser_gallery(visit):
+def test_browser_gallery(place, visit):
     from selenium.webdriver import Keys
     driver = visit()
     tile = lambda number: driver.execute_script(
@@ -717,11 +739,14 @@ def test_browser_gallery(visit):
     mixed = tile(1)
     driver.execute_script("const s = document.querySelector('#overlay'); s.value = 0; s.dispatchEvent(new Event('input'))")
     assert tile(1) == tile(0) != mixed  # nothing of the map
+    values = np.load(place / "results/cars/triplet/fold0/maps.npy")[0].astype(float).ravel()
+    at = lambda: np.array(tile(1)).reshape(224, 224, 4)[11:224:22, 11:224:22, :3][:10, :10].reshape(100, 3)  # the middle of each value
+    driver.execute_script("const s = document.querySelector('#overlay'); s.value = 49; s.dispatchEvent(new Event('input'))")
+    away = np.abs(at() - tile(0)[:3]).sum(axis=1)
+    assert away[values < 0.05].max() < 60 < away[values > 0.5].min()  # the salient parts alone
     driver.execute_script("const s = document.querySelector('#overlay'); s.value = 100; s.dispatchEvent(new Event('input'))")
     alone = np.array(tile(1)).reshape(224, 224, 4)
-    values = np.load(next(Path(driver.current_url.removeprefix("file://")).parent.glob("results/cars/triplet/fold0/maps.npy")))[0]
-    brightness = alone[11:224:22, 11:224:22, :3][:10, :10].sum(axis=2)  # at the middle of each of the 10 × 10 values
-    assert np.corrcoef(brightness.ravel(), values.astype(float).ravel())[0, 1] > 0.9  # the map, and the brighter the more salient
+    assert np.corrcoef(at().sum(axis=1), values)[0, 1] > 0.9  # the map alone: the brighter the more salient
     find(driver, "#second").click()
     shown(driver, "0-0")
     time.sleep(0.3)
