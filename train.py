@@ -324,7 +324,7 @@ class Job(NamedTuple):
 def begin(run, trunk, width, feed, labels, args, team):
     """The run's Job at epoch 0. trunk: nn.Module, or None where feed gives its features; width: their number."""
     embedder = models.random_linear(width, args.dim, args.seed, run.fold)  # the same for all losses of a fold
-    network = (nn.Sequential(trunk, embedder) if trunk else embedder).to(args.device)
+    network = (nn.Sequential(trunk, embedder) if trunk else embedder).to(args.device, memory_format=torch.channels_last)
     classes = np.unique(labels[run.parts["train"]])
     known = [part for part, rows in run.parts.items() if np.isin(labels[rows], classes).all()]
     codes = {part: np.searchsorted(classes if part in known else np.unique(labels[rows]), labels[rows])
