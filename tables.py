@@ -1382,6 +1382,11 @@ def has_numbers(content):
     return [k > 0 and any(row[k]["value"] is not None for row in content["rows"]) for k in range(len(content["header"]))]
 
 
+def has_marks(content):
+    """Which columns have a number with a mark."""
+    return [any(row[k]["mark"] for row in content["rows"]) for k in range(len(content["header"]))]
+
+
 def to_markdown(content):
     """The table as GitHub's Markdown."""
     paper = f" ({content['paper']})" if content["paper"] else ""
@@ -1403,6 +1408,7 @@ def to_latex(content):
     room = 0.98 - 0.0105 * sum(width for width, wrap in zip(widest, wraps) if not wrap) - 0.026 * len(header)
     paragraph = rf">{{\raggedright\arraybackslash}}p{{{max(0.12, room / max(1, sum(wraps))):.3f}\linewidth}}"
     columns = "".join(paragraph if wrap else "r" if number else "l" for wrap, number in zip(wraps, numbers))
+    marked = has_marks(content)
     turned = sum(map(len, header)) + 3 * len(header) > 130
     heads = [escape_latex(name) for name in header]
     heads[1:] = [rf"\rotatebox{{90}}{{{name}}}" if turned else name for name in heads[1:]]
@@ -1415,16 +1421,18 @@ def to_latex(content):
               "{}" + " & ".join(heads) + r" \\", r"\midrule"]
     for before, row in zip([None, *rows], rows):
         lines += [r"\midrule"] if before and row[0]["bold"] and not before[0]["bold"] else []  # before the rows of means
-        lines.append("{}" + " & ".join(map(latex_cell, row)) + r" \\")  # {}: a name may begin with [ or *
+        lines.append("{}" + " & ".join(map(latex_cell, row, marked)) + r" \\")  # {}: a name may begin with [ or *
     lines += [r"\bottomrule", r"\end{tabular}" + ("" if any(wraps) else "}")]
     if content["notes"]:
         lines += ["", r"\smallskip", r"\parbox{\linewidth}{\footnotesize " + " ".join(map(escape_latex, content["notes"])) + "}"]
     return "\n".join([*lines, r"\end{table}"]) + "\n"
 
 
-def latex_cell(one):
+def latex_cell(one, marked):
+    """marked: the column has marks, and a number without one leaves room for it."""
     text = escape_latex(one["text"]).replace(r" $\pm$ ", r"$\pm$")
     text = rf"\textbf{{{text}}}" if one["bold"] and text else text
+    text += r"\phantom{ *}" * (marked and not one["mark"] and one["value"] is not None)
     return text if one["shade"] is None else rf"\cellcolor{{black!{round(5 + 40 * one['shade'])}}}{text}"
 
 
@@ -1434,7 +1442,8 @@ def wrapped(text, first="", rest="  "):
 
 def print_table(content):
     """The table on the terminal, aligned; a wide matrix has numbers for its columns' names."""
-    header, rows = list(content["header"]), [[one["text"] for one in row] for row in content["rows"]]
+    header, marked = list(content["header"]), has_marks(content)
+    rows = [[one["text"] + "  " * (room and not one["mark"]) for one, room in zip(row, marked)] for row in content["rows"]]
     if content["kind"] == "matrix" and len(header) > 7:
         rows = [[f"{number:2} {row[0]}", *(text.replace(" ± ", "±") for text in row[1:])] for number, row in enumerate(rows, 1)]
         header = ["", *map(str, range(1, len(header)))]
@@ -1494,6 +1503,11 @@ def published_matrix(name, title, paper, dataset, rows):
                  dataset=dataset, paper=paper, kind="matrix")
 
 
+def published_cell(value):
+    mark = "*" * (value is not None and value > PUBLISHED_THRESHOLD)
+    return dict(EMPTY) if value is None else cell(f"{value:.2f}" + f" {mark}" * bool(mark), value, mark=mark)
+
+
 def published_tables():
     """The papers' tables of published/, those that ours can be put beside."""
     sop, grouped, oi = ([*zip(*data.read_table(HERE / "published" / f"{name}.csv").values())] for name in (
@@ -1507,15 +1521,15 @@ def published_tables():
                                   dataset, [row[1:] for row in grouped if row[0] == dataset])
                  for number, dataset in ((3, "cars196"), (4, "cub200"))]
     rows = [[cell(loss.replace(" Mean", " mean"), bold=loss.endswith(" Mean")),
-             *(dict(EMPTY) if value is None else cell(f"{value:.2f}" + " *" * (value > PUBLISHED_THRESHOLD), value)
-               for value in values.values())] for loss, values in published_nrprec().items()]
+             *map(published_cell, values.values())] for loss, values in published_nrprec().items()]
     shaded(rows[:-2], lambda value: math.log1p(max(value, 0)))
     table6 = table("published_table6", "NR-Prec, published", "NR-Prec of 100,000 rendered cars, networks trained on Cars196.",
                    ["Loss", *published_nrprec()["None"]], rows, paper="Table 6", notes=[
                        f"* above {PUBLISHED_THRESHOLD}, the published mark. ProxyNCA's last cell is missing in our source.",
                        "NR-Prec grows with the number of pictures: compare the order of properties and of losses, not the "
                        "values."])
-    rows = [[f"{dataset}, {splitting}", *(cell(value, value) for value in values)] for dataset, splitting, *values in oi]
+    rows = [[f"{dataset}, {splitting}", *(cell(f"{float(value):.3f}", value) for value in values)]
+            for dataset, splitting, *values in oi]
     oi_table1 = table("published_oi_table1", "Normalized Softmax on the test split, published",
                       "The second paper's scores by the split of the classes.",
                       ["Data set, splitting", "Recall@1", "MAP@R", "JSD"], rows, paper="Oi et al., Table 1")
