@@ -1037,7 +1037,8 @@ def property_statement(results):
     if in_all + in_some:
         text = (f"The embeddings of {results.name} cluster most by {top} (mean NR-Prec {figures[top]}, first in {first} of "
                 f"{len(names)} losses): ")
-        text += f"NR-Prec is {above} in {of} for " + listing(in_all, 12) if in_all else f"for no property is NR-Prec {above} in {of}"
+        text += (f"NR-Prec is {above} in {of} for {listing(in_all, 12)}" if in_all else
+                 f"for no property is NR-Prec {above} in {of}")
         text += f"; in some for {listing(in_some, 12)}" if in_some else ""
         text += f"; in none for {listing(in_none, 12)}." if in_none else "."
     else:

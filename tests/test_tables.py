@@ -318,10 +318,10 @@ def test_group_means_of_table_6_and_the_direction_of_every_difference(run_script
     assert rows["Ranking mean"][height]["bold"] and "†" in rows["Ranking mean"][height]["text"]
     statements = {one["topic"]: one for one in reversed(found["statements"])}
     text = statements["ranking against classification"]["text"]
-    assert text == ("Ranking losses have the larger NR-Prec of camera_loc_z (20.73 against 19.35), classification losses have the "
-                    "larger NR-Prec of color_hue (4.07 against 3.25), color_sat (3.82 against 3.26), color_val (5.35 against 4.77) "
-                    "and bg_color_sat (2.22 against 1.47): 9 ranking against 5 classification losses, cars; for the other 6 "
-                    "properties no difference could be shown.")
+    assert text == ("Ranking losses have the larger NR-Prec of camera_loc_z (20.73 against 19.35), classification losses have "
+                    "the larger NR-Prec of color_hue (4.07 against 3.25), color_sat (3.82 against 3.26), color_val (5.35 "
+                    "against 4.77) and bg_color_sat (2.22 against 1.47): 9 ranking against 5 classification losses, cars; for "
+                    "the other 6 properties no difference could be shown.")
     assert "cannot fall below 0.011" in statements["ranking against classification"]["test"]
     assert any("agrees with the paper's Table 6 (Spearman's rank correlation "
                "+1.00)" in one["text"] for one in found["statements"])
@@ -339,8 +339,8 @@ def test_published_prints_every_number(run_script):
         numbers = re.findall(r"(\d+)±(\d+)", line)
         columns = zip(matrix["loss_a"], matrix["correlation_percent"], matrix["std_percent"])
         assert numbers == [(r, s) for a, r, s in columns if a == loss]
-    for text in ("86 ± 6", "85 ± 6", "75 ± 11", "86 ± 5", "74 ± 11", "90 ± 6", "87 ± 6", "0.673", "0.260", "0.579", "Ferrari Enzo",
-                 "SNR Contrastive           2019"):
+    for text in ("86 ± 6", "85 ± 6", "75 ± 11", "86 ± 5", "74 ± 11", "90 ± 6", "87 ± 6", "0.673", "0.260", "0.579",
+                 "Ferrari Enzo", "SNR Contrastive           2019"):
         assert text in done.stdout
 
 
@@ -427,8 +427,8 @@ def test_significantly_below_chance_is_not_called_above(run_script, tmp_path):
                                           for name, value in (("model", 4.0), ("sun", -3.0))])
     run(run_script, folder, "--out", tmp_path / "out")
     assert tabled(tmp_path / "out")[0]["statements"][0]["text"] == (
-        "The embeddings of cars cluster most by model (mean NR-Prec 4.00, first in 1 of 1 losses): NR-Prec is above chance in Triplet "
-        "for model (4.00); in none for sun.")
+        "The embeddings of cars cluster most by model (mean NR-Prec 4.00, first in 1 of 1 losses): NR-Prec is above chance in "
+        "Triplet for model (4.00); in none for sun.")
 
 
 def test_a_difference_between_chance_and_chance_is_named(run_script, tmp_path):
@@ -437,8 +437,8 @@ def test_a_difference_between_chance_and_chance_is_named(run_script, tmp_path):
                                           for number, loss in enumerate(RANKING + CLASSIFICATION)])
     run(run_script, folder, "--out", tmp_path / "out")
     texts = [one["text"] for one in tabled(tmp_path / "out")[0]["statements"]]
-    assert texts[0] == ("The embeddings of cars cluster clearly by no property: NR-Prec is above chance in none of 14 losses; the "
-                        "largest mean is −0.18 ± 0.21 (hue).")
+    assert texts[0] == ("The embeddings of cars cluster clearly by no property: NR-Prec is above chance in none of 14 losses; "
+                        "the largest mean is −0.18 ± 0.21 (hue).")
     assert "lassification losses have the larger NR-Prec of hue (0.05 against −0.30, above chance for no loss)" in texts[1]
 
 
@@ -600,8 +600,8 @@ def latex_columns(text):
 
 def test_latex_is_balanced_with_as_many_cells_as_columns(nasty):
     out, losses, done = nasty
-    known = set("""textbackslash textasciitilde textasciicircum textless textgreater textbar textbf cellcolor rotatebox phantom begin
-        end centering caption label vspace resizebox ifdim width linewidth else fi small setlength tabcolsep toprule midrule
+    known = set("""textbackslash textasciitilde textasciicircum textless textgreater textbar textbf cellcolor rotatebox phantom
+        begin end centering caption label vspace resizebox ifdim width linewidth else fi small setlength tabcolsep toprule midrule
         bottomrule smallskip parbox footnotesize raggedright arraybackslash pm dagger dots sigma cdot times rightarrow leq geq
         circ""".split())
     for path in out.glob("*.tex"):
