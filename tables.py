@@ -602,6 +602,12 @@ def significant(rows, permuted):
     return np.mean([row["nr_precision"] for row in rows]) > PUBLISHED_THRESHOLD
 
 
+def above_chance(rows, permuted):
+    """Significant, and above 0: a two-sided p-value may also tell of fewer neighbours of one value than by chance."""
+    rows = [row for row in rows if row["nr_precision"] is not None]
+    return bool(rows) and bool(significant(rows, permuted)) and bool(np.mean(kept(rows, "nr_precision")) > 0)
+
+
 def nrprec_tables(results):
     """Table 6 and the tests of ranking against classification."""
     scores, values = by_fold(results, "nrprec", "property"), nrprec_values(results)
@@ -1020,9 +1026,7 @@ def property_statement(results):
     tested, figures = permuted(results), {one: mean_and_spread(list(losses.values())) for one, losses in known.items()}
     ranked = sorted(known, key=lambda one: -np.mean(list(known[one].values())))
     top = ranked[0]
-    folds = lambda name, one: [row for row in scores[name, one].values() if row["nr_precision"] is not None]
-    marked = {one: sum(mean > 0 and bool(significant(folds(name, one), tested)) for name, mean in losses.items())
-              for one, losses in known.items()}  # a two-sided p-value may also mean fewer neighbours than by chance
+    marked = {one: sum(above_chance(scores[name, one].values(), tested) for name in losses) for one, losses in known.items()}
     first = sum(top == max((one for one in known if name in known[one]), key=lambda one: known[one][name]) for name in names)
     in_all = [f"{one} ({figures[one]})" for one in ranked if marked[one] == len(known[one])]
     in_some = [f"{one} ({figures[one]}, {marked[one]} of {len(known[one])})" for one in ranked
@@ -1030,12 +1034,16 @@ def property_statement(results):
     in_none = [one for one in ranked if not marked[one]]
     above = "above chance" if tested else f"above the published mark {PUBLISHED_THRESHOLD}"
     of = names[0] if len(names) == 1 else f"all {len(names)} losses"
-    text = f"The embeddings of {results.name} cluster "
-    text += f"most by {top} (mean NR-Prec {figures[top]}, first in {first} of {len(names)} losses): " if in_all + in_some else \
-        "clearly by no property: "
-    text += f"NR-Prec is {above} in {of} for {listing(in_all, 12)}" if in_all else f"for no property is NR-Prec {above} in {of}"
-    text += f"; in some for {listing(in_some, 12)}" if in_some else ""
-    text += f"; in none for {listing(in_none, 12)}." if in_none else "."
+    if in_all + in_some:
+        text = (f"The embeddings of {results.name} cluster most by {top} (mean NR-Prec {figures[top]}, first in {first} of "
+                f"{len(names)} losses): ")
+        text += (f"NR-Prec is {above} in {of} for {listing(in_all, 12)}" if in_all else
+                 f"for no property is NR-Prec {above} in {of}")
+        text += f"; in some for {listing(in_some, 12)}" if in_some else ""
+        text += f"; in none for {listing(in_none, 12)}." if in_none else "."
+    else:
+        text = (f"The embeddings of {results.name} cluster clearly by no property: NR-Prec is {above} in none of {len(names)} "
+                f"losses; the largest mean is {figures[top]} ({top}).")
     largest = max((p for name in names for p in kept(scores.get((name, top), {}).values(), "p_holm")), default=None)
     test = (f"permutations of each property, Holm-corrected, p_holm < {SIGNIFICANCE} in every fold; {top}: largest p_holm "
             f"{p_text(largest)}" if tested else f"the published mark: NR-Prec > {PUBLISHED_THRESHOLD} on the mean of the folds, "
@@ -1060,12 +1068,21 @@ def type_statement(results):
     smallest = min(tests, key=lambda one: tests[one].p_holm)
     p = tests[smallest].p_holm
     against = f"{n[0]} ranking {{}} {n[1]} classification losses"
-    shown = {kind: [one for one, test in tests.items() if test.larger == kind] for kind in TYPES[:2]}
-    parts = [f"{kind} losses cluster more by {listing(ones, 12)}" for kind, ones in shown.items() if ones]
+    scores = by_fold(results, "nrprec", "property")
+
+    def described(one):
+        """"hue (4.07 against 3.25)", and whether any loss clusters by it at all."""
+        means = sorted((tests[one].ranking, tests[one].classification), reverse=True)
+        above = any(above_chance(scores[name, one].values(), permuted(results)) for name in values[one]
+                    if results.types[name] in TYPES[:2])
+        return f"{one} ({rounded(means[0])} against {rounded(means[1])}{'' if above else ', above chance for no loss'})"
+
+    shown = {kind: [described(one) for one, test in tests.items() if test.larger == kind] for kind in TYPES[:2]}
+    parts = [f"{kind} losses have the larger NR-Prec of {listing(ones, 12)}" for kind, ones in shown.items() if ones]
     rest = len(tests) - sum(map(len, shown.values()))
     if parts:
-        text = " and ".join(parts)
-        text = f"{text[0].upper()}{text[1:]} than the other type ({against.format('against')}, {results.name})"
+        text = ", ".join(parts)
+        text = f"{text[0].upper()}{text[1:]}: {against.format('against')}, {results.name}"
         text += {0: ".", 1: "; for the other property no difference could be shown."}.get(
             rest, f"; for the other {rest} properties no difference could be shown.")
     else:
@@ -1074,10 +1091,11 @@ def type_statement(results):
                 f"({smallest}).")
         text += f" With so few losses none could: it cannot fall below {p_text(floor)}." if floor >= LEVEL else ""
     released = [one for one, test in tests.items() if test.released < SIGNIFICANCE]
-    test = (f"two-sided Mann-Whitney U on fold averages (the unit is the loss), exact, Holm over {len(tests)} properties, "
-            f"{100 * LEVEL:.0f} %; with {n[0]} against {n[1]} it cannot fall below {p_text(floor)}. The released way (all folds "
-            f"pooled, {pooled[0]} against {pooled[1]} values, not corrected, half the two-sided p, {100 * SIGNIFICANCE:.0f} %) "
-            f"calls {listing(released, 12) if released else 'no property'} different")
+    test = ("two-sided Mann-Whitney U on fold averages (the unit is the loss; all were rated on the same pictures), exact, Holm "
+            f"over {len(tests)} properties, {100 * LEVEL:.0f} %; with {n[0]} against {n[1]} it cannot fall below "
+            f"{p_text(floor)}. The released way (all folds pooled, {pooled[0]} against {pooled[1]} values, not corrected, half "
+            f"the two-sided p, {100 * SIGNIFICANCE:.0f} %) calls {listing(released, 12) if released else 'no property'} "
+            "different")
     return statement(results, topic, text, test, p)
 
 
@@ -1240,9 +1258,7 @@ def warnings_for(results):
     maps = [network for network in networks if network["maps"]]
     trained = [network for network in networks if network["type"] != "none"]
     arrays = [network[kind] for network in networks for kind in ("emb", "maps") if network[kind]]
-    shared = [network for network in maps if network["maps"]["options"].get("shared_noise")]
-    if shared:
-        yield f"the maps of {some(shared, maps)} share their noise, which raises their correlations; no ceiling bounds them"
+    yield from noise_warnings(maps, results.rows.get("compare", []))
     bare = [network for network in maps if not network["ceiling"]]
     if bare:
         yield f"{some(bare, maps)} have no second maps (saliency.py --ceiling): a low correlation of theirs may be noise alone"
@@ -1277,6 +1293,18 @@ def warnings_for(results):
     others = [one for one in results.order if results.types[one] == "other"]
     if others:
         yield f"{listing(others)} {'is' if len(others) == 1 else 'are'} not in models/losses.csv: kept, type “other”"
+
+
+def noise_warnings(maps, rows):
+    """Maps of --shared-noise: compare.py takes the other network's second map, and gives a ceiling, where it can."""
+    shared = {(network["name"], network["fold"]) for network in maps if network["maps"]["options"].get("shared_noise")}
+    pairs = [row for row in rows if {(row["name_a"], row["fold_a"]), (row["name_b"], row["fold_b"])} <= shared]
+    raised = [row for row in pairs if row["ceiling"] is None]
+    if raised:
+        yield f"{len(raised)} of {len(rows)} pairs of maps share their noise, which raises correlations; no ceiling bounds them"
+    elif pairs:
+        yield (f"the maps of {len(shared)} networks share their noise, so each was compared with the other networks' second "
+               "maps, whose noise is another")
 
 
 def permutation_warnings(rows):
@@ -1355,6 +1383,11 @@ def has_numbers(content):
     return [k > 0 and any(row[k]["value"] is not None for row in content["rows"]) for k in range(len(content["header"]))]
 
 
+def has_marks(content):
+    """Which columns have a number with a mark."""
+    return [any(row[k]["mark"] for row in content["rows"]) for k in range(len(content["header"]))]
+
+
 def to_markdown(content):
     """The table as GitHub's Markdown."""
     paper = f" ({content['paper']})" if content["paper"] else ""
@@ -1376,6 +1409,7 @@ def to_latex(content):
     room = 0.98 - 0.0105 * sum(width for width, wrap in zip(widest, wraps) if not wrap) - 0.026 * len(header)
     paragraph = rf">{{\raggedright\arraybackslash}}p{{{max(0.12, room / max(1, sum(wraps))):.3f}\linewidth}}"
     columns = "".join(paragraph if wrap else "r" if number else "l" for wrap, number in zip(wraps, numbers))
+    marked = has_marks(content)
     turned = sum(map(len, header)) + 3 * len(header) > 130
     heads = [escape_latex(name) for name in header]
     heads[1:] = [rf"\rotatebox{{90}}{{{name}}}" if turned else name for name in heads[1:]]
@@ -1388,16 +1422,18 @@ def to_latex(content):
               "{}" + " & ".join(heads) + r" \\", r"\midrule"]
     for before, row in zip([None, *rows], rows):
         lines += [r"\midrule"] if before and row[0]["bold"] and not before[0]["bold"] else []  # before the rows of means
-        lines.append("{}" + " & ".join(map(latex_cell, row)) + r" \\")  # {}: a name may begin with [ or *
+        lines.append("{}" + " & ".join(map(latex_cell, row, marked)) + r" \\")  # {}: a name may begin with [ or *
     lines += [r"\bottomrule", r"\end{tabular}" + ("" if any(wraps) else "}")]
     if content["notes"]:
         lines += ["", r"\smallskip", r"\parbox{\linewidth}{\footnotesize " + " ".join(map(escape_latex, content["notes"])) + "}"]
     return "\n".join([*lines, r"\end{table}"]) + "\n"
 
 
-def latex_cell(one):
+def latex_cell(one, marked):
+    """marked: the column has marks, and a number without one leaves room for it."""
     text = escape_latex(one["text"]).replace(r" $\pm$ ", r"$\pm$")
     text = rf"\textbf{{{text}}}" if one["bold"] and text else text
+    text += r"\phantom{ *}" * (marked and not one["mark"] and one["value"] is not None)
     return text if one["shade"] is None else rf"\cellcolor{{black!{round(5 + 40 * one['shade'])}}}{text}"
 
 
@@ -1407,7 +1443,8 @@ def wrapped(text, first="", rest="  "):
 
 def print_table(content):
     """The table on the terminal, aligned; a wide matrix has numbers for its columns' names."""
-    header, rows = list(content["header"]), [[one["text"] for one in row] for row in content["rows"]]
+    header, marked = list(content["header"]), has_marks(content)
+    rows = [[one["text"] + "  " * (room and not one["mark"]) for one, room in zip(row, marked)] for row in content["rows"]]
     if content["kind"] == "matrix" and len(header) > 7:
         rows = [[f"{number:2} {row[0]}", *(text.replace(" ± ", "±") for text in row[1:])] for number, row in enumerate(rows, 1)]
         header = ["", *map(str, range(1, len(header)))]
@@ -1467,6 +1504,11 @@ def published_matrix(name, title, paper, dataset, rows):
                  dataset=dataset, paper=paper, kind="matrix")
 
 
+def published_cell(value):
+    mark = "*" * (value is not None and value > PUBLISHED_THRESHOLD)
+    return dict(EMPTY) if value is None else cell(f"{value:.2f}" + f" {mark}" * bool(mark), value, mark=mark)
+
+
 def published_tables():
     """The papers' tables of published/, those that ours can be put beside."""
     sop, grouped, oi = ([*zip(*data.read_table(HERE / "published" / f"{name}.csv").values())] for name in (
@@ -1480,15 +1522,15 @@ def published_tables():
                                   dataset, [row[1:] for row in grouped if row[0] == dataset])
                  for number, dataset in ((3, "cars196"), (4, "cub200"))]
     rows = [[cell(loss.replace(" Mean", " mean"), bold=loss.endswith(" Mean")),
-             *(dict(EMPTY) if value is None else cell(f"{value:.2f}" + " *" * (value > PUBLISHED_THRESHOLD), value)
-               for value in values.values())] for loss, values in published_nrprec().items()]
+             *map(published_cell, values.values())] for loss, values in published_nrprec().items()]
     shaded(rows[:-2], lambda value: math.log1p(max(value, 0)))
     table6 = table("published_table6", "NR-Prec, published", "NR-Prec of 100,000 rendered cars, networks trained on Cars196.",
                    ["Loss", *published_nrprec()["None"]], rows, paper="Table 6", notes=[
                        f"* above {PUBLISHED_THRESHOLD}, the published mark. ProxyNCA's last cell is missing in our source.",
                        "NR-Prec grows with the number of pictures: compare the order of properties and of losses, not the "
                        "values."])
-    rows = [[f"{dataset}, {splitting}", *(cell(value, value) for value in values)] for dataset, splitting, *values in oi]
+    rows = [[f"{dataset}, {splitting}", *(cell(f"{float(value):.3f}", value) for value in values)]
+            for dataset, splitting, *values in oi]
     oi_table1 = table("published_oi_table1", "Normalized Softmax on the test split, published",
                       "The second paper's scores by the split of the classes.",
                       ["Data set, splitting", "Recall@1", "MAP@R", "JSD"], rows, paper="Oi et al., Table 1")
