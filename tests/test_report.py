@@ -9,11 +9,14 @@ import shutil
 import subprocess
 import sys
 import time
+import unicodedata
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import data
@@ -445,6 +448,15 @@ def test_html5_parser_finds_no_error(nasty, written):
     html5lib.HTMLParser(strict=True).parse(written("--dataset", "cars"))
 
 
+@given(st.text())
+def test_any_text_is_read_back_from_the_page(words):
+    page = Page(f'<p title="{report.text(words)}">{report.text(words)}</p>')
+    allowed = "".join("\ufffd" if unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\t\n\r" or letter in "\ufffe\uffff" else letter for letter in words)
+    assert page.of("p")[0]["title"] == "".join(page.words) == allowed
+    shown = report.script_json({words: [words]})
+    assert json.loads(shown) == {words: [words]} and shown.isascii() and not set("<>&") & set(shown)
+
+
 def luminance(colour):
     parts = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
     return sum(weight * (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4) for weight, part in zip((0.2126, 0.7152, 0.0722), parts))
@@ -764,6 +776,16 @@ def test_browser_gallery(place, visit):
     assert len(driver.find_elements("css selector", "#film img[src^='data:']")) == 3
 
 
+def test_browser_long_names_stay_on_a_phone(place, visit):
+    long = "a" * 300
+    shutil.rmtree(place / "results")
+    add_pictures(place / "cars", [f"images/{k}{long[:200]}.png" for k in range(2)])
+    add_network(place / "results", "my_own", long, 0, [f"images/{k}{long[:200]}.png" for k in range(2)])
+    write_json(place / "tables/tables.json", some_tables([long, long + "b", long + "c"], long))
+    driver = visit(360)
+    assert driver.execute_script("return document.documentElement.scrollWidth") == 360
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 800, 2400])
 def test_browser_axe_and_width(visit, scheme, width):
@@ -792,7 +814,7 @@ def test_browser_opens_15_networks_and_300_pictures_in_two_seconds(visit, tmp_pa
     for row in losses:
         folder = tmp_path / "many/cars" / row["slug"] / "fold0"
         folder.mkdir(parents=True)
-        np.save(folder / "maps.npy", random.random((300, 32, 32)).astype(np.float16))
+        np.save(folder / "maps.npy", random.random((300, 16, 16)).astype(np.float16))
         write_json(folder / "maps.json", about_of(row["name"], 0, names))
         (folder / "labels.csv").write_text("path\n" + "\n".join(names) + "\n")
     add_pictures(tmp_path / "many_pictures", names)
