@@ -67,7 +67,8 @@ def find_networks(results):
         networks.append({**network, "dataset": dataset, "slug": slug, "fold": fold, "type": kind, "folder": folder,
                          "name": str(name), "trained": trained(about, results)})
         networks[-1]["order"] = (dataset, ("ranking", "classification", "other", "none").index(kind), number, slug, str(fold))
-    if not networks and not any(results.glob("*.csv")) and not any(results.glob("*/*.csv")):
+    known = ("nrprec", "pairs", "compare", "masks", "embeddings", "sanity")
+    if not networks and not any((folder / f"{name}.csv").is_file() for folder in (results, *results.iterdir()) for name in known):
         raise ValueError(f"{results}: no results; expected {results}/<dataset>/<loss>/fold<k>/emb.npy or maps.npy: python embed.py "
                          f"--dataset NAME --loss all --out {results}" + ("; " + "; ".join(left_out[:2]) if left_out else ""))
     return sorted(networks, key=lambda network: network["order"]), left_out

@@ -371,6 +371,16 @@ def test_tables_of_other_results_are_said(place, written):
     assert "tables/tables.json tells of cars, of which results has no arrays." in Page(written()).text
 
 
+def test_tables_alone(place, written):
+    """Someone else's CSV files and tables, without arrays."""
+    shutil.rmtree(place / "results")
+    (place / "results/cars").mkdir(parents=True)
+    (place / "results/cars/nrprec.csv").write_text("loss,fold\n")
+    page = Page(written())
+    assert "Tables alone: no arrays are beside them." in page.text and "Finding 0" in page.text
+    assert not page.of("section", id="gallery") and page.of("table", id=None)
+
+
 # ---------------------------------------------------------------- nothing read can run, nothing is asked of a network
 
 
@@ -494,6 +504,7 @@ def test_no_results(place, make):
     (place / "empty").mkdir()
     refused(make(results="empty")[0], "empty: no results; expected empty/<dataset>/<loss>/fold<k>/emb.npy")
     refused(make(results="nowhere")[0], "nowhere: no such folder")
+    refused(make(results="results/cars/triplet")[0], "results/cars/triplet: no results")  # a folder too deep
     assert not (place / "report.html").exists()
 
 
