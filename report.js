@@ -80,7 +80,10 @@ for (const grid of all("table[role=grid]")) {
   body.addEventListener("mouseover", event => { const cell = event.target.closest("td"); if (cell) showTip(cell); });
   body.addEventListener("mouseleave", hideTip);
 }
-addEventListener("scroll", () => { if (!document.activeElement.matches("td")) hideTip(); }, {passive: true, capture: true});
+addEventListener("scroll", () => {
+  const cell = document.activeElement.closest("table[role=grid] td");
+  if (cell && $("#tip").textContent) showTip(cell); else hideTip();
+}, {passive: true, capture: true});
 addEventListener("keydown", event => { if (event.key === "Escape") hideTip(); });
 
 // ---- the gallery: a picture's maps are decoded when it is chosen

@@ -67,7 +67,8 @@ def find_networks(results):
         networks.append({**network, "dataset": dataset, "slug": slug, "fold": fold, "type": kind, "folder": folder,
                          "name": str(name), "trained": trained(about, results)})
         networks[-1]["order"] = (dataset, ("ranking", "classification", "other", "none").index(kind), number, slug, str(fold))
-    if not networks and not any(results.glob("*.csv")) and not any(results.glob("*/*.csv")):
+    known = ("nrprec", "pairs", "compare", "masks", "embeddings", "sanity")
+    if not networks and not any((folder / f"{name}.csv").is_file() for folder in (results, *results.iterdir()) for name in known):
         raise ValueError(f"{results}: no results; expected {results}/<dataset>/<loss>/fold<k>/emb.npy or maps.npy: python embed.py "
                          f"--dataset NAME --loss all --out {results}" + ("; " + "; ".join(left_out[:2]) if left_out else ""))
     return sorted(networks, key=lambda network: network["order"]), left_out
@@ -410,6 +411,7 @@ def cell_html(one):
     value, shade, hint = one["value"], one["shade"], one["hint"]
     kinds = ["n"] if value is not None else []
     kinds += [f"s{level_of(shade)}"] if shade is not None else []
+    kinds += ["long"] if value is None and len(one["text"]) > 30 else []
     told = f' class="{" ".join(kinds)}"' if kinds else ""
     told += f' data-value="{value!r}"' if value is not None and math.isfinite(value) else ""
     told += f' data-hint="{text(hint)}"' if hint else ""
@@ -482,16 +484,24 @@ def networks_table(dataset, networks):
     for slug in dict.fromkeys(network["slug"] for network in networks):
         folds = [network for network in networks if network["slug"] == slug]
         abouts = [(network["emb"] or network["maps"] or network["maps_ceiling"])["about"] for network in folds]
-        shapes = [tally(" × ".join(map(str, network[stem]["array"].shape)) for network in folds if network[stem]) for stem in ("emb", "maps", "maps_ceiling")]
-        parameters = [network["trained"]["config"].get("loss_parameters") for network in folds]
+        shapes = [tally("\u202f×\u202f".join(map(str, network[stem]["array"].shape)) for network in folds if network[stem]) for stem in ("emb", "maps", "maps_ceiling")]
         rows.append([folds[0]["name"], folds[0]["type"], " ".join(network["fold"] or "" for network in folds),
                      shares(tally(in_words(about["distance"]) for about in abouts if about.get("distance"))), *(shares(shape, len(folds)) for shape in shapes),
-                     " ".join(str(about.get("checkpoint_sha256") or "")[:8] for about in abouts),
-                     shares(tally(in_words(part) for part in parameters if part))])
-    header = ["Network", "Type", "Folds", "Distance", "Embeddings", "Maps", "Maps, other noise", "Checkpoints (SHA-256)", "Loss's parameters"]
+                     " ".join(str(about.get("checkpoint_sha256") or "")[:8] for about in abouts)])
+    header = ["Network", "Type", "Folds", "Distance", "Embeddings", "Maps", "Maps, other noise", "Checkpoints (SHA-256)"]
     keep = [k for k in range(len(header)) if k < 4 or any(row[k].strip() for row in rows)]
     return {"name": f"networks {dataset}", "title": f"Networks: {dataset}", "kind": "rows", "header": [header[k] for k in keep], "notes": [],
             "caption": "Shapes are pictures × dimension and pictures × height × width, of each fold.", "rows": [[cell(row[k]) for k in keep] for row in rows]}
+
+
+def losses_table(dataset, networks):
+    """The parameters that the losses were trained with, from config.json; None where none is there."""
+    told = {}
+    for network in networks:
+        told.setdefault(network["name"], []).extend(filter(None, [network["trained"]["config"].get("loss_parameters")]))
+    rows = [[cell(name), cell(shares(tally(map(in_words, parameters))))] for name, parameters in told.items() if parameters]
+    return rows and {"name": f"losses {dataset}", "title": f"Losses' parameters: {dataset}", "kind": "text", "header": ["Loss", "Class and parameters"],
+                     "caption": "As train.py recorded them.", "rows": rows, "notes": []}
 
 
 def tally(values):
@@ -681,7 +691,7 @@ def analysed(networks):
     parts = []
     for dataset in dict.fromkeys(network["dataset"] for network in networks):
         here = [network for network in networks if network["dataset"] == dataset]
-        parts += [table_html(settings_table(dataset, here)), table_html(networks_table(dataset, here))]
+        parts += map(table_html, filter(None, (settings_table(dataset, here), networks_table(dataset, here), losses_table(dataset, here))))
     return "\n".join(parts)
 
 

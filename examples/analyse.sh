@@ -57,6 +57,6 @@ step "figures" \
     python figures.py "$results" --models "$models" --dataset "$dataset" --out "$results/figures"
 step "report" \
     python report.py "$results" --tables "$results/tables" --figures "$results/figures" --dataset "$dataset" \
-    --models "$models" --out "$results/report.html"
+    --out "$results/report.html"
 echo
 cat "$results"/log/9-report.txt

@@ -9,11 +9,14 @@ import shutil
 import subprocess
 import sys
 import time
+import unicodedata
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import data
@@ -341,7 +344,8 @@ def test_training_history_is_averaged_over_folds(place, written):
                                             f"1,validation,1,,,0.5,{last},0.1,1\n0,validation,2,,,0.1,{first},0.1,1\n1,train,nan,,,,,,1\n")
     page = Page(written("--dataset", "cars"))
     assert "Triplet 2 1 0.300 0.650 0.100 0.100 0.100 0.500" in page.text  # no training loss that is a number
-    assert "Triplet ranking 0 1 euclidean 3 × 4 3 × 10 × 10 3 × 10 × 10 0abcdef0 1abcdef0 class TripletMarginLoss, margin 0.05" in page.text
+    assert "Triplet ranking 0 1 euclidean 3 × 4 3 × 10 × 10 3 × 10 × 10 0abcdef0 1abcdef0" in page.text
+    assert "Class and parameters Triplet class TripletMarginLoss, margin 0.05" in page.text
     for words in ("Setting Training Embeddings Saliency maps", "frozen trunk yes", "kind pictures, train 4", "epochs 1 (1 of 2); 2 (1 of 2)"):
         assert words in page.text, words
     hints = [found["data-hint"] for found in page.of("td") if found.get("data-hint")]
@@ -365,6 +369,16 @@ def test_warnings_of_the_arrays(place, written):
 def test_tables_of_other_results_are_said(place, written):
     shutil.move(place / "results/cars", place / "results/birds")
     assert "tables/tables.json tells of cars, of which results has no arrays." in Page(written()).text
+
+
+def test_tables_alone(place, written):
+    """Someone else's CSV files and tables, without arrays."""
+    shutil.rmtree(place / "results")
+    (place / "results/cars").mkdir(parents=True)
+    (place / "results/cars/nrprec.csv").write_text("loss,fold\n")
+    page = Page(written())
+    assert "Tables alone: no arrays are beside them." in page.text and "Finding 0" in page.text
+    assert not page.of("section", id="gallery") and page.of("table", id=None)
 
 
 # ---------------------------------------------------------------- nothing read can run, nothing is asked of a network
@@ -444,6 +458,15 @@ def test_html5_parser_finds_no_error(nasty, written):
     html5lib.HTMLParser(strict=True).parse(written("--dataset", "cars"))
 
 
+@given(st.text())
+def test_any_text_is_read_back_from_the_page(words):
+    page = Page(f'<p title="{report.text(words)}">{report.text(words)}</p>')
+    allowed = "".join("\ufffd" if unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\t\n\r" or letter in "\ufffe\uffff" else letter for letter in words)
+    assert page.of("p")[0]["title"] == "".join(page.words) == allowed
+    shown = report.script_json({words: [words]})
+    assert json.loads(shown) == {words: [words]} and shown.isascii() and not set("<>&") & set(shown)
+
+
 def luminance(colour):
     parts = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
     return sum(weight * (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4) for weight, part in zip((0.2126, 0.7152, 0.0722), parts))
@@ -481,6 +504,7 @@ def test_no_results(place, make):
     (place / "empty").mkdir()
     refused(make(results="empty")[0], "empty: no results; expected empty/<dataset>/<loss>/fold<k>/emb.npy")
     refused(make(results="nowhere")[0], "nowhere: no such folder")
+    refused(make(results="results/cars/triplet")[0], "results/cars/triplet: no results")  # a folder too deep
     assert not (place / "report.html").exists()
 
 
@@ -763,6 +787,16 @@ def test_browser_gallery(place, visit):
     assert len(driver.find_elements("css selector", "#film img[src^='data:']")) == 3
 
 
+def test_browser_long_names_stay_on_a_phone(place, visit):
+    long = "a" * 300
+    shutil.rmtree(place / "results")
+    add_pictures(place / "cars", [f"images/{k}{long[:200]}.png" for k in range(2)])
+    add_network(place / "results", "my_own", long, 0, [f"images/{k}{long[:200]}.png" for k in range(2)])
+    write_json(place / "tables/tables.json", some_tables([long, long + "b", long + "c"], long))
+    driver = visit(360)
+    assert driver.execute_script("return document.documentElement.scrollWidth") == 360
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 800, 2400])
 def test_browser_axe_and_width(visit, scheme, width):
@@ -791,7 +825,7 @@ def test_browser_opens_15_networks_and_300_pictures_in_two_seconds(visit, tmp_pa
     for row in losses:
         folder = tmp_path / "many/cars" / row["slug"] / "fold0"
         folder.mkdir(parents=True)
-        np.save(folder / "maps.npy", random.random((300, 32, 32)).astype(np.float16))
+        np.save(folder / "maps.npy", random.random((300, 16, 16)).astype(np.float16))
         write_json(folder / "maps.json", about_of(row["name"], 0, names))
         (folder / "labels.csv").write_text("path\n" + "\n".join(names) + "\n")
     add_pictures(tmp_path / "many_pictures", names)
