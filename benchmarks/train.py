@@ -11,6 +11,7 @@ speed stands beside. models:NAME is the architecture with random weights, so not
 import argparse
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -31,19 +32,20 @@ def make_pictures(folder, number, width, height):
     """JPEGs of smooth noise with some grain: about as large as photographs."""
     for i in range(number):
         rng = np.random.default_rng(i)
-        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
-        pixels = np.asarray(coarse) + rng.normal(0, 6, (height, width, 1))
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+        pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)) + rng.normal(0, 6, (height, width, 1))
         (folder / str(i % 16)).mkdir(exist_ok=True)
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / str(i % 16) / f"{i}.jpg", quality=90)
 
 
 def command(*arguments):
-    """(seconds, stderr) of one train.py."""
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *map(str, arguments)], capture_output=True, text=True, cwd=ROOT)
+    """(seconds, CPU seconds, stderr) of one train.py."""
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
-    return time.perf_counter() - start, done.stderr
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.perf_counter() - start, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stderr
 
 
 def decoding_speed(paths, workers):
@@ -63,21 +65,22 @@ def fine_tuning(args, folder):
     size = sum(path.stat().st_size for path in paths) / len(paths) / 1024
     print(f"{len(paths):,} JPEGs of {args.width} × {args.height}, {size:.0f} KiB each; {args.workers} threads decode and crop "
           f"{decoding_speed(paths[:1024], args.workers):.0f} pictures a second")
-    took, said = command("--dataset", pictures, "--split", "pictures", "--model", args.model, "--device", args.device, "--epochs", 2,
-                         "--precision", args.precision, "--batch", args.batch, "--workers", args.workers, "--models", folder,
-                         *["--compile"] * args.compile)
+    took, _, said = command("--dataset", pictures, "--split", "pictures", "--model", args.model, "--device", args.device,
+                            "--epochs", 2, "--precision", args.precision, "--batch", args.batch, "--workers", args.workers,
+                            "--models", folder, *["--compile"] * args.compile)
     rows = data.read_table(folder / "trained" / "pictures" / "normalized_softmax" / "fold0" / "history.csv")
-    seconds = [float(s) for s, split, epoch in zip(rows["seconds"], rows["split"], rows["epoch"]) if (split, epoch) == ("train", "2")]
-    print(f"{args.model}, {args.precision}, {args.device}: {took:.1f} s for the command, {seconds[0]:.1f} s for the second epoch "
-          f"and the scores of its {0.675 * args.pictures:.0f} pictures; {re.search('waited.*', said).group()}")
+    epoch = list(zip(rows["epoch"], rows["split"])).index(("2", "train"))
+    print(f"{args.model}, {args.precision}, {args.device}: {took:.1f} s for the command, "
+          f"{float(rows['seconds'][epoch]):.1f} s for the second epoch and the scores of its pictures; {re.search('waited.*', said).group()}")
 
 
 def frozen(folder):
-    arguments = ("--dataset", "examples/cars", "--model", "efficientnet_lite0", "--dim", 128, "--freeze-trunk", "--models", folder)
-    took, _ = command(*arguments, "--loss", "None")
-    print(f"frozen trunk  features of 300 pictures, and the start: {took:.1f} s")
-    took, _ = command(*arguments, "--loss", "all", "--fold", "all")
-    print(f"              14 losses × 4 folds: {took:.1f} s, one process on one core")
+    arguments = ("--dataset", "examples/cars", "--model", "efficientnet_lite0", "--dim", 128, "--freeze-trunk",
+                 "--models", folder)
+    for what, options in (("features of 300 pictures, and the start", ("--loss", "None")),
+                          ("14 losses × 4 folds, in one thread", ("--loss", "all", "--fold", "all"))):
+        took, cpu, _ = command(*arguments, *options)
+        print(f"frozen trunk: {what}: {took:.1f} s ({cpu:.1f} s of the CPU)", flush=True)
 
 
 def main():

@@ -76,8 +76,8 @@ def make_pictures(folder, classes, each):
     return folder
 
 
-OPTIONS = ("--model", "tiny_for_test:tiny", "--dim", "8", "--split", "pictures", "--batch", "16", "--epochs", "2", "--models", "m",
-           "--device", "cpu")
+OPTIONS = ("--model", "tiny_for_test:tiny", "--dim", "8", "--split", "pictures", "--batch", "16", "--epochs", "2",
+           "--models", "m", "--device", "cpu")
 
 
 def run(*arguments):
@@ -105,7 +105,8 @@ def test_classes_are_split_four_to_one_to_five():
     chosen = [np.unique(labels[rows]).tolist() for rows in parts]
     assert chosen == [list(range(78)), list(range(78, 98)), list(range(98, 196))]
     assert sum(map(len, parts)) == len(labels)
-    assert [len(np.unique(np.repeat(np.arange(200), 2)[rows])) for rows in train.split_rows(np.repeat(np.arange(200), 2), "default")] == [80, 20, 100]
+    labels = np.repeat(np.arange(200), 2)
+    assert [len(np.unique(labels[rows])) for rows in train.split_rows(labels, "default")] == [80, 20, 100]
 
 
 def test_random_order_follows_the_seed_alone():
@@ -229,7 +230,7 @@ def test_the_table_has_the_librarys_defaults():
                 continue
             name, *given_ = text.split()
             given_ = dict(setting.split("=") for setting in given_)
-            mro = [kind for kind in inspect.getmro(getattr(library, name)) if kind.__module__.startswith("pytorch_metric_learning.")]
+            mro = [kind for kind in inspect.getmro(getattr(library, name)) if kind.__module__.startswith("pytorch_metric")]
             signature = {k: p.default for kind in reversed(mro) for k, p in inspect.signature(kind.__init__).parameters.items()}
             for key, value in given_.items():
                 if value in ("classes", "dimension", "SNRDistance"):
@@ -263,7 +264,8 @@ def test_normalized_softmax_is_equation_3():
         criterion, _, about = train.make_loss(row, 3, 4, s)
         w = criterion.W.detach().double().numpy()  # (d, C)
         w, unit = w / np.linalg.norm(w, axis=0), x / np.linalg.norm(x, axis=1, keepdims=True)
-        terms = [-math.log(math.exp(s * w[:, y] @ v) / sum(math.exp(s * w[:, j] @ v) for j in range(3))) for v, y in zip(unit, labels)]
+        terms = [-math.log(math.exp(s * w[:, y] @ v) / sum(math.exp(s * w[:, j] @ v) for j in range(3)))
+                 for v, y in zip(unit, labels)]
         assert criterion(torch.tensor(x), torch.tensor(labels)).item() == pytest.approx(np.mean(terms), rel=1e-6)
         assert about["temperature"] == pytest.approx(1 / s)
 
@@ -322,16 +324,18 @@ def test_what_a_run_writes(pictures, capsys):
     config = json.loads((folder / "config.json").read_text())
     dataset = data.open_dataset("p")
     test = train.split_rows(dataset.labels, "pictures", 2)[2]
-    assert config["split"] == {**config["split"], "kind": "pictures", "label": "class", "seed": 1, "train": 54, "validation": 6,
-                               "test": test.tolist(), "pictures": {"number": 80, "sha256": data.pictures_sha256(dataset.relative)}}
+    assert config["split"] == {
+        **config["split"], "kind": "pictures", "label": "class", "seed": 1, "train": 54, "validation": 6, "test": test.tolist(),
+        "pictures": {"number": 80, "sha256": data.pictures_sha256(dataset.relative)}}
     assert {key: config[key] for key in ("dataset", "loss", "type", "fold", "backbone", "dimension", "distance", "frozen_trunk",
                                          "loss_parameters")} == {
         "dataset": "p", "loss": "Triplet", "type": "ranking", "fold": 2, "backbone": "tiny_for_test:tiny", "dimension": 8,
         "distance": "euclidean", "frozen_trunk": False, "loss_parameters": {"class": "TripletMarginLoss", "margin": 0.05}}
     rows = history(folder)
     network = models.load(models.find("p", "Triplet", "2", folder=Path("m"))[0])
+    inputs = [torch.from_numpy(data.load_picture(dataset.paths[i], network.preprocessing)) for i in test]
     with torch.inference_mode():
-        x = network.module(torch.stack([torch.from_numpy(data.load_picture(dataset.paths[i], network.preprocessing)) for i in test]))
+        x = network.module(torch.stack(inputs))
     score = train.pairs.pair_scores(x.numpy(), dataset.labels[test], recall=(1,), permutations=0)
     best = list(rows)[-1]
     assert rows[best][1:] == pytest.approx([score.positive_mean, score.negative_mean, score.jsd[200], score.recall[1],
@@ -367,25 +371,27 @@ def test_a_rendered_set_is_split_by_pictures(renders, monkeypatch, tmp_path, cap
 
 def test_the_trained_files_load_in_every_script(pictures, monkeypatch, capsys):
     run("--dataset", "p", "--loss", "NTXent,None", "--freeze-trunk")
-    monkeypatch.setattr(sys, "argv", ["embed.py", "--dataset", "p", "--loss", "all", "--fold", "all", "--models", "m", "--out", "r"])
+    arguments = ["--dataset", "p", "--loss", "all", "--fold", "all", "--models", "m", "--out", "r"]
+    monkeypatch.setattr(sys, "argv", ["embed.py", *arguments])
     embed.main()
     arrays = {slug: np.load(f"r/p/{slug}/fold0/emb.npy") for slug in ("ntxent", "none")}
     assert arrays["ntxent"].shape[1] == 8 and not np.allclose(arrays["ntxent"], arrays["none"])
     beside = json.loads(Path("r/p/ntxent/fold0/emb.json").read_text())
     assert beside["loss"] == "NTXent" and beside["distance"] == "cosine" and beside["preprocessing"]["crop"] == 32
-    monkeypatch.setattr(sys, "argv", ["saliency.py"])
-    arguments = ["--dataset", "p", "--loss", "all", "--fold", "0", "--models", "m", "--limit", "2", "--samples", "2", "--out", "r"]
-    monkeypatch.setattr(sys, "argv", ["saliency.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["saliency.py", *arguments, "--limit", "2", "--samples", "2"])
     saliency.main()
     assert np.load("r/p/ntxent/fold0/maps.npy").shape[1:] == (32, 32)
     assert np.load("r/p/none/fold0/maps.npy").shape[1:] == (32, 32)
 
 
 def test_bfloat16_and_the_other_options(pictures):
-    run("--dataset", "p", "--loss", "ArcFace", "--precision", "bf16", "--schedule", "cosine", "--select", "jsd", "--train-sample", 20,
-        "--weight-decay", 0, "--per-class", 2)
+    run("--dataset", "p", "--loss", "ArcFace", "--precision", "bf16", "--schedule", "cosine", "--select", "jsd",
+        "--train-sample", 20, "--weight-decay", 0, "--per-class", 2)
     options = json.loads((place("arcface") / "config.json").read_text())["options"]
-    assert (options["precision"], options["schedule"], options["select"], options["train_sample"]) == ("bf16", "cosine", "jsd", 20)
+    chosen = ("precision", "schedule", "select", "train_sample", "per_class")
+    assert [options[name] for name in chosen] == ["bf16", "cosine", "jsd", 20, 2]
+    rows = history(place("arcface"))
+    assert list(rows)[-1][0] == max((1, 2), key=lambda epoch: (rows[epoch, "validation"][3], -epoch))
 
 
 def test_classes_that_were_not_trained_have_no_proxy_loss(tmp_path):
@@ -445,7 +451,7 @@ def test_a_killed_run_continues_to_the_same_numbers(pictures, frozen):
 
 
 def torchrun(*arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d",
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
                "--rdzv-endpoint", "localhost:0", str(ROOT / "train.py"), *map(str, OPTIONS), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -517,11 +523,11 @@ def test_labels_that_do_not_fit(pictures, refused, tmp_path):
     def table(name, values):
         (tmp_path / name).write_text("\n".join(["label", *map(str, values)]) + "\n")
         return name
-    refused(r"short.csv has 79 labels, p 80 pictures; expected a row for each", "--dataset", "p", "--labels", table("short.csv", [1] * 79),
-            "--label", "label")
-    refused("the 80 labels are all distinct", "--dataset", "p", "--labels", table("all.csv", range(80)), "--label", "label")
-    refused("the 80 labels are one class", "--dataset", "p", "--labels", table("one.csv", [1] * 80), "--label", "label")
-    refused(r"no property 'model'; it has label \(--label chooses", "--dataset", "p", "--labels", "one.csv", "--label", "model")
+    for pattern, labels in (("labels.csv has 79 labels, p 80 pictures; expected a row for each", [1] * 79),
+                            ("the 80 labels are all distinct", range(80)), ("the 80 labels are one class", [1] * 80)):
+        refused(pattern, "--dataset", "p", "--labels", table("labels.csv", labels), "--label", "label")
+    refused(r"no property .model.; it has label \(--label chooses", "--dataset", "p", "--labels", "labels.csv",
+            "--label", "model")
     refused("p has no label 'super_class'; it has class", "--dataset", "p", "--label", "super_class")
     assert not Path("m").exists()
 
@@ -535,8 +541,8 @@ def test_a_data_set_without_labels(tmp_path, refused):
 
 
 def test_splits_that_are_too_small(pictures, refused):
-    refused(r"split default of 80 pictures in 4 classes: the validation part has 0 pictures of 0 classes; .*--split pictures keeps",
-            "--dataset", "p", "--split", "default")
+    refused(r"split default of 80 pictures in 4 classes: the validation part has 0 pictures of 0 classes; .*--split pictures "
+            "keeps", "--dataset", "p", "--split", "default")
     refused("split folds of .* the training part has 20 pictures of 1 classes", "--dataset", "p", "--split", "folds")
     make_pictures(Path("few"), 2, 3)
     refused("the validation part has 0 pictures of 0 classes", "--dataset", "few")
@@ -564,8 +570,8 @@ def test_networks_that_are_no_trunk(pictures, refused):
 
 
 def test_missing_weights(pictures, refused):
-    refused(r"the ImageNet weights of inception_v3 are not at .*inception_v3_google-0cc3c7bd.pth: download https://.* --weights FILE",
-            "--dataset", "p", "--model", "inception_v3")
+    refused(r"the ImageNet weights of inception_v3 are not at .*inception_v3_google-0cc3c7bd.pth: download https://.* --weights "
+            "FILE", "--dataset", "p", "--model", "inception_v3")
     refused("--weights none.pth: no such file", "--dataset", "p", "--model", "bninception", "--weights", "none.pth")
 
 
@@ -579,11 +585,12 @@ def test_other_options_are_named(pictures, refused, monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt):
         run("--dataset", "p", "--loss", "Triplet")
     monkeypatch.setattr(train, "train_epoch", whole)
-    refused(r"checkpoint.pth was made with other options \(options.lr: 0.0001 there, 0.001 now\)", "--dataset", "p", "--loss", "Triplet",
-            "--lr", 1e-3)
+    refused(r"checkpoint.pth was made with other options \(options.lr: 0.0001 there, 0.001 now\)", "--dataset", "p",
+            "--loss", "Triplet", "--lr", 1e-3)
     run("--dataset", "p", "--loss", "Triplet")
     capsys.readouterr()
-    refused(r"config.json was made with other options \(.*dimension: 8 there, 4 now.*\)", "--dataset", "p", "--loss", "Triplet", "--dim", 4)
+    refused(r"config.json was made with other options \(.*dimension: 8 there, 4 now.*\)", "--dataset", "p",
+            "--loss", "Triplet", "--dim", 4)
     checkpoint = place("contrastive") / "checkpoint.pth"
     checkpoint.parent.mkdir(parents=True)
     checkpoint.write_bytes(b"broken")
@@ -600,8 +607,9 @@ def test_a_loss_that_is_no_number_stops(pictures, refused, monkeypatch):
         return whole(network, criterion, *rest)
     calls, whole = [], train.step
     monkeypatch.setattr(train, "step", poison)
-    refused(r"ProxyNCA fold 0, epoch 2, step 1 of 3: the loss is no finite number, at learning rate 0.0001 and 0.01; the state after "
-            r"epoch 1 is kept in m/trained/p/proxy_nca/fold0/checkpoint.pth", "--dataset", "p", "--loss", "ProxyNCA", "--epochs", 3)
+    refused(r"ProxyNCA fold 0, epoch 2, step 1 of 3: the loss is no finite number, at learning rate 0.0001 and 0.01; the state "
+            r"after epoch 1 is kept in m/trained/p/proxy_nca/fold0/checkpoint.pth",
+            "--dataset", "p", "--loss", "ProxyNCA", "--epochs", 3)
     assert [path.name for path in place("proxy_nca").iterdir()] == ["checkpoint.pth"]
     assert torch.load(place("proxy_nca") / "checkpoint.pth", weights_only=True)["epoch"] == 1
     with pytest.raises(FileNotFoundError):
