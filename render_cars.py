@@ -252,10 +252,16 @@ class Renderer:
         self.process.wait()
 
 
+def in_order(rows):
+    """The rows, those of one worker by the sun's place: as long as it stays, the sky (a sixth of a frame) is not made again."""
+    parts = [rows[k:k + RECYCLE] for k in range(0, len(rows), RECYCLE)]
+    return [row for part in parts for row in sorted(part, key=lambda row: (row["sun_elevation"], row["sun_rotation"]))]
+
+
 def render_all(renderer, rows, argv, args):
     """Render the rows, a fresh worker every RECYCLE frames; returns the last worker."""
     began = shown = time.monotonic()
-    for done, row in enumerate(rows, 1):
+    for done, row in enumerate(in_order(rows), 1):
         if done > 1 and (done - 1) % RECYCLE == 0:
             renderer.close()
             renderer = Renderer(argv, args.verbose)
@@ -308,10 +314,7 @@ def render_frame(scene, models, row, args, temporary):
         set_hsv(node, row["color_hue"], row["color_sat"], row["color_val"])
     set_hsv(bpy.data.materials["backdrop"].node_tree.nodes["hsv"], row["bg_color_hue"], row["bg_color_sat"], row["bg_color_val"])
     place_camera(scene.camera, row["camera_loc_z"])
-    sky = scene.world.node_tree.nodes
-    sky["sky"].sun_elevation = math.radians(row["sun_elevation"])
-    sky["sky"].sun_rotation = math.radians(row["sun_rotation"])
-    sky["background"].inputs["Strength"].default_value = float(np.interp(row["sun_elevation"], *zip(*STRENGTH)))
+    set_sky(scene.world.node_tree.nodes, row["sun_elevation"], row["sun_rotation"])
     # The noise pattern is the frame's own too: one fixed pattern would be a feature that all frames share.
     scene.cycles.seed = int(np.random.default_rng([args.seed, row["frame"], 1]).integers(2 ** 31))
     scene.frame_set(1)
@@ -425,6 +428,14 @@ def build_sky(scene):
     tree.links.new(background.outputs[0], output.inputs["Surface"])
     scene.world.cycles.sampling_method = "MANUAL"
     scene.world.cycles.sample_map_resolution = 256
+
+
+def set_sky(nodes, elevation, rotation):
+    """Place the sun, in degrees. Setting a value, even to what it is, makes Cycles compute the sky again."""
+    for item, name, value in ((nodes["sky"], "sun_elevation", math.radians(elevation)), (nodes["sky"], "sun_rotation", math.radians(rotation)),
+                              (nodes["background"].inputs["Strength"], "default_value", float(np.interp(elevation, *zip(*STRENGTH))))):
+        if getattr(item, name) != np.float32(value):
+            setattr(item, name, value)
 
 
 def build_backdrop(scene):
