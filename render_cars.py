@@ -71,6 +71,8 @@ def read_properties(path, models):
         return properties
     try:
         given = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OSError(f"--properties {path}: can't be read ({error.strerror})") from None
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); expected an object such as {{\"rotation_z\": [0, 90], \"sun_elevation\": 45}}")
     if not isinstance(given, dict):
@@ -117,12 +119,15 @@ def parse_shard(text):
 
 def my_share(environment=os.environ):
     """(i, n) of this process from torchrun's environment or a Slurm array's; (0, 1) without either."""
-    number = lambda name, default: int(environment.get(name) or default)
-    if "RANK" in environment:
-        return number("RANK", 0), number("WORLD_SIZE", 1)
-    task = (number("SLURM_ARRAY_TASK_ID", 0) - number("SLURM_ARRAY_TASK_MIN", 0)) // number("SLURM_ARRAY_TASK_STEP", 1)
-    n = number("SLURM_ARRAY_TASK_COUNT", 1)
-    return task % n, n
+    there = {name: environment.get(name, "") for name in ("RANK", "WORLD_SIZE", *(f"SLURM_ARRAY_TASK_{end}" for end in ("ID", "MIN", "MAX", "STEP", "COUNT")))}
+    if not there["RANK"] and not there["SLURM_ARRAY_TASK_ID"]:
+        return 0, 1
+    rank, world, task, first, last, step, count = (int(text) if text.isdecimal() else -1 for text in there.values())
+    share = (rank, world) if there["RANK"] else ((task - first) // max(step, 1), count)
+    gaps = not there["RANK"] and (last - first) // max(step, 1) + 1 != count  # --array=1,4,5 does not say which of the three this is
+    if gaps or not 0 <= share[0] < share[1]:
+        raise ValueError(f"{', '.join(f'{name}={text}' for name, text in there.items() if text)}: no part of the frames follows from that; give --shard I/N")
+    return share
 
 
 # ---------------------------------------------------------------- files: complete under their name, or not there
@@ -252,10 +257,16 @@ class Renderer:
         self.process.wait()
 
 
+def in_order(rows):
+    """The rows, those of one worker by the sun's place: as long as it stays, the sky (a sixth of a frame) is not made again."""
+    parts = [rows[k:k + RECYCLE] for k in range(0, len(rows), RECYCLE)]
+    return [row for part in parts for row in sorted(part, key=lambda row: (row["sun_elevation"], row["sun_rotation"]))]
+
+
 def render_all(renderer, rows, argv, args):
     """Render the rows, a fresh worker every RECYCLE frames; returns the last worker."""
     began = shown = time.monotonic()
-    for done, row in enumerate(rows, 1):
+    for done, row in enumerate(in_order(rows), 1):
         if done > 1 and (done - 1) % RECYCLE == 0:
             renderer.close()
             renderer = Renderer(argv, args.verbose)
@@ -308,10 +319,7 @@ def render_frame(scene, models, row, args, temporary):
         set_hsv(node, row["color_hue"], row["color_sat"], row["color_val"])
     set_hsv(bpy.data.materials["backdrop"].node_tree.nodes["hsv"], row["bg_color_hue"], row["bg_color_sat"], row["bg_color_val"])
     place_camera(scene.camera, row["camera_loc_z"])
-    sky = scene.world.node_tree.nodes
-    sky["sky"].sun_elevation = math.radians(row["sun_elevation"])
-    sky["sky"].sun_rotation = math.radians(row["sun_rotation"])
-    sky["background"].inputs["Strength"].default_value = float(np.interp(row["sun_elevation"], *zip(*STRENGTH)))
+    set_sky(scene.world.node_tree.nodes, row["sun_elevation"], row["sun_rotation"])
     # The noise pattern is the frame's own too: one fixed pattern would be a feature that all frames share.
     scene.cycles.seed = int(np.random.default_rng([args.seed, row["frame"], 1]).integers(2 ** 31))
     scene.frame_set(1)
@@ -425,6 +433,14 @@ def build_sky(scene):
     tree.links.new(background.outputs[0], output.inputs["Surface"])
     scene.world.cycles.sampling_method = "MANUAL"
     scene.world.cycles.sample_map_resolution = 256
+
+
+def set_sky(nodes, elevation, rotation):
+    """Place the sun, in degrees. Setting a value, even to what it is, makes Cycles compute the sky again."""
+    for item, name, value in ((nodes["sky"], "sun_elevation", math.radians(elevation)), (nodes["sky"], "sun_rotation", math.radians(rotation)),
+                              (nodes["background"].inputs["Strength"], "default_value", float(np.interp(elevation, *zip(*STRENGTH))))):
+        if getattr(item, name) != np.float32(value):
+            setattr(item, name, value)
 
 
 def build_backdrop(scene):
@@ -879,6 +895,8 @@ def load_car(path, paint_names):
                          f"{' or '.join(sorted(wanted))}; name the one to recolour with --paint-material")
     line = (f"{path.name}: {len(car.data.polygons):,} faces; recoloured: {', '.join(made.name for made in paints)}; left: "
             f"{', '.join(made.name for made in materials if made not in paints) or 'nothing'}")
+    for made in materials:
+        made.name = f"{path.stem} {made.name}"  # the next file's materials of these names are not numbered then
     return {"object": car, "paint": [recolour(made) for made in paints]}, line
 
 
@@ -971,7 +989,7 @@ def find_cars(folder):
     """{model: mesh file} of a folder, and {model: sha256}."""
     if not folder.is_dir():
         raise ValueError(f"--cars {folder}: no such folder; expected one with a {', '.join(MESHES[:-1])} or .blend file for each model")
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in MESHES and not path.name.startswith("."))
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in MESHES and path.is_file() and not path.name.startswith("."))
     if not files:
         raise ValueError(f"--cars {folder}: no car in it; expected {', '.join(MESHES[:-1])} or .blend files, one for each model")
     twice = {path.stem for path in files if sum(path.stem == other.stem for other in files) > 1}

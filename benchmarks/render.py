@@ -1,18 +1,16 @@
 """What does a frame of render_cars.py cost, how many samples does it need, and what does each property look like?
 
-    python benchmarks/render.py speed --frames 12                        # built once against built anew (needs bpy)
-    python benchmarks/render.py sheets docs/cars.jpg                     # every value of every property (needs bpy)
-    python render_cars.py --out few --size 128 --frames 0:150 ; python render_cars.py --out many --size 128 --frames 0:150 --samples 128
-    python embed.py --dataset few --model efficientnet_lite0 --out few/emb.npy
-    python embed.py --dataset many --model efficientnet_lite0 --out many/emb.npy
-    python benchmarks/render.py samples few many                         # NR-Prec of both, paired bootstrap 
+    python benchmarks/render.py speed                                    # built once against built anew
+    python benchmarks/render.py sheets docs/cars.jpg                     # every value of every property
+    python benchmarks/render.py samples work --embed .venv/bin/python    # NR-Prec of the same frames with 8, 16, … 128 samples
 
+All three need bpy; samples also needs another environment's Python, in which embed.py runs, and continues what lies in its
+folder. A set is a number of samples, or SAMPLES:SEED with noise of another seed (128:1 says how far chance alone goes).
 Prints figures; asserts nothing.
 """
 import argparse
-import csv
-import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -43,41 +41,50 @@ def quiet(function, *arguments):
         os.dup2(kept, 1)
 
 
-def settings(folder, size, samples):
+def settings(folder, size, samples, **more):
     for name in ("images", "masks"):
-        (folder / name).mkdir()
-    return SimpleNamespace(out=folder, seed=0, size=size, samples=samples, denoise=True, format="png", device="cpu", masks=True,
-                           paint_material=None, verbose=False)
+        (folder / name).mkdir(exist_ok=True)
+    return SimpleNamespace(**{"out": folder, "seed": 0, "size": size, "samples": samples, "denoise": True, "format": "png", "device": "cpu",
+                              "masks": True, "paint_material": None, "verbose": False} | more)
+
+
+def clock():
+    """Seconds by the clock, and of processors: this process's and its children's."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return np.array([time.perf_counter(), sum(one.ru_utime + one.ru_stime for one in used)])
 
 
 def speed(args):
     """Seconds a frame: the scene built once, built anew for each frame, and a process for each frame."""
-    rows = render_cars.sample(render_cars.PROPERTIES, 0, range(args.frames))
+    rows = render_cars.in_order(render_cars.sample(render_cars.PROPERTIES, 0, range(args.frames)))
+    took = {}
     with tempfile.TemporaryDirectory() as folder:
-        options = settings(Path(folder), args.size, args.samples)
-        began = time.perf_counter()
+        folder = Path(folder)
+        options = settings(folder, args.size, args.samples)
+        began = clock()
         scene, models, _ = quiet(render_cars.build, options, None, render_cars.PROPERTIES)
-        built = time.perf_counter() - began
-        took = {"once": [], "anew": [], "one car anew": [], "process": []}
+        built = clock() - began
         for row in rows:
-            began = time.perf_counter()
-            quiet(render_cars.render_frame, scene, models, row, options, Path(folder))
-            took["once"].append(time.perf_counter() - began)
-        for row in rows[:max(2, args.frames // 3)]:
-            for name, wanted in (("anew", render_cars.PROPERTIES["model"]), ("one car anew", [row["model"]])):
-                began = time.perf_counter()
-                scene, models, _ = quiet(render_cars.build, options, None, {"model": wanted})
-                quiet(render_cars.render_frame, scene, models, row, options, Path(folder))
-                took[name].append(time.perf_counter() - began)
-            began = time.perf_counter()
-            subprocess.run([sys.executable, str(ROOT / "render_cars.py"), "--out", f"{folder}/{row['frame']}", "--masks", "--frames",
+            quiet(render_cars.render_frame, scene, models, row, options, folder)
+        took["built once and changed"] = (clock() - began - built) / len(rows)
+        some = rows[::max(1, len(rows) // args.anew)][:args.anew]
+        for name, wanted in (("scene built anew for each frame", None), ("the same with the frame's car alone", 1)):
+            began = clock()
+            for row in some:
+                scene, models, _ = quiet(render_cars.build, options, None, render_cars.PROPERTIES | ({"model": [row["model"]]} if wanted else {}))
+                quiet(render_cars.render_frame, scene, models, row, options, folder)
+            took[name] = (clock() - began) / len(some)
+        began = clock()
+        for row in some:
+            subprocess.run([sys.executable, str(ROOT / "render_cars.py"), "--out", str(folder / str(row["frame"])), "--masks", "--frames",
                             f"{row['frame']}:{row['frame'] + 1}", "--size", str(args.size), "--samples", str(args.samples)],
                            check=True, stderr=subprocess.DEVNULL)
-            took["process"].append(time.perf_counter() - began)
-    median = {name: float(np.median(values)) for name, values in took.items()}
-    print(f"{args.size} x {args.size}, {args.samples} samples: all six cars built in {built:.1f} s, then {median['once']:.2f} s a frame (median)")
-    for name, words in (("anew", "scene built anew for each frame"), ("one car anew", "the same with the frame's car alone"), ("process", "a process for each frame")):
-        print(f"{words}: {median[name]:.2f} s a frame, {median[name] / median['once']:.1f} x")
+        took["a process for each frame"] = (clock() - began) / len(some)
+    once = took["built once and changed"]
+    print(f"{args.size} x {args.size}, {args.samples} samples, {len(rows)} frames; six cars are built in {built[0]:.1f} s\n"
+          f"{'seconds a frame':38s} {'clock':>7}  ratio   {'processors':>10}  ratio")
+    for name, (wall, used) in took.items():
+        print(f"{name:38s} {wall:7.2f}  {wall / once[0]:5.2f}   {used:10.2f}  {used / once[1]:5.2f}")
 
 
 def sheets(args):
@@ -120,34 +127,64 @@ def z_scores(emb, labels):
 
 
 def samples(args):
-    """NR-Prec of the same frames rendered both ways; 95 % paired bootstrap interval of the difference, over queries."""
-    with open(args.a / "props.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    a, b = (np.load(folder / "emb.npy").astype(float) for folder in (args.a, args.b))
-    few, many = (json.loads((folder / "render.json").read_text())["samples"] for folder in (args.a, args.b))
-    rng = np.random.default_rng(0)
-    print(f"{len(rows)} frames\n{'property':14s} {few:>5} samples {many:>5} samples   difference, 95 % interval")
-    for name in list(rows[0])[1:]:
-        labels = np.array([row[name] for row in rows])
-        first, second = z_scores(a, labels), z_scores(b, labels)
-        keep = ~np.isnan(first)
-        change = (first - second)[keep]
-        means = change[rng.integers(len(change), size=(2000, len(change)))].mean(1)
-        low, high = np.percentile(means, [2.5, 97.5])
-        print(f"{name:14s} {first[keep].mean():13.2f} {second[keep].mean():13.2f}   {change.mean():+6.2f}  [{low:+.2f}, {high:+.2f}]"
-              f"{'' if low <= 0 <= high else '  excludes 0'}")
+    """NR-Prec of the same frames rendered with more and fewer samples; paired bootstrap intervals of the difference."""
+    rows = render_cars.sample(render_cars.PROPERTIES, 0, range(args.frames))
+    scores = {name: measure(args, name, rows) for name in [args.reference, *args.sets]}
+    resampled = np.random.default_rng(0).integers(len(rows), size=(10_000, len(rows)))  # queries; their candidates stay what they are
+    for name in args.sets:
+        change = scores[name] - scores[args.reference]  # (queries, properties), nan where a value occurs once
+        means, drawn = np.nanmean(change, 0), np.stack([np.nanmean(column[resampled], 1) for column in change.T], 1)
+        low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+        error = drawn.std(0)
+        wide = np.percentile(np.abs((drawn - means) / error).max(1), 95) * error  # all eleven hold at once in 95 %
+        print(f"\n{args.frames} frames, {args.size} x {args.size}: {name} samples against {args.reference}\n{'property':14s} {name:>7} {args.reference:>7}"
+              "   difference, 95 % interval       all at once")
+        for k, prop in enumerate(render_cars.PROPERTIES):
+            mark = "  excludes 0" if abs(means[k]) > wide[k] else "  alone excludes 0" if not low[k] <= 0 <= high[k] else ""
+            print(f"{prop:14s} {np.nanmean(scores[name], 0)[k]:7.2f} {np.nanmean(scores[args.reference], 0)[k]:7.2f}   {means[k]:+6.3f}  "
+                  f"[{low[k]:+.3f}, {high[k]:+.3f}]  [{means[k] - wide[k]:+.3f}, {means[k] + wide[k]:+.3f}]{mark}")
+
+
+def measure(args, name, rows):
+    """Render and embed one set, as far as it is not there -> z-scores (queries, properties)."""
+    folder = args.folder / f"{args.size}-{name.replace(':', '-')}"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"images/{row['frame']:06d}.jpg" for row in rows]
+    missing = [row for row, path in zip(rows, paths) if not path.exists()]
+    if missing:
+        number, _, seed = name.partition(":")
+        options = settings(folder, args.size, int(number), seed=int(seed or 0), format="jpg", masks=False)
+        scene, models, _ = quiet(render_cars.build, options, None, render_cars.PROPERTIES)
+        for row in render_cars.in_order(missing):
+            quiet(render_cars.render_frame, scene, models, row, options, folder)
+        (folder / "emb.npy").unlink(missing_ok=True)
+    if not (folder / "emb.npy").exists():
+        (folder / "props.csv").write_bytes(render_cars.table(rows))
+        subprocess.run([args.embed, str(ROOT / "embed.py"), "--dataset", str(folder), "--model", "efficientnet_lite0",
+                        "--out", str(folder / "emb.npy")], check=True, stdout=subprocess.DEVNULL)
+    emb = np.load(folder / "emb.npy").astype(float)
+    return np.stack([z_scores(emb, np.array([str(row[prop]) for row in rows])) for prop in render_cars.PROPERTIES], 1)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for function, more in ((speed, ["--frames"]), (sheets, ["file"]), (samples, ["a", "b"])):
+    for function in (speed, sheets, samples):
         command = commands.add_parser(function.__name__, help=function.__doc__.splitlines()[0])
         command.set_defaults(run=function)
-        for name in more:
-            command.add_argument(name, **({"type": int, "default": 12} if name == "--frames" else {"type": Path}))
-        if function is not samples:
-            command.add_argument("--size", type=int, default=256 if function is speed else 96)
+        command.add_argument("--size", type=int, default=96 if function is sheets else 256)
+        if function is speed:
+            command.add_argument("--frames", type=int, default=96, help="rendered with the scene built once (96)")
+            command.add_argument("--anew", type=int, default=8, help="rendered each of the other ways (8)")
+        if function is sheets:
+            command.add_argument("file", type=Path)
+        if function is samples:
+            command.add_argument("folder", type=Path)
+            command.add_argument("--embed", required=True, metavar="PYTHON", help="the interpreter that runs embed.py")
+            command.add_argument("--frames", type=int, default=150)
+            command.add_argument("--sets", nargs="+", default=["8", "16", "32", "64", "128:1"], metavar="SAMPLES[:SEED]")
+            command.add_argument("--reference", default="128")
+        else:
             command.add_argument("--samples", type=int, default=8)
     args = parser.parse_args()
     args.run(args)

@@ -92,8 +92,18 @@ def test_fixing_a_property_leaves_the_others():
 def test_share_of_torchrun_and_slurm():
     assert render_cars.my_share({}) == (0, 1)
     assert render_cars.my_share({"RANK": "2", "WORLD_SIZE": "8"}) == (2, 8)
-    array = {"SLURM_ARRAY_TASK_ID": "14", "SLURM_ARRAY_TASK_MIN": "10", "SLURM_ARRAY_TASK_STEP": "2", "SLURM_ARRAY_TASK_COUNT": "4"}
+    array = {f"SLURM_ARRAY_TASK_{name}": str(number) for name, number in dict(ID=14, MIN=10, MAX=16, STEP=2, COUNT=4).items()}
     assert render_cars.my_share(array) == (2, 4)
+    one = {f"SLURM_ARRAY_TASK_{name}": str(number) for name, number in dict(ID=3, MIN=3, MAX=3, STEP=1, COUNT=1).items()}  # run again alone
+    assert render_cars.my_share(one) == (0, 1)
+
+
+@pytest.mark.parametrize("environment", [
+    {"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": "0"}, {"SLURM_ARRAY_TASK_ID": "1"},
+    {f"SLURM_ARRAY_TASK_{name}": str(number) for name, number in dict(ID=4, MIN=1, MAX=5, STEP=1, COUNT=3).items()}])
+def test_no_share_follows(environment):
+    with pytest.raises(ValueError, match="--shard I/N"):
+        render_cars.my_share(environment)
 
 
 # ---------------------------------------------------------------- the command line, without Blender
