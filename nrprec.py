@@ -700,14 +700,14 @@ def write_rows(path, arguments, sidecars, results):
     known = any(sidecar.get("loss") is not None for sidecar in sidecars)
     header = ["loss", "fold"] * known + ["embeddings", "property", "values", "queries", "skipped", "distance", "null",
                                          "max_neighbours", "r_precision", "nr_precision", "nr_precision_se",
-                                         "p_value", "p_holm"]
+                                         "permutations", "p_value", "p_holm"]
     rows = []
     for file, sidecar, scores in zip(arguments.embeddings, sidecars, results):
         for name, s in scores.items():
             rows.append([sidecar.get("loss"), sidecar.get("fold")] * known
                         + [file, name, s.values, s.queries, s.skipped, arguments.distance, arguments.null,
-                           arguments.max_neighbours, s.r_precision, s.nr_precision, s.nr_precision_se, s.p_value,
-                           s.p_holm])
+                           arguments.max_neighbours, s.r_precision, s.nr_precision, s.nr_precision_se,
+                           arguments.permutations, s.p_value, s.p_holm])
     data.write_table(path, header, rows)
 
 

@@ -1315,15 +1315,12 @@ def permutation_warnings(rows):
         return
     if len(known) < len(kept(rows, "nr_precision")):
         yield "some networks' NR-Prec were tested by permutation, others not: Table 6 has the published mark instead"
-    smallest = defaultdict(lambda: 1.0)  # of a property far above chance it is 1 / (1 + N)
-    for row in known:
-        smallest[row["name"], row["fold"]] = min(smallest[row["name"], row["fold"]], row["p_value"])
-    floors = sorted({round(1 / p) - 1 for p in smallest.values() if p < 0.01 and abs(1 / p - round(1 / p)) < 1e-6})
-    if len(floors) > 1:
-        yield f"the smallest p-values tell of different numbers of permutations ({listing(f'{floor:,}' for floor in floors)})"
+    numbers = sorted({int(row["permutations"]) for row in known if row.get("permutations")})
+    if len(numbers) > 1:
+        yield f"p-values come from different numbers of permutations ({listing(f'{number:,}' for number in numbers)})"
     properties = len({row["property"] for row in known})
-    if floors and properties / (1 + floors[0]) >= SIGNIFICANCE:
-        yield f"{floors[0]:,} permutations of {properties} properties can't give p_holm < {SIGNIFICANCE}: nothing can be marked"
+    if numbers and properties / (1 + numbers[0]) >= SIGNIFICANCE:
+        yield f"{numbers[0]:,} permutations of {properties} properties can't give p_holm < {SIGNIFICANCE}: nothing can be marked"
 
 
 # ---------------------------------------------------------------- writing

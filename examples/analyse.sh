@@ -25,7 +25,7 @@ step() {  # step "what it does" command …
     shift
     number=$((number + 1))
     log=$results/log/$number-$(basename "$2" .py).txt
-    printf '%s/9  %-58s' "$number" "$what"
+    printf '%s/10  %-58s' "$number" "$what"
     if ! "$@" > "$log" 2>&1; then
         printf 'failed\n'
         tail -n 5 "$log" >&2
@@ -47,6 +47,9 @@ step "pair histograms, JSD, Recall@K, MAP@R" \
 step "saliency maps of $pictures pictures a fold, twice for the ceiling" \
     python saliency.py --dataset "$dataset" --loss all --fold "$fold" --models "$models" --limit "$pictures" \
     --samples "$samples" --order released --shared-noise --ceiling --out "$out"
+step "sanity check: maps of one network with layers randomised" \
+    python saliency.py --dataset "$dataset" --loss Triplet --fold "${fold/all/0}" --models "$models" --limit "$pictures" \
+    --samples "$samples" --order released --shared-noise --ceiling --out "$out" --randomise 4
 masks=()
 [ ! -d "$dataset/masks" ] || masks=(--masks)
 step "agreement of maps, masks and embeddings" \
@@ -59,4 +62,4 @@ step "report" \
     python report.py "$results" --tables "$results/tables" --figures "$results/figures" --dataset "$dataset" \
     --out "$results/report.html"
 echo
-cat "$results"/log/9-report.txt
+cat "$results"/log/10-report.txt

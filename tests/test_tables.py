@@ -21,7 +21,7 @@ import tables
 
 NASTY = r'50%_{\input}$ & <script>'
 NRPREC = ("loss,fold,embeddings,property,values,queries,skipped,distance,null,max_neighbours,r_precision,nr_precision,"
-          "nr_precision_se,p_value,p_holm")
+          "nr_precision_se,permutations,p_value,p_holm")
 COMPARE = ("model_a,fold_a,model_b,fold_b,n,left_out,correlation,correlation_std,correlation_low,correlation_high,jsd,jsd_std,"
            "ceiling,corrected")
 RANKING = ["Contrastive", "Triplet", "NTXent", "Margin", "Margin / class", "FastAP", "SNR Contrastive", "Multi Similarity",
@@ -129,8 +129,9 @@ def write(path, header, rows):
     data.write_table(path, header.split(","), rows)
 
 
-def nrprec_row(loss, fold, name, value, path="emb.npy", p_value=None, p_holm=None, queries=6, distance="euclidean"):
-    return [loss, fold, path, name, 3, queries, 0, distance, "binomial", None, 0.25, value, None, p_value, p_holm]
+def nrprec_row(loss, fold, name, value, path="emb.npy", p_value=None, p_holm=None, queries=6, distance="euclidean",
+               permutations=0):
+    return [loss, fold, path, name, 3, queries, 0, distance, "binomial", None, 0.25, value, None, permutations, p_value, p_holm]
 
 
 def compare_row(a, b, fold, r, std=0.1, ceiling=None, fold_b=None, n=6):
@@ -457,8 +458,8 @@ def test_warnings(run_script, tmp_path):
     home.mkdir(parents=True)
     config = {"frozen_trunk": True, "loss_parameters": {"class": "TripletMarginLoss", "margin": 0.05}}
     (home / "config.json").write_text(json.dumps(config))
-    write(folder / "nrprec.csv", NRPREC, [nrprec_row(loss, 0, name, 1.0, p_value=p, p_holm=p) for name in "abcdef"
-                                          for loss, p in (("Triplet", 1 / 501), ("ArcFace", 1 / 101))])
+    write(folder / "nrprec.csv", NRPREC, [nrprec_row(loss, 0, name, 1.0, p_value=0.02, p_holm=0.02, permutations=n)
+                                          for name in "abcdef" for loss, n in (("Triplet", 500), ("ArcFace", 100))])
     row = compare_row("Triplet", "ArcFace", 0, 0.5, n=4)
     row[5] = 2
     write(folder / "compare.csv", COMPARE, [row])
