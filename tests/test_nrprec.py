@@ -333,7 +333,7 @@ def test_table_and_rows(files, run_script):
     with open(out, newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ("embeddings,property,values,queries,skipped,distance,null,max_neighbours,r_precision,"
-                             "nr_precision,nr_precision_se,p_value,p_holm").split(",")
+                             "nr_precision,nr_precision_se,permutations,p_value,p_holm").split(",")
     labels = {"shape": np.arange(60) % 3, "size": np.arange(60) // 3 % 4}
     for row, (name, score) in zip(rows, nr_precision(np.load(files / "emb.npy"), labels).items()):
         assert row["property"] == name and row["embeddings"] == str(files / "emb.npy")
