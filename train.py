@@ -396,26 +396,20 @@ def train(run, job, args, bar):
     first, history, best, before = resume(run, job)
     if first == 0:
         found = [score(run, job, 0, part, args) for part in run.parts]
-        history, before, first = [row for row, _ in found], found[-1][1], 1
-        before = before and before.histograms[BINS]
+        history, first, before = [row for row, _ in found], 1, found[-1][1] and found[-1][1].histograms[BINS]
     bar.update(first - 1)
-    if job.team[1] > 1 and args.device.type == "cuda":  # the whole batch's statistics, as in one process
-        nn.SyncBatchNorm.convert_sync_batchnorm(job.network)
-    network = torch.compile(job.network) if args.compile else job.network
-    if job.team[1] > 1 and job.criterion:
-        network = nn.parallel.DistributedDataParallel(network, static_graph=True)
+    network = wrapped(job, args)
     for epoch in range(first, args.epochs + 1 if job.criterion else 0):
         start = time.perf_counter()
         train_epoch(run, job, network, epoch, args)
         took = time.perf_counter() - start
         rows = [score(run, job, epoch, part, args)[0] for part in ("train", "validation")]
         if job.team[0] == 0:
-            rows[0][-1] += took
+            rows[0][-1] += took  # the steps' seconds count with the training part's scores
             history += rows
             value = rows[1][HEADER.index(args.select)]
             if best is None or value > best["value"]:
-                best = {"epoch": epoch, "value": value,
-                        "network": {name: tensor.cpu().clone() for name, tensor in job.network.state_dict().items()}}
+                best = {"epoch": epoch, "value": value, "network": on_cpu(job.network), "criterion": on_cpu(job.criterion)}
             save(run.folder / "checkpoint.pth", {
                 "about": json.dumps(run.about), "epoch": epoch, "history": history, "best": best,
                 "before": [counts.tolist() for counts in before], "network": job.network.state_dict(),
@@ -423,16 +417,35 @@ def train(run, job, args, bar):
         bar.update()
     after = None
     if job.criterion:
-        if job.team[0] == 0:
-            job.network.load_state_dict(best["network"])
-        if job.team[1] > 1:
-            for tensor in job.network.state_dict().values():
-                dist.broadcast(tensor, 0)
+        take(best, job)
         row, after = score(run, job, best and best["epoch"], "test", args)
         history.append(row)
     if job.team[0] == 0:
         write_run(run, job.network, history, before, after)
     bar.update(0 if job.criterion else args.epochs)
+
+
+def wrapped(job, args):
+    """The network as the training steps call it: compiled, and of several processes with their gradients' mean."""
+    if job.team[1] > 1 and args.device.type == "cuda":  # the whole batch's statistics, as in one process
+        nn.SyncBatchNorm.convert_sync_batchnorm(job.network)
+    network = torch.compile(job.network) if args.compile else job.network
+    if job.team[1] > 1 and job.criterion:
+        network = nn.parallel.DistributedDataParallel(network, static_graph=True)
+    return network
+
+
+def take(best, job):
+    """Put the best epoch's state, which rank 0 has, into every rank's network and loss."""
+    for module, name in ((job.network, "network"), (job.criterion, "criterion")):
+        if job.team[0] == 0:
+            module.load_state_dict(best[name])
+        for tensor in module.state_dict().values() if job.team[1] > 1 else ():
+            dist.broadcast(tensor, 0)
+
+
+def on_cpu(module):
+    return {name: tensor.cpu().clone() for name, tensor in module.state_dict().items()}
 
 
 # ---------------------------------------------------------------- files
@@ -585,8 +598,9 @@ def plan(dataset, labels, label, network, rows, args):
             "dimension": args.dim, "distance": row["distance"], "preprocessing": network.preprocessing,
             "frozen_trunk": args.freeze_trunk, "weights_sha256": network.checkpoint_sha256,
             "loss_parameters": parameters or None, "split": split, "options": {name: getattr(args, name) for name in options},
-            "versions": {"torch": torch.__version__, "pytorch_metric_learning": metadata.version("pytorch-metric-learning"),
-                         "numpy": np.__version__, "pillow": PIL.__version__, "device": str(args.device)}}))
+            "versions": {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__,
+                         "pytorch_metric_learning": metadata.version("pytorch-metric-learning") if parameters else None,
+                         "device": str(args.device)}}))
     return runs
 
 

@@ -394,6 +394,19 @@ def test_bfloat16_and_the_other_options(pictures):
     assert list(rows)[-1][0] == max((1, 2), key=lambda epoch: (rows[epoch, "validation"][3], -epoch))
 
 
+def test_what_is_tested_is_the_best_epoch_with_its_own_proxies(pictures):
+    """Stopped at that epoch, a run tests the same network and the same loss."""
+    options = ("--dataset", "p", "--loss", "ProxyNCA", "--freeze-trunk", "--lr", 0.03)
+    run(*options, "--epochs", 12)
+    rows = history(place("proxy_nca"))
+    best = list(rows)[-1][0]
+    assert best < 12
+    run(*options, "--epochs", best, "--models", "short")
+    short = history(place("proxy_nca", root="short"))
+    assert short[best, "test"] == rows[best, "test"] and short[best, "test"][0] is not None
+    assert short[best, "train"] == rows[best, "train"]
+
+
 def test_classes_that_were_not_trained_have_no_proxy_loss(tmp_path):
     make_pictures(tmp_path / "p", 20, 4)
     run("--dataset", "p", "--split", "default", "--loss", "Normalized Softmax,Contrastive", "--batch", 8, "--per-class", 2)
