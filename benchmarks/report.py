@@ -4,10 +4,9 @@
     python benchmarks/report.py --networks 15 --pictures 1000 --size 160
 
 Made-up maps (blurred noise, cut at the 99th percentile, 224 × 224) and pictures, no tables. Needs 0.02 GB of disk for each
-network and hundred pictures. Opening (chromium, chromedriver and selenium, where they are here) is timed from the address to the first
-picture's maps drawn, five times in one browser.
+network and hundred pictures. Opening (chromium, chromedriver and selenium, where they are here) is timed from the address
+to the first picture's maps drawn, five times in one browser.
 """
-
 import argparse
 import csv
 import json

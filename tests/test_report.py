@@ -1,5 +1,4 @@
 """report.py: what stands on the page, that nothing read can run there, that it opens in a browser, and every bad input."""
-
 import base64
 import csv
 import hashlib
