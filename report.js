@@ -7,11 +7,15 @@ const announce = words => { $("#live").textContent = words; };
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
 
 // ---- light and dark
-const isDark = () => (document.documentElement.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
+const page = document.documentElement, prefersDark = matchMedia("(prefers-color-scheme: dark)");
+const isDark = () => (page.dataset.theme || (prefersDark.matches ? "dark" : "light")) === "dark";
 const nameTheme = () => { $("#theme").textContent = isDark() ? "Light" : "Dark"; };
 $("#theme").hidden = false;
-$("#theme").addEventListener("click", () => { document.documentElement.dataset.theme = isDark() ? "light" : "dark"; nameTheme(); });
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", nameTheme);
+$("#theme").addEventListener("click", () => {
+  page.dataset.theme = isDark() ? "light" : "dark";
+  nameTheme();
+});
+prefersDark.addEventListener("change", nameTheme);
 nameTheme();
 
 // ---- tables: a column's name sorts by it, once more the other way, a third time as it was; rows of means (bold) stay below
@@ -63,8 +67,9 @@ for (const grid of all("table[role=grid]")) {
     const cell = event.target.closest("td"), move = moves[event.key];
     if (event.key === "Escape") hideTip();
     if (!cell || !move || event.altKey || event.metaKey) return;
-    const rows = [...body.rows], far = event.ctrlKey && move[0] === 0 ? Math.sign(move[1]) * 1e4 : 0;
-    const row = rows[clamp(rows.indexOf(cell.parentNode) + move[0] + (event.key === "Home" || event.key === "End" ? far : 0), 0, rows.length - 1)];
+    const rows = [...body.rows], corner = event.ctrlKey && ["Home", "End"].includes(event.key);
+    const down = corner ? move[1] : move[0];  // Ctrl+Home and Ctrl+End go to the first and last row as well
+    const row = rows[clamp(rows.indexOf(cell.parentNode) + down, 0, rows.length - 1)];
     row.cells[clamp(cell.cellIndex + move[1], 1, row.cells.length - 1)].focus();
     event.preventDefault();
   });
@@ -87,7 +92,8 @@ addEventListener("scroll", () => {
 addEventListener("keydown", event => { if (event.key === "Escape") hideTip(); });
 
 // ---- the gallery: a picture's maps are decoded when it is chosen
-const heat = [[0, 0, 4], [31, 12, 72], [85, 15, 109], [136, 34, 106], [186, 54, 85], [227, 89, 51], [249, 142, 9], [249, 203, 53], [252, 255, 164]];
+const heat = [[0, 0, 4], [31, 12, 72], [85, 15, 109], [136, 34, 106], [186, 54, 85], [227, 89, 51], [249, 142, 9],
+  [249, 203, 53], [252, 255, 164]];  // as in saliency.py: lightness grows evenly
 
 // A map's value v and the slider t in [0, 1] -> colour and opacity: at ½ the salient parts alone cover the picture.
 function colours(t, alone) {
@@ -114,6 +120,8 @@ function startGallery() {
     seen.unobserve(target);
   }), {root: film, rootMargin: "0px 300px"});
 
+  const canvasOf = set => make("canvas", {width: 2 * sets[set].width, height: 2 * sets[set].height, role: "img"});
+
   function chooseSet(number) {
     state.set = number;
     seen.disconnect();
@@ -129,11 +137,11 @@ function startGallery() {
     const tiles = sets[number].networks.map(network => {
       const tile = make("li"), words = make("p", {textContent: network.name + " "});
       words.append(make("small", {textContent: network.type}));
-      tile.append(make("canvas", {width: 2 * sets[number].width, height: 2 * sets[number].height, role: "img"}), words);
+      tile.append(canvasOf(number), words);
       return tile;
     });
     const own = make("li");
-    own.append(make("canvas", {width: 2 * sets[number].width, height: 2 * sets[number].height, role: "img"}), make("p", {textContent: "Picture"}));
+    own.append(canvasOf(number), make("p", {textContent: "Picture"}));
     $("#tiles").replaceChildren(own, ...tiles);
     choose(0);
   }
@@ -158,11 +166,13 @@ function startGallery() {
     const second = $("#second").checked && item.second;
     const [own, maps] = await Promise.all([item.picture && decoded(item.picture), decoded(second || item.maps)]);
     if (turn !== state.turn) return;
-    const sheet = make("canvas", {width: maps.naturalWidth, height: maps.naturalHeight}).getContext("2d", {willReadFrequently: true});
+    const sprite = make("canvas", {width: maps.naturalWidth, height: maps.naturalHeight});
+    const sheet = sprite.getContext("2d", {willReadFrequently: true});
     sheet.drawImage(maps, 0, 0);
-    const across = maps.naturalWidth / set.width;
+    const {width, height} = set, across = maps.naturalWidth / width;
     state.own = own;
-    state.levels = set.networks.map((_, k) => sheet.getImageData(k % across * set.width, Math.floor(k / across) * set.height, set.width, set.height).data);
+    state.levels = set.networks.map((_, k) =>
+      sheet.getImageData(k % across * width, Math.floor(k / across) * height, width, height).data);
     draw();
     document.body.dataset.shown = `${state.set}-${state.picture}`;
   }
@@ -174,7 +184,8 @@ function startGallery() {
       const context = canvas.getContext("2d"), k = tile - 1, {width, height} = canvas;
       context.clearRect(0, 0, width, height);
       if (state.own) context.drawImage(state.own, 0, 0, width, height);
-      canvas.setAttribute("aria-label", tile ? `Saliency map of ${set.networks[k].name}, ${picture.name}` : state.own ? picture.name : "The picture is not here");
+      const ownName = state.own ? picture.name : "The picture is not here";
+      canvas.setAttribute("aria-label", tile ? `Saliency map of ${set.networks[k].name}, ${picture.name}` : ownName);
       if (!tile || picture.blank.includes(k)) return;
       const pixels = new ImageData(set.width, set.height), target = new Uint32Array(pixels.data.buffer), levels = state.levels[k];
       for (let i = 0; i < target.length; i++) target[i] = table[levels[4 * i]];
@@ -185,15 +196,20 @@ function startGallery() {
     $("#overlay").setAttribute("aria-valuetext", `${$("#overlay").value} per cent`);
   }
 
-  $("#set").replaceChildren(...sets.map((set, number) => make("option", {value: number, textContent: `${set.label} (${set.pictures.length})`})));
+  $("#set").replaceChildren(...sets.map(({label, pictures}, number) =>
+    make("option", {value: number, textContent: `${label} (${pictures.length})`})));
   $("#set").addEventListener("change", event => chooseSet(Number(event.target.value)));
   $("#previous").addEventListener("click", () => { choose(state.picture - 1); announce($("#which").textContent); });
   $("#next").addEventListener("click", () => { choose(state.picture + 1); announce($("#which").textContent); });
   $("#second").addEventListener("change", () => choose(state.picture));
   $("#overlay").addEventListener("input", draw);
-  film.addEventListener("click", event => { const item = event.target.closest("li"); if (item) choose(Number(item.dataset.picture)); });
+  film.addEventListener("click", event => {
+    const item = event.target.closest("li");
+    if (item) choose(Number(item.dataset.picture));
+  });
   film.addEventListener("keydown", event => {
-    const far = sets[state.set].pictures.length, steps = {ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1, PageUp: -10, PageDown: 10, Home: -far, End: far};
+    const far = sets[state.set].pictures.length;
+    const steps = {ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1, PageUp: -10, PageDown: 10, Home: -far, End: far};
     if (!(event.key in steps)) return;
     event.preventDefault();
     choose(state.picture + steps[event.key]);

@@ -40,13 +40,13 @@ import data
 
 
 def find_networks(results):
-    """Networks with arrays in results/<dataset>/<slug>/fold<k>/ -> ([{dataset, slug, name, type, fold, …}], [left out, in words]).
+    """Networks with arrays in results/<dataset>/<slug>/fold<k>/ -> ([{dataset, slug, name, type, fold, …}], [what is left out]).
 
     A network's `emb`, `maps` and `maps_ceiling` are {"path", "array" (memory-mapped), "about" (the JSON)} or None.
     Its order is that of models/losses.csv, ranking before classification; a loss unknown there is of type "other".
     """
     if not results.is_dir():
-        raise ValueError(f"{results}: no such folder; expected results/ or results/<dataset>, as embed.py and saliency.py make it")
+        raise ValueError(f"{results}: no such folder; expected results/ or results/<dataset>, as embed.py makes it")
     with open(Path(__file__).resolve().parent / "models" / "losses.csv", encoding="utf-8", newline="") as file:
         losses = {row["slug"]: (number, row) for number, row in enumerate(csv.DictReader(file))}
     folders = sorted(results.glob("*/fold*")) or sorted(results.glob("*/*/fold*"))
@@ -69,8 +69,8 @@ def find_networks(results):
         networks[-1]["order"] = (dataset, ("ranking", "classification", "other", "none").index(kind), number, slug, str(fold))
     known = ("nrprec", "pairs", "compare", "masks", "embeddings", "sanity")
     if not networks and not any((folder / f"{name}.csv").is_file() for folder in (results, *results.iterdir()) for name in known):
-        raise ValueError(f"{results}: no results; expected {results}/<dataset>/<loss>/fold<k>/emb.npy or maps.npy: python embed.py "
-                         f"--dataset NAME --loss all --out {results}" + ("; " + "; ".join(left_out[:2]) if left_out else ""))
+        raise ValueError(f"{results}: no results; expected {results}/<dataset>/<loss>/fold<k>/emb.npy or maps.npy: python "
+                         f"embed.py --dataset NAME --loss all --out {results}" + "".join(f"; {line}" for line in left_out[:2]))
     return sorted(networks, key=lambda network: network["order"]), left_out
 
 
@@ -90,12 +90,13 @@ def open_array(path, dimensions, results, left_out):
              if isinstance(value, dict) or key not in ("options", "preprocessing", "versions", "pictures")}
     pictures, options = about.get("pictures", {}), about.get("options", {})
     number = pictures.get("number", len(array) if array.ndim else 0)
-    lists, limit = (pictures.get("left_out") or [], options.get("pick") or []), options.get("limit")
-    if not all(isinstance(some, list) for some in lists) or not all(isinstance(row, int) for row in lists[1]) or not isinstance(limit or 0, int):
+    absent, pick, limit = pictures.get("left_out") or [], options.get("pick") or [], options.get("limit") or 0
+    if not (isinstance(absent, list) and isinstance(pick, list) and all(isinstance(row, int) for row in [*pick, limit])):
         left_out.append(f"{name}: the lists in its JSON are none; restore the file that was written with the array")
         return None
     if array.ndim != dimensions or array.dtype.kind not in "fiub" or 0 in array.shape or number != len(array):
-        left_out.append(f"{name}: shape {array.shape} of {array.dtype}, {number} pictures in its JSON; expected {dimensions} dimensions")
+        left_out.append(f"{name}: shape {array.shape} of {array.dtype}, {number} pictures in its JSON; expected "
+                        f"{dimensions} dimensions of numbers, a row a picture")
         return None
     return {"path": path, "name": name, "array": array, "about": about}
 
@@ -105,12 +106,13 @@ def trained(about, results):
     for place in (Path("."), results, results.parent, results.parent.parent, Path(__file__).resolve().parent):
         folder = place / str(about.get("checkpoint") or "/none")
         if (folder / "config.json").is_file():
-            config = data.read_sidecar(folder / "config.json")
-            return {"config": config, "history": data.read_table(folder / "history.csv") if (folder / "history.csv").is_file() else {}}
+            history = folder / "history.csv"
+            return {"config": data.read_sidecar(folder / "config.json"),
+                    "history": data.read_table(history) if history.is_file() else {}}
     return {"config": {}, "history": {}}
 
 
-MAY_DIFFER = ("ceiling", "noise_of", "seed", "limit", "pick")  # options of arrays that belong together; pictures are compared apart
+MAY_DIFFER = ("ceiling", "noise_of", "seed", "limit", "pick")  # options that arrays need not share; pictures are compared apart
 
 
 def check_together(networks):
@@ -120,13 +122,14 @@ def check_together(networks):
         for stem in filter(network.get, ("emb", "maps", "maps_ceiling")):
             found, kind = network[stem], stem[:4]
             listed = {"number": len(found["array"]), "sha256": found["about"].get("pictures", {}).get("sha256")}
-            told = [("options", None, name, value) for name, value in found["about"].get("options", {}).items() if name not in MAY_DIFFER]
+            options = {name: value for name, value in found["about"].get("options", {}).items() if name not in MAY_DIFFER}
+            told = [("options", None, name, value) for name, value in options.items()]
             told += [("pictures", network["fold"], name, value) for name, value in listed.items() if value is not None]
             for what, fold, name, value in told:
                 other, before = first.setdefault((network["dataset"], kind, what, fold, name), (found["name"], value))
                 if before != value:
-                    raise ValueError(f"{other} and {found['name']} don't belong together: {name} is {before} and {value}; make both with "
-                                     f"the same {what}, or take one of them out of the folder")
+                    raise ValueError(f"{other} and {found['name']} don't belong together: {name} is {before} and {value}; make "
+                                     f"both with the same {what}, or take one of them out of the folder")
 
 
 def picture_names(network, dataset):
@@ -194,7 +197,8 @@ def fields(path, where, item, expected):
         value = item.get(key)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             names = " or ".join({type(None): "null"}.get(kind, kind.__name__) for kind in kinds)
-            raise ValueError(f"{path}: {key} of {where} is {str(item.get(key, 'missing'))[:40]!r}, expected {names}; make the file again")
+            raise ValueError(f"{path}: {key} of {where} is {str(item.get(key, 'missing'))[:40]!r}, expected {names}; "
+                             "make the file again")
     return {key: item.get(key) for key in expected}
 
 
@@ -211,11 +215,14 @@ def read_tables(folder):
     for table in content["tables"]:
         where = f"table {table['name']!r}"
         if names.count(table["name"]) > 1 or table["kind"] not in ("rows", "matrix"):
-            raise ValueError(f"{path}: {where} is there twice or of kind {table['kind']!r}; expected one, of kind rows or matrix: make the file again")
+            raise ValueError(f"{path}: {where} is there twice or of kind {table['kind']!r}; expected one, of kind rows or "
+                             "matrix: make the file again")
         if any(not isinstance(row, list) or len(row) != len(table["header"]) for row in table["rows"]):
-            raise ValueError(f"{path}: {where} has a row of another length than its header, {len(table['header'])}; make the file again")
+            raise ValueError(f"{path}: {where} has a row of another length than its header, {len(table['header'])}; "
+                             "make the file again")
         table["rows"] = [[fields(path, f"a cell of {where}", one, CELL) for one in row] for row in table["rows"]]
-    if not all(isinstance(words, str) for words in [*content["warnings"], *(words for table in content["tables"] for words in table["header"] + table["notes"])]):
+    words = content["warnings"] + [one for table in content["tables"] for one in table["header"] + table["notes"]]
+    if not all(isinstance(one, str) for one in words):
         raise ValueError(f"{path}: a warning, header or note is no text; make the file again")
     return content
 
@@ -231,7 +238,8 @@ def read_figures(folder):
         svg, png = (folder / figure[kind] if figure[kind] else None for kind in ("svg", "png"))
         absent = [file for file in (svg, png) if file and (file.parent != folder or not file.is_file())]
         if absent or not (svg or png):
-            raise ValueError(f"{path}: figure {figure['name']!r}: {absent[0] if absent else 'its file'} is not in {folder}; make the figures again")
+            raise ValueError(f"{path}: figure {figure['name']!r}: {absent[0] if absent else 'its file'} is not in {folder}; "
+                             "make the figures again")
         figure["uri"] = figure_uri(svg, png)
     missing = [fields(path, f"missing {i}", item, MISSING) for i, item in enumerate(content["missing"] or [])]
     return {"figures": figures, "missing": missing}
@@ -248,12 +256,11 @@ def figure_uri(svg, png, longest=1800):
 
 def errata(tables):
     """The table of errata: that of tables.json, else the project's own file, else None."""
-    found = [table for table in (tables or {"tables": []})["tables"] if table["name"] == "errata"]
+    found = [one for one in (tables or {"tables": []})["tables"] if one["name"] == "errata"]
     path = Path(__file__).resolve().parent / "published" / "errata.csv"
     if not found and path.is_file():
         columns = data.read_table(path)
-        found = [{"name": "errata", "title": "Errata", "caption": "", "header": [name.capitalize() for name in columns], "notes": [],
-                  "rows": [[cell(part) for part in row] for row in zip(*columns.values())]}]
+        found = [new_table("errata", "Errata", map(capital, columns), zip(*columns.values()))]
     return {**found[0], "kind": "text"} if found else None
 
 
@@ -305,12 +312,15 @@ def gallery(networks, datasets, most, size):
             found, images = gallery_set(members, datasets.get(members[0]["dataset"]), min(1, most / total), size, bar)
             stored.update({f"picture-{len(sets)}-{k}": one for k, one in enumerate(images)})
             sets.append(found)
-            unseen, blank = sum("picture" not in one for one in images), sum(len(picture["blank"]) for picture in found["pictures"])
+            unseen = sum("picture" not in one for one in images)
+            blank = sum(len(picture["blank"]) for picture in found["pictures"])
             notes += [f"{found['label']}: {unseen:,} of {count(len(images), 'picture')} can't be shown; the maps stand alone "
                       "(report.py --dataset FOLDER names the pictures' folder)."] * (unseen > 0)
-            notes += [f"{found['label']}: {count(blank, 'map')} in the gallery constant or nan: shown empty, left out of comparisons."] * (blank > 0)
+            notes += [f"{found['label']}: {count(blank, 'map')} in the gallery constant or nan: shown empty, left out of "
+                      "comparisons."] * (blank > 0)
     if len(stored) < total:
-        notes.append(f"The gallery shows {len(stored):,} of {total:,} pictures, taken evenly (report.py --pictures {total} shows all).")
+        notes.append(f"The gallery shows {len(stored):,} of {total:,} pictures, taken evenly (report.py --pictures {total} shows "
+                     "all).")
     return sets, stored, notes
 
 
@@ -378,6 +388,12 @@ def cell(shown, value=None, hint=None):
     return {"text": str(shown), "value": value, "shade": None, "bold": False, "hint": hint}
 
 
+def new_table(name, title, header, rows, caption="", kind="text"):
+    """A table as in tables.json; a row's parts are cells, or text."""
+    rows = [[one if isinstance(one, dict) else cell(one) for one in row] for row in rows]
+    return {"name": name, "title": title, "caption": caption, "kind": kind, "header": list(header), "rows": rows, "notes": []}
+
+
 def anchor(table):
     """The id of a table's place on the page."""
     return "table-" + re.sub(r"[^A-Za-z0-9_-]", lambda found: f".{ord(found[0]):x}", table["name"])
@@ -398,7 +414,8 @@ def table_html(table):
         words = f'<button type="button">{text(title) or "Name"}</button>' if kind == "rows" else f"<span>{text(title)}</span>"
         head.append("<td></td>" if kind == "matrix" and k == 0 else
                     '<th scope="col"' + ' aria-sort="none"' * (kind == "rows") + ' class="n"' * numbers + f">{words}</th>")
-    rows = [f'<tr><th scope="row">{cell_text(row[0])}</th>{"".join(map(cell_html, row[1:]))}</tr>' for row in table["rows"] if row]
+    rows = [f'<tr><th scope="row">{cell_text(first)}</th>{"".join(map(cell_html, others))}</tr>'
+            for first, *others in table["rows"]]
     return (f'<article class="table" id="{name}"><h3 id="{name}-title">{text(table["title"])}</h3>'
             + (f"<p>{text(table['caption'])}</p>" if table["caption"] else "") + legend(table)
             + f'<div class="scroll" role="region" tabindex="0" aria-labelledby="{name}-title">'
@@ -434,7 +451,8 @@ def legend(table):
         return ""
     low, high = (pick(shaded, key=lambda one: one["shade"]) for pick in (min, max))
     swatches = "".join(f'<span class="s{k}"></span>' for k in range(0, 21, 2))
-    return f'<p class="legend">{text(low["text"])} <span class="ramp" aria-hidden="true">{swatches}</span> {text(high["text"])}</p>'
+    ramp = f'<span class="ramp" aria-hidden="true">{swatches}</span>'
+    return f'<p class="legend">{text(low["text"])} {ramp} {text(high["text"])}</p>'
 
 
 def settings_table(dataset, networks):
@@ -446,7 +464,8 @@ def settings_table(dataset, networks):
             about = dict(network["trained"]["config"] if stem is None else network[stem]["about"] if network[stem] else {})
             split = about.get("split")
             if isinstance(split, dict):  # without the rows
-                about["split"] = {key: split[key] for key in ("kind", "label", "seed", "train", "validation") if split.get(key) is not None}
+                kept = ("kind", "label", "seed", "train", "validation")
+                about["split"] = {key: split[key] for key in kept if split.get(key) is not None}
             options = about.get("options") if isinstance(about.get("options"), dict) else {}
             for key, value in {**{key: about.get(key) for key in SETTINGS}, **options, "versions": about.get("versions")}.items():
                 if value is not None and key not in ("ceiling", "noise_of"):
@@ -454,10 +473,10 @@ def settings_table(dataset, networks):
         if values:
             columns[step] = {key: tally(told) for key, told in values.items()}
     keys = dict.fromkeys(key for values in columns.values() for key in values)
-    rows = [[cell(key.replace("_", " ")), *(cell(shares(values.get(key, {}))) for values in columns.values())]
+    rows = [[key.replace("_", " "), *(shares(values.get(key, {})) for values in columns.values())]
             for key in sorted(keys, key="versions".__eq__)]  # versions at the end
-    return {"name": f"settings {dataset}", "title": f"Settings: {dataset}", "kind": "text", "header": ["Setting", *columns], "rows": rows,
-            "caption": "As the JSON files beside networks and arrays tell. Where they differ, the number of each is given.", "notes": []}
+    return new_table(f"settings {dataset}", f"Settings: {dataset}", ["Setting", *columns], rows,
+                     "As the JSON files beside networks and arrays tell. Where they differ, the number of each is given.")
 
 
 SETTINGS = ("split", "backbone", "frozen_trunk", "preprocessing", "distance", "seed")
@@ -484,14 +503,21 @@ def networks_table(dataset, networks):
     for slug in dict.fromkeys(network["slug"] for network in networks):
         folds = [network for network in networks if network["slug"] == slug]
         abouts = [(network["emb"] or network["maps"] or network["maps_ceiling"])["about"] for network in folds]
-        shapes = [tally("\u202f×\u202f".join(map(str, network[stem]["array"].shape)) for network in folds if network[stem]) for stem in ("emb", "maps", "maps_ceiling")]
-        rows.append([folds[0]["name"], folds[0]["type"], " ".join(network["fold"] or "" for network in folds),
-                     shares(tally(in_words(about["distance"]) for about in abouts if about.get("distance"))), *(shares(shape, len(folds)) for shape in shapes),
-                     " ".join(str(about.get("checkpoint_sha256") or "")[:8] for about in abouts)])
+        shapes = [shares(tally(shape_of(network[stem]["array"]) for network in folds if network[stem]), len(folds))
+                  for stem in ("emb", "maps", "maps_ceiling")]
+        distance = shares(tally(in_words(about["distance"]) for about in abouts if about.get("distance")))
+        digests = " ".join(str(about.get("checkpoint_sha256") or "")[:8] for about in abouts)
+        numbers = " ".join(network["fold"] or "" for network in folds)
+        rows.append([folds[0]["name"], folds[0]["type"], numbers, distance, *shapes, digests])
     header = ["Network", "Type", "Folds", "Distance", "Embeddings", "Maps", "Maps, other noise", "Checkpoints (SHA-256)"]
     keep = [k for k in range(len(header)) if k < 4 or any(row[k].strip() for row in rows)]
-    return {"name": f"networks {dataset}", "title": f"Networks: {dataset}", "kind": "rows", "header": [header[k] for k in keep], "notes": [],
-            "caption": "Shapes are pictures × dimension and pictures × height × width, of each fold.", "rows": [[cell(row[k]) for k in keep] for row in rows]}
+    rows = [[row[k] for k in keep] for row in rows]
+    return new_table(f"networks {dataset}", f"Networks: {dataset}", [header[k] for k in keep], rows,
+                     "Shapes are pictures × dimension and pictures × height × width, of each fold.", "rows")
+
+
+def shape_of(array):
+    return "\u202f×\u202f".join(map(str, array.shape))  # narrow spaces that don't break
 
 
 def losses_table(dataset, networks):
@@ -499,9 +525,9 @@ def losses_table(dataset, networks):
     told = {}
     for network in networks:
         told.setdefault(network["name"], []).extend(filter(None, [network["trained"]["config"].get("loss_parameters")]))
-    rows = [[cell(name), cell(shares(tally(map(in_words, parameters))))] for name, parameters in told.items() if parameters]
-    return rows and {"name": f"losses {dataset}", "title": f"Losses' parameters: {dataset}", "kind": "text", "header": ["Loss", "Class and parameters"],
-                     "caption": "As train.py recorded them.", "rows": rows, "notes": []}
+    rows = [[name, shares(tally(map(in_words, parameters)))] for name, parameters in told.items() if parameters]
+    return rows and new_table(f"losses {dataset}", f"Losses' parameters: {dataset}", ["Loss", "Class and parameters"], rows,
+                              "As train.py recorded them.")
 
 
 def tally(values):
@@ -518,20 +544,21 @@ def history_table(dataset, networks):
                 ("map_at_r", "validation", "MAP@R, validation"), ("jsd", "validation", "JSD, validation")]
     rows = []
     for name in dict.fromkeys(network["name"] for network in networks):
-        histories = [network["trained"]["history"] for network in networks if network["name"] == name and network["trained"]["history"]]
+        histories = [network["trained"]["history"] for network in networks if network["name"] == name]
+        histories = list(filter(None, histories))
         if not histories:
             continue
         epochs = max((int(epoch) for history in histories for epoch in history.get("epoch", []) if epoch.isdecimal()), default=0)
-        row = [cell(name), cell(len(histories), len(histories)), cell(epochs, epochs)]
+        row = [name, cell(len(histories), len(histories)), cell(epochs, epochs)]
         for column, split, _ in measures:
             for pick in (0, -1):
                 values = [curve[pick] for history in histories if (curve := curve_of(history, column, split))]
                 mean = sum(values) / len(values) if values else None
-                row.append(cell("" if mean is None else f"{mean:.3f}", mean, ", ".join(f"{value:.4f}" for value in values) or None))
+                row.append(cell("" if mean is None else f"{mean:.3f}", mean, ", ".join(f"{value:.4f}" for value in values)))
         rows.append(row)
     header = ["Network", "Folds", "Epochs", *(f"{title}: {when}" for _, _, title in measures for when in ("before", "after"))]
-    return rows and {"name": f"history {dataset}", "title": dataset, "kind": "rows", "header": header, "rows": rows, "notes": [],
-                     "caption": "Means over the folds before training (epoch 0) and after the last epoch; each fold's value in the hint."}
+    return rows and new_table(f"history {dataset}", dataset, header, rows, "Means over the folds before training (epoch 0) and "
+                              "after the last epoch; each fold's value in the hint.", "rows")
 
 
 def curve_of(history, column, split):
@@ -555,7 +582,7 @@ def statement_html(statement):
     test, p = test_of(statement), statement["p_value"]
     if p is not None and "p = " not in test and "p < " not in test:
         test += f"; p = {p:.2g}"
-    return f'<p>{text(statement["text"])}</p><p class="test">{text(test)}</p>'
+    return f'<li><p>{text(statement["text"])}</p><p class="test">{text(test)}</p></li>'
 
 
 def section(name, title, content):
@@ -574,7 +601,8 @@ salient. Each map is scaled to its own maximum, so maps tell where, not how much
 <noscript><p class="note">The gallery needs JavaScript; everything else on this page reads without.</p></noscript>
 <div class="controls">
 <label>Pictures of <select id="set"></select></label>
-<div><button type="button" class="box" id="previous">Previous</button> <button type="button" class="box" id="next">Next</button></div>
+<div><button type="button" class="box" id="previous">Previous</button>
+<button type="button" class="box" id="next">Next</button></div>
 <label>Map over picture <input type="range" id="overlay" min="0" max="100" value="60"></label>
 <label class="row"><input type="checkbox" id="second"> The same networks with other noise: how far a map can be trusted</label>
 </div>
@@ -602,13 +630,15 @@ def hashed(content):
 
 
 def page(title, summary, sections, stored):
-    """The whole document. sections: [(id, title, HTML of its content)], empty ones left out; stored: {id: JSON-able}, for the script."""
+    """The whole document. sections: [(id, title, HTML of its content)], empty ones left out; stored: {id: JSON-able}."""
     sections = [(name, heading, body) for name, heading, body in sections if body]
     style, script = (Path(__file__).with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".css", ".js"))
     style += shade_rules()
-    policy = f"default-src 'none'; img-src data:; style-src {hashed(style)}; script-src {hashed(script)}; base-uri 'none'; form-action 'none'"
+    policy = (f"default-src 'none'; img-src data:; style-src {hashed(style)}; script-src {hashed(script)}; "
+              "base-uri 'none'; form-action 'none'")
     contents = "".join(f'<li><a href="#{name}">{heading}</a></li>' for name, heading, _ in sections)
-    blocks = "\n".join(f'<script type="application/json" id="{name}">{script_json(value)}</script>' for name, value in stored.items())
+    blocks = "\n".join(f'<script type="application/json" id="{name}">{script_json(value)}</script>'
+                       for name, value in stored.items())
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -661,9 +691,10 @@ def warnings_of(networks):
         maps = [network for network in networks if network["dataset"] == dataset and network["maps"]]
         shared = [network for network in maps if network["maps"]["about"].get("options", {}).get("shared_noise")]
         alone = [network for network in maps if not network["maps_ceiling"]]
-        found += [f"{dataset}: {len(shared)} of {len(maps)} networks' maps share their noise, which raises their correlations."] * bool(shared)
-        found += [f"{dataset}: {len(alone)} of {len(maps)} networks have no second map with other noise: without this ceiling a low "
-                  "correlation may be noise alone (saliency.py --ceiling)."] * bool(alone)
+        found += [f"{dataset}: {len(shared)} of {len(maps)} networks' maps share their noise, which raises their "
+                  "correlations."] * bool(shared)
+        found += [f"{dataset}: {len(alone)} of {len(maps)} networks have no second map with other noise: without this ceiling "
+                  "a low correlation may be noise alone (saliency.py --ceiling)."] * bool(alone)
     return found
 
 
@@ -675,7 +706,8 @@ def open_datasets(given, root, names):
         if len(given) == len(names) == 1:
             return {names[0]: dataset}  # the folder may have been renamed
         if dataset.name not in names:
-            raise ValueError(f"--dataset {place} is the data set {dataset.name}; RESULTS has {', '.join(names) or 'no arrays'}: give the folder of one")
+            raise ValueError(f"--dataset {place} is the data set {dataset.name}; RESULTS has {', '.join(names) or 'no arrays'}: "
+                             "give the folder of one")
         found[dataset.name] = dataset
     for name in names:
         if name in data.PUBLISHED and name not in found:
@@ -691,8 +723,8 @@ def analysed(networks):
     parts = []
     for dataset in dict.fromkeys(network["dataset"] for network in networks):
         here = [network for network in networks if network["dataset"] == dataset]
-        parts += map(table_html, filter(None, (settings_table(dataset, here), networks_table(dataset, here), losses_table(dataset, here))))
-    return "\n".join(parts)
+        parts += [settings_table(dataset, here), networks_table(dataset, here), losses_table(dataset, here)]
+    return "\n".join(map(table_html, filter(None, parts)))
 
 
 def count(number, what):
@@ -703,11 +735,12 @@ def sentence(networks):
     """What was analysed, in one sentence."""
     if not networks:
         return "Tables alone: no arrays are beside them."
-    datasets, folds = dict.fromkeys(network["dataset"] for network in networks), {network["fold"] for network in networks} - {None}
+    datasets = dict.fromkeys(network["dataset"] for network in networks)
+    names, folds = ({network[key] for network in networks} - {None} for key in ("name", "fold"))
     arrays = [network[stem] for network in networks for stem in ("emb", "maps") if network[stem]]
     backbones = sorted({str(found["about"]["backbone"]) for found in arrays if found["about"].get("backbone")})
     maps = sum(len(network["maps"]["array"]) for network in networks if network["maps"])
-    parts = [f"{count(len({network['name'] for network in networks}), 'network')} on {' and '.join(datasets)}", count(len(folds), "fold") * (len(folds) > 1),
+    parts = [f"{count(len(names), 'network')} on {' and '.join(datasets)}", count(len(folds), "fold") * (len(folds) > 1),
              count(maps, "saliency map") * (maps > 0), " and ".join(backbones)]
     return ", ".join(filter(None, parts)) + "."
 
@@ -716,8 +749,9 @@ def statements_html(statements):
     """Every statement with its test, under its topic and data set."""
     topics = {}
     for one in statements:
-        topics.setdefault(" · ".join(filter(None, (capital(one["topic"]), one["dataset"]))), []).append(f"<li>{statement_html(one)}</li>")
-    return "".join(f'<h3>{text(topic)}</h3><ul class="statements">{"".join(found)}</ul>' for topic, found in topics.items())
+        topics.setdefault(" · ".join(filter(None, (capital(one["topic"]), one["dataset"]))), []).append(one)
+    return "".join(f'<h3>{text(topic)}</h3><ul class="statements">{"".join(map(statement_html, found))}</ul>'
+                   for topic, found in topics.items())
 
 
 def tables_html(tables):
@@ -727,8 +761,9 @@ def tables_html(tables):
 
 
 def figure_html(figure):
-    return (f'<figure><img alt="{text(figure["title"])}" src="{figure["uri"]}"><figcaption><strong>{text(figure["title"])}.</strong> '
-            f'{text(figure["caption"])}</figcaption></figure>')
+    title, caption = text(figure["title"]), text(figure["caption"])
+    return (f'<figure><img alt="{title}" src="{figure["uri"]}">'
+            f"<figcaption><strong>{title}.</strong> {caption}</figcaption></figure>")
 
 
 def build(args):
@@ -745,30 +780,33 @@ def build(args):
     main = [one for one in statements if one["main"]]
     others = sorted({one["dataset"] for one in shown + statements if one["dataset"]} - {*names}) if names else []
     warned = [*(tables["warnings"] if tables else warnings_of(networks)), *notes]
-    warned += [f"{args.tables / 'tables.json'} tells of {', '.join(others)}, of which {args.results} has no arrays."] * bool(others)
+    warned += [f"{args.tables / 'tables.json'} tells of {name}, of which {args.results} has no arrays." for name in others]
     left_out += unreadable(networks)
     listed = [line.split(":")[0] for line in left_out]  # arrays that tables.py left out as well
-    missing = [": ".join(filter(None, (one["dataset"], one["table"], one["figure"], one["what"])))
-               for part in (tables, figures) if part for one in part["missing"] if not any(name in one["what"] for name in listed)]
+    missing = [one for part in (tables, figures) if part for one in part["missing"]
+               if not any(name in one["what"] for name in listed)]
+    missing = [": ".join(filter(None, (one["dataset"], one["table"], one["figure"], one["what"]))) for one in missing]
     versions = tables and networks and f"Tables and tests: {in_words(tables['made_with'].get('versions') or 'unknown versions')}."
     histories = [history_table(name, [network for network in networks if network["dataset"] == name]) for name in names]
     wrong = errata(tables)
+    gaps = [f"<h3>{title}</h3>{listing(items)}" for title, items in (("Left out", left_out), ("Missing", missing)) if items]
     sections = [
-        ("findings", "Main findings", f'<ol class="findings">{"".join(f"<li>{statement_html(one)}</li>" for one in main)}</ol>' if main else
+        ("findings", "Main findings", f'<ol class="findings">{"".join(map(statement_html, main))}</ol>' if main else
          none_here("No statements: tables.py makes them (python tables.py RESULTS --out tables).")),
         ("analysed", "What was analysed", analysed(networks) + (f'<p class="test">{text(versions)}</p>' if versions else "")),
-        ("warnings", "Warnings and gaps", listing(warned, "note") + "".join(f"<h3>{title}</h3>{listing(items)}" for title, items in
-                                                                           (("Left out", left_out), ("Missing", missing)) if items)),
+        ("warnings", "Warnings and gaps", listing(warned, "note") + "".join(gaps)),
         ("statements", "What the numbers support", statements_html(statements)),
         ("gallery", "Gallery", GALLERY if sets else ""),
         ("tables", "Tables", tables_html(shown) or none_here("No tables: python tables.py RESULTS --out tables makes them.")),
-        ("figures", "Figures", "\n".join(map(figure_html, drawn)) or none_here("No figures: python figures.py RESULTS --out figures makes them.")),
+        ("figures", "Figures", "\n".join(map(figure_html, drawn)) or
+         none_here("No figures: python figures.py RESULTS --out figures makes them.")),
         ("training", "Training", "\n".join(map(table_html, filter(None, histories)))),
         ("errata", "Errata of the published method", table_html(wrong) if wrong else ""),
     ]
-    counts = ", ".join(count(number, what) for number, what in ((len(networks), "network"), (len(stored), "picture"), (len(shown), "table"),
-                                                                 (len(drawn), "figure")))
-    content = page("What do these losses make a network look at?", sentence(networks), sections, {"gallery-sets": sets, **stored} if sets else {})
+    lengths = {"network": len(networks), "picture": len(stored), "table": len(shown), "figure": len(drawn)}
+    counts = ", ".join(count(number, what) for what, number in lengths.items())
+    stored = {"gallery-sets": sets, **stored} if sets else {}
+    content = page("What do these losses make a network look at?", sentence(networks), sections, stored)
     return content, main, counts, len(warned) + len(left_out) + len(missing)
 
 
@@ -793,7 +831,8 @@ def parse(argv):
     add("results", type=Path, metavar="RESULTS", help="results/, or one data set's folder in it")
     add("--tables", type=Path, metavar="DIR", help="folder of tables.py (tables, if it is there)")
     add("--figures", type=Path, metavar="DIR", help="folder of figures.py (figures, if it is there)")
-    add("--dataset", action="append", default=[], metavar="FOLDER|CSV|NAME", help="the pictures of the data set of this name; may be repeated")
+    add("--dataset", action="append", default=[], metavar="FOLDER|CSV|NAME",
+        help="the pictures of the data set of this name; may be repeated")
     add("--data-root", metavar="DIR", help="folder of the published data sets (DML_DATA_ROOT, else data/)")
     add("--out", type=Path, default=Path("report.html"), metavar="FILE.html", help="the page (report.html)")
     add("--pictures", type=int, default=300, metavar="N", help="at most so many in the gallery, taken evenly (300)")
@@ -807,9 +846,10 @@ def main(argv=None):
         if not low <= getattr(args, name) <= high:
             raise ValueError(f"--{name} {getattr(args, name)}: expected {low} to {high:,}")
     for name in ("tables", "figures"):
-        if getattr(args, name) and not (getattr(args, name) / f"{name}.json").is_file():
-            raise ValueError(f"--{name} {getattr(args, name)}: no {name}.json there; python {name}.py {args.results} --out {getattr(args, name)} makes it")
-        setattr(args, name, getattr(args, name) or Path(name))
+        folder = getattr(args, name)
+        if folder and not (folder / f"{name}.json").is_file():
+            raise ValueError(f"--{name} {folder}: no {name}.json there; python {name}.py {args.results} --out {folder} makes it")
+        setattr(args, name, folder or Path(name))
     data.check_output(args.out, [args.tables / "tables.json", args.figures / "figures.json"])
     content, findings, counts, warned = build(args)
     data.write_file(args.out, content.encode("utf-8"))

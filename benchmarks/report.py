@@ -3,9 +3,9 @@
     python benchmarks/report.py                                  # 15 networks × 300 pictures, and their second maps
     python benchmarks/report.py --networks 15 --pictures 1000 --size 160
 
-Made-up maps (blurred noise, cut at the 99th percentile, 224 × 224) and pictures, no tables. Needs 0.06 GB of disk for each network
-and hundred pictures. Opening (chromium, chromedriver and selenium, where they are here) is timed from the address to the first
-picture's maps drawn, five times in one browser.
+Made-up maps (blurred noise, cut at the 99th percentile, 224 × 224) and pictures, no tables. Needs 0.02 GB of disk for each
+network and hundred pictures. Opening (chromium, chromedriver and selenium, where they are here) is timed from the address
+to the first picture's maps drawn, five times in one browser.
 """
 import argparse
 import csv
@@ -32,7 +32,9 @@ def blurred(rng, sides, number):
             noise = Image.fromarray(rng.gamma(1, 1, (side, side)).astype(np.float32))
             field += np.asarray(noise.resize((224, 224), Image.Resampling.BICUBIC))
     fields -= fields.min(axis=(1, 2), keepdims=True)
-    return (np.minimum(fields / np.percentile(fields, 99, axis=(1, 2), keepdims=True), 1) ** 4).astype(np.float16)  # mostly dark, as maps are
+    return (np.minimum(fields / np.percentile(fields, 99, axis=(1, 2), keepdims=True), 1) ** 4).astype(
+        np.float16
+    )  # mostly dark, as maps are
 
 
 def make_results(folder, networks, pictures):
@@ -46,7 +48,9 @@ def make_results(folder, networks, pictures):
         place.mkdir(parents=True)
         for stem in ("maps", "maps_ceiling"):
             np.save(place / f"{stem}.npy", blurred(rng, (14, 56, 112), pictures))
-            (place / f"{stem}.json").write_text(json.dumps({"loss": losses[number % len(losses)] + f" {number // len(losses)}" * (number >= len(losses))}))
+            (place / f"{stem}.json").write_text(
+                json.dumps({"loss": losses[number % len(losses)] + f" {number // len(losses)}" * (number >= len(losses))})
+            )
         (place / "labels.csv").write_text("path\n" + "\n".join(names) + "\n")
     (folder / "made_up").mkdir()
     for name in names:
@@ -87,13 +91,33 @@ def main():
         folder = Path(folder)
         make_results(folder, args.networks, args.pictures)
         start = time.perf_counter()
-        subprocess.run([sys.executable, ROOT / "report.py", folder / "results", "--dataset", folder / "made_up", "--out", folder / "report.html",
-                        "--pictures", str(args.pictures), "--size", str(args.size)], check=True, stdout=subprocess.DEVNULL)
-        print(f"made in {time.perf_counter() - start:.1f} s, peak {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024:,.0f} MiB")
-        print(f"page: {(folder / 'report.html').stat().st_size / 2**20:.1f} MiB for {args.networks} networks × {args.pictures} pictures × 2 maps")
+        subprocess.run(
+            [
+                sys.executable,
+                ROOT / "report.py",
+                folder / "results",
+                "--dataset",
+                folder / "made_up",
+                "--out",
+                folder / "report.html",
+                "--pictures",
+                str(args.pictures),
+                "--size",
+                str(args.size),
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+        print(f"made in {time.perf_counter() - start:.1f} s, peak {peak:,.0f} MiB (the maps read from disk included)")
+        size = (folder / "report.html").stat().st_size / 2**20
+        print(f"page: {size:.1f} MiB for {args.networks} networks × {args.pictures} pictures × 2 maps")
         seconds = opening_seconds(folder / "report.html")
-    print("opening: no chromium, chromedriver or selenium here" if seconds is None else
-          f"opens in {seconds[len(seconds) // 2]:.2f} s ({seconds[0]:.2f} to {seconds[-1]:.2f}), first picture drawn")
+    print(
+        "opening: no chromium, chromedriver or selenium here"
+        if seconds is None
+        else f"opens in {seconds[len(seconds) // 2]:.2f} s ({seconds[0]:.2f} to {seconds[-1]:.2f}), first picture drawn"
+    )
 
 
 if __name__ == "__main__":

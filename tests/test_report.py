@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 import unicodedata
 from html.parser import HTMLParser
@@ -24,7 +23,12 @@ import report
 
 ROOT = Path(__file__).resolve().parent.parent
 # Names that close what they stand in, in HTML, in attributes, in scripts and in JSON.
-NASTY = ['</script><script>window.pwned=1</script>', '"><img src=x onerror="window.pwned=1">', "<!--<script>", "a\u2028b&amp;'`${window.pwned=1}"]
+NASTY = [
+    "</script><script>window.pwned=1</script>",
+    '"><img src=x onerror="window.pwned=1">',
+    "<!--<script>",
+    "a\u2028b&amp;'`${window.pwned=1}",
+]
 
 
 # ---------------------------------------------------------------- small results to report on
@@ -35,19 +39,31 @@ def write_json(path, content):
 
 
 def about_of(loss, fold, names, **options):
-    return {"dataset": "cars", "split": "test", "loss": loss, "fold": fold, "distance": "euclidean", "backbone": "efficientnet_lite0",
-            "checkpoint": f"models/trained/cars/{loss}/fold{fold}", "checkpoint_sha256": f"{fold}abcdef0123456789", "seed": None,
-            "preprocessing": {"resize": 12, "crop": 10, "channels": "RGB", "scale": 1, "mean": [0, 0, 0], "std": [1, 1, 1]},
-            "options": {"samples": 20, "order": "paper", "seed": 0, "shared_noise": False, **options}, "versions": {"numpy": "2.0"},
-            "pictures": {"number": len(names), "sha256": data.pictures_sha256(names)}}
+    return {
+        "dataset": "cars",
+        "split": "test",
+        "loss": loss,
+        "fold": fold,
+        "distance": "euclidean",
+        "backbone": "efficientnet_lite0",
+        "checkpoint": f"models/trained/cars/{loss}/fold{fold}",
+        "checkpoint_sha256": f"{fold}abcdef0123456789",
+        "seed": None,
+        "preprocessing": {"resize": 12, "crop": 10, "channels": "RGB", "scale": 1, "mean": [0, 0, 0], "std": [1, 1, 1]},
+        "options": {"samples": 20, "order": "paper", "seed": 0, "shared_noise": False, **options},
+        "versions": {"numpy": "2.0"},
+        "pictures": {"number": len(names), "sha256": data.pictures_sha256(names)},
+    }
 
 
 def add_network(results, slug, loss, fold, names, ceiling=True, **options):
     folder = results / "cars" / slug / f"fold{fold}"
     folder.mkdir(parents=True)
     random = np.random.default_rng(len(slug) + fold)
-    arrays = {"emb": random.normal(size=(len(names), 4)).astype(np.float32),
-              "maps": random.random((len(names), 10, 10)).astype(np.float16)}
+    arrays = {
+        "emb": random.normal(size=(len(names), 4)).astype(np.float32),
+        "maps": random.random((len(names), 10, 10)).astype(np.float16),
+    }
     if ceiling:
         arrays["maps_ceiling"] = arrays["maps"][::-1]
     for stem, array in arrays.items():
@@ -72,31 +88,113 @@ def cell(text, value=None, shade=None, hint=None, bold=False):
 
 
 def some_tables(names=("Triplet", "Margin", "ArcFace"), title="NR-Prec"):
-    rows = [[cell(name), cell(f"{2.5 * k:.1f}", 2.5 * k, k / 3, f"fold 0: {k}", k == 2), cell("" if k == 1 else str(k), None if k == 1 else k)]
-            for k, name in enumerate(names)]
-    heat = [[cell(name), *(cell("" if i == k else f".{5 + i + k}", None if i == k else (5 + i + k) / 10, None if i == k else (i + k) / 4,
-                                None if i == k else "4 folds") for i in range(len(names)))] for k, name in enumerate(names)]
-    return {"tables": [{"name": "nrprec_cars", "title": title, "caption": "Means.", "dataset": "cars", "paper": "Table 6", "kind": "rows",
-                        "header": ["Loss", "model", names[0]], "rows": rows, "notes": ["A note."]},
-                       {"name": "correlation_cars", "title": "Correlation", "caption": "", "dataset": "cars", "paper": None, "kind": "matrix",
-                        "header": ["", *names], "rows": heat, "notes": []},
-                       {"name": "errata", "title": "Errata", "caption": "", "dataset": None, "paper": None, "kind": "rows",
-                        "header": ["Published", "Here"], "rows": [[cell("σ in Eq. 5"), cell("the square root")]], "notes": []}],
-            "statements": [{"dataset": "cars", "topic": f"topic {k % 2}", "text": f"Finding {k} of {names[k % 3]}.", "test": "permutations",
-                            "p_value": 0.01 if k else None, "main": k < 3} for k in range(4)],
-            "warnings": [f"cars: {names[1]} is odd"], "missing": [{"dataset": "cars", "table": "pairs", "what": "pairs.csv is not there"}],
-            "made_with": {"versions": {"numpy": "2.0"}, "options": {}}}
+    rows = [
+        [
+            cell(name),
+            cell(f"{2.5 * k:.1f}", 2.5 * k, k / 3, f"fold 0: {k}", k == 2),
+            cell("" if k == 1 else str(k), None if k == 1 else k),
+        ]
+        for k, name in enumerate(names)
+    ]
+    heat = [
+        [
+            cell(name),
+            *(
+                cell(
+                    "" if i == k else f".{5 + i + k}",
+                    None if i == k else (5 + i + k) / 10,
+                    None if i == k else (i + k) / 4,
+                    None if i == k else "4 folds",
+                )
+                for i in range(len(names))
+            ),
+        ]
+        for k, name in enumerate(names)
+    ]
+    return {
+        "tables": [
+            {
+                "name": "nrprec_cars",
+                "title": title,
+                "caption": "Means.",
+                "dataset": "cars",
+                "paper": "Table 6",
+                "kind": "rows",
+                "header": ["Loss", "model", names[0]],
+                "rows": rows,
+                "notes": ["A note."],
+            },
+            {
+                "name": "correlation_cars",
+                "title": "Correlation",
+                "caption": "",
+                "dataset": "cars",
+                "paper": None,
+                "kind": "matrix",
+                "header": ["", *names],
+                "rows": heat,
+                "notes": [],
+            },
+            {
+                "name": "errata",
+                "title": "Errata",
+                "caption": "",
+                "dataset": None,
+                "paper": None,
+                "kind": "rows",
+                "header": ["Published", "Here"],
+                "rows": [[cell("σ in Eq. 5"), cell("the square root")]],
+                "notes": [],
+            },
+        ],
+        "statements": [
+            {
+                "dataset": "cars",
+                "topic": f"topic {k % 2}",
+                "text": f"Finding {k} of {names[k % 3]}.",
+                "test": "permutations",
+                "p_value": 0.01 if k else None,
+                "main": k < 3,
+            }
+            for k in range(4)
+        ],
+        "warnings": [f"cars: {names[1]} is odd"],
+        "missing": [{"dataset": "cars", "table": "pairs", "what": "pairs.csv is not there"}],
+        "made_with": {"versions": {"numpy": "2.0"}, "options": {}},
+    }
 
 
 def some_figures(folder, title="Profile"):
     folder.mkdir()
-    (folder / "profile.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg" width="90" height="40"><rect width="50" height="20"/></svg>')
+    (folder / "profile.svg").write_text(
+        '<svg xmlns="http://www.w3.org/2000/svg" width="90" height="40"><rect width="50" height="20"/></svg>'
+    )
     for name in ("profile.png", "photograph.png"):
         Image.new("RGB", (30, 20), (9, 90, 200)).save(folder / name)
-    write_json(folder / "figures.json", {"figures": [
-        {"name": "profile", "title": title, "caption": "Dots.", "dataset": "cars", "svg": "profile.svg", "png": "profile.png"},
-        {"name": "photograph", "title": "Samples", "caption": "Cars.", "dataset": None, "svg": None, "png": "photograph.png"}],
-        "missing": [{"dataset": "cars", "figure": "tsne", "what": "scikit-learn is not installed"}]})
+    write_json(
+        folder / "figures.json",
+        {
+            "figures": [
+                {
+                    "name": "profile",
+                    "title": title,
+                    "caption": "Dots.",
+                    "dataset": "cars",
+                    "svg": "profile.svg",
+                    "png": "profile.png",
+                },
+                {
+                    "name": "photograph",
+                    "title": "Samples",
+                    "caption": "Cars.",
+                    "dataset": None,
+                    "svg": None,
+                    "png": "photograph.png",
+                },
+            ],
+            "missing": [{"dataset": "cars", "figure": "tsne", "what": "scikit-learn is not installed"}],
+        },
+    )
 
 
 LOSSES = [("triplet", "Triplet"), ("arcface", "ArcFace"), ("my_own", "My own")]
@@ -175,7 +273,11 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
     def of(self, tag, **wanted):
-        return [found for name, found in self.elements if name == tag and all(found.get(key) == value for key, value in wanted.items())]
+        return [
+            found
+            for name, found in self.elements
+            if name == tag and all(found.get(key) == value for key, value in wanted.items())
+        ]
 
     def stored(self):
         """The JSON blocks by id."""
@@ -185,6 +287,7 @@ class Page(HTMLParser):
 def pixels(uri):
     kind, content = re.fullmatch(r"data:image/(webp);base64,(.*)", uri).groups()
     from io import BytesIO
+
     return np.asarray(Image.open(BytesIO(base64.b64decode(content))))
 
 
@@ -195,12 +298,31 @@ def test_page_in_full(make):
     done, content = make("--dataset", "cars")
     assert done.returncode == 0, done.stderr
     page = Page(content)
-    for words in ("3 networks on cars, 2 folds, 18 saliency maps, efficientnet_lite0.", "Finding 0 of Triplet.", "Permutations; p = 0.01",
-                  "resize 12, crop 10, channels RGB", "0abcdef0 1abcdef0", "cars: Margin is odd", "cars: pairs: pairs.csv is not there",
-                  "cars: tsne: scikit-learn is not installed", "σ in Eq. 5", "A note.", "numpy 2.0", "3 × 10 × 10"):
+    for words in (
+        "3 networks on cars, 2 folds, 18 saliency maps, efficientnet_lite0.",
+        "Finding 0 of Triplet.",
+        "Permutations; p = 0.01",
+        "resize 12, crop 10, channels RGB",
+        "0abcdef0 1abcdef0",
+        "cars: Margin is odd",
+        "cars: pairs: pairs.csv is not there",
+        "cars: tsne: scikit-learn is not installed",
+        "σ in Eq. 5",
+        "A note.",
+        "numpy 2.0",
+        "3 × 10 × 10",
+    ):
         assert words in page.text, words
-    assert [found["id"] for found in page.of("section")] == ["findings", "analysed", "warnings", "statements", "gallery", "tables",
-                                                             "figures", "errata"]
+    assert [found["id"] for found in page.of("section")] == [
+        "findings",
+        "analysed",
+        "warnings",
+        "statements",
+        "gallery",
+        "tables",
+        "figures",
+        "errata",
+    ]
     assert len(page.of("ol", **{"class": "findings"})) == 1
     kinds = [uri.split(";")[0] for uri in (image["src"] for image in page.of("img"))]
     assert kinds == ["data:image/svg+xml", "data:image/webp"]
@@ -216,8 +338,10 @@ def test_golden_table():
         '<thead><tr><th scope="col" aria-sort="none"><button type="button">Loss</button></th>'
         '<th scope="col" aria-sort="none" class="n"><button type="button">model</button></th>'
         '<th scope="col" aria-sort="none"><button type="button">Triplet</button></th></tr></thead>\n'
-        '<tbody>\n<tr><th scope="row">Margin</th><td class="n s7" data-value="2.5" data-hint="fold 0: 1">2.5</td><td></td></tr>\n</tbody></table></div>'
-        '<ul class="notes"><li>A note.</li></ul></article>')
+        '<tbody>\n<tr><th scope="row">Margin</th><td class="n s7" data-value="2.5" data-hint="fold 0: 1">2.5</td><td></td></tr>\n'
+        "</tbody></table></div>"
+        '<ul class="notes"><li>A note.</li></ul></article>'
+    )
 
 
 def test_heat_map_has_a_legend_and_no_sorting():
@@ -233,8 +357,11 @@ def test_gallery_holds_each_fold_with_its_pictures_and_properties(written):
     assert [one["label"] for one in sets] == ["cars, fold 0", "cars, fold 1"]
     assert [one["name"] for one in sets[1]["pictures"]] == FOLDS[1]
     assert sets[1]["pictures"][2] == {"name": "images/5.png", "properties": [["model", "model 2"]], "blank": []}
-    assert sets[0]["networks"] == [{"name": "Triplet", "type": "ranking"}, {"name": "ArcFace", "type": "classification"},
-                                   {"name": "My own", "type": "other"}]
+    assert sets[0]["networks"] == [
+        {"name": "Triplet", "type": "ranking"},
+        {"name": "ArcFace", "type": "classification"},
+        {"name": "My own", "type": "other"},
+    ]
     image = pixels(stored["picture-1-2"]["picture"])
     assert image.shape == (10, 10, 3) and np.abs(image.mean(axis=(0, 1)) - (200, 200, 90)).max() < 6  # picture 5's colour
     assert set(stored["picture-0-0"]) == {"maps", "second", "picture"} and len(stored) == 1 + 6
@@ -260,7 +387,9 @@ def test_blank_maps_are_named(place, written):
 
 def test_fewer_pictures_are_taken_evenly_and_said(written):
     page = Page(written("--dataset", "cars", "--pictures", "4"))
-    assert [[one["name"] for one in found["pictures"]] for found in page.stored()["gallery-sets"]] == [[names[0], names[2]] for names in FOLDS]
+    assert [[one["name"] for one in found["pictures"]] for found in page.stored()["gallery-sets"]] == [
+        [names[0], names[2]] for names in FOLDS
+    ]
     assert "The gallery shows 4 of 6 pictures" in page.text
 
 
@@ -294,14 +423,21 @@ def test_same_input_same_bytes(make, written):
 def test_stdout_names_path_and_findings_within_the_terminal(make):
     done, _ = make("--dataset", "cars", env={**os.environ, "COLUMNS": "44"})
     assert done.stdout.startswith("report.html  6 networks, 6 pictures, 2 tables, 2")
-    assert "1. Finding 0 of Triplet.\n   Permutations" in done.stdout and "3. Finding 2" in done.stdout and "Finding 3" not in done.stdout
+    assert (
+        "1. Finding 0 of Triplet.\n   Permutations" in done.stdout
+        and "3. Finding 2" in done.stdout
+        and "Finding 3" not in done.stdout
+    )
     assert max(map(len, done.stdout.splitlines()[3:])) <= 44
 
 
 def test_pictures_of_a_limited_or_picked_subset(place):
     names = [f"{i}.png" for i in range(6)]
     folder = add_network(place / "results", "margin", "Margin", 7, names)
-    assert report.picture_names(network(folder, names[:4], limit=4), None) == (names[:4], {name: [("model", f"model {i}")] for i, name in enumerate(names)})
+    assert report.picture_names(network(folder, names[:4], limit=4), None) == (
+        names[:4],
+        {name: [("model", f"model {i}")] for i, name in enumerate(names)},
+    )
     assert report.picture_names(network(folder, ["5.png", "1.png"], pick=[5, 1]), None)[0] == ["5.png", "1.png"]
     left_out = network(folder, ["0.png", "2.png"], limit=3)
     left_out["maps"]["about"]["pictures"]["left_out"] = ["1.png"]
@@ -319,7 +455,11 @@ def test_pictures_of_held_out_rows_without_labels(place):
 
 
 def network(folder, names, **options):
-    return {"folder": folder, "emb": None, "maps": {"array": np.zeros((len(names), 2, 2)), "about": about_of("Margin", 7, names, **options)}}
+    return {
+        "folder": folder,
+        "emb": None,
+        "maps": {"array": np.zeros((len(names), 2, 2)), "about": about_of("Margin", 7, names, **options)},
+    }
 
 
 def test_networks_of_a_backbone_alone_and_arrays_without_json(place):
@@ -329,8 +469,11 @@ def test_networks_of_a_backbone_alone_and_arrays_without_json(place):
     for path in bare.glob("*.json"):
         path.unlink()
     networks, left_out = report.find_networks(place / "results")
-    assert {(one["slug"], one["name"], one["type"], one["fold"]) for one in networks if one["slug"] in ("margin", "efficientnet_lite0")} == {
-        ("efficientnet_lite0", "efficientnet_lite0", "none", None), ("margin", "Margin", "ranking", "1")}
+    assert {
+        (one["slug"], one["name"], one["type"], one["fold"])
+        for one in networks
+        if one["slug"] in ("margin", "efficientnet_lite0")
+    } == {("efficientnet_lite0", "efficientnet_lite0", "none", None), ("margin", "Margin", "ranking", "1")}
     assert left_out == []
 
 
@@ -338,15 +481,29 @@ def test_training_history_is_averaged_over_folds(place, written):
     for fold, (first, last) in enumerate([(0.2, 0.6), (0.4, 0.7)]):
         folder = place / f"models/trained/cars/Triplet/fold{fold}"
         folder.mkdir(parents=True)
-        write_json(folder / "config.json", {"loss_parameters": {"class": "TripletMarginLoss", "margin": 0.05}, "frozen_trunk": True,
-                                             "split": {"kind": "pictures", "train": 4, "test": [1]}, "options": {"epochs": 1 + fold}})
-        (folder / "history.csv").write_text("epoch,split,loss,positive_mean,negative_mean,jsd,recall_at_1,map_at_r,seconds\n"
-                                            f"1,validation,1,,,0.5,{last},0.1,1\n0,validation,2,,,0.1,{first},0.1,1\n1,train,nan,,,,,,1\n")
+        write_json(
+            folder / "config.json",
+            {
+                "loss_parameters": {"class": "TripletMarginLoss", "margin": 0.05},
+                "frozen_trunk": True,
+                "split": {"kind": "pictures", "train": 4, "test": [1]},
+                "options": {"epochs": 1 + fold},
+            },
+        )
+        (folder / "history.csv").write_text(
+            "epoch,split,loss,positive_mean,negative_mean,jsd,recall_at_1,map_at_r,seconds\n"
+            f"1,validation,1,,,0.5,{last},0.1,1\n0,validation,2,,,0.1,{first},0.1,1\n1,train,nan,,,,,,1\n"
+        )
     page = Page(written("--dataset", "cars"))
     assert "Triplet 2 1 0.300 0.650 0.100 0.100 0.100 0.500" in page.text  # no training loss that is a number
     assert "Triplet ranking 0 1 euclidean 3 × 4 3 × 10 × 10 3 × 10 × 10 0abcdef0 1abcdef0" in page.text
     assert "Class and parameters Triplet class TripletMarginLoss, margin 0.05" in page.text
-    for words in ("Setting Training Embeddings Saliency maps", "frozen trunk yes", "kind pictures, train 4", "epochs 1 (1 of 2); 2 (1 of 2)"):
+    for words in (
+        "Setting Training Embeddings Saliency maps",
+        "frozen trunk yes",
+        "kind pictures, train 4",
+        "epochs 1 (1 of 2); 2 (1 of 2)",
+    ):
         assert words in page.text, words
     hints = [found["data-hint"] for found in page.of("td") if found.get("data-hint")]
     assert "0.6000, 0.7000" in hints
@@ -391,8 +548,14 @@ def nasty(place):
     shutil.rmtree(results)
     for number, loss in enumerate(NASTY[:3]):
         folder = add_network(results, f"slug{number}", loss, 0, names)
-        (folder / "props.csv").write_text("frame," + '"' + NASTY[0] + '"\n' + "".join(f'{i},"{name.replace(chr(34), chr(34) * 2)}"\n' for i, name in enumerate(NASTY)),
-                                          encoding="utf-8")
+        (folder / "props.csv").write_text(
+            "frame,"
+            + '"'
+            + NASTY[0]
+            + '"\n'
+            + "".join(f'{i},"{name.replace(chr(34), chr(34) * 2)}"\n' for i, name in enumerate(NASTY)),
+            encoding="utf-8",
+        )
     add_pictures(place / "cars", names)
     write_json(place / "tables/tables.json", some_tables(NASTY, NASTY[1]))
     shutil.rmtree(place / "figures")
@@ -404,7 +567,10 @@ def test_nasty_names_are_text(nasty, make):
     done, content = make("--dataset", "cars")
     assert done.returncode == 0, done.stderr
     page = Page(content)
-    assert [about.get("type") for about, _ in page.scripts].count(None) == 1 and page.scripts[-1] == [{}, (ROOT / "report.js").read_text(encoding="utf-8")]
+    assert [about.get("type") for about, _ in page.scripts].count(None) == 1 and page.scripts[-1] == [
+        {},
+        (ROOT / "report.js").read_text(encoding="utf-8"),
+    ]
     assert "window.pwned" not in page.scripts[-1][1]
     assert all(not name.startswith("on") and name != "style" for _, found in page.elements for name in found)
     assert {found["src"].split(":")[0] for found in page.of("img")} == {"data"}
@@ -420,11 +586,19 @@ def test_nasty_names_are_text(nasty, make):
 def test_policy_passes_only_the_pages_own_style_and_script(written):
     content = written("--dataset", "cars")
     page = Page(content)
-    policy = dict(part.split(" ", 1) for part in page.of("meta", **{"http-equiv": "Content-Security-Policy"})[0]["content"].split("; "))
+    policy = dict(
+        part.split(" ", 1) for part in page.of("meta", **{"http-equiv": "Content-Security-Policy"})[0]["content"].split("; ")
+    )
     style = re.search(r"<style>(.*?)</style>", content, re.S).group(1)
     digest = lambda words: f"'sha256-{base64.b64encode(hashlib.sha256(words.encode()).digest()).decode()}'"
-    assert policy == {"default-src": "'none'", "img-src": "data:", "style-src": digest(style), "script-src": digest(page.scripts[-1][1]),
-                      "base-uri": "'none'", "form-action": "'none'"}
+    assert policy == {
+        "default-src": "'none'",
+        "img-src": "data:",
+        "style-src": digest(style),
+        "script-src": digest(page.scripts[-1][1]),
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
 
 
 def test_no_reference_to_anything_outside(written):
@@ -442,7 +616,10 @@ def test_no_reference_to_anything_outside(written):
 def test_document_is_sound(written):
     content = written("--dataset", "cars")
     page = Page(content)
-    assert content.startswith("<!DOCTYPE html>\n<html lang=\"en\">") and len(page.of("h1")) == len(page.of("main")) == len(page.of("title")) == 1
+    assert (
+        content.startswith('<!DOCTYPE html>\n<html lang="en">')
+        and len(page.of("h1")) == len(page.of("main")) == len(page.of("title")) == 1
+    )
     ids = [found["id"] for _, found in page.elements if "id" in found]
     assert len(set(ids)) == len(ids)
     for _, found in page.elements:
@@ -461,15 +638,23 @@ def test_html5_parser_finds_no_error(nasty, written):
 @given(st.text())
 def test_any_text_is_read_back_from_the_page(words):
     page = Page(f'<p title="{report.text(words)}">{report.text(words)}</p>')
-    allowed = "".join("\ufffd" if unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\t\n\r" or letter in "\ufffe\uffff" else letter for letter in words)
+    allowed = "".join(
+        "\ufffd"
+        if unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\t\n\r" or letter in "\ufffe\uffff"
+        else letter
+        for letter in words
+    )
     assert page.of("p")[0]["title"] == "".join(page.words) == allowed
     shown = report.script_json({words: [words]})
     assert json.loads(shown) == {words: [words]} and shown.isascii() and not set("<>&") & set(shown)
 
 
 def luminance(colour):
-    parts = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
-    return sum(weight * (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4) for weight, part in zip((0.2126, 0.7152, 0.0722), parts))
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    return sum(
+        weight * (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4)
+        for weight, part in zip((0.2126, 0.7152, 0.0722), parts)
+    )
 
 
 def contrast(a, b):
@@ -479,7 +664,12 @@ def contrast(a, b):
 
 def test_text_is_readable_on_every_ground_in_both_schemes():
     """WCAG 2 AA: 4.5 to 1."""
-    colours = {name: pair for name, *pair in re.findall(r"--(\w+): light-dark\((#\w{6}), (#\w{6})\)", (ROOT / "report.css").read_text(encoding="utf-8"))}
+    colours = {
+        name: pair
+        for name, *pair in re.findall(
+            r"--(\w+): light-dark\((#\w{6}), (#\w{6})\)", (ROOT / "report.css").read_text(encoding="utf-8")
+        )
+    }
     shades = [re.findall(r"#\w{6}", rule) for rule in report.shade_rules().splitlines()]
     assert len(shades) == 21 and {"page", "panel", "ink", "soft", "strong", "mark"} <= set(colours)
     for scheme in (0, 1):
@@ -538,27 +728,41 @@ def test_half_finished_and_broken_arrays_are_left_out_and_listed(place, make):
     done, content = make("--dataset", "cars")
     assert done.returncode == 0, done.stderr
     page = Page(content)
-    for words in ("cars/triplet/fold0/maps.npy: half-finished", "cars/triplet/fold1/maps.npy is truncated", "cars/arcface/fold1/emb.npy: shape (2, 4)",
-                  "cars/arcface/fold0/maps.npy: the lists in its JSON", "cars/my_own/fold0/maps.npy holds Python objects"):
+    for words in (
+        "cars/triplet/fold0/maps.npy: half-finished",
+        "cars/triplet/fold1/maps.npy is truncated",
+        "cars/arcface/fold1/emb.npy: shape (2, 4)",
+        "cars/arcface/fold0/maps.npy: the lists in its JSON",
+        "cars/my_own/fold0/maps.npy holds Python objects",
+    ):
         assert words in page.text, words
     assert [[one["name"] for one in found["networks"]] for found in page.stored()["gallery-sets"]] == [["ArcFace", "My own"]]
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda t: "[1, 2", "no JSON"),
-    (lambda t: "[" * 100_000, "no JSON"),
-    (lambda t: [1, 2], "holds list"),
-    (lambda t: {**t, "statements": "none"}, "statements of the file is 'none', expected list"),
-    (lambda t: {key: t[key] for key in t if key != "tables"}, "tables of the file is 'missing'"),
-    (lambda t: {**t, "warnings": [{}]}, "a warning, header or note is no text"),
-    (lambda t: {**t, "tables": [5]}, "table 0 is int"),
-    (lambda t: {**t, "tables": [{**t["tables"][0], "kind": "bars"}]}, "of kind 'bars'"),
-    (lambda t: {**t, "tables": [t["tables"][0], t["tables"][0]]}, "table 'nrprec_cars' is there twice"),
-    (lambda t: {**t, "tables": [{**t["tables"][0], "header": ["Loss", "model"]}]}, "a row of another length than its header, 2"),
-    (lambda t: {**t, "tables": [{**t["tables"][0], "rows": [[cell("a"), cell("b", "x"), cell("c")]]}]}, "value of a cell of table 'nrprec_cars' is 'x', expected int or float or null"),
-    (lambda t: {**t, "tables": [{**t["tables"][0], "rows": [[cell("a"), cell("b", True), cell("c")]]}]}, "value of a cell"),
-    (lambda t: {**t, "statements": [{"text": 5}]}, "of statement 0"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda t: "[1, 2", "no JSON"),
+        (lambda t: "[" * 100_000, "no JSON"),
+        (lambda t: [1, 2], "holds list"),
+        (lambda t: {**t, "statements": "none"}, "statements of the file is 'none', expected list"),
+        (lambda t: {key: t[key] for key in t if key != "tables"}, "tables of the file is 'missing'"),
+        (lambda t: {**t, "warnings": [{}]}, "a warning, header or note is no text"),
+        (lambda t: {**t, "tables": [5]}, "table 0 is int"),
+        (lambda t: {**t, "tables": [{**t["tables"][0], "kind": "bars"}]}, "of kind 'bars'"),
+        (lambda t: {**t, "tables": [t["tables"][0], t["tables"][0]]}, "table 'nrprec_cars' is there twice"),
+        (
+            lambda t: {**t, "tables": [{**t["tables"][0], "header": ["Loss", "model"]}]},
+            "a row of another length than its header, 2",
+        ),
+        (
+            lambda t: {**t, "tables": [{**t["tables"][0], "rows": [[cell("a"), cell("b", "x"), cell("c")]]}]},
+            "value of a cell of table 'nrprec_cars' is 'x', expected int or float or null",
+        ),
+        (lambda t: {**t, "tables": [{**t["tables"][0], "rows": [[cell("a"), cell("b", True), cell("c")]]}]}, "value of a cell"),
+        (lambda t: {**t, "statements": [{"text": 5}]}, "of statement 0"),
+    ],
+)
 def test_malformed_tables(place, change, words):
     content = change(some_tables())
     (place / "tables/tables.json").write_text(content if isinstance(content, str) else json.dumps(content))
@@ -566,13 +770,16 @@ def test_malformed_tables(place, change, words):
         report.read_tables(place / "tables")
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda f: {"figures": {}}, "figures of the file is '{}', expected list"),
-    (lambda f: {"figures": [{**f, "svg": "../cars/images/0.png"}]}, "0.png is not in "),  # though it is there
-    (lambda f: {"figures": [{**f, "png": "none.png"}]}, "none.png is not in "),
-    (lambda f: {"figures": [{**f, "svg": None, "png": None}]}, "its file is not in "),
-    (lambda f: {"figures": [{**f, "title": None}]}, "title of figure 0"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda f: {"figures": {}}, "figures of the file is '{}', expected list"),
+        (lambda f: {"figures": [{**f, "svg": "../cars/images/0.png"}]}, "0.png is not in "),  # though it is there
+        (lambda f: {"figures": [{**f, "png": "none.png"}]}, "none.png is not in "),
+        (lambda f: {"figures": [{**f, "svg": None, "png": None}]}, "its file is not in "),
+        (lambda f: {"figures": [{**f, "title": None}]}, "title of figure 0"),
+    ],
+)
 def test_malformed_figures(place, change, words):
     figure = json.loads((place / "figures/figures.json").read_text())["figures"][0]
     write_json(place / "figures/figures.json", change(figure))
@@ -589,17 +796,20 @@ def test_malformed_files_are_one_line_on_the_terminal(place, make):
     assert content is None
 
 
-@pytest.mark.parametrize("options, words", [
-    (["--tables", "figures"], "no tables.json there; python tables.py results"),
-    (["--figures", "nowhere"], "no figures.json there"),
-    (["--dataset", "nowhere"], "nowhere: no such folder"),
-    (["--pictures", "0"], "--pictures 0: expected 1"),
-    (["--size", "9999"], "--size 9999"),
-    (["--out", "nowhere/report.html"], "does not exist"),
-    (["--out", "tables/tables.json"], "is an input"),
-    (["--out", "tables"], "is a folder"),
-    (["--no-such-option"], "unrecognized arguments"),
-])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--tables", "figures"], "no tables.json there; python tables.py results"),
+        (["--figures", "nowhere"], "no figures.json there"),
+        (["--dataset", "nowhere"], "nowhere: no such folder"),
+        (["--pictures", "0"], "--pictures 0: expected 1"),
+        (["--size", "9999"], "--size 9999"),
+        (["--out", "nowhere/report.html"], "does not exist"),
+        (["--out", "tables/tables.json"], "is an input"),
+        (["--out", "tables"], "is a folder"),
+        (["--no-such-option"], "unrecognized arguments"),
+    ],
+)
 def test_bad_options(make, options, words):
     refused(make(*options)[0], words)
 
@@ -618,7 +828,9 @@ def axe_core():
     places = [os.environ.get("AXE_CORE"), ROOT / "node_modules/axe-core/axe.min.js"]
     npm = shutil.which("npm")
     if npm:
-        places.append(Path(subprocess.run([npm, "root", "-g"], capture_output=True, text=True).stdout.strip()) / "axe-core/axe.min.js")
+        places.append(
+            Path(subprocess.run([npm, "root", "-g"], capture_output=True, text=True).stdout.strip()) / "axe-core/axe.min.js"
+        )
     return next((Path(place).read_text(encoding="utf-8") for place in places if place and Path(place).is_file()), None)
 
 
@@ -646,7 +858,9 @@ def visit(browser, place, written):
         if path is None:
             written("--dataset", "cars")
             path = place / "report.html"
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": width < 500})
+        browser.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride", {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": width < 500}
+        )
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
         browser.get(path.as_uri())
         shown(browser, "0-0")
@@ -664,12 +878,17 @@ def shown(driver, which):
 
 
 def column(driver, table, number):
-    return driver.execute_script("return [...document.querySelectorAll(`#table-${arguments[0]} tbody tr`)].map(row => row.cells[arguments[1]].textContent)",
-                                 table, number)
+    return driver.execute_script(
+        "const rows = document.querySelectorAll(`#table-${arguments[0]} tbody tr`);"
+        "return [...rows].map(row => row.cells[arguments[1]].textContent)",
+        table,
+        number,
+    )
 
 
 def press(driver, *keys):
     from selenium.webdriver import ActionChains
+
     ActionChains(driver).send_keys(*keys).perform()
 
 
@@ -680,7 +899,12 @@ def find(driver, selector):
 def test_browser_no_errors_no_requests(visit, nasty):
     driver = visit()
     assert driver.get_log("browser") == []
-    assert driver.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name).filter(name => !name.startsWith('data:'))") == []
+    assert (
+        driver.execute_script(
+            "return performance.getEntriesByType('resource').map(entry => entry.name).filter(name => !name.startsWith('data:'))"
+        )
+        == []
+    )
     assert driver.execute_script("return window.pwned") is None
     find(driver, "#film").send_keys("\ue014")  # the right arrow
     shown(driver, "0-1")
@@ -690,8 +914,10 @@ def test_browser_no_errors_no_requests(visit, nasty):
 
 def test_browser_policy_stops_what_would_run(visit):
     driver = visit()
-    driver.execute_script("""const image = document.createElement("div"); image.innerHTML = '<img src="x" onerror="window.pwned=1">';
-        const script = document.createElement("script"); script.textContent = "window.pwned = 2"; document.body.append(image, script)""")
+    driver.execute_script("""const image = document.createElement("div"); 
+        image.innerHTML = '<img src="x" onerror="window.pwned=1">';
+        const script = document.createElement("script"); script.textContent = "window.pwned = 2";
+        document.body.append(image, script)""")
     time.sleep(0.3)
     assert driver.execute_script("return window.pwned") is None
     assert any("Content Security Policy" in entry["message"] for entry in driver.get_log("browser"))
@@ -699,8 +925,11 @@ def test_browser_policy_stops_what_would_run(visit):
 
 def test_browser_sorts_by_click_and_by_keyboard(visit):
     from selenium.webdriver import Keys
+
     driver = visit()
-    state = lambda: [head.get_attribute("aria-sort") for head in driver.find_elements("css selector", "#table-nrprec_cars th[aria-sort]")]
+    state = lambda: [
+        head.get_attribute("aria-sort") for head in driver.find_elements("css selector", "#table-nrprec_cars th[aria-sort]")
+    ]
     loss, model, holes = driver.find_elements("css selector", "#table-nrprec_cars th button")
     model.click()
     assert column(driver, "nrprec_cars", 1) == ["5.0", "2.5", "0.0"] and state() == ["none", "descending", "none"]
@@ -730,6 +959,7 @@ def test_browser_keeps_means_below(place, visit):
 
 def test_browser_heat_map_by_keyboard_and_hover(visit):
     from selenium.webdriver import ActionChains, Keys
+
     driver = visit()
     live = lambda: driver.execute_script("return document.querySelector('#live').textContent")
     cells = driver.find_elements("css selector", "#table-correlation_cars tbody td")
@@ -754,9 +984,13 @@ def test_browser_heat_map_by_keyboard_and_hover(visit):
 
 def test_browser_gallery(place, visit):
     from selenium.webdriver import Keys
+
     driver = visit()
     tile = lambda number: driver.execute_script(
-        "const c = document.querySelectorAll('#tiles canvas')[arguments[0]]; return [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]", number)
+        "const c = document.querySelectorAll('#tiles canvas')[arguments[0]];"
+        "return [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]",
+        number,
+    )
     words = [one.text.split("\n")[0] for one in driver.find_elements("css selector", "#tiles li")]
     assert words == ["Picture", "Triplet ranking", "ArcFace classification", "My own other"]
     assert tile(0)[:4] == pytest.approx([0, 200, 90, 255], abs=8)  # picture 0's colour
@@ -764,7 +998,9 @@ def test_browser_gallery(place, visit):
     driver.execute_script("const s = document.querySelector('#overlay'); s.value = 0; s.dispatchEvent(new Event('input'))")
     assert tile(1) == tile(0) != mixed  # nothing of the map
     values = np.load(place / "results/cars/triplet/fold0/maps.npy")[0].astype(float).ravel()
-    at = lambda: np.array(tile(1)).reshape(224, 224, 4)[11:224:22, 11:224:22, :3][:10, :10].reshape(100, 3)  # the middle of each value
+    at = lambda: (
+        np.array(tile(1)).reshape(224, 224, 4)[11:224:22, 11:224:22, :3][:10, :10].reshape(100, 3)
+    )  # the middle of each value
     driver.execute_script("const s = document.querySelector('#overlay'); s.value = 49; s.dispatchEvent(new Event('input'))")
     away = np.abs(at() - tile(0)[:3]).sum(axis=1)
     assert away[values < 0.05].max() < 60 < away[values > 0.5].min()  # the salient parts alone
@@ -814,7 +1050,10 @@ def test_browser_axe_and_width(visit, scheme, width):
     assert len(results["passes"]) > 30
     find(driver, "#theme").click()
     other = driver.execute_async_script("axe.run({runOnly: ['color-contrast']}).then(arguments[0])")
-    assert other["violations"] == [] and (driver.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(20, 22, 26)") != dark
+    assert (
+        other["violations"] == []
+        and (driver.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(20, 22, 26)") != dark
+    )
 
 
 def test_browser_opens_15_networks_and_300_pictures_in_two_seconds(visit, tmp_path, run_script):
