@@ -110,7 +110,8 @@ def training_folder(place, about, homes, trained):
         return trained / place.parent.name / place.name
     checkpoint = Path(str(about["checkpoint"]))
     places, parts = [home / checkpoint for home in homes], checkpoint.parts
-    places += [trained.parent.joinpath(*parts[parts.index("trained") + 1:])] * ("trained" in parts)
+    if "trained" in parts:
+        places.append(trained.parent.joinpath(*parts[parts.index("trained") + 1:]))
     return next((found for found in places if (found / "config.json").is_file()), places[-1])
 
 
