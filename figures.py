@@ -21,7 +21,6 @@ Writes: NAME.svg, NAME.png and NAME.pdf for each figure (photographs: no SVG), a
 A figure whose input is missing is left out and named. Same input, same options: the same files, byte for byte.
 """
 import argparse
-import csv
 import importlib.util
 import io
 import itertools
@@ -47,6 +46,7 @@ except ImportError:
     matplotlib = None  # main says what to install; --help works without
 
 import data
+import results
 
 HERE = Path(__file__).resolve().parent
 FIGURES = ("profile", "correlation", "jsd", "gallery", "tsne", "samples", "pairs", "training")
@@ -559,144 +559,42 @@ def say(text):
     print(f"figures.py: {text}", file=sys.stderr)
 
 
-# ---------------------------------------------------------------- what a results folder holds
-
-TABLES = ("nrprec.csv", "compare.csv", "pairs.csv", "masks.csv", "embeddings.csv", "sanity.csv")
+# ---------------------------------------------------------------- what is there
 
 
-def find_datasets(results):
-    """The data sets' folders: the folder itself where it holds networks or tables, else those in it that do."""
-    def holds(folder):
-        return any((folder / name).is_file() for name in TABLES) or any(folder.glob("*/fold*/*.npy"))
-
-    if not results.is_dir():
-        raise ValueError(f"{results}: no such folder; expected results/ or one data set's folder in it")
-    found = [results] if holds(results) else [folder for folder in sorted(results.iterdir()) if folder.is_dir() and holds(folder)]
-    if not found:
-        raise ValueError(f"{results}: no results in this folder; expected <dataset>/<loss>/fold<k>/emb.npy or maps.npy, "
-                         f"or tables as <dataset>/{TABLES[0]}: python embed.py, nrprec.py, saliency.py and compare.py make them")
-    return found
-
-
-def read_losses():
-    """models/losses.csv by slug and by name: {name, slug, type, order}; ranking first, none last."""
-    with open(HERE / "models" / "losses.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    for number, row in enumerate(rows):
-        row["order"] = (list(TYPES).index(row["type"]), number)
-    return {key: row for row in rows for key in (row["name"], row["slug"])}
-
-
-def find_networks(folder, losses):
-    """[{folder, slug, fold, name, type, order}] of a data set's networks, in the order of losses.csv."""
-    networks = []
-    for place in folder.glob("*/fold*"):
-        if not (place.is_dir() and place.name[4:].isdigit()):
-            continue
-        slug, row = place.parent.name, losses.get(place.parent.name, {})
-        about = data.read_sidecar(place / "emb.npy") or data.read_sidecar(place / "maps.npy")
-        backbone = about.get("backbone") if about.get("loss") is None else None
-        kind = row.get("type") or ("none" if backbone else "other")
-        networks.append({"folder": place, "slug": slug, "fold": int(place.name[4:]), "type": kind,
-                         "name": str(row.get("name") or about.get("loss") or backbone or slug),
-                         "order": (*row.get("order", (list(TYPES).index(kind), 99)), slug)})
-    for network in networks:
-        if any(other["name"] == network["name"] and other["slug"] != network["slug"] for other in networks):
-            network["name"] = network["slug"]
-    return sorted(networks, key=lambda network: (network["order"], network["fold"]))
-
-
-def told(path, part):
-    """A dictionary in the JSON beside an array: its pictures, options, preprocessing; {} where there is none."""
-    content = data.read_sidecar(path).get(part)
-    return content if isinstance(content, dict) else {}
-
-
-def check_lists(networks, stem):
-    """Raise ValueError naming two arrays of one fold whose JSONs tell of different pictures."""
-    first = {}
-    for network in networks:
-        path = network["folder"] / f"{stem}.npy"
-        digest = told(path, "pictures").get("sha256") if path.is_file() else None
-        if digest:
-            other, expected = first.setdefault(network["fold"], (path, digest))
-            if digest != expected:
-                raise ValueError(f"{other} and {path} have different lists of pictures, so they don't belong together; make both "
-                                 "from the same pictures")
-
-
-def read_rows(path, script, texts, numbers):
-    """A result table -> {column: list of str, or float64 array with nan for an empty field}. Raises Missing, ValueError."""
+def read_columns(path, script, texts, numbers):
+    """A result table -> {column: list of str, or of `numbers` float64 array, nan for an empty field}. Raises Missing, ValueError."""
     if not path.is_file():
         raise Missing(f"{path} is not there (python {script} writes it)")
-    table = data.read_table(path)
-    absent = [name for name in [*texts, *numbers] if name not in table]
-    if absent:
-        raise ValueError(f"{path} has no column {' and '.join(absent)}; expected a table of {script}; "
-                         f"its columns are {', '.join(table)}")
-    for name in numbers:
-        for line, value in enumerate(table[name], 2):
-            if value and not data.is_number(value):
-                raise ValueError(f"{path}: line {line}, column {name}: {value!r} is no number; make it again with {script}")
-        table[name] = np.array([float(value or "nan") for value in table[name]])
-    return table
+    table = results.read_columns(path, script, [*texts, *numbers], numbers)
+    return table | {column: np.array(table[column], np.float64) for column in numbers}
 
 
 def loss_names(table, found):
-    """The network's name of every row: its loss, else that of its folder, else its backbone, else its file."""
-    slugs = {network["slug"]: network["name"] for network in found["networks"]}
-    names = {}
-    for file in set(table["embeddings"]):
-        names[file] = slugs.get(Path(file).parent.parent.name) or data.read_sidecar(file).get("backbone") or (
-            next(iter(slugs.values())) if len(slugs) == 1 else file)
-    return [loss or names[file] for loss, file in zip(table.get("loss") or [""] * len(table["embeddings"]), table["embeddings"])]
+    """The network's name of every row: its loss, else whose embeddings they are."""
+    losses = table.get("loss", [""] * len(table["embeddings"]))
+    return [loss or results.whose(file, found["networks"])[0] for loss, file in zip(losses, table["embeddings"])]
 
 
 def sorted_names(names, found):
     """(names in the order of losses.csv, {name: type}); a name that is in neither the table nor the folder is "other"."""
-    types, order = {}, {}
-    for network in found["networks"]:
-        types[network["name"]], order[network["name"]] = network["type"], network["order"]
-    for name in names:
-        row = found["losses"].get(name, {})
-        types.setdefault(name, row.get("type", "other"))
-        order.setdefault(name, (*row.get("order", (list(TYPES).index(types[name]), 99)), name))
-    return sorted(dict.fromkeys(names), key=lambda name: order[name]), types
+    known = {row["name"]: row["type"] for row in results.losses() + found["networks"]}
+    types = {name: known.get(name, "other") for name in names}
+    return results.in_order(types), types
 
 
-def choose_network(found, wanted, file):
-    """The network of --network slug/fold, else the first of losses.csv that has the file. Raises Missing."""
-    slug, _, fold = (wanted or "").partition("/")
-    fold = fold.removeprefix("fold")
-    has = [network for network in found["networks"] if (network["folder"] / file).is_file()]
-    chosen = [network for network in has if not wanted or (slug in (network["slug"], network["name"])
-                                                           and fold in ("", str(network["fold"])))]
-    if not chosen:
-        raise Missing(f"{found['folder']} has no {file}" + f" of {wanted}" * bool(wanted) + " (python embed.py writes it)")
-    return chosen[0]
+def is_wanted(wanted, slug, name, number):
+    """Is this the network of --network SLUG/FOLD?"""
+    first, _, fold = (wanted or "").partition("/")
+    return not wanted or (first in (slug, name) and fold.removeprefix("fold") in ("", str(number)))
 
 
-def picture_names(network, stem, pictures):
-    """Names of the pictures that an array's rows are, from labels.csv or the data set. Raises Missing or ValueError."""
-    path = network["folder"] / f"{stem}.npy"
-    n, listed, options = len(data.read_array(path)), told(path, "pictures"), told(path, "options")
-    beside, candidates = network["folder"] / "labels.csv", []
-    if beside.is_file():
-        table = data.read_table(beside)
-        candidates.append(table.get("path", next(iter(table.values()))))
-    if pictures is not None:
-        candidates.append(pictures.relative)
-    left_out = set(listed.get("left_out") or [])
-    for names in list(candidates):
-        rows = options.get("pick") or range(len(names))[:options.get("limit")]
-        candidates.append([names[row] for row in rows if row < len(names) and names[row] not in left_out])
-    for names in candidates:
-        if len(names) == n and listed.get("sha256", data.pictures_sha256(names)) == data.pictures_sha256(names):
-            return names
-    if not candidates:
-        raise Missing(f"which pictures {path} is of, is not known: no labels.csv beside it; give --dataset")
-    raise ValueError(f"{path} has {n:,} rows of other pictures than {beside if beside.is_file() else pictures.folder} lists "
-                     f"({len(candidates[0]):,}); make both from the same pictures, or give their data set with --dataset")
+def picture_names(about, n, pictures):
+    names = results.picture_names(about, n, pictures)
+    if names is None:
+        raise ValueError(f"{about['path']} has {n:,} rows of other pictures than labels.csv beside it or {pictures.folder} lists; "
+                         "make both from the same pictures, or give their data set with --dataset")
+    return names
 
 
 def find_properties(network, pictures):
@@ -712,7 +610,7 @@ def find_properties(network, pictures):
             return {key: with_class_names(network, key, column) for key, column in properties.items()}
     if pictures is None:
         raise Missing(f"{network['folder']} has neither props.csv nor classes in labels.csv; give --dataset")
-    names = picture_names(network, "emb", pictures)
+    names = picture_names(network["emb"], n, pictures)
     row_of = {name: row for row, name in enumerate(pictures.relative)}
     rows = [row_of[name] for name in names if name in row_of]
     if len(rows) < n:
@@ -752,12 +650,9 @@ def listing(names):
 
 def make_profile(found, args):
     path = found["folder"] / "nrprec.csv"
-    table = read_rows(path, "nrprec.py", ["embeddings", "property"], ["nr_precision"])
-    options = {key: sorted(set(table[key])) for key in ("distance", "null", "max_neighbours") if key in table}
-    mixed = next((key for key, values in options.items() if len(values) > 1), None)
-    if mixed:
-        raise ValueError(f"{path} mixes {mixed} {' and '.join(value or 'none' for value in options[mixed])}, which can't be "
-                         "compared; run nrprec.py on all networks with the same options")
+    table = read_columns(path, "nrprec.py", ["embeddings", "property"], ["nr_precision"])
+    options = {key: table[key] for key in ("distance", "null", "max_neighbours") if key in table}
+    results.check_alike(path, options)
     if not np.isfinite(table["nr_precision"]).any():
         raise Missing(f"{path} has no NR-Prec")
     names, properties = loss_names(table, found), list(dict.fromkeys(table["property"]))
@@ -798,8 +693,8 @@ def profile_caption(order, properties, folds, whiskers, settings, roots):
 
 def make_heat_map(found, args, measure):
     path = found["folder"] / "compare.csv"
-    table = read_rows(path, "compare.py", ["model_a", "model_b"],
-                      ["n", "correlation", "correlation_low", "correlation_high", "jsd", "ceiling"])
+    table = read_columns(path, "compare.py", ["model_a", "model_b"],
+                         ["n", "correlation", "correlation_low", "correlation_high", "jsd", "ceiling"])
     order, types = sorted_names(table["model_a"] + table["model_b"], found)
     values, folds = pair_matrix(table, order, measure)
     if not folds:
@@ -846,17 +741,17 @@ def heat_map_caption(table, folds, measure, clustered):
 
 
 def make_gallery(found, args):
-    networks = [network for network in found["networks"] if (network["folder"] / "maps.npy").is_file()]
+    networks = [network for network in found["networks"] if network["maps"]]
     if not networks:
         raise Missing(f"{found['folder']} has no maps.npy (python saliency.py writes them)")
     if found["pictures"] is None:
         raise Missing("the pictures are not known; give their folder: --dataset FOLDER")
-    counts = Counter(network["fold"] for network in networks)
+    counts = Counter(network["number"] for network in networks)
     wanted = (args.network or "").partition("/")[2].removeprefix("fold")
     fold = int(wanted) if wanted.isdigit() and int(wanted) in counts else min(counts, key=lambda fold: (-counts[fold], fold))
-    networks = [network for network in networks if network["fold"] == fold]
+    networks = [network for network in networks if network["number"] == fold]
     maps, geometry = open_maps(networks)
-    names = picture_names(networks[0], "maps", found["pictures"])
+    names = picture_names(networks[0]["maps"], len(maps[0]), found["pictures"])
     place = dict(zip(found["pictures"].relative, found["pictures"].paths))
     rows = np.unique(np.linspace(0, len(names) - 1, min(args.pictures, len(names))).round().astype(int))
     absent = [names[row] for row in rows if names[row] not in place or not place[names[row]].is_file()]
@@ -878,9 +773,9 @@ def make_gallery(found, args):
 
 def open_maps(networks):
     """(the networks' maps (n, H, W), memory-mapped, their common resize and crop). Raises ValueError where they differ."""
-    paths = [network["folder"] / "maps.npy" for network in networks]
+    paths = [network["maps"]["path"] for network in networks]
     maps = [data.read_array(path) for path in paths]
-    geometry = [{key: told(path, "preprocessing").get(key) for key in ("resize", "crop")} for path in paths]
+    geometry = [{key: network["maps"].get("preprocessing", {}).get(key) for key in ("resize", "crop")} for network in networks]
     for path, array, where in zip(paths, maps, geometry):
         if array.ndim != 3 or array.dtype.kind not in "fiub" or 0 in array.shape:
             raise ValueError(f"{path} has shape {array.shape}, dtype {array.dtype}; expected maps (n, H, W)")
@@ -899,7 +794,11 @@ def in_range(saliency_map, network, row):
 
 
 def make_tsne(found, args):
-    network = choose_network(found, args.network, "emb.npy")
+    network = next((one for one in found["networks"]
+                    if one["emb"] and is_wanted(args.network, one["slug"], one["name"], one["number"])), None)
+    if network is None:
+        raise Missing(f"{found['folder']} has no emb.npy" + f" of {args.network}" * bool(args.network)
+                      + " (python embed.py writes it)")
     properties = find_properties(network, found["pictures"])
     embeddings = data.read_embeddings(network["folder"] / "emb.npy")
     n = len(embeddings)
@@ -912,7 +811,7 @@ def make_tsne(found, args):
     scores = nr_of(found, network)
     titles = {name: f"{plain(name, 18)} ({scores[name]:.1f})".replace("-", "−") for name in properties if name in scores}
     caption = (f"t-SNE (seed {args.seed}) of {len(rows):,}{f' of {n:,}' * (len(rows) < n)} embeddings of {network['name']}, "
-               f"fold {network['fold']}, coloured by each property's values"
+               f"fold {network['number']}, coloured by each property's values"
                + "; in brackets its NR-Prec" * bool(titles) + ". "
                + f"Circular, with a colour map that closes: {listing(used)}. " * bool(used))
     named = [name for name in properties if name in ("class", "super_class", "label", "model")]
@@ -923,12 +822,12 @@ def make_tsne(found, args):
 def nr_of(found, network):
     """{property: NR-Prec} of one network, {} where nrprec.csv has none."""
     try:
-        table = read_rows(found["folder"] / "nrprec.csv", "nrprec.py", ["embeddings", "property"], ["nr_precision"])
+        table = read_columns(found["folder"] / "nrprec.csv", "nrprec.py", ["embeddings", "property"], ["nr_precision"])
     except Missing:
         return {}
     names, folds = loss_names(table, found), table.get("fold", [""] * len(table["property"]))
     return {key: value for name, fold, key, value in zip(names, folds, table["property"], table["nr_precision"])
-            if name == network["name"] and fold in ("", str(network["fold"])) and np.isfinite(value)}
+            if name == network["name"] and fold in ("", str(network["number"])) and np.isfinite(value)}
 
 
 def make_samples(found, args):
@@ -975,19 +874,19 @@ def make_pairs(found, args):
 def count_pairs(found, args):
     """({(name, fold): histograms (2, bins)}, {(name, fold): JSD of pairs.csv}, label): read where they are, else counted."""
     counts, label = read_histograms(found, args.label)
-    networks = [network for network in found["networks"] if (network["folder"] / "emb.npy").is_file()]
+    networks = [network for network in found["networks"] if network["emb"]]
     if not networks and not counts:
         raise Missing(f"{found['folder']} has neither emb.npy nor histograms.csv (embed.py, pairs.py --histograms write them)")
     jsd = {}
     if (found["folder"] / "pairs.csv").is_file():
-        table = read_rows(found["folder"] / "pairs.csv", "pairs.py", ["embeddings", "label"], ["jsd"])
+        table = read_columns(found["folder"] / "pairs.csv", "pairs.py", ["embeddings", "label"], ["jsd"])
         label = label or args.label or table["label"][0]
         keys = zip(loss_names(table, found), table.get("fold", [""] * len(table["jsd"])))
         for key, one, value in zip(keys, table["label"], table["jsd"]):
             if one == label and np.isfinite(value):
                 jsd.setdefault(key, value)  # of the first number of bins
     for network in networks:
-        key = (network["name"], str(network["fold"]))
+        key = (network["name"], str(network["number"]))
         if key not in counts:
             counts[key], label = count_network(network, found, label or args.label)
     return counts, jsd, label
@@ -1016,12 +915,11 @@ def mean_area(histograms, name):
 
 def choose_pair(counts, found, wanted):
     """(name, fold) of --network, else of the first network in the order of losses.csv."""
-    slug, _, fold = (wanted or "").partition("/")
     slugs = {network["name"]: network["slug"] for network in found["networks"]}
-    keys = sorted(counts, key=lambda key: (sorted_names([name for name, _ in counts], found)[0].index(key[0]), key[1]))
-    for key in keys:
-        if not wanted or (slug in (key[0], slugs.get(key[0])) and fold.removeprefix("fold") in ("", key[1])):
-            return key
+    order = sorted_names([name for name, _ in counts], found)[0]
+    for name, fold in sorted(counts, key=lambda key: (order.index(key[0]), key[1])):
+        if is_wanted(wanted, slugs.get(name), name, fold):
+            return name, fold
     raise Missing(f"no pairs of {wanted}")
 
 
@@ -1030,7 +928,7 @@ def read_histograms(found, label):
     path = found["folder"] / "histograms.csv"
     if not path.is_file():
         return {}, None
-    table = read_rows(path, "pairs.py", ["embeddings", "label", "bins"], ["positive", "negative"])
+    table = read_columns(path, "pairs.py", ["embeddings", "label", "bins"], ["positive", "negative"])
     label, names = label or table["label"][0], loss_names(table, found)
     rows = [row for row in range(len(names)) if table["label"][row] == label and table["bins"][row] == table["bins"][0]]
     places = {}
@@ -1046,22 +944,12 @@ def two_rows(table, rows):
 def read_started(found, args):
     """The test pairs before training, from train.py's histograms.csv: {(name, fold): int64 (2, bins)}."""
     started = {}
-    for path, name, fold in trained(found, args, "histograms.csv"):
-        table = read_rows(path, "train.py", ["epoch", "split"], ["positive", "negative"])
+    for path, name, fold in results.trained_files(args.models, found["name"], found["networks"], "histograms.csv"):
+        table = read_columns(path, "train.py", ["epoch", "split"], ["positive", "negative"])
         rows = [row for row, key in enumerate(zip(table["epoch"], table["split"])) if key == ("0", "test")]
         if rows:
             started[name, fold] = two_rows(table, rows)
     return started
-
-
-def trained(found, args, file):
-    """(path, network's name, fold) of a file in models/trained/<dataset>/<slug>/fold<k>/, for every network that has it."""
-    places = args.models / "trained" / found["name"], args.models / found["name"]
-    folder = next((place for place in places if place.is_dir()), None)
-    slugs = {network["slug"]: network["name"] for network in found["networks"]}
-    for path in sorted(folder.glob(f"*/fold*/{file}")) if folder else []:
-        slug = path.parent.parent.name
-        yield path, slugs.get(slug) or found["losses"].get(slug, {}).get("name", slug), path.parent.name[4:]
 
 
 def count_network(network, found, label):
@@ -1079,8 +967,8 @@ def count_network(network, found, label):
 
 def make_training(found, args):
     read, lengths = {}, Counter()
-    for path, name, _ in trained(found, args, "history.csv"):
-        table = read_rows(path, "train.py", ["epoch", "split"], [key for key, _ in CURVES])
+    for path, name, _ in results.trained_files(args.models, found["name"], found["networks"], "history.csv"):
+        table = read_columns(path, "train.py", ["epoch", "split"], [key for key, _ in CURVES])
         for row, (epoch, split) in enumerate(zip(table["epoch"], table["split"])):
             if not epoch.isdigit():
                 raise ValueError(f"{path}: line {row + 2}: epoch {epoch!r} is no number; train that network again")
@@ -1159,13 +1047,24 @@ def open_pictures(args, names):
     return found
 
 
+def find_networks(folder, models):
+    """The networks of a data set, checked; those that share their loss with others are named by their folders."""
+    networks, half = results.find_networks(folder, models)
+    results.check_together(networks)
+    for _, what in half:
+        say(f"note: {what}; left out")
+    slugs = {}
+    for network in networks:
+        slugs.setdefault(network["name"], set()).add(network["slug"])
+    return [network | {"name": network["name"] if len(slugs[network["name"]]) == 1 else network["slug"]} for network in networks]
+
+
 def check_network(args, datasets):
     """Raise ValueError for a --network that no data set has."""
-    slug, _, fold = args.network.partition("/")
     known = [network for found in datasets for network in found["networks"]]
-    if not any(slug in (one["slug"], one["name"]) and fold.removeprefix("fold") in ("", str(one["fold"])) for one in known):
+    if not any(is_wanted(args.network, one["slug"], one["name"], one["number"]) for one in known):
         raise ValueError(f"--network {args.network}: no such network; there are "
-                         f"{listing(dict.fromkeys(f'''{one['slug']}/fold{one['fold']}''' for one in known)) or 'none'}")
+                         f"{listing(dict.fromkeys(f'''{one['slug']}/fold{one['number']}''' for one in known)) or 'none'}")
 
 
 def fail(message):
@@ -1217,18 +1116,13 @@ def main(argv=None):
     only = check(args)
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file; give a folder")
-    folders, losses = find_datasets(args.results), read_losses()
+    folders = results.find_datasets(args.results)
     names = [folder.resolve().name for folder in folders]
     pictures = open_pictures(args, names)
-    datasets = [{"name": name, "folder": folder, "losses": losses, "networks": find_networks(folder, losses),
-                 "pictures": pictures.get(name)} for name, folder in zip(names, folders)]
+    datasets = [{"name": name, "folder": folder, "networks": find_networks(folder, args.models), "pictures": pictures.get(name)}
+                for name, folder in zip(names, folders)]
     if args.network:
         check_network(args, datasets)
-    for found, stem in itertools.product(datasets, ("emb", "maps")):
-        check_lists(found["networks"], stem)
-        for network in found["networks"]:
-            if (network["folder"] / f"{stem}.npy.part").exists():
-                say(f"note: {network['folder'] / stem}.npy is half-finished and is left out")
     args.out.mkdir(parents=True, exist_ok=True)
     data.check_output(args.out / "figures.json")
 

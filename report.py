@@ -18,7 +18,6 @@ script are report.css and report.js, beside this file.
 """
 import argparse
 import base64
-import csv
 import hashlib
 import html
 import io
@@ -35,131 +34,35 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
+import results
 
 # ---------------------------------------------------------------- what is there
 
 
-def find_networks(results):
-    """Networks with arrays in results/<dataset>/<slug>/fold<k>/ -> ([{dataset, slug, name, type, fold, …}], [what is left out]).
-
-    A network's `emb`, `maps` and `maps_ceiling` are {"path", "array" (memory-mapped), "about" (the JSON)} or None.
-    Its order is that of models/losses.csv, ranking before classification; a loss unknown there is of type "other".
-    """
-    if not results.is_dir():
-        raise ValueError(f"{results}: no such folder; expected results/ or results/<dataset>, as embed.py makes it")
-    with open(Path(__file__).resolve().parent / "models" / "losses.csv", encoding="utf-8", newline="") as file:
-        losses = {row["slug"]: (number, row) for number, row in enumerate(csv.DictReader(file))}
-    folders = sorted(results.glob("*/fold*")) or sorted(results.glob("*/*/fold*"))
-    networks, left_out = [], []
-    for folder in filter(Path.is_dir, folders):
-        network = {stem: open_array(folder / f"{stem}.npy", dimensions, results, left_out)
-                   for stem, dimensions in (("emb", 2), ("maps", 3), ("maps_ceiling", 3))}
-        about = next((found["about"] for found in network.values() if found), None)
-        if about is None:
-            continue
-        slug, dataset = folder.parent.name, folder.parent.parent.resolve().name
-        number, row = losses.get(slug, (99, {"name": slug, "type": "other"}))
-        fold = about.get("fold", folder.name.removeprefix("fold"))
-        fold = fold if fold is None else str(fold)
-        name, kind = about.get("loss") or row["name"], row["type"]
-        if "loss" in about and about["loss"] is None:
-            name, kind = about.get("backbone") or slug, "none"
-        networks.append({**network, "dataset": dataset, "slug": slug, "fold": fold, "type": kind, "folder": folder,
-                         "name": str(name), "trained": trained(about, results)})
-        networks[-1]["order"] = (dataset, ("ranking", "classification", "other", "none").index(kind), number, slug, str(fold))
-    known = ("nrprec", "pairs", "compare", "masks", "embeddings", "sanity")
-    if not networks and not any((folder / f"{name}.csv").is_file() for folder in (results, *results.iterdir()) for name in known):
-        raise ValueError(f"{results}: no results; expected {results}/<dataset>/<loss>/fold<k>/emb.npy or maps.npy: python "
-                         f"embed.py --dataset NAME --loss all --out {results}" + "".join(f"; {line}" for line in left_out[:2]))
-    return sorted(networks, key=lambda network: network["order"]), left_out
+def find_networks(folder):
+    """Networks with arrays in RESULTS -> ([those of results.find_networks, with their dataset], [what is left out])."""
+    networks, wrong, places = [], [], results.find_datasets(folder)
+    for place in places:
+        found, half = results.find_networks(place)
+        wrong += half + results.open_arrays(found)
+        networks += [{"dataset": place.resolve().name, **network} for network in found if any(map(network.get, results.ARRAYS))]
+    left_out = [what.replace(str(path), path.relative_to(folder).as_posix()) for path, what in sorted(wrong)]
+    if not networks and not any((place / f"{name}.csv").is_file() for place in places for name in results.COLUMNS):
+        raise ValueError(f"{folder}: no results, neither whole arrays nor tables: python embed.py --dataset NAME --loss all --out "
+                         f"{folder}" + "".join(f"; {line}" for line in left_out[:2]))
+    return networks, left_out
 
 
-def open_array(path, dimensions, results, left_out):
-    """An array with its JSON; None where there is none or it is not whole, which is then named in left_out."""
-    name = path.relative_to(results).as_posix()
-    if not path.exists():
-        if path.with_name(path.name + ".part").exists():
-            left_out.append(f"{name}: half-finished; the command that makes it continues where it stopped")
-        return None
-    try:
-        array = data.read_array(path)
-    except ValueError as error:
-        left_out.append(str(error).replace(str(path), name))
-        return None
-    about = {key: value for key, value in data.read_sidecar(path).items()
-             if isinstance(value, dict) or key not in ("options", "preprocessing", "versions", "pictures")}
-    pictures, options = about.get("pictures", {}), about.get("options", {})
-    number = pictures.get("number", len(array) if array.ndim else 0)
-    absent, pick, limit = pictures.get("left_out") or [], options.get("pick") or [], options.get("limit") or 0
-    if not (isinstance(absent, list) and isinstance(pick, list) and all(isinstance(row, int) for row in [*pick, limit])):
-        left_out.append(f"{name}: the lists in its JSON are none; restore the file that was written with the array")
-        return None
-    if array.ndim != dimensions or array.dtype.kind not in "fiub" or 0 in array.shape or number != len(array):
-        left_out.append(f"{name}: shape {array.shape} of {array.dtype}, {number} pictures in its JSON; expected "
-                        f"{dimensions} dimensions of numbers, a row a picture")
-        return None
-    return {"path": path, "name": name, "array": array, "about": about}
-
-
-def trained(about, results):
-    """What train.py left beside the checkpoint: {"config": {…}, "history": {column: texts}}, empty where there is nothing."""
-    for place in (Path("."), results, results.parent, results.parent.parent, Path(__file__).resolve().parent):
-        folder = place / str(about.get("checkpoint") or "/none")
-        if (folder / "config.json").is_file():
-            history = folder / "history.csv"
-            return {"config": data.read_sidecar(folder / "config.json"),
-                    "history": data.read_table(history) if history.is_file() else {}}
-    return {"config": {}, "history": {}}
-
-
-MAY_DIFFER = ("ceiling", "noise_of", "seed", "limit", "pick")  # options that arrays need not share; pictures are compared apart
-
-
-def check_together(networks):
-    """Raise ValueError naming two arrays of one data set made with other options or, in one fold, from other pictures."""
-    first = {}
-    for network in networks:
-        for stem in filter(network.get, ("emb", "maps", "maps_ceiling")):
-            found, kind = network[stem], stem[:4]
-            listed = {"number": len(found["array"]), "sha256": found["about"].get("pictures", {}).get("sha256")}
-            options = {name: value for name, value in found["about"].get("options", {}).items() if name not in MAY_DIFFER}
-            told = [("options", None, name, value) for name, value in options.items()]
-            told += [("pictures", network["fold"], name, value) for name, value in listed.items() if value is not None]
-            for what, fold, name, value in told:
-                other, before = first.setdefault((network["dataset"], kind, what, fold, name), (found["name"], value))
-                if before != value:
-                    raise ValueError(f"{other} and {found['name']} don't belong together: {name} is {before} and {value}; make "
-                                     f"both with the same {what}, or take one of them out of the folder")
-
-
-def picture_names(network, dataset):
-    """Names of the pictures of a network's maps (its embeddings' where it has none), in the rows' order, and their properties.
-
-    They are labels.csv's or the data set's, if number and sha256 agree with the array's JSON; else None.
-    Returns (names or None, {name: [(property, value), …]}).
-    """
-    found = network["maps"] or network["emb"]
-    about, n = found["about"].get("pictures", {}), len(found["array"])
-    options, properties = found["about"].get("options", {}), {}
-    rows, lists = found["about"].get("rows"), [dataset.relative] if dataset else []
-    if dataset and isinstance(rows, list) and all(isinstance(row, int) and row < len(dataset.relative) for row in rows):
-        lists.append([dataset.relative[row] for row in rows])  # held out when the network was trained
-    if (network["folder"] / "labels.csv").is_file():
-        table = data.read_table(network["folder"] / "labels.csv")
-        names = table.pop("path", None) or next(iter(table.values()))
-        lists.insert(0, names)
-        beside = network["folder"] / "props.csv"
-        for column, values in [*table.items(), *(data.read_table(beside) if beside.is_file() else {}).items()]:
+def picture_properties(folder):
+    """{a picture's name: [(property, its value), …]} of the labels.csv and props.csv of a network's folder."""
+    properties, tables = {}, [data.read_table(path) for path in (folder / "labels.csv", folder / "props.csv") if path.is_file()]
+    if (folder / "labels.csv").is_file():
+        names = tables[0].pop("path", None) or next(iter(tables[0].values()))
+        for column, values in (item for table in tables for item in table.items()):
             if len(values) == len(names) and column.lower() not in data.IDENTIFIERS:
                 for name, value in zip(names, values):
                     properties.setdefault(name, []).append((column, value))
-    for names in lists:
-        rows = options.get("pick") or range(len(names))[:options.get("limit")]
-        left_out = about.get("left_out", [])
-        kept = [names[row] for row in rows if row < len(names) and names[row] not in left_out]
-        if len(kept) == n and about.get("sha256") in (None, data.pictures_sha256(kept)):
-            return kept, properties
-    return None, properties
+    return properties
 
 
 # ---------------------------------------------------------------- tables, statements and figures of the steps before
@@ -302,7 +205,7 @@ def gallery(networks, datasets, most, size):
     """
     groups = {}
     for network in filter(lambda network: network["maps"], networks):
-        geometry = network["maps"]["about"].get("preprocessing", {})
+        geometry = network["maps"].get("preprocessing", {})
         key = (network["dataset"], network["fold"], network["maps"]["array"].shape, geometry.get("resize"), geometry.get("crop"))
         groups.setdefault(str(key), []).append(network)
     total = sum(len(members[0]["maps"]["array"]) for members in groups.values())
@@ -327,7 +230,7 @@ def gallery(networks, datasets, most, size):
 def gallery_set(members, dataset, share, size, bar):
     """One set of the gallery: what the script must know of it, and each picture with its maps."""
     n, *shape = members[0]["maps"]["array"].shape
-    names, properties = picture_names(members[0], dataset)
+    names, properties = results.picture_names(members[0]["maps"], n, dataset), picture_properties(members[0]["folder"])
     names = names or [f"row {row}" for row in range(n)]
     paths = dict(zip(dataset.relative, dataset.paths)) if dataset else {}
     pictures, images = [], []
@@ -349,7 +252,7 @@ def picture_and_maps(members, row, path, size):
     seconds = [(member["maps_ceiling"] or {}).get("array") for member in members]
     if all(second is not None and second.shape == members[0]["maps"]["array"].shape for second in seconds):
         images["second"] = webp(sprite(np.stack([second[row].astype(np.float32) for second in seconds]), size), 60)
-    picture = path and small_picture(path, members[0]["maps"]["about"].get("preprocessing"), size)
+    picture = path and small_picture(path, members[0]["maps"].get("preprocessing"), size)
     if picture:
         images["picture"] = picture
     return images, [k for k, one in enumerate(maps) if not np.isfinite(one).all() or one.max() == one.min()]
@@ -461,7 +364,7 @@ def settings_table(dataset, networks):
     for step, stem in ("Training", None), ("Embeddings", "emb"), ("Saliency maps", "maps"):
         values = {}  # {setting: [its value for each network]}
         for network in networks:
-            about = dict(network["trained"]["config"] if stem is None else network[stem]["about"] if network[stem] else {})
+            about = dict(network["config"] if stem is None else network[stem] or {})
             split = about.get("split")
             if isinstance(split, dict):  # without the rows
                 kept = ("kind", "label", "seed", "train", "validation")
@@ -502,12 +405,12 @@ def networks_table(dataset, networks):
     rows = []
     for slug in dict.fromkeys(network["slug"] for network in networks):
         folds = [network for network in networks if network["slug"] == slug]
-        abouts = [(network["emb"] or network["maps"] or network["maps_ceiling"])["about"] for network in folds]
+        abouts = [network["emb"] or network["maps"] or network["maps_ceiling"] for network in folds]
         shapes = [shares(tally(shape_of(network[stem]["array"]) for network in folds if network[stem]), len(folds))
                   for stem in ("emb", "maps", "maps_ceiling")]
         distance = shares(tally(in_words(about["distance"]) for about in abouts if about.get("distance")))
         digests = " ".join(str(about.get("checkpoint_sha256") or "")[:8] for about in abouts)
-        numbers = " ".join(network["fold"] or "" for network in folds)
+        numbers = " ".join("" if network["fold"] is None else str(network["fold"]) for network in folds)
         rows.append([folds[0]["name"], folds[0]["type"], numbers, distance, *shapes, digests])
     header = ["Network", "Type", "Folds", "Distance", "Embeddings", "Maps", "Maps, other noise", "Checkpoints (SHA-256)"]
     keep = [k for k in range(len(header)) if k < 4 or any(row[k].strip() for row in rows)]
@@ -524,7 +427,7 @@ def losses_table(dataset, networks):
     """The parameters that the losses were trained with, from config.json; None where none is there."""
     told = {}
     for network in networks:
-        told.setdefault(network["name"], []).extend(filter(None, [network["trained"]["config"].get("loss_parameters")]))
+        told.setdefault(network["name"], []).extend(filter(None, [network["config"].get("loss_parameters")]))
     rows = [[name, shares(tally(map(in_words, parameters)))] for name, parameters in told.items() if parameters]
     return rows and new_table(f"losses {dataset}", f"Losses' parameters: {dataset}", ["Loss", "Class and parameters"], rows,
                               "As train.py recorded them.")
@@ -544,8 +447,7 @@ def history_table(dataset, networks):
                 ("map_at_r", "validation", "MAP@R, validation"), ("jsd", "validation", "JSD, validation")]
     rows = []
     for name in dict.fromkeys(network["name"] for network in networks):
-        histories = [network["trained"]["history"] for network in networks if network["name"] == name]
-        histories = list(filter(None, histories))
+        histories = [data.read_table(network["history"]) for network in networks if network["name"] == name and network["history"]]
         if not histories:
             continue
         epochs = max((int(epoch) for history in histories for epoch in history.get("epoch", []) if epoch.isdecimal()), default=0)
@@ -673,13 +575,13 @@ def page(title, summary, sections, stored):
 """
 
 
-def unreadable(networks):
+def unreadable(networks, folder):
     """The pictures that the arrays' JSONs say were left out, each named once."""
     left_out = {}
     for network in networks:
         for stem in filter(network.get, ("emb", "maps")):
-            for name in network[stem]["about"].get("pictures", {}).get("left_out") or []:
-                left_out.setdefault((network["dataset"], str(name)), []).append(network[stem]["name"])
+            for name in network[stem]["pictures"].get("left_out") or []:
+                left_out.setdefault((network["dataset"], str(name)), []).append(network[stem]["path"].relative_to(folder).as_posix())
     return [f"{dataset}: {name} could not be read: not in {where[0]}" + (f" and {len(where) - 1} more" if len(where) > 1 else "")
             for (dataset, name), where in left_out.items()]
 
@@ -689,7 +591,7 @@ def warnings_of(networks):
     found = []
     for dataset in dict.fromkeys(network["dataset"] for network in networks):
         maps = [network for network in networks if network["dataset"] == dataset and network["maps"]]
-        shared = [network for network in maps if network["maps"]["about"].get("options", {}).get("shared_noise")]
+        shared = [network for network in maps if network["maps"]["options"].get("shared_noise")]
         alone = [network for network in maps if not network["maps_ceiling"]]
         found += [f"{dataset}: {len(shared)} of {len(maps)} networks' maps share their noise, which raises their "
                   "correlations."] * bool(shared)
@@ -738,7 +640,7 @@ def sentence(networks):
     datasets = dict.fromkeys(network["dataset"] for network in networks)
     names, folds = ({network[key] for network in networks} - {None} for key in ("name", "fold"))
     arrays = [network[stem] for network in networks for stem in ("emb", "maps") if network[stem]]
-    backbones = sorted({str(found["about"]["backbone"]) for found in arrays if found["about"].get("backbone")})
+    backbones = sorted({str(about["backbone"]) for about in arrays if about.get("backbone")})
     maps = sum(len(network["maps"]["array"]) for network in networks if network["maps"])
     parts = [f"{count(len(names), 'network')} on {' and '.join(datasets)}", count(len(folds), "fold") * (len(folds) > 1),
              count(maps, "saliency map") * (maps > 0), " and ".join(backbones)]
@@ -769,8 +671,9 @@ def figure_html(figure):
 def build(args):
     """Read everything, make the page -> (HTML, [main findings], what is on it in words, number of warnings and gaps)."""
     networks, left_out = find_networks(args.results)
-    check_together(networks)
     names = list(dict.fromkeys(network["dataset"] for network in networks))
+    for name in names:
+        results.check_together([network for network in networks if network["dataset"] == name])
     datasets = open_datasets(args.dataset, args.data_root, names)
     tables, figures = read_tables(args.tables), read_figures(args.figures)
     sets, stored, notes = gallery(networks, datasets, args.pictures, args.size)
@@ -781,7 +684,7 @@ def build(args):
     others = sorted({one["dataset"] for one in shown + statements if one["dataset"]} - {*names}) if names else []
     warned = [*(tables["warnings"] if tables else warnings_of(networks)), *notes]
     warned += [f"{args.tables / 'tables.json'} tells of {name}, of which {args.results} has no arrays." for name in others]
-    left_out += unreadable(networks)
+    left_out += unreadable(networks, args.results)
     listed = [line.split(":")[0] for line in left_out]  # arrays that tables.py left out as well
     missing = [one for part in (tables, figures) if part for one in part["missing"]
                if not any(name in one["what"] for name in listed)]

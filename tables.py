@@ -15,7 +15,6 @@ compared with a Mann-Whitney U test whose unit is the loss, exact, Holm-correcte
 the first paper's code (all folds pooled, 1 %) stands beside it under its own name.
 """
 import argparse
-import csv
 import itertools
 import json
 import math
@@ -33,6 +32,8 @@ import scipy
 from scipy.stats import mannwhitneyu, rankdata
 
 import data
+from results import (COLUMNS, TYPES, check_alike, check_together, find_datasets, find_networks, in_order, losses, open_arrays,
+                     read_rows, whose)
 
 HERE = Path(__file__).resolve().parent
 CLIP = 1 - 1e-6             # r = ±1 is cut to ±0.999999, so that Fisher's z stays finite (as in compare.py)
@@ -40,7 +41,6 @@ PUBLISHED_THRESHOLD = 2.576  # of one z-score at 1 %: the published mark
 LEVEL = 0.05                # of the tests of ranking against classification, after Holm
 SIGNIFICANCE = 0.01         # of nrprec.py's p_holm, and of the released way
 PERMUTATIONS = 9999         # of labels, where an exact test is out of reach
-TYPES = ("ranking", "classification", "other", "none")
 DISTANCES = ("euclidean", "squared_euclidean", "cosine", "dot_product", "snr")
 
 # ---------------------------------------------------------------- averages and tests
@@ -184,26 +184,12 @@ def spearman(x, y, seed=0):
 
 # ---------------------------------------------------------------- reading results
 
-# What each script's table must have, and which of its columns are no numbers.
-COLUMNS = {
-    "nrprec": ("nrprec.py", ["embeddings", "property", "queries", "r_precision", "nr_precision"]),
-    "compare": ("compare.py", ["model_a", "fold_a", "model_b", "fold_b", "n", "left_out", "correlation", "correlation_std", "jsd",
-                               "jsd_std", "ceiling", "corrected"]),
-    "masks": ("compare.py --masks", ["model", "fold", "measure", "mean", "low", "high"]),
-    "embeddings": ("compare.py --embeddings", ["model_a", "fold_a", "model_b", "fold_b", "cka", "overlap"]),
-    "sanity": ("saliency.py --randomise", ["model", "fold", "layers", "of", "correlation", "correlation_std"]),
-    "pairs": ("pairs.py", ["embeddings", "label", "jsd", "bins", "r_precision", "map_at_r"]),
-}
-TEXTS = {"loss", "model", "model_a", "model_b", "embeddings", "property", "distance", "null", "label", "measure", "lowest",
-         "split"}
-
-
 class Results(NamedTuple):
     """One data set's results."""
 
     name: str
     folder: Path
-    networks: list    # dicts: name, slug, type, distance, fold, folder, emb, maps (JSONs or None), ceiling, config, history
+    networks: list    # of find_networks, their arrays open
     rows: dict        # {"nrprec": [row dicts] …} of the tables that are there, each row with its network's name and fold
     order: list       # the networks' names: ranking, classification, other, none
     types: dict       # {name: type}
@@ -215,158 +201,38 @@ class Results(NamedTuple):
         self.missing.append({"dataset": self.name, "table": table, "what": what})
 
 
-def losses():
-    """models/losses.csv: list of dicts name, slug, year, type, distance, …"""
-    with open(HERE / "models" / "losses.csv", newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def read_rows(path, script, required):
-    """Rows of a result table as dicts: numbers as float (None where empty or nan), fold as int or None.
-
-    Raises ValueError naming the file, and the line or the column, when it is not what the script writes.
-    """
-    columns = data.read_table(path)
-    absent = [name for name in required if name not in columns]
-    if absent:
-        raise ValueError(f"{path} lacks the column{'s' * (len(absent) > 1)} {', '.join(absent)}; expected the table that "
-                         f"{script} writes")
-    for name, values in columns.items():
-        if name not in TEXTS:
-            columns[name] = [number(value, path, name, row) for row, value in enumerate(values)]
-    rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
-    for row in rows:
-        row.update({key: None if row[key] is None else int(row[key]) for key in row if key.startswith("fold")})
-    return rows
-
-
-def number(text, path, column, row):
-    """The number a field holds; None where it is empty or not finite."""
-    try:
-        value = float(text or "nan")
-    except ValueError:
-        raise ValueError(f"{path}: row {row} (counting from 0), column {column} is {text!r}; expected a number") from None
-    return value if math.isfinite(value) else None
-
-
-def find_datasets(folder):
-    """The data sets' folders in RESULTS, or RESULTS itself. Raises ValueError when there are no results at all."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; expected results/ or one data set's folder in it")
-
-    def is_dataset(place):
-        return any((place / f"{name}.csv").is_file() for name in COLUMNS) or any(
-            re.fullmatch(r"fold\d+", path.name) and path.is_dir() for path in place.glob("*/fold*"))
-
-    if is_dataset(folder):
-        return [folder]
-    found = [place for place in sorted(folder.iterdir()) if place.is_dir() and is_dataset(place)]
-    if not found:
-        raise ValueError(f"{folder}: no results; expected <dataset>/nrprec.csv, compare.csv … or "
-                         "<dataset>/<loss>/fold<k>/emb.npy in it: python embed.py, nrprec.py, saliency.py and compare.py make "
-                         "them")
-    return found
-
-
-def read_about(path):
-    """The JSON beside an array, its path and its number of rows n. Raises ValueError or OSError for a broken array."""
-    shape = data.read_array(path).shape
-    if not shape:
-        raise ValueError(f"{path} holds a single number; expected one row for each picture")
-    about = data.read_sidecar(path)
-    return about | {"path": path, "n": shape[0]} | {
-        key: about[key] if isinstance(about.get(key), dict) else {} for key in ("options", "pictures")}
-
-
-def checkpoint_home(place, about, models, dataset):
-    """The folder of a network's config.json and history.csv: the JSON's checkpoint, wherever models/ lies now."""
-    checkpoint = Path(str(about.get("checkpoint") or Path("trained", dataset, place.parent.name, place.name)))
-    parts = checkpoint.parts
-    moved = [models.joinpath(*parts[parts.index("trained"):])] if "trained" in parts else []
-    homes = [HERE / checkpoint, checkpoint, *moved]
-    return next((home for home in homes if (home / "config.json").is_file()), homes[-1])
-
-
-def read_network(place, rows, models, dataset, lacks):
-    """One <slug>/fold<k> folder as a dict. rows: of losses.csv. lacks: called with (what) for what is half-finished."""
-    slug, fold, abouts = place.parent.name, int(place.name[4:]), dict.fromkeys(("emb", "maps", "maps_ceiling"))
-    for kind in abouts:
-        path = place / f"{kind}.npy"
-        if path.is_file():
-            try:
-                abouts[kind] = read_about(path)
-            except (ValueError, OSError) as error:
-                lacks(f"{error}; left out")
-        elif path.with_name(f"{kind}.npy.part").exists():
-            lacks(f"{path} is half-finished ({kind}.npy.part is there); left out: the command that makes it continues it")
-    about = abouts["emb"] or abouts["maps"] or {}
-    known = next((row for row in rows if row["slug"] == slug), None)
-    name = str(about.get("loss") or (known["name"] if known else about.get("backbone")) or slug)
-    known = next((row for row in rows if row["name"] == name), known)
-    home = checkpoint_home(place, about, models, dataset)
-    config = data.read_sidecar(home / "config.json")
-    plain = about.get("backbone") and not about.get("loss") and not known  # a backbone without a loss
-    kind = known["type"] if known else "none" if plain else config.get("type")
-    return {"name": name, "slug": slug, "fold": None if plain else fold, "folder": place, "config": config,
-            "type": kind if kind in TYPES else "other",
-            "distance": str(about.get("distance") or (known["distance"] if known else "")) or None,
-            "emb": abouts["emb"], "maps": abouts["maps"], "ceiling": abouts["maps_ceiling"] is not None,
-            "history": home / "history.csv" if (home / "history.csv").is_file() else None}
-
-
 def read_results(folder, models):
     """One data set's folder -> Results. Raises ValueError for tables that can't be read or do not belong together."""
-    known, missing, networks = losses(), [], []
-    name = folder.resolve().name
-    for place in sorted(folder.glob("*/fold*"), key=lambda path: data.natural_key(path.as_posix())):
-        if place.is_dir() and re.fullmatch(r"fold\d+", place.name):
-            lacks = lambda what: missing.append({"dataset": name, "table": "", "what": what})
-            networks.append(read_network(place, known, models, name, lacks))
-    rows = {}
+    name, rows, missing = folder.resolve().name, {}, []
+    networks, half = find_networks(folder, models)
+    networks.sort(key=lambda network: data.natural_key(network["folder"].as_posix()))
+    for _, what in sorted(half + open_arrays(networks), key=lambda one: data.natural_key(one[0].as_posix())):
+        missing.append({"dataset": name, "table": "", "what": f"{what}; left out"})
     for table, (script, required) in COLUMNS.items():
         if (folder / f"{table}.csv").is_file():
-            rows[table] = read_rows(folder / f"{table}.csv", script, required)
-            for row in rows[table]:
-                name_row(row, networks)
+            rows[table] = [name_row(row, networks) for row in read_rows(folder / f"{table}.csv", script, required)]
         else:
             missing.append({"dataset": name, "table": table, "what": f"{table}.csv is not there: python {script} makes it"})
-    types = {row["name"]: row["type"] for row in known} | {network["name"]: network["type"] for network in networks}
-    distances = {row["name"]: row["distance"] for row in known} | {
-        network["name"]: network["distance"] for network in networks if network["distance"]}
+    known = losses() + networks
+    types, distances = {row["name"]: row["type"] for row in known}, {row["name"]: row["distance"] for row in losses()}
+    distances |= {network["name"]: network["distance"] for network in networks if network["distance"]}
     present = {network["name"] for network in networks} | {
         row[key] for table in rows.values() for row in table for key in ("name", "name_a", "name_b") if key in row}
     types = {one: types.get(one, "other") for one in present}
-    listed = [row["name"] for row in known]
-    order = sorted(present, key=lambda one: (TYPES.index(types[one]), listed.index(one) if one in listed else 99, one))
-    check_networks(networks)
-    results = Results(name, folder, networks, rows, order, types, distances, read_properties(folder, networks), missing)
-    check_rows(results)
-    return results
+    check_together(networks)
+    found = Results(name, folder, networks, rows, in_order(types), types, distances, read_properties(folder, networks), missing)
+    check_rows(found)
+    return found
 
 
 def name_row(row, networks):
-    """Settle whose a row is: name and fold, or name_a and name_b."""
-    def resolve(text, path):
-        """The loss's or backbone's name; of a path …/<slug>/fold<k>/… the name of the network that lies there."""
-        parts = Path(path or "").parts
-        place = next((parts[i - 1:i + 1] for i in range(len(parts) - 1, 0, -1) if re.fullmatch(r"fold\d+", parts[i])), None)
-        at = next((one for one in networks if place and (one["slug"], one["folder"].name) == place), None)
-        if text and text != path:
-            return text, None
-        if at:
-            return at["name"], at["fold"]
-        only = {network["name"] for network in networks}
-        return (only.pop() if len(only) == 1 and not place else Path(path).stem if path else text), None
-
+    """The row with whose it is: name and fold, or name_a and name_b."""
     if "model_a" in row:
-        row["name_a"], row["name_b"] = (resolve(row[key], row[key] if "/" in row[key] and row[key].endswith(".npy") else None)[0]
-                                        for key in ("model_a", "model_b"))
-    elif "model" in row:
-        path = row["model"] if row["model"].endswith(".npy") else None
-        row["name"] = resolve(row["model"], path)[0]
-    else:
-        row["name"], fold = resolve(row.get("loss"), row["embeddings"])
-        row["fold"] = row.get("fold") if row.get("loss") else fold
+        return row | {f"name_{end}": whose(row[f"model_{end}"], networks)[0] for end in "ab"}
+    if "model" in row:
+        return row | {"name": whose(row["model"], networks)[0]}
+    name, fold = (row["loss"], row.get("fold")) if row.get("loss") else whose(row["embeddings"], networks)
+    return row | {"name": name, "fold": fold}
 
 
 def read_properties(folder, networks):
@@ -380,52 +246,20 @@ def read_properties(folder, networks):
     return found
 
 
-def check_networks(networks):
-    """Raise ValueError naming two networks whose pictures or options differ, so that their results do not belong together."""
-    for kind in ("emb", "maps"):
-        told = [network for network in networks if network[kind] and network[kind]["pictures"]]
-        for a, b in itertools.combinations(told, 2):
-            different = differences(a[kind]["options"], b[kind]["options"])
-            if different:
-                raise ValueError(f"{a[kind]['path']} and {b[kind]['path']} were made with other options "
-                                 f"({'; '.join(different)}); their results do not belong together: make both alike, or give them "
-                                 "folders of their own")
-            lists = [network[kind]["pictures"] for network in (a, b)]
-            if (a["fold"] == b["fold"] or None in (a["fold"], b["fold"])) and lists[0].get("sha256") != lists[1].get("sha256"):
-                raise ValueError(f"{a[kind]['path']} and {b[kind]['path']} have other lists of pictures "
-                                 f"({lists[0].get('number')}, {lists[1].get('number')}); their results do not belong together: "
-                                 "make both from the same pictures")
-    for network in networks:
-        a, b = (network[kind] and network[kind].get("checkpoint_sha256") for kind in ("emb", "maps"))
-        if a and b and a != b:
-            raise ValueError(f"{network['emb']['path']} and {network['maps']['path']} come from different checkpoints (their "
-                             "checkpoint_sha256 differ); make both from the same network")
-
-
-def differences(a, b):
-    """What differs between two networks' options, but for what may: the seed, whose noise, whether a ceiling."""
-    keys = [key for key in {**a, **b} if key not in ("seed", "noise_of", "ceiling")]
-    return [f"{key}: {a.get(key)}, {b.get(key)}" for key in keys if a.get(key) != b.get(key)]
-
-
 def check_rows(results):
     """Raise ValueError when a table mixes options, or tells of other pictures than the arrays that lie there."""
     for name, keys in (("nrprec", ("distance", "null", "max_neighbours")), ("pairs", ("label",))):
-        for key in keys:
-            values = dict.fromkeys(str(row.get(key) or "none") for row in results.rows.get(name, []))
-            if len(values) > 1:
-                raise ValueError(f"{results.folder / name}.csv mixes {key} {' and '.join(values)}: such rows do not belong "
-                                 "together; make all with the same options")
+        check_alike(results.folder / f"{name}.csv", {key: [row.get(key) for row in results.rows.get(name, [])] for key in keys})
     networks = {(network["name"], network["fold"]): network for network in results.networks}
     counts = [("nrprec", "emb", row["name"], row["fold"], row["queries"] + (row.get("skipped") or 0))
               for row in results.rows.get("nrprec", []) if row["queries"] is not None and row.get("nr_precision_se") is None]
     counts += [("compare", "maps", row[f"name_{end}"], row[f"fold_{end}"], row["n"] + row["left_out"])
                for row in results.rows.get("compare", []) for end in "ab"]
     for name, kind, network, fold, n in counts:
-        array = networks.get((network, fold), {}).get(kind)
-        if array and array["n"] != n:
-            raise ValueError(f"{results.folder / name}.csv counts {n:,.0f} pictures for {network}, {array['path']} has "
-                             f"{array['n']:,}: they do not belong together; run {name}.py again")
+        about = networks.get((network, fold), {}).get(kind)
+        if about and len(about["array"]) != n:
+            raise ValueError(f"{results.folder / name}.csv counts {n:,.0f} pictures for {network}, {about['path']} has "
+                             f"{len(about['array']):,}: they do not belong together; run {name}.py again")
 
 
 def by_fold(results, table, *keys):
@@ -1259,12 +1093,12 @@ def warnings_for(results):
     trained = [network for network in networks if network["type"] != "none"]
     arrays = [network[kind] for network in networks for kind in ("emb", "maps") if network[kind]]
     yield from noise_warnings(maps, results.rows.get("compare", []))
-    bare = [network for network in maps if not network["ceiling"]]
+    bare = [network for network in maps if not network["maps_ceiling"]]
     if bare:
         yield f"{some(bare, maps)} have no second maps (saliency.py --ceiling): a low correlation of theirs may be noise alone"
     yield from permutation_warnings(nrprec)
     for kind, words, least in ("emb", "embeddings", 1000), ("maps", "saliency maps", 100):
-        counts = [network[kind]["n"] for network in networks if network[kind]]
+        counts = [len(network[kind]["array"]) for network in networks if network[kind]]
         if counts and min(counts) < least:
             yield f"few pictures: {words} of only {min(counts):,} pictures for each network; means over them are uncertain"
     frozen = [network for network in trained if network["config"].get("frozen_trunk")]

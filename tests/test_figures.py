@@ -16,6 +16,7 @@ pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip instal
 
 import data  # noqa: E402
 import figures  # noqa: E402
+import results  # noqa: E402
 from conftest import ROOT, SHARED  # noqa: E402
 
 NETWORKS = [(name, name.lower()) for name in ("Contrastive", "Triplet", "ArcFace", "CosFace", "None")]
@@ -208,11 +209,11 @@ def test_published_group_means(styled):
     if not path.is_file():
         pytest.skip("../shared/reference is not here: the published Table 6")
     table = data.read_table(path)
-    losses = figures.read_losses()
-    rows = [row for row, name in enumerate(table["loss"]) if name in losses]
+    types = {row["name"]: row["type"] for row in results.losses()}
+    rows = [row for row, name in enumerate(table["loss"]) if name in types]
     properties = [name for name in table if name != "loss"]
     values = np.array([[float(table[name][row] or "nan") for name in properties] for row in rows])
-    fig = figures.draw_profile(values, values, values, properties, [losses[table["loss"][row]]["type"] for row in rows])
+    fig = figures.draw_profile(values, values, values, properties, [types[table["loss"][row]] for row in rows])
     strokes = np.array([one[0, 0] for lines in fig.axes[0].collections for one in lines.get_segments() if one[0, 0] == one[1, 0]])
     for name in "Ranking Mean", "Classification Mean":
         published = [float(table[key][table["loss"].index(name)]) for key in properties]
@@ -226,7 +227,7 @@ def test_folds_are_averaged_by_fishers_z(tmp_path, monkeypatch, styled):
         ["Triplet", "Triplet", 8, .99, .9, 1, 0, "", ""]])
     seen = []
     monkeypatch.setattr(figures, "draw_heat_map", lambda *arguments: seen.append(arguments))
-    found = {"folder": tmp_path, "networks": [], "losses": figures.read_losses()}
+    found = {"folder": tmp_path, "networks": []}
     for measure in "correlation", "jsd":
         (_, _, caption, _), = figures.make_heat_map(found, None, measure)
     values, names, kinds, tree, order, *_ = seen[0]
@@ -252,26 +253,6 @@ def test_tsne_is_repeatable_whatever_the_threads():
     found = {subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, check=True,
                             env={**os.environ, "OMP_NUM_THREADS": threads}).stdout for threads in "12"}
     assert len(found) == 1
-
-
-def test_which_picture_a_row_is(tmp_path):
-    names = [f"{i}.png" for i in range(6)]
-    write_rows(tmp_path / "labels.csv", "path", [[name] for name in names])
-
-    def told(rows, **about):
-        np.save(tmp_path / "maps.npy", np.zeros((len(rows), 2, 2)))
-        (tmp_path / "maps.json").write_text(json.dumps(about))
-        return figures.picture_names({"folder": tmp_path}, "maps", None)
-
-    def listed(rows, **more):
-        return {"sha256": data.pictures_sha256([names[row] for row in rows]), **more}
-
-    assert told(range(6)) == names
-    assert told([0, 1], pictures=listed([0, 1]), options={"limit": 2, "pick": None}) == names[:2]
-    assert told([4, 2], pictures=listed([4, 2]), options={"limit": None, "pick": [4, 2]}) == ["4.png", "2.png"]
-    assert told([0, 2], pictures=listed([0, 2], left_out=["1.png"]), options={"limit": 3, "pick": None}) == ["0.png", "2.png"]
-    with pytest.raises(ValueError, match="other pictures"):
-        told([0, 1], pictures=listed([2, 3]), options={"limit": 2, "pick": None})
 
 
 # ---------------------------------------------------------------- the command
@@ -410,25 +391,10 @@ def test_histograms_before_training_come_from_the_training(small):
     write_rows(place / "histograms.csv", "epoch,split,bins,low,high,positive,negative", rows)
     import argparse
 
-    losses = figures.read_losses()
     folder = small / "results" / "cars"
-    found = {"name": "cars", "folder": folder, "losses": losses, "networks": figures.find_networks(folder, losses)}
+    found = {"name": "cars", "folder": folder, "networks": figures.find_networks(folder, small / "models")}
     started = figures.read_started(found, argparse.Namespace(models=small / "models"))
     assert {key: value.tolist() for key, value in started.items()} == {("Contrastive", "0"): [[1, 0, 2, 7], [3, 3, 3, 3]]}
-
-
-def test_networks_keep_their_names_and_types(tmp_path):
-    known = ("triplet", "Triplet", "b"), ("my_loss", "My <loss>", "b"), ("resnet", None, "resnet"), ("old", None, None)
-    for slug, loss, backbone in known:
-        place = tmp_path / slug / "fold1"
-        place.mkdir(parents=True)
-        if backbone:
-            (place / "emb.json").write_text(json.dumps({"loss": loss, "backbone": backbone, "pictures": "strange"}))
-    found = figures.find_networks(tmp_path, figures.read_losses())
-    types = {one["name"]: one["type"] for one in found}
-    assert types == {"Triplet": "ranking", "My <loss>": "other", "resnet": "none", "old": "other"}
-    assert found[0]["name"] == "Triplet" and all(one["fold"] == 1 for one in found)
-    figures.check_lists(found, "emb")
 
 
 # ---------------------------------------------------------------- bad input
@@ -459,7 +425,7 @@ def spoil_table(*lines):
 
 
 SPOILS = {
-    "other lists": (spoil_list, "profile", "different lists of pictures"),
+    "other lists": (spoil_list, "profile", "other lists of pictures"),
     "maps are no array": (lambda place: (place / "maps.npy").write_bytes(b"maps"), "gallery", "not a .npy file"),
     "maps are cut": (lambda place: os.truncate(place / "maps.npy", 300), "gallery", "truncated"),
     "maps of another shape": (lambda place: np.save(place / "maps.npy", np.zeros((8, 9, 9))), "gallery", "differ in shape"),
@@ -469,8 +435,8 @@ SPOILS = {
     "missing picture": (lambda place: (place.parents[3] / "pictures/cars/images/000000.png").unlink(), "gallery", "not in"),
     "short properties": (lambda place: write_rows(place.parents[1] / "contrastive/fold0/props.csv", "frame,a", [[1, 2]]),
                          "tsne", "rows"),
-    "no number": (spoil_table("embeddings,property,nr_precision", "e,a,x"), "profile", "is no number"),
-    "no column": (spoil_table("a,b", "1,2"), "profile", "no column"),
+    "no number": (spoil_table("embeddings,property,nr_precision", "e,a,x"), "profile", "expected a number"),
+    "no column": (spoil_table("a,b", "1,2"), "profile", "lacks the columns embeddings, property"),
     "mixed options": (spoil_table("embeddings,property,nr_precision,null", "e,a,1,binomial", "f,a,1,hypergeometric"), "profile",
                       "mixes null"),
 }

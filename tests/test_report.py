@@ -431,35 +431,10 @@ def test_stdout_names_path_and_findings_within_the_terminal(make):
     assert max(map(len, done.stdout.splitlines()[3:])) <= 44
 
 
-def test_pictures_of_a_limited_or_picked_subset(place):
+def test_properties_of_the_pictures(place):
     names = [f"{i}.png" for i in range(6)]
     folder = add_network(place / "results", "margin", "Margin", 7, names)
-    assert report.picture_names(network(folder, names[:4], limit=4), None) == (
-        names[:4],
-        {name: [("model", f"model {i}")] for i, name in enumerate(names)},
-    )
-    assert report.picture_names(network(folder, ["5.png", "1.png"], pick=[5, 1]), None)[0] == ["5.png", "1.png"]
-    left_out = network(folder, ["0.png", "2.png"], limit=3)
-    left_out["maps"]["about"]["pictures"]["left_out"] = ["1.png"]
-    assert report.picture_names(left_out, None)[0] == ["0.png", "2.png"]
-    assert report.picture_names(network(folder, ["other.png", "list.png"], limit=2), None)[0] is None
-
-
-def test_pictures_of_held_out_rows_without_labels(place):
-    dataset = data.open_dataset(place / "cars")
-    found = network(place, [dataset.relative[4], dataset.relative[1]])
-    found["maps"]["about"]["rows"] = [4, 1]
-    assert report.picture_names(found, dataset)[0] == [dataset.relative[4], dataset.relative[1]]
-    found["maps"]["about"]["rows"] = [4, 600]
-    assert report.picture_names(found, dataset)[0] is None
-
-
-def network(folder, names, **options):
-    return {
-        "folder": folder,
-        "emb": None,
-        "maps": {"array": np.zeros((len(names), 2, 2)), "about": about_of("Margin", 7, names, **options)},
-    }
+    assert report.picture_properties(folder) == {name: [("model", f"model {i}")] for i, name in enumerate(names)}
 
 
 def test_networks_of_a_backbone_alone_and_arrays_without_json(place):
@@ -473,7 +448,7 @@ def test_networks_of_a_backbone_alone_and_arrays_without_json(place):
         (one["slug"], one["name"], one["type"], one["fold"])
         for one in networks
         if one["slug"] in ("margin", "efficientnet_lite0")
-    } == {("efficientnet_lite0", "efficientnet_lite0", "none", None), ("margin", "Margin", "ranking", "1")}
+    } == {("efficientnet_lite0", "efficientnet_lite0", "none", None), ("margin", "Margin", "ranking", 1)}
     assert left_out == []
 
 
@@ -701,13 +676,15 @@ def test_no_results(place, make):
 def test_other_pictures_are_named(place, make):
     add_network(place / "results", "margin", "Margin", 0, ["images/0.png", "images/2.png", "images/1.png"])
     done, content = make()
-    refused(done, "cars/triplet/fold0/emb.npy and cars/margin/fold0/emb.npy don't belong together: sha256 is", "same pictures")
+    refused(done, "cars/triplet/fold0/emb.npy and results/cars/margin/fold0/emb.npy don't belong together: other lists of "
+            "pictures (3, 3); make both from the same pictures")
     assert content is None
 
 
 def test_other_options_are_named(place, make):
     add_network(place / "results", "margin", "Margin", 1, FOLDS[1], samples=50, seed=3, limit=3)
-    refused(make()[0], "cars/triplet/fold0/maps.npy and cars/margin/fold1/maps.npy don't belong together: samples is 20 and 50;")
+    refused(make()[0], "cars/triplet/fold0/maps.npy and results/cars/margin/fold1/maps.npy don't belong together: other options "
+            "(samples: 20, 50); make both")
 
 
 def test_another_seed_belongs_together(place, make):
@@ -729,7 +706,7 @@ def test_half_finished_and_broken_arrays_are_left_out_and_listed(place, make):
     assert done.returncode == 0, done.stderr
     page = Page(content)
     for words in (
-        "cars/triplet/fold0/maps.npy: half-finished",
+        "cars/triplet/fold0/maps.npy is half-finished",
         "cars/triplet/fold1/maps.npy is truncated",
         "cars/arcface/fold1/emb.npy: shape (2, 4)",
         "cars/arcface/fold0/maps.npy: the lists in its JSON",

@@ -143,7 +143,7 @@ def add_network(folder, slug, loss, fold=0, kinds=("emb",), number=6, sha="one",
     place = folder / slug / f"fold{fold}"
     place.mkdir(parents=True, exist_ok=True)
     for kind in kinds:
-        np.save(place / f"{kind}.npy", np.zeros((number, 2), np.float32))
+        np.save(place / f"{kind}.npy", np.zeros((number, 2) if kind == "emb" else (number, 2, 2), np.float32))
         content = {"loss": loss, "fold": fold, "distance": "euclidean", "backbone": "bninception", "options": {},
                    "pictures": {"number": number, "sha256": sha}, **about}
         (place / f"{kind}.json").write_text(json.dumps(content))
@@ -711,7 +711,7 @@ def test_a_checkpoint_that_was_moved_and_a_json_of_something_else(small, run_scr
     run(run_script, small, "--models", tmp_path / "models", "--out", tmp_path / "out")
     found = tabled(tmp_path / "out")[0]
     assert any("(CosFace fold 0) were trained with a frozen trunk" in one for one in found["warnings"]) and place.exists()
-    assert any("triplet/fold1/emb.npy holds a single number" in one["what"] for one in found["missing"])
+    assert any("triplet/fold1/emb.npy: shape () of float32" in one["what"] for one in found["missing"])
 
 
 def test_an_unknown_loss_in_a_folder_name_is_kept(small, run_script, tmp_path):
