@@ -119,15 +119,21 @@ def test_random_order_follows_the_seed_alone():
     assert set(labels[other[0]].tolist()) != chosen[0]
 
 
-def test_folds_are_runs_of_classes():
+def test_folds_are_the_published_ones():
+    """The checkpoints' splits (powerful-benchmarker's MLRCSplitManager): fold k trains from the k-th quarter of the first
+    half on, round its end, and validates on what is left."""
     labels = np.tile(np.arange(16), 2)  # classes 8–15 are tested; runs 0 1 | 2 3 | 4 5 | 6 7
-    rest, validation, test = train.split_rows(labels, "folds", 1)
+    rest, validation, test = train.split_rows(labels, "folds", 2)
     assert [sorted(set(labels[rows].tolist())) for rows in (rest, validation, test)] == \
         [[0, 1, 4, 5, 6, 7], [2, 3], list(range(8, 16))]
     assert rest.tolist() == [0, 1, 4, 5, 6, 7, 16, 17, 20, 21, 22, 23]
-    labels = np.repeat(np.arange(196), 2)  # 98 classes in four runs: 25, 25, 24, 24, as scikit-learn's KFold cuts
-    runs = [np.unique(labels[train.split_rows(labels, "folds", fold)[1]]) for fold in range(4)]
-    assert [len(run) for run in runs] == [25, 25, 24, 24] and np.concatenate(runs).tolist() == list(range(98))
+    for classes, runs in ((196, [(74, 98), (0, 24), (25, 49), (49, 73)]), (200, [(75, 100), (0, 25), (25, 50), (50, 75)]),
+                          (22634, [(8488, 11317), (0, 2829), (2829, 5658), (5658, 8487)])):
+        labels = np.repeat(np.arange(classes), 2)
+        for fold, run in enumerate(runs):
+            rest, validation, test = (np.unique(labels[rows]).tolist() for rows in train.split_rows(labels, "folds", fold))
+            assert validation == list(range(*run)) and test == list(range(classes // 2, classes))
+            assert sorted(rest + validation) == list(range(classes // 2))
 
 
 def test_quarters_of_the_pictures():
@@ -556,7 +562,7 @@ def test_a_data_set_without_labels(tmp_path, refused):
 def test_splits_that_are_too_small(pictures, refused):
     refused(r"split default of 80 pictures in 4 classes: the validation part has 0 pictures of 0 classes; .*--split pictures "
             "keeps", "--dataset", "p", "--split", "default")
-    refused("split folds of .* the training part has 20 pictures of 1 classes", "--dataset", "p", "--split", "folds")
+    refused("split folds of .* the validation part has 0 pictures of 0 classes", "--dataset", "p", "--split", "folds")
     make_pictures(Path("few"), 2, 3)
     refused("the validation part has 0 pictures of 0 classes", "--dataset", "few")
 
