@@ -31,6 +31,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections import deque
@@ -404,6 +405,7 @@ def train(run, job, args, bar):
     for epoch in range(first, args.epochs + 1 if job.criterion else 0):
         start = time.perf_counter()
         train_epoch(run, job, network, epoch, args)
+        spread(job.network, job.team)  # batch norm's running statistics were each rank's own
         took = time.perf_counter() - start
         rows = [score(run, job, epoch, part, args)[0] for part in ("train", "validation")]
         if job.team[0] == 0:
@@ -442,8 +444,13 @@ def take(best, job):
     for module, name in ((job.network, "network"), (job.criterion, "criterion")):
         if job.team[0] == 0:
             module.load_state_dict(best[name])
-        for tensor in module.state_dict().values() if job.team[1] > 1 else ():
-            dist.broadcast(tensor, 0)
+        spread(module, job.team)
+
+
+def spread(module, team):
+    """Give every rank what rank 0's module holds."""
+    for tensor in module.state_dict().values() if team[1] > 1 else ():
+        dist.broadcast(tensor, 0)
 
 
 def on_cpu(module):
@@ -504,7 +511,14 @@ def is_finished(run):
     if not (run.folder / "embedder_best.pth").exists():
         return False
     refuse_other(run.folder / "config.json", models.read_config(run.folder / "config.json"), run.about)
+    tidy(run)
     return True
+
+
+def tidy(run):
+    """Remove the state of a run that has ended, and what a kill left of it half-written."""
+    for path in run.folder.glob("*checkpoint.pth*"):
+        path.unlink(missing_ok=True)
 
 
 def write_run(run, network, history, before, after):
@@ -533,7 +547,7 @@ def write_run(run, network, history, before, after):
     data.write_table(run.folder / "history.csv", HEADER, history)
     data.write_file(run.folder / "config.json", (json.dumps(run.about, indent=2) + "\n").encode())
     save(run.folder / "embedder_best.pth", state)
-    (run.folder / "checkpoint.pth").unlink(missing_ok=True)
+    tidy(run)
 
 
 def seed_of(*numbers):
@@ -565,9 +579,8 @@ def read_labels(dataset, args):
     if len(values) != len(dataset.paths):
         raise ValueError(f"{table} has {len(values):,} labels, {dataset.name} {len(dataset.paths):,} pictures; "
                          "expected a row for each, in the same order")
-    names = sorted(set(values), key=data.natural_key)
-    return np.array([names.index(value) for value in values]) if len(names) < 1000 else \
-        np.unique(values, return_inverse=True)[1], name
+    number = {value: i for i, value in enumerate(sorted(set(values), key=data.natural_key))}
+    return np.array([number[value] for value in values]), name
 
 
 def wanted(args):
@@ -629,14 +642,15 @@ def device(name):
     """torch.device from --device; each rank of a machine takes its own GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no GPU that torch can use; give --device cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"--device {name}: unknown; expected auto, cpu, cuda or cuda:N")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: no GPU that torch can use; give --device cpu")
     if name == "cuda":
         name = f"cuda:{int(os.environ.get('LOCAL_RANK') or 0) % torch.cuda.device_count()}"
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device {name}: unknown; expected auto, cpu, cuda or cuda:N") from None
+    if name != "cpu" and int(name[5:]) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: torch can use {torch.cuda.device_count()}, counted from cuda:0")
+    return torch.device(name)
 
 
 def parse(argv):
@@ -701,12 +715,13 @@ def freeze(runs, trunk, dataset, args, share):
     """The feed of the frozen trunk's features, for all runs: features.npy and trunk.pth are there after this."""
     home, about = runs[0].folder.parent.parent, runs[0].about
     content = {**{key: about[key] for key in ("dataset", "backbone", "preprocessing")},
-               "checkpoint_sha256": about["weights_sha256"], "precision": args.precision, "pictures": about["split"]["pictures"]}
+               "checkpoint_sha256": about["weights_sha256"], "precision": args.precision, "pictures": about["split"]["pictures"],
+               "bytes": sum(path.stat().st_size for path in dataset.paths)}  # rendered anew, pictures keep their names
     feed = feed_pictures(dataset.paths, about["preprocessing"], args.device, args.workers, args.seed)
     file = rowfile.RowFile(home / "features.npy", (len(dataset.paths), args.width), np.float32, content)
+    if not (file.complete and (home / "trunk.pth").exists()):  # before the features, so that theirs is never another's
+        save(home / "trunk.pth", trunk.state_dict())
     features = frozen_features(trunk.to(args.device), feed, file, share, args.precision)
-    if not (home / "trunk.pth").exists():
-        save(home / "trunk.pth", trunk.cpu().state_dict())
     if args.device.type == "cpu":
         torch.set_num_threads(1)  # for matrices this small a second thread costs more than it saves
     return feed_features(features, args.device)
