@@ -12,8 +12,11 @@ Output: models/trained/<dataset>/<slug>/fold<k>/: trunk_best.pth, embedder_best.
     torchrun --nproc-per-node 4 train.py --dataset cars196 --precision bf16
 
 Stop it as you like, with kill -9 too: the same command continues after the last epoch that ended, to the same numbers.
-Every random number comes from (--seed, fold, epoch), a picture's crop from (--seed, epoch, picture): workers, processes
-and restarts change nothing. On a GPU, sums in another order do.
+Every random number comes from (--seed, fold, epoch), a picture's crop from (--seed, epoch, picture): workers and restarts
+change nothing. On a CPU the same command with as many threads (OMP_NUM_THREADS) gives the same bytes. Other threads, several
+processes and a GPU add in another order, and AdamW's first steps magnify that: fine-tuning EfficientNet-Lite0 with 1 and 2
+threads, the pairs' means were 0.001 apart after an epoch, and another epoch was best. --freeze-trunk trains in one thread:
+from the same features.npy threads and processes change nothing.
 
 --split  default   the classes in order, 4:1:5 into training, validation and test (Oi et al.); a fold is a repetition
          random    the same, the classes shuffled by --seed
@@ -344,11 +347,18 @@ def begin(run, trunk, width, feed, labels, args, team):
     return Job(network, criterion, miner, optimizer, feed, codes, known, team)
 
 
+def sampled(n, fold, args):
+    """Which of the n training pictures are scored: all, or --train-sample of them."""
+    if not 0 < args.train_sample < n:
+        return np.arange(n)
+    return np.sort(np.random.default_rng([args.seed, fold]).permutation(n)[:args.train_sample])
+
+
 def score(run, job, epoch, part, args):
     """(a row of history.csv, pairs.Score) of one part; the ranks that only help to embed get (None, None)."""
     start, rows, codes = time.perf_counter(), run.parts[part], job.codes[part]
-    if part == "train" and 0 < args.train_sample < len(rows):
-        kept = np.sort(np.random.default_rng([args.seed, run.fold]).permutation(len(rows))[:args.train_sample])
+    if part == "train":
+        kept = sampled(len(rows), run.fold, args)
         rows, codes = rows[kept], codes[kept]
     x = embed(job.network, job.feed, rows, max(64, args.batch), job.team, args.precision)
     if not torch.isfinite(x).all():
@@ -615,7 +625,7 @@ def plan(dataset, labels, label, network, rows, args):
             "loss_parameters": parameters or None, "split": split, "options": {name: getattr(args, name) for name in options},
             "versions": {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__,
                          "pytorch_metric_learning": metadata.version("pytorch-metric-learning") if parameters else None,
-                         "device": str(args.device)}}))
+                         "device": str(args.device), "threads": torch.get_num_threads()}}))
     return runs
 
 
@@ -666,7 +676,8 @@ def parse(argv):
     add("--loss", default="Normalized Softmax", help="of models/losses.csv, several with commas; all: the 14; None: the "
         "untrained network (Normalized Softmax)")
     add("--fold", default="0", help="0, 1, 2, 3, several with commas, or all (0)")
-    add("--split", choices=["default", "random", "pictures", "folds"], help="see above (default; of rendered sets: pictures)")
+    add("--split", choices=["default", "random", "pictures", "folds"], help="see above (default; by a label other "
+        "than class and super_class, as for rendered sets: pictures)")
     add("--model", default="inception_v3", help="inception_v3, bninception, efficientnet_lite0 or package.module:factory "
         "(inception_v3)")
     add("--weights", metavar="FILE", help="ImageNet weights of the backbone (torch's hub cache)")
@@ -733,8 +744,12 @@ def main(argv=None):
     dataset = data.open_dataset(args.dataset, args.data_root, "all")
     labels, label = read_labels(dataset, args)
     args.split = args.split or ("default" if label in ("class", "super_class") else "pictures")
-    for fold in args.folds:
-        split_rows(labels, args.split, fold, args.seed)  # what is wrong is said before a network is loaded
+    for fold in args.folds:  # what is wrong is said before a network is loaded
+        rest = labels[split_rows(labels, args.split, fold, args.seed)[0]]
+        sizes = np.unique(rest[sampled(len(rest), fold, args)], return_counts=True)[1]
+        if len(sizes) < 2 or sizes.max() < 2:
+            raise ValueError(f"--train-sample {args.train_sample} of fold {fold}'s {len(rest):,} training pictures: "
+                             f"{len(sizes)} classes, at most {sizes.max()} pictures of one; expected two and two, sample more")
     network = models.load(models.find(model=args.model, weights=args.weights)[0])
     args.width = features_of(network)
     runs = plan(dataset, labels, label, network, rows, args)

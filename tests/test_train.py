@@ -583,6 +583,19 @@ def test_crops_do_not_depend_on_workers(pictures):
     same(place("triplet"), place("triplet", root="other"))
 
 
+def test_a_frozen_trunks_runs_do_not_depend_on_threads(pictures):
+    options = ["--dataset", "p", "--loss", "SoftTriple", "--freeze-trunk"]
+    run(*options)
+    Path("two/trained/p").mkdir(parents=True)
+    for name in ("features.npy", "features.json", "trunk.pth"):  # whose convolutions may add in another order
+        os.link(Path("m/trained/p") / name, Path("two/trained/p") / name)
+    subprocess.run([sys.executable, str(ROOT / "train.py"), *OPTIONS, *options, "--models", "two"],
+                   env={**os.environ, "OMP_NUM_THREADS": "3"}, check=True, capture_output=True)
+    same(place("soft_triple"), place("soft_triple", root="two"))
+    versions = json.loads((place("soft_triple", root="two") / "config.json").read_text())["versions"]
+    assert versions["threads"] in (2, 3) or os.cpu_count() == 1  # torch takes no more than there are cores
+
+
 # ---------------------------------------------------------------- bad input
 
 
@@ -642,6 +655,8 @@ def test_options_that_can_not_be(pictures, refused):
     refused("invalid float value: 'fast'", "--dataset", "p", "--lr", "fast")
     refused("--epochs 0: expected at least 1", "--dataset", "p", "--epochs", 0)
     refused("nowhere: no such folder", "--dataset", "nowhere")
+    refused("--train-sample 2 of fold 0's 54 training pictures: 2 classes, at most 1 pictures of one; expected two and two",
+            "--dataset", "p", "--train-sample", 2)
     refused("--device mps: unknown; expected auto, cpu, cuda", "--dataset", "p", "--device", "mps")
     refused("--device cuda:99: (no GPU that torch|torch can use)", "--dataset", "p", "--device", "cuda:99")
     refused("--precision tf32 is an NVIDIA GPU's", "--dataset", "p", "--precision", "tf32")
