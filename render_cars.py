@@ -141,9 +141,9 @@ def save(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError:
+    except OSError as error:
         partial.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def read_picture(path):
@@ -884,7 +884,7 @@ def load_car(path, paint_names):
     with bpy.context.temp_override(active_object=parts[0], object=parts[0], selected_objects=parts, selected_editable_objects=parts):
         bpy.ops.object.join()
     car = parts[0]
-    stand(car.data)
+    stand(car.data, path)
     materials = [made for made in car.data.materials if made is not None]
     plain = lambda name: re.sub(r"[._]\d{3}$", "", name.strip().casefold())  # Blender numbers materials of one name
     wanted = {plain(name) for name in (paint_names or "paint,body,carpaint").split(",")}
@@ -919,14 +919,14 @@ def read_mesh(path):
         bpy.ops.wm.usd_import(filepath=name)
 
 
-def stand(mesh):
+def stand(mesh, path):
     """Centre, turn (the longer horizontal side along x; a nose at -y, where glTF's and Blender's look, goes to +x), scale."""
     points = np.empty((len(mesh.vertices), 3), np.float32)
     mesh.vertices.foreach_get("co", points.ravel())
     used = np.unique([v for polygon in mesh.polygons for v in polygon.vertices])  # stray vertices do not count
     size = np.ptp(points[used], axis=0)
     if not np.isfinite(size).all() or size.max() == 0:
-        raise ValueError(f"{mesh.name}: its faces have no extent; expected a car's mesh")
+        raise ValueError(f"{path}: its faces have no extent; expected a car's mesh; take the file out of --cars")
     turn = size[1] > size[0]
     if turn:
         points = np.stack([-points[:, 1], points[:, 0], points[:, 2]], 1)
