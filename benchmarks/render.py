@@ -1,8 +1,8 @@
 """What does a frame of render_cars.py cost, how many samples does it need, and what does each property look like?
 
-    python benchmarks/render.py speed                                    # built once against built anew
-    python benchmarks/render.py sheets docs/cars.jpg                     # every value of every property
-    python benchmarks/render.py samples work --embed .venv/bin/python    # NR-Prec of the same frames with 8, 16, … 128 samples
+    python benchmarks/render.py speed                                             # built once against built anew
+    python benchmarks/render.py sheets docs/cars.jpg                              # every value of every property
+    python benchmarks/render.py samples work --size 128 --embed .venv/bin/python  # NR-Prec of the same frames, 1 … 128 samples
 
 All three need bpy; samples also needs another environment's Python, in which embed.py runs, and continues what lies in its
 folder. A set is a number of samples, or SAMPLES:SEED with noise of another seed (128:1 says how far chance alone goes).

@@ -89,6 +89,15 @@ def test_fixing_a_property_leaves_the_others():
     assert [row | {"color_sat": 1.0} for row in free] == held
 
 
+def test_frames_are_rendered_sun_by_sun():
+    rows = render_cars.sample(render_cars.PROPERTIES, 0, range(1000))
+    order = render_cars.in_order(rows)
+    for part in range(0, 1000, render_cars.RECYCLE):  # a worker's frames stay together: what is there after a stop is no odd sample
+        there, sun = order[part:part + render_cars.RECYCLE], [(row["sun_elevation"], row["sun_rotation"]) for row in order[part:part + render_cars.RECYCLE]]
+        assert sorted(row["frame"] for row in there) == [row["frame"] for row in rows[part:part + render_cars.RECYCLE]]
+        assert sum(a != b for a, b in zip(sun, sun[1:])) == len(set(sun)) - 1
+
+
 def test_share_of_torchrun_and_slurm():
     assert render_cars.my_share({}) == (0, 1)
     assert render_cars.my_share({"RANK": "2", "WORLD_SIZE": "8"}) == (2, 8)
