@@ -134,7 +134,7 @@ def my_share(environment=os.environ):
 
 def save(path, content):
     """Write bytes so that the file is complete under its name, or not there at all."""
-    partial = path.with_name(f".{path.name}.part")
+    partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")  # another process may write the same file
     try:
         with open(partial, "wb") as file:
             file.write(content)
@@ -177,24 +177,29 @@ def table(rows):
 
 
 def write_set(args, settings, rows):
-    """props.csv and render.json of OUT, joined with those of frames that are there already."""
-    about = args.out / "render.json"
-    if about.exists():
-        settings = settings | same_settings(about, settings)
-    elif (args.out / "props.csv").exists():
-        raise ValueError(f"{args.out}: has a props.csv but no render.json, so it was made by something else; choose another --out")
+    """props.csv and render.json of OUT, joined with those of frames that are there already; one process at a time."""
     try:
-        for folder in ["", "images", "masks"][:1 if args.dry_run else 2 + args.masks]:
-            (args.out / folder).mkdir(parents=True, exist_ok=True)
-        save(about, (json.dumps(settings) + "\n").encode())
+        args.out.mkdir(parents=True, exist_ok=True)
+        lock = open(args.out / ".lock", "w")
     except OSError as error:
         raise OSError(f"{args.out}: can't be written ({error.strerror}); choose another --out") from None
-    merged = {}
-    if (args.out / "props.csv").exists():
-        with open(args.out / "props.csv", newline="", encoding="utf-8") as file:
-            merged = {int(row["frame"]): row for row in csv.DictReader(file)}
-    merged |= {row["frame"]: row for row in rows}
-    save(args.out / "props.csv", table([merged[i] for i in sorted(merged)]))
+    with lock:
+        with contextlib.suppress(ImportError, OSError):  # Windows, and file systems that know no locks: one process at a time by hand
+            import fcntl
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+        about, merged = args.out / "render.json", {}
+        if about.exists():
+            settings = settings | same_settings(about, settings)
+        elif (args.out / "props.csv").exists():
+            raise ValueError(f"{args.out}: has a props.csv but no render.json, so it was made by something else; choose another --out")
+        for folder in ["images", "masks"][:0 if args.dry_run else 1 + args.masks]:
+            (args.out / folder).mkdir(exist_ok=True)
+        save(about, (json.dumps(settings) + "\n").encode())
+        if (args.out / "props.csv").exists():
+            with open(args.out / "props.csv", newline="", encoding="utf-8") as file:
+                merged = {int(row["frame"]): row for row in csv.DictReader(file)}
+        merged |= {row["frame"]: row for row in rows}
+        save(args.out / "props.csv", table([merged[i] for i in sorted(merged)]))
 
 
 def same_settings(path, settings):

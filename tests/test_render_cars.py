@@ -129,7 +129,7 @@ def test_dry_run(run_script, tmp_path):
     assert list(rows[0]) == ["frame", *render_cars.PROPERTIES] and [row["frame"] for row in rows] == [str(i) for i in range(30)]
     assert rows == [{name: str(value) for name, value in row.items()} for row in render_cars.sample(render_cars.PROPERTIES, 5, range(30))]
     assert json.loads((tmp_path / "set/render.json").read_text())["seed"] == 5
-    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["props.csv", "render.json"]
+    assert sorted(path.name for path in (tmp_path / "set").glob("[!.]*")) == ["props.csv", "render.json"]
 
 
 def test_ranges_join_and_shards_agree(run_script, tmp_path):
@@ -138,6 +138,13 @@ def test_ranges_join_and_shards_agree(run_script, tmp_path):
     for shard in ("0/3", "2/3"):
         assert run_script("render_cars.py", "--out", tmp_path / "whole", "--frames", "0:30", "--shard", shard, "--dry-run").returncode == 0
     assert (tmp_path / "parts/props.csv").read_bytes() == (tmp_path / "whole/props.csv").read_bytes()
+
+
+def test_processes_that_start_together(tmp_path):
+    command = [sys.executable, str(ROOT / "render_cars.py"), "--out", str(tmp_path), "--dry-run", "--frames"]
+    processes = [subprocess.Popen([*command, f"{k}000:{k + 1}000"]) for k in range(4)]
+    assert [process.wait() for process in processes] == [0] * 4
+    assert [row["frame"] for row in read_props(tmp_path)] == [str(i) for i in range(4000)] and not list(tmp_path.glob(".*.part"))
 
 
 def test_arguments_inside_blender(tmp_path):
