@@ -327,7 +327,6 @@ def render_frame(scene, models, row, args, temporary):
     set_sky(scene.world.node_tree.nodes, row["sun_elevation"], row["sun_rotation"])
     # The noise pattern is the frame's own too: one fixed pattern would be a feature that all frames share.
     scene.cycles.seed = int(np.random.default_rng([args.seed, row["frame"], 1]).integers(2 ** 31))
-    scene.frame_set(1)
     picture = temporary / f"picture.{args.format}"
     scene.render.filepath = str(picture)
     mask = mask_file(scene, temporary)
@@ -384,9 +383,6 @@ def set_renderer(scene, args):
     scene.render.image_settings.file_format = {"jpg": "JPEG", "png": "PNG"}[args.format]
     scene.render.image_settings.color_mode = "RGB"
     scene.render.image_settings.quality = 92
-    for name in scene.render.bl_rna.properties.keys():
-        if name.startswith("use_stamp"):
-            setattr(scene.render, name, False)
     cycles = scene.cycles
     cycles.samples, cycles.use_adaptive_sampling = args.samples, False
     cycles.use_denoising = args.denoise
