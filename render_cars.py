@@ -354,7 +354,6 @@ def build(args, cars, properties):
     bpy.ops.wm.read_factory_settings(use_empty=True)
     scene = bpy.context.scene
     set_renderer(scene, args)
-    build_sky(scene)
     build_backdrop(scene)
     scene.camera = bpy.data.objects.new("camera", bpy.data.cameras.new("camera"))
     scene.camera.data.lens = CAMERA_LENS
@@ -369,6 +368,7 @@ def build(args, cars, properties):
         else:
             models[name] = build_car(name)
             hashes[name] = mesh_hash(models[name]["object"].data)
+    build_sky(scene)  # after the cars: a USD file's dome light becomes the world's light
     for car in models.values():
         car["object"].pass_index = 1
     return scene, models, {"blender": bpy.app.version_string, "meshes": hashes, "report": report}
