@@ -446,7 +446,7 @@ def test_networks_of_a_backbone_alone_and_arrays_without_json(place):
     networks, left_out = report.find_networks(place / "results")
     assert {
         (one["slug"], one["name"], one["type"], one["fold"])
-        for one in networks
+        for one in networks["cars"]
         if one["slug"] in ("margin", "efficientnet_lite0")
     } == {("efficientnet_lite0", "efficientnet_lite0", "none", None), ("margin", "Margin", "ranking", 1)}
     assert left_out == []
