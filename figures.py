@@ -224,6 +224,7 @@ def sheet(width, height):
     ax = fig.add_axes([0, 0, 1, 1])
     ax.set(xlim=(0, width), ylim=(height, 0))
     ax.axis("off")
+    ax.autoscale(False)  # pictures would move the limits
     return fig, ax
 
 
@@ -245,8 +246,6 @@ def draw_gallery(cells, names, kinds, titles, gap=6, margin=270):
         ax.text(margin - 36, y, "\n".join(lines), ha="right", va="center", fontsize=9)
         if i:
             ax.plot(margin - 18, y, TYPES[kinds[i - 1]][1], color=TYPES[kinds[i - 1]][0], markersize=6)
-    width, height = fig.get_size_inches() * DPI
-    ax.set(xlim=(0, width), ylim=(height, 0))
     type_legend(fig, kinds, loc="lower center", ncols=4)
     return fig
 
@@ -291,8 +290,6 @@ def draw_samples(rows, gap=6):
             x = gap + j * (side + gap)
             ax.imshow(resized(pixels, side), extent=(x, x + side, top + 32 + side, top + 32), interpolation="none", aspect="auto")
             ax.text(x + side / 2, top + 34 + side, plain(value, 11), fontsize=7.5, ha="center", va="top")
-    width, height = fig.get_size_inches() * DPI
-    ax.set(xlim=(0, width), ylim=(height, 0))
     return fig
 
 
@@ -567,7 +564,7 @@ def say(text):
 
 
 def read_columns(path, script, texts, numbers):
-    """A result table -> {column: list of str, or of `numbers` float64 array, nan for an empty field}. Raises Missing, ValueError."""
+    """A result table -> {column: list of str; of `numbers` float64 array, nan for an empty field}. Raises Missing, ValueError."""
     if not path.is_file():
         raise Missing(f"{path} is not there (python {script} writes it)")
     table = results.read_columns(path, script, [*texts, *numbers], numbers)
@@ -596,8 +593,8 @@ def is_wanted(wanted, slug, name, number):
 def picture_names(about, n, pictures):
     names = results.picture_names(about, n, pictures)
     if names is None:
-        raise ValueError(f"{about['path']} has {n:,} rows of other pictures than labels.csv beside it or {pictures.folder} lists; "
-                         "make both from the same pictures, or give their data set with --dataset")
+        raise ValueError(f"{about['path']} has {n:,} rows of other pictures than labels.csv beside it or {pictures.folder} "
+                         "lists; make both from the same pictures, or give their data set with --dataset")
     return names
 
 
@@ -1047,34 +1044,14 @@ def save(fig, folder, name, title, photograph):
         data.write_file(folder / f"{name}.{suffix}", content.getvalue())
 
 
-def open_pictures(args, names):
-    """{name of a results folder: its data set}: of --dataset, else the published one where it is there."""
-    given = [data.open_dataset(one, args.data_root, "all") for one in args.dataset or []]
-    found = {pictures.name: pictures for pictures in given}
-    if len(given) == len(names) == 1:
-        return {names[0]: given[0]}  # whatever its folder is called
-    strange = next((name for name in found if name not in names), None)
-    if strange is not None:
-        raise ValueError(f"--dataset {strange}: no results of this name; there are {listing(names)}")
-    for name in names:
-        if name in data.PUBLISHED and name not in found:
-            try:
-                found[name] = data.open_dataset(name, args.data_root, "all")
-            except (FileNotFoundError, ValueError):
-                pass  # nobody asked for it: what needs it is left out
-    return found
-
-
 def find_networks(folder, models):
     """The networks of a data set, checked, and what is wrong with arrays that are left out; those that share their loss with
     others are named by their folders."""
     networks, wrong = results.find_networks(folder, models)
     wrong += results.open_arrays(networks)
     results.check_together(networks)
-    slugs = {}
-    for network in networks:
-        slugs.setdefault(network["name"], set()).add(network["slug"])
-    named = [network | {"name": network["name"] if len(slugs[network["name"]]) == 1 else network["slug"]} for network in networks]
+    slugs = Counter(name for name, _ in {(network["name"], network["slug"]) for network in networks})
+    named = [network if slugs[network["name"]] == 1 else network | {"name": network["slug"]} for network in networks]
     return named, [what for _, what in wrong]
 
 
@@ -1098,7 +1075,7 @@ def parse(argv):
     add = parser.add_argument
     add("results", type=Path, metavar="RESULTS", help="results/ with data sets' folders in it, or one data set's folder")
     add("--out", type=Path, required=True, metavar="DIR", help="where the figures go; made if it is not there")
-    add("--dataset", action="append", metavar="FOLDER",
+    add("--dataset", action="append", default=[], metavar="FOLDER",
         help="the pictures: a folder, a CSV file, cars196, cub200 or sop; again for each data set")
     add("--data-root", metavar="DIR", help="folder of the published data sets (DML_DATA_ROOT, else data/)")
     add("--models", type=Path, default=HERE / "models", metavar="DIR",
@@ -1137,7 +1114,7 @@ def main(argv=None):
         raise ValueError(f"--out {args.out} is a file; give a folder")
     folders = results.find_datasets(args.results)
     names = [folder.resolve().name for folder in folders]
-    pictures = open_pictures(args, names)
+    pictures = results.open_pictures(args.dataset, args.data_root, names)
     datasets, missing = [], []
     for name, folder in zip(names, folders):
         networks, wrong = find_networks(folder, args.models)

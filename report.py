@@ -27,6 +27,7 @@ import re
 import shutil
 import sys
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -40,16 +41,17 @@ import results
 
 
 def find_networks(folder):
-    """Networks with arrays in RESULTS -> ([those of results.find_networks, with their dataset], [what is left out])."""
-    networks, wrong, places = [], [], results.find_datasets(folder)
+    """Networks with arrays in RESULTS -> ({data set: those of results.find_networks, with its name}, [what is left out])."""
+    networks, wrong, places = {}, [], results.find_datasets(folder)
     for place in places:
         found, half = results.find_networks(place)
         wrong += half + results.open_arrays(found)
-        networks += [{"dataset": place.resolve().name, **network} for network in found if any(map(network.get, results.ARRAYS))]
+        name, found = place.resolve().name, [network for network in found if any(map(network.get, results.ARRAYS))]
+        networks |= {name: [{"dataset": name, **network} for network in found]} if found else {}
     left_out = [what.replace(str(path), path.relative_to(folder).as_posix()) for path, what in sorted(wrong)]
     if not networks and not any((place / f"{name}.csv").is_file() for place in places for name in results.COLUMNS):
-        raise ValueError(f"{folder}: no results, neither whole arrays nor tables: python embed.py --dataset NAME --loss all --out "
-                         f"{folder}" + "".join(f"; {line}" for line in left_out[:2]))
+        raise ValueError(f"{folder}: no results, neither whole arrays nor tables: python embed.py --dataset NAME --loss all "
+                         f"--out {folder}" + "".join(f"; {line}" for line in left_out[:2]))
     return networks, left_out
 
 
@@ -374,7 +376,7 @@ def settings_table(dataset, networks):
                 if value is not None and key not in ("ceiling", "noise_of"):
                     values.setdefault(key, []).append(in_words(value))
         if values:
-            columns[step] = {key: tally(told) for key, told in values.items()}
+            columns[step] = {key: Counter(told) for key, told in values.items()}
     keys = dict.fromkeys(key for values in columns.values() for key in values)
     rows = [[key.replace("_", " "), *(shares(values.get(key, {})) for values in columns.values())]
             for key in sorted(keys, key="versions".__eq__)]  # versions at the end
@@ -406,9 +408,9 @@ def networks_table(dataset, networks):
     for slug in dict.fromkeys(network["slug"] for network in networks):
         folds = [network for network in networks if network["slug"] == slug]
         abouts = [network["emb"] or network["maps"] or network["maps_ceiling"] for network in folds]
-        shapes = [shares(tally(shape_of(network[stem]["array"]) for network in folds if network[stem]), len(folds))
+        shapes = [shares(Counter(shape_of(network[stem]["array"]) for network in folds if network[stem]), len(folds))
                   for stem in ("emb", "maps", "maps_ceiling")]
-        distance = shares(tally(in_words(about["distance"]) for about in abouts if about.get("distance")))
+        distance = shares(Counter(in_words(about["distance"]) for about in abouts if about.get("distance")))
         digests = " ".join(str(about.get("checkpoint_sha256") or "")[:8] for about in abouts)
         numbers = " ".join("" if network["fold"] is None else str(network["fold"]) for network in folds)
         rows.append([folds[0]["name"], folds[0]["type"], numbers, distance, *shapes, digests])
@@ -428,17 +430,9 @@ def losses_table(dataset, networks):
     told = {}
     for network in networks:
         told.setdefault(network["name"], []).extend(filter(None, [network["config"].get("loss_parameters")]))
-    rows = [[name, shares(tally(map(in_words, parameters)))] for name, parameters in told.items() if parameters]
+    rows = [[name, shares(Counter(map(in_words, parameters)))] for name, parameters in told.items() if parameters]
     return rows and new_table(f"losses {dataset}", f"Losses' parameters: {dataset}", ["Loss", "Class and parameters"], rows,
                               "As train.py recorded them.")
-
-
-def tally(values):
-    """{value: how many times it is there}."""
-    counts = {}
-    for value in values:
-        counts[value] = counts.get(value, 0) + 1
-    return counts
 
 
 def history_table(dataset, networks):
@@ -447,7 +441,8 @@ def history_table(dataset, networks):
                 ("map_at_r", "validation", "MAP@R, validation"), ("jsd", "validation", "JSD, validation")]
     rows = []
     for name in dict.fromkeys(network["name"] for network in networks):
-        histories = [data.read_table(network["history"]) for network in networks if network["name"] == name and network["history"]]
+        paths = [network["history"] for network in networks if network["name"] == name and network["history"]]
+        histories = [data.read_table(path) for path in paths]
         if not histories:
             continue
         epochs = max((int(epoch) for history in histories for epoch in history.get("epoch", []) if epoch.isdecimal()), default=0)
@@ -580,8 +575,9 @@ def unreadable(networks, folder):
     left_out = {}
     for network in networks:
         for stem in filter(network.get, ("emb", "maps")):
+            path = network[stem]["path"].relative_to(folder).as_posix()
             for name in network[stem]["pictures"].get("left_out") or []:
-                left_out.setdefault((network["dataset"], str(name)), []).append(network[stem]["path"].relative_to(folder).as_posix())
+                left_out.setdefault((network["dataset"], str(name)), []).append(path)
     return [f"{dataset}: {name} could not be read: not in {where[0]}" + (f" and {len(where) - 1} more" if len(where) > 1 else "")
             for (dataset, name), where in left_out.items()]
 
@@ -589,8 +585,8 @@ def unreadable(networks, folder):
 def warnings_of(networks):
     """What must be said of the maps even where no tables.json says it: noise shared, no second maps."""
     found = []
-    for dataset in dict.fromkeys(network["dataset"] for network in networks):
-        maps = [network for network in networks if network["dataset"] == dataset and network["maps"]]
+    for dataset, here in networks.items():
+        maps = [network for network in here if network["maps"]]
         shared = [network for network in maps if network["maps"]["options"].get("shared_noise") and not network["maps_ceiling"]]
         alone = [network for network in maps if not network["maps_ceiling"]]
         found += [f"{dataset}: {len(shared)} of {len(maps)} networks' maps share their noise, which raises their "
@@ -600,31 +596,10 @@ def warnings_of(networks):
     return found
 
 
-def open_datasets(given, root, names):
-    """{name of a data set in RESULTS: its pictures}, of the folders given and of published data sets that are here."""
-    found = {}
-    for place in given:
-        dataset = data.open_dataset(place, root, "all")
-        if len(given) == len(names) == 1:
-            return {names[0]: dataset}  # the folder may have been renamed
-        if dataset.name not in names:
-            raise ValueError(f"--dataset {place} is the data set {dataset.name}; RESULTS has {', '.join(names) or 'no arrays'}: "
-                             "give the folder of one")
-        found[dataset.name] = dataset
-    for name in names:
-        if name in data.PUBLISHED and name not in found:
-            try:
-                found[name] = data.open_dataset(name, root, "all")
-            except (OSError, ValueError):
-                pass  # said on the page: its maps stand alone
-    return found
-
-
 def analysed(networks):
     """The section's content: what was analysed, data set by data set."""
     parts = []
-    for dataset in dict.fromkeys(network["dataset"] for network in networks):
-        here = [network for network in networks if network["dataset"] == dataset]
+    for dataset, here in networks.items():
         parts += [settings_table(dataset, here), networks_table(dataset, here), losses_table(dataset, here)]
     return "\n".join(map(table_html, filter(None, parts)))
 
@@ -672,11 +647,11 @@ def figure_html(figure):
 
 def build(args):
     """Read everything, make the page -> (HTML, [main findings], what is on it in words, number of warnings and gaps)."""
-    networks, left_out = find_networks(args.results)
-    names = list(dict.fromkeys(network["dataset"] for network in networks))
-    for name in names:
-        results.check_together([network for network in networks if network["dataset"] == name])
-    datasets = open_datasets(args.dataset, args.data_root, names)
+    found, left_out = find_networks(args.results)
+    names, networks = list(found), [network for here in found.values() for network in here]
+    for here in found.values():
+        results.check_together(here)
+    datasets = results.open_pictures(args.dataset, args.data_root, names)
     tables, figures = read_tables(args.tables), read_figures(args.figures)
     sets, stored, notes = gallery(networks, datasets, args.pictures, args.size)
 
@@ -684,7 +659,7 @@ def build(args):
     statements, drawn = tables["statements"] if tables else [], figures["figures"] if figures else []
     main = [one for one in statements if one["main"]]
     others = sorted({one["dataset"] for one in shown + statements if one["dataset"]} - {*names}) if names else []
-    warned = [*(tables["warnings"] if tables else warnings_of(networks)), *notes]
+    warned = [*(tables["warnings"] if tables else warnings_of(found)), *notes]
     warned += [f"{args.tables / 'tables.json'} tells of {name}, of which {args.results} has no arrays." for name in others]
     left_out += unreadable(networks, args.results)
     listed = [line.split(":")[0] for line in left_out]  # arrays that tables.py left out as well
@@ -692,7 +667,7 @@ def build(args):
                if not any(name in one["what"] for name in listed)]
     missing = [": ".join(filter(None, (one["dataset"], one["table"], one["figure"], one["what"]))) for one in missing]
     versions = tables and networks and f"Tables and tests: {in_words(tables['made_with'].get('versions') or 'unknown versions')}."
-    histories = [history_table(name, [network for network in networks if network["dataset"] == name]) for name in names]
+    histories = [history_table(*one) for one in found.items()]
     wrong = errata(tables)
     gaps = [f"<h3>{title}</h3>{listing(items)}" for title, items in (("Left out", left_out), ("Missing", missing)) if items]
     sections = [
@@ -705,7 +680,7 @@ def build(args):
         ("figures", "Figures", "\n".join(map(figure_html, drawn)) or
          none_here("No figures: python figures.py RESULTS --out figures makes them.")),
         ("training", "Training", "\n".join(map(table_html, filter(None, histories)))),
-        ("analysed", "What was analysed", analysed(networks) + (f'<p class="test">{text(versions)}</p>' if versions else "")),
+        ("analysed", "What was analysed", analysed(found) + (f'<p class="test">{text(versions)}</p>' if versions else "")),
         ("errata", "Errata of the published method", table_html(wrong) if wrong else ""),
     ]
     lengths = {"network": len(networks), "picture": len(stored), "table": len(shown), "figure": len(drawn)}

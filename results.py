@@ -82,8 +82,8 @@ def find_networks(folder, models=HERE / "models"):
     order = in_order({network["name"]: network["type"] for network in networks})
     networks.sort(key=lambda network: (order.index(network["name"]), network["slug"], network["number"]))
     paths = [network["folder"] / f"{kind}.npy" for network in networks for kind in ARRAYS if not network[kind]]
-    return networks, [(path, f"{path} is half-finished; the command that makes it continues it") for path in paths
-                      if path.with_name(f"{path.name}.part").exists()]
+    return networks, [(path, f"{path} is half-finished ({path.name}.part is there); left out: the command that makes it "
+                       "continues it") for path in paths if path.with_name(f"{path.name}.part").exists()]
 
 
 def read_network(place, known, homes, trained):
@@ -133,7 +133,7 @@ def open_arrays(networks):
             try:
                 network[kind]["array"] = open_array(network[kind], ARRAYS[kind])
             except (ValueError, OSError) as error:
-                wrong.append((network[kind]["path"], str(error)))
+                wrong.append((network[kind]["path"], f"{error}; left out"))
                 network[kind] = None
     return wrong
 
@@ -197,6 +197,25 @@ def other_pictures(a, b):
 
 
 # ---------------------------------------------------------------- rows and pictures
+
+
+def open_pictures(given, root, names):
+    """{a data set's name in RESULTS: its pictures}: of the given folders, else the published ones that are here."""
+    opened = [data.open_dataset(place, root, "all") for place in given]
+    if len(given) == len(names) == 1:
+        return {names[0]: opened[0]}  # the folder may have been renamed
+    for place, pictures in zip(given, opened):
+        if pictures.name not in names:
+            raise ValueError(f"--dataset {place} is the data set {pictures.name}; RESULTS has {', '.join(names) or 'no arrays'}: "
+                             "give the folder of one")
+    found = {pictures.name: pictures for pictures in opened}
+    for name in names:
+        if name in data.PUBLISHED and name not in found:
+            try:
+                found[name] = data.open_dataset(name, root, "all")
+            except (OSError, ValueError):
+                pass  # nobody asked for it: what needs it is left out
+    return found
 
 
 def picture_names(about, n, dataset=None):

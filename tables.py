@@ -207,7 +207,7 @@ def read_results(folder, models):
     networks, half = find_networks(folder, models)
     networks.sort(key=lambda network: data.natural_key(network["folder"].as_posix()))
     for _, what in sorted(half + open_arrays(networks), key=lambda one: data.natural_key(one[0].as_posix())):
-        missing.append({"dataset": name, "table": "", "what": f"{what}; left out"})
+        missing.append({"dataset": name, "table": "", "what": what})
     for table, (script, required) in COLUMNS.items():
         if (folder / f"{table}.csv").is_file():
             rows[table] = [name_row(row, networks) for row in read_rows(folder / f"{table}.csv", script, required)]
@@ -456,11 +456,7 @@ def nrprec_tables(results):
             if found["value"] is None:
                 results.lacks("nrprec", f"{name}: no NR-Prec of {one}")
     shaded(rows, lambda value: math.log1p(max(value, 0)))
-    for kind in TYPES[:2]:
-        members = [name for name in names if results.types[name] == kind]
-        if members:
-            rows.append([cell(f"{kind.capitalize()} mean", bold=True),
-                         *(mean_cell(losses, members, tests.get(one), kind) for one, losses in values.items())])
+    rows += mean_rows(results, names, values, tests)
     first = results.rows["nrprec"][0]
     numbers = sorted({f"{row['permutations']:,.0f}" for row in results.rows["nrprec"] if row.get("permutations")})
     mark = (f"* p_holm < {SIGNIFICANCE} in every fold: {' or '.join(numbers)}{' ' * bool(numbers)}permutations of each property, "
@@ -496,7 +492,18 @@ def nrprec_cell(rows, permuted):
     return cell(rounded(np.mean(values)) + f" {mark}" * bool(mark), np.mean(values), hint=hint, mark=mark, spread=spread)
 
 
-def mean_cell(losses, members, test, kind, digits=2):
+def mean_rows(results, names, values, tests, digits=2):
+    """A row for either type: the means over its losses of each of values, {title: {name: [value of each fold]}}."""
+    rows = []
+    for kind in TYPES[:2]:
+        members = [name for name in names if results.types[name] == kind]
+        if members:
+            rows.append([cell(f"{kind.capitalize()} mean", bold=True),
+                         *(mean_cell(losses, members, tests.get(one), kind, digits) for one, losses in values.items())])
+    return rows
+
+
+def mean_cell(losses, members, test, kind, digits):
     """The mean over a type's losses; bold and † where a test says that it is the larger one."""
     means = [float(np.mean(losses[name])) for name in members if losses.get(name)]
     if not means:
@@ -534,15 +541,20 @@ def tests_table(name, title, what, tests, results, digits=2):
                  dataset=results.name, paper="Table 6" if what == "Property" else None, notes=notes)
 
 
+def note_absent(results, name, present):
+    """List the networks that a table has no rows of."""
+    absent = [network for network in results.order if network not in present]
+    if absent:
+        results.lacks(name, f"{name}.csv has no rows of {listing(absent, 99)}")
+
+
 def note_missing_folds(results, name, found):
     """List the folds that a network lacks in a table, though others have them."""
     folds = {fold for key in found for fold in found[key]} - {None}
     have = defaultdict(set)
     for key in found:
         have[key[0]] |= set(found[key])
-    absent = [network for network in results.order if not have.get(network)]
-    if absent:
-        results.lacks(name, f"{name}.csv has no rows of {listing(absent, 99)}")
+    note_absent(results, name, have)
     for network in results.order:
         mine = have.get(network, {None})
         if None not in mine and folds - mine:
@@ -568,18 +580,15 @@ MEASURES = {
 
 
 def pair_averages(found, measure):
-    """{(name, name): (mean over folds, ± or None, number of folds, hint)} of one measure; pairs of one loss's folds too."""
-    averaged = {}
+    """{(name, name): (mean over folds, ± or None, hint)} of one measure; pairs of one loss's folds too."""
+    averaged, through = {}, average_correlation if measure in ("correlation", "ceiling") else average
     for pair, rows in found.items():
-        rows = {folds: row for folds, row in rows.items() if row.get(measure) is not None}
-        if not rows:
-            continue
-        means = [row[measure] for row in rows.values()]
-        spreads = [row.get(f"{measure}_std") or 0.0 for row in rows.values()]
-        through = average_correlation if measure in ("correlation", "ceiling") else average
-        mean, spread = through(means, spreads)
-        hint = f"mean of {len(rows)} folds, {min(means):.3f} to {max(means):.3f}" if len(rows) > 1 else f"one fold, {mean:.4f}"
-        averaged[pair] = mean, spread if measure in ("correlation", "jsd") else None, len(rows), hint
+        rows = [row for row in rows.values() if row.get(measure) is not None]
+        if rows:
+            means = kept(rows, measure)
+            mean, spread = through(means, [row.get(f"{measure}_std") or 0.0 for row in rows])
+            hint = f"mean of {len(rows)} folds, {min(means):.3f} to {max(means):.3f}" if len(rows) > 1 else f"one fold, {mean:.4f}"
+            averaged[pair] = mean, spread if measure in ("correlation", "jsd") else None, hint
     return averaged
 
 
@@ -598,8 +607,7 @@ def matrix_table(results, measure, averaged):
         for b in names:
             key = (a, b) if (a, b) in averaged else (b, a)
             if key in averaged:
-                mean, spread, _, hint = averaged[key]
-                line.append(pair_cell(mean, spread, hint, *form))
+                line.append(pair_cell(*averaged[key], *form))
                 diagonal |= a == b
             else:
                 line.append(dict(EMPTY))
@@ -647,9 +655,7 @@ def comparison_tables(results):
     for name, measures in (("compare", ("correlation", "jsd", "ceiling", "corrected")), ("embeddings", ("cka", "overlap"))):
         pairs = pairs_by_fold(results, name)
         if pairs:
-            absent = [one for one in results.order if not any(one in pair for pair in pairs)]
-            if absent:
-                results.lacks(name, f"{name}.csv has no rows of {listing(absent, 99)}")
+            note_absent(results, name, {one for pair in pairs for one in pair})
             note_missing_pairs(results, name, pairs)
         for measure in measures:
             averaged = pair_averages(pairs, measure)
@@ -758,12 +764,8 @@ def pair_tables(results):
     tests = pair_tests(results, found)
     names = [name for name in results.order if (name,) in found]
     rows = [[name, *(fold_cell(kept(found[name,].values(), one)) for one in measures)] for name in names]
-    for kind in TYPES[:2]:
-        members = [name for name in names if results.types[name] == kind]
-        if members:
-            values = [{name: kept(found[name,].values(), one) for name in members} for one in measures]
-            means = [mean_cell(folds, members, tests.get(PAIR_HEADER[one]), kind, 3) for one, folds in zip(measures, values)]
-            rows.append([cell(f"{kind.capitalize()} mean", bold=True), *means])
+    values = {PAIR_HEADER[one]: {name: kept(found[name,].values(), one) for name in names} for one in measures}
+    rows += mean_rows(results, names, values, tests, 3)
     notes = [tests and "Bold mean: the larger by the exact test (pairs_tests); †: by the released way (all folds pooled).",
              "jsd_null" in measures and "JSD of few pairs is biased up: labels permuted shows by how much."]
     label = results.rows["pairs"][0]["label"]
@@ -1389,7 +1391,7 @@ def published_tables():
     sop, grouped, oi = ([*zip(*data.read_table(HERE / "published" / f"{name}.csv").values())] for name in (
         "kobs_table2_sop_correlation", "kobs_tables3_4_grouped_correlation", "oi_table1_split"))
     table2 = published_matrix("published_table2", "Correlation of saliency maps, SOP, published", "Table 2", "sop", sop)
-    averaged = {tuple(sorted((a, b))): (float(mean) / 100, float(std) / 100, 1, "") for a, b, mean, std in sop}
+    averaged = {tuple(sorted((a, b))): (float(mean) / 100, float(std) / 100, "") for a, b, mean, std in sop}
     condensed = group_table("sop", "correlation", averaged, "type", {row["name"]: row["type"] for row in losses()}, TYPES)
     condensed |= {"name": "published_table2_by_type", "title": "Correlation by type, SOP, from the published Table 2",
                   "paper": "Table 2", "notes": ["Condensed here; the paper prints the full table alone."]}

@@ -315,12 +315,12 @@ def test_page_in_full(make):
         assert words in page.text, words
     assert [found["id"] for found in page.of("section")] == [
         "findings",
-        "analysed",
         "warnings",
         "statements",
         "gallery",
         "tables",
         "figures",
+        "analysed",
         "errata",
     ]
     assert len(page.of("ol", **{"class": "findings"})) == 1
@@ -446,7 +446,7 @@ def test_networks_of_a_backbone_alone_and_arrays_without_json(place):
     networks, left_out = report.find_networks(place / "results")
     assert {
         (one["slug"], one["name"], one["type"], one["fold"])
-        for one in networks
+        for one in networks["cars"]
         if one["slug"] in ("margin", "efficientnet_lite0")
     } == {("efficientnet_lite0", "efficientnet_lite0", "none", None), ("margin", "Margin", "ranking", 1)}
     assert left_out == []

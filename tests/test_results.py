@@ -148,7 +148,8 @@ def test_rows_of_a_table(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("loss,fold,value,embeddings\nTriplet,1,0.5,a\n,,nan,b\n")
     assert results.read_rows(path, "x.py", ["value"]) == [
-        {"loss": "Triplet", "fold": 1, "value": 0.5, "embeddings": "a"}, {"loss": "", "fold": None, "value": None, "embeddings": "b"}]
+        {"loss": "Triplet", "fold": 1, "value": 0.5, "embeddings": "a"},
+        {"loss": "", "fold": None, "value": None, "embeddings": "b"}]
     assert results.read_columns(path, "x.py", [], ["value"])["fold"] == ["1", ""]
     with pytest.raises(ValueError, match="lacks the columns jsd, n; expected the table that x.py writes"):
         results.read_rows(path, "x.py", ["jsd", "value", "n"])
