@@ -571,7 +571,7 @@ def seed_of(*numbers):
 def read_labels(dataset, args):
     """(labels (n,) int, the name of what they are), from the data set or from a column of --labels or props.csv."""
     table = args.labels or (dataset.folder / "props.csv" if dataset.labels is None else None)
-    if table is None or args.label in ("class", "super_class") and not args.labels:
+    if table is None:
         name = args.label or "class"
         labels = {"class": dataset.labels, "super_class": dataset.super_labels}.get(name)
         if labels is None:

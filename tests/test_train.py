@@ -35,7 +35,8 @@ class Tiny(nn.Module):
     def __init__(self, dropout=0.0, norm=False):
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.Sequential(nn.Conv2d(3, 8, 5, 4), *[nn.BatchNorm2d(8)] * norm, nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Dropout(dropout))
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 5, 4), *[nn.BatchNorm2d(8)] * norm, nn.ReLU(),
+                                    nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Dropout(dropout))
     def forward(self, x):
         time.sleep(float(os.environ.get("SLOW", 0)))
         return self.layers(x)
@@ -626,6 +627,8 @@ def test_labels_that_do_not_fit(pictures, refused, tmp_path):
     refused(r"no property .model.; it has label \(--label chooses", "--dataset", "p", "--labels", "labels.csv",
             "--label", "model")
     refused("p has no label 'super_class'; it has class", "--dataset", "p", "--label", "super_class")
+    refused(r"props.csv has no property 'class'; it has model, .*\(--label chooses", "--dataset", ROOT / "examples/cars",
+            "--label", "class")
     assert not Path("m").exists()
 
 
