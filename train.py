@@ -688,7 +688,8 @@ def parse(argv):
         "linear layer does not come far in 20 epochs)")
     add("--loss-lr", type=float, default=1e-2, metavar="X", help="learning rate of the loss's own parameters (1e-2)")
     add("--scale", type=float, default=10.0, metavar="S", help="of Normalized Softmax, Eq. 3 (10; the library's default is 20)")
-    add("--weight-decay", type=float, default=0.01, metavar="X", help="of AdamW (0.01, torch's default; the paper states none)")
+    add("--weight-decay", type=float, default=0.01, metavar="X", help="of AdamW, on all parameters, "
+        "proxies and β too (0.01, torch's default; the paper states none)")
     add("--schedule", default="constant", choices=["constant", "cosine"], help="of both learning rates (constant; not stated)")
     add("--batch", type=int, default=32, metavar="N", help="pictures in a batch (32; not stated)")
     add("--per-class", type=int, default=4, metavar="N", help="of them of one class (4; not stated); with fewer than batch / "

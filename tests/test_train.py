@@ -264,6 +264,27 @@ def test_what_the_losses_are():
     json.dumps([about for _, _, about in made.values()])
 
 
+def test_the_papers_settings_are_the_defaults():
+    args = train.parse(["--dataset", "cars196", "--device", "cpu"])
+    assert (args.loss, args.model, args.dim, args.epochs, args.scale, args.seed, args.precision, args.fold) == \
+        ("Normalized Softmax", "inception_v3", 64, 20, 10, 1, "fp32", "0")
+    row = next(row for row in LOSSES if row["slug"] == "normalized_softmax")
+    labels, trunk = np.repeat(np.arange(196), 2), torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    parts = dict(zip(("train", "validation", "test"), train.split_rows(labels, "default")))
+    job = train.begin(train.Run("", row, 0, None, parts, {}), trunk, 4, None, labels, args, (0, 1))
+    network, loss = job.optimizer.param_groups
+    assert isinstance(job.optimizer, torch.optim.AdamW) and (network["lr"], loss["lr"]) == (1e-4, 1e-2)
+    assert {id(p) for p in network["params"]} == {id(p) for p in job.network.parameters()} and len(network["params"]) == 6
+    assert loss["params"] == [job.criterion.W] and job.criterion.W.shape == (64, 78)
+    row = next(row for row in LOSSES if row["slug"] == "margin_per_class")
+    job = train.begin(train.Run("", row, 0, None, parts, {}), trunk, 4, None, labels, args, (0, 1))
+    assert job.optimizer.param_groups[1]["params"][0] is job.criterion.beta and job.criterion.beta.shape == (78,)
+    network = models.inception_v3()
+    assert network.transform_input and models.PREPROCESSING["inception_v3"] == {
+        "resize": [299, 299], "crop": None, "channels": "RGB", "scale": 1, "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225]}
+
+
 def test_normalized_softmax_is_equation_3():
     rng = np.random.default_rng(0)
     x, labels = rng.normal(size=(5, 4)), np.array([0, 2, 1, 2, 0])
