@@ -571,7 +571,7 @@ def seed_of(*numbers):
 def read_labels(dataset, args):
     """(labels (n,) int, the name of what they are), from the data set or from a column of --labels or props.csv."""
     table = args.labels or (dataset.folder / "props.csv" if dataset.labels is None else None)
-    if table is None or args.label in ("class", "super_class") and not args.labels:
+    if table is None:
         name = args.label or "class"
         labels = {"class": dataset.labels, "super_class": dataset.super_labels}.get(name)
         if labels is None:
@@ -688,7 +688,8 @@ def parse(argv):
         "linear layer does not come far in 20 epochs)")
     add("--loss-lr", type=float, default=1e-2, metavar="X", help="learning rate of the loss's own parameters (1e-2)")
     add("--scale", type=float, default=10.0, metavar="S", help="of Normalized Softmax, Eq. 3 (10; the library's default is 20)")
-    add("--weight-decay", type=float, default=0.01, metavar="X", help="of AdamW (0.01, torch's default; the paper states none)")
+    add("--weight-decay", type=float, default=0.01, metavar="X", help="of AdamW, on all parameters, "
+        "proxies and β too (0.01, torch's default; the paper states none)")
     add("--schedule", default="constant", choices=["constant", "cosine"], help="of both learning rates (constant; not stated)")
     add("--batch", type=int, default=32, metavar="N", help="pictures in a batch (32; not stated)")
     add("--per-class", type=int, default=4, metavar="N", help="of them of one class (4; not stated); with fewer than batch / "

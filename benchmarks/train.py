@@ -86,7 +86,8 @@ def frozen(folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--pictures", type=int, metavar="N", help="fine-tune on so many made-up pictures (instead: the frozen trunk)")
+    add("--pictures", type=int, metavar="N", help="fine-tune on so many made-up pictures, 128 or more "
+        "(instead: the frozen trunk)")
     add("--width", type=int, default=700, help="of a picture (700)")
     add("--height", type=int, default=480, help="of a picture (480)")
     add("--model", default="models:inception_v3", help="as for train.py (models:inception_v3)")

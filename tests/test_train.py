@@ -35,7 +35,8 @@ class Tiny(nn.Module):
     def __init__(self, dropout=0.0, norm=False):
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.Sequential(nn.Conv2d(3, 8, 5, 4), *[nn.BatchNorm2d(8)] * norm, nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Dropout(dropout))
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 5, 4), *[nn.BatchNorm2d(8)] * norm, nn.ReLU(),
+                                    nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Dropout(dropout))
     def forward(self, x):
         time.sleep(float(os.environ.get("SLOW", 0)))
         return self.layers(x)
@@ -261,6 +262,27 @@ def test_what_the_losses_are():
     assert made["ArcFace"][2] == {"class": "ArcFaceLoss", "num_classes": 6, "embedding_size": 8, "margin": 28.6, "scale": 64}
     assert made["Multi Similarity + Miner"][2]["miner"] == {"class": "MultiSimilarityMiner", "epsilon": 0.1}
     json.dumps([about for _, _, about in made.values()])
+
+
+def test_the_papers_settings_are_the_defaults():
+    args = train.parse(["--dataset", "cars196", "--device", "cpu"])
+    assert (args.loss, args.model, args.dim, args.epochs, args.scale, args.seed, args.precision, args.fold) == \
+        ("Normalized Softmax", "inception_v3", 64, 20, 10, 1, "fp32", "0")
+    row = next(row for row in LOSSES if row["slug"] == "normalized_softmax")
+    labels, trunk = np.repeat(np.arange(196), 2), torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    parts = dict(zip(("train", "validation", "test"), train.split_rows(labels, "default")))
+    job = train.begin(train.Run("", row, 0, None, parts, {}), trunk, 4, None, labels, args, (0, 1))
+    network, loss = job.optimizer.param_groups
+    assert isinstance(job.optimizer, torch.optim.AdamW) and (network["lr"], loss["lr"]) == (1e-4, 1e-2)
+    assert {id(p) for p in network["params"]} == {id(p) for p in job.network.parameters()} and len(network["params"]) == 6
+    assert loss["params"] == [job.criterion.W] and job.criterion.W.shape == (64, 78)
+    row = next(row for row in LOSSES if row["slug"] == "margin_per_class")
+    job = train.begin(train.Run("", row, 0, None, parts, {}), trunk, 4, None, labels, args, (0, 1))
+    assert job.optimizer.param_groups[1]["params"][0] is job.criterion.beta and job.criterion.beta.shape == (78,)
+    network = models.inception_v3()
+    assert network.transform_input and models.PREPROCESSING["inception_v3"] == {
+        "resize": [299, 299], "crop": None, "channels": "RGB", "scale": 1, "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225]}
 
 
 def test_normalized_softmax_is_equation_3():
@@ -626,6 +648,8 @@ def test_labels_that_do_not_fit(pictures, refused, tmp_path):
     refused(r"no property .model.; it has label \(--label chooses", "--dataset", "p", "--labels", "labels.csv",
             "--label", "model")
     refused("p has no label 'super_class'; it has class", "--dataset", "p", "--label", "super_class")
+    refused(r"props.csv has no property 'class'; it has model, .*\(--label chooses", "--dataset", ROOT / "examples/cars",
+            "--label", "class")
     assert not Path("m").exists()
 
 
