@@ -1028,9 +1028,9 @@ def save(fig, folder, name, title, photograph):
 
 def find_networks(folder, models):
     """The networks of a data set, checked; those that share their loss with others are named by their folders."""
-    networks, half = results.find_networks(folder, models)
+    networks = results.find_networks(folder, models)
     results.check_together(networks)
-    for _, what in half:
+    for _, what in results.half_finished(networks):
         say(f"note: {what}")
     slugs = Counter(name for name, _ in {(network["name"], network["slug"]) for network in networks})
     return [network if slugs[network["name"]] == 1 else network | {"name": network["slug"]} for network in networks]

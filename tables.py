@@ -32,8 +32,8 @@ import scipy
 from scipy.stats import mannwhitneyu, rankdata
 
 import data
-from results import (COLUMNS, TYPES, check_alike, check_together, find_datasets, find_networks, in_order, losses, open_arrays,
-                     read_rows, whose)
+from results import (COLUMNS, TYPES, check_alike, check_together, find_datasets, find_networks, half_finished, in_order,
+                     losses, open_arrays, read_rows, whose)
 
 HERE = Path(__file__).resolve().parent
 CLIP = 1 - 1e-6             # r = ±1 is cut to ±0.999999, so that Fisher's z stays finite (as in compare.py)
@@ -204,9 +204,9 @@ class Results(NamedTuple):
 def read_results(folder, models):
     """One data set's folder -> Results. Raises ValueError for tables that can't be read or do not belong together."""
     name, rows, missing = folder.resolve().name, {}, []
-    networks, half = find_networks(folder, models)
-    networks.sort(key=lambda network: data.natural_key(network["folder"].as_posix()))
-    for _, what in sorted(half + open_arrays(networks), key=lambda one: data.natural_key(one[0].as_posix())):
+    networks = sorted(find_networks(folder, models), key=lambda network: data.natural_key(network["folder"].as_posix()))
+    wrong = half_finished(networks) + open_arrays(networks)
+    for _, what in sorted(wrong, key=lambda one: data.natural_key(one[0].as_posix())):
         missing.append({"dataset": name, "table": "", "what": what})
     for table, (script, required) in COLUMNS.items():
         if (folder / f"{table}.csv").is_file():
