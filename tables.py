@@ -15,7 +15,6 @@ compared with a Mann-Whitney U test whose unit is the loss, exact, Holm-correcte
 the first paper's code (all folds pooled, 1 %) stands beside it under its own name.
 """
 import argparse
-import itertools
 import json
 import math
 import os
