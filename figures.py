@@ -81,11 +81,11 @@ class Missing(Exception):
 # ---------------------------------------------------------------- profile, heat maps
 
 
-def draw_profile(values, low, high, properties, kinds):
+def draw_profile(values, low, high, properties, kinds, clear=None):
     """NR-Prec of every property as dots, one a loss; properties in the order of their mean, losses apart by type.
 
     values, low, high: (L, P), a loss's mean and the ends of its whisker (nan: none); properties: P names;
-    kinds: L of TYPES. A type of two or more losses has a bar: its mean with Student's 95 % interval over the losses.
+    kinds: L of TYPES. clear: bool (L, P), above chance by a test; the others' dots are hollow. A type of two or more losses has a bar: its mean with Student's 95 % interval over the losses.
     """
     shown = [kind for kind in TYPES if kind in kinds]
     order = np.argsort(-np.nan_to_num(np.nanmean(values, axis=0), nan=-np.inf), kind="stable")
@@ -98,7 +98,8 @@ def draw_profile(values, low, high, properties, kinds):
         for place, kind in enumerate(shown):
             members = [i for i, one in enumerate(kinds) if one == kind and np.isfinite(values[i, k])]
             y = row + (place - (len(shown) - 1) / 2) * step
-            draw_dots(ax, values[members, k], low[members, k], high[members, k], y, step, kind)
+            full = np.ones(len(members), bool) if clear is None else clear[members, k]
+            draw_dots(ax, values[members, k], low[members, k], high[members, k], full, y, step, kind)
     ax.axvline(MARK, color="black", linewidth=0.8, linestyle=DASHES)
     ax.axvline(0, color="black", linewidth=0.5)
     least, most = min(0, np.nanmin(low)), max(MARK, np.nanmax(high))
@@ -114,14 +115,17 @@ def draw_profile(values, low, high, properties, kinds):
     return fig
 
 
-def draw_dots(ax, x, low, high, y, step, kind):
-    """One type's losses of one property, at heights round y; of two or more the mean and Student's 95 % interval."""
+def draw_dots(ax, x, low, high, full, y, step, kind):
+    """One type's losses of one property, at heights round y, hollow where not full; of two or more the mean and Student's 95 % interval."""
     from scipy.stats import t
 
     colour, marker = TYPES[kind]
     heights = y + (np.linspace(-0.3, 0.3, len(x)) * step if len(x) > 1 else np.zeros(len(x)))
     ax.hlines(heights, low, high, color=colour, linewidth=0.7, alpha=0.45)
-    ax.plot(x, heights, marker, color=colour, markersize=3.6, markeredgecolor="white", markeredgewidth=0.3)
+    if full.any():
+        ax.plot(x[full], heights[full], marker, color=colour, markersize=3.6, markeredgecolor="white", markeredgewidth=0.3)
+    if not full.all():
+        ax.plot(x[~full], heights[~full], marker, color="white", markersize=3.2, markeredgecolor=colour, markeredgewidth=0.6)
     if len(x) > 1:
         half = t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
         ax.hlines(y, x.mean() - half, x.mean() + half, color=colour, linewidth=4, alpha=0.3, zorder=1)
@@ -657,10 +661,23 @@ def make_profile(found, args):
     if "loss" not in table:
         types = {name: "none" if types[name] == "other" else types[name] for name in order}
     values, low, high, folds = mean_over_folds(table, names, order, properties)
+    clear = above_chance(table, names, order, properties)
     settings = ", ".join(f"{key.replace('_', ' ')} {values[0]}" for key, values in options.items() if values[0])
     yield ("profile", "Which properties the embeddings cluster by",
-           profile_caption(order, properties, folds, (high > low).any(), settings, np.nanmax(high) > 10),
-           draw_profile(values, low, high, properties, [types[name] for name in order]))
+           profile_caption(order, properties, folds, (high > low).any(), clear is not None, settings, np.nanmax(high) > 10),
+           draw_profile(values, low, high, properties, [types[name] for name in order], clear))
+
+
+def above_chance(table, names, order, properties, level=0.01):
+    """bool (L, P): p_holm below the level in every fold and a mean above 0; None where not all were tested."""
+    p = np.array([float(value or "nan") for value in table.get("p_holm", [""] * len(names))])
+    if np.isnan(p[np.isfinite(table["nr_precision"])]).any():
+        return None
+    largest, total = np.zeros((2, len(order), len(properties)))
+    for row, (name, key) in enumerate(zip(names, table["property"])):
+        place = order.index(name), properties.index(key)
+        largest[place], total[place] = max(largest[place], np.nan_to_num(p[row], nan=1)), total[place] + table["nr_precision"][row]
+    return (largest < level) & (total > 0)
 
 
 def mean_over_folds(table, names, order, properties):
@@ -678,12 +695,13 @@ def mean_over_folds(table, names, order, properties):
     return values, low, high, max(map(len, places.values()))
 
 
-def profile_caption(order, properties, folds, whiskers, settings, roots):
+def profile_caption(order, properties, folds, whiskers, tested, settings, roots):
     return (f"NR-Prec of {len(properties)} properties, in the order of their mean. "
             + (f"Each dot is one of {len(order)} networks" if len(order) > 1 else f"Network: {order[0]}")
             + (f", its mean over {folds} folds with a whisker from the smallest to the largest" if folds > 1 else
                ", with the 95 % interval over a sample of queries" if whiskers else "")
             + (". Strokes: the types' means, in bars that are Student's 95 % interval over the losses" if len(order) > 2 else "")
+            + ". Filled: above chance in every fold by permutation, p_holm < 0.01; hollow: not shown" * tested
             + f". Dashed: the published mark {MARK}, one z-score's 1 % threshold applied to a mean of many."
             + f" {settings[:1].upper()}{settings[1:]}." * bool(settings) + " Square-root axis." * bool(roots))
 
@@ -722,7 +740,7 @@ def heat_map_caption(table, folds, measure, clustered):
     pictures = "–".join(sorted({f"{n:.0f}" for n in (np.nanmin(table["n"]), np.nanmax(table["n"]))}, key=int))
     correlation = measure == "correlation"
     caption = ("Correlation, in per cent, " if correlation else "Jensen-Shannon divergence (base 2), in hundredths, ")
-    caption += f"of the saliency maps of every two networks: mean over {pictures} pictures" + f" and {folds} folds" * (folds > 1)
+    caption += f"of the saliency maps of every two networks: mean over {pictures} pictures" + f" in each of {folds} folds" * (folds > 1)
     caption += ", by Fisher's z" * correlation + ". Dark: alike. "
     caption += (f"Order and tree: average linkage on {'1 − r' if correlation else 'the divergence'}." if clustered else
                 "Not clustered: networks are two, or a pair is missing.")
@@ -732,7 +750,7 @@ def heat_map_caption(table, folds, measure, clustered):
     if np.isfinite(half).any():
         caption += f" 95 % intervals over one fold's pictures are ± {100 * np.nanmedian(half):.1f} points (median)."
     if len(ceiling):
-        return caption + (f" Ceiling by the maps' own noise: {100 * ceiling.min():.0f} to {100 * ceiling.max():.0f}, mean "
+        return caption + (f" Ceiling by the maps' own noise, fold by fold: {100 * ceiling.min():.0f} to {100 * ceiling.max():.0f}, mean "
                           f"{100 * ceiling.mean():.0f}; no two networks can be expected to agree better.")
     return caption + " Without a noise ceiling (saliency.py --ceiling) low values may be noise alone."
 
@@ -1027,13 +1045,14 @@ def save(fig, folder, name, title, photograph):
 
 
 def find_networks(folder, models):
-    """The networks of a data set, checked; those that share their loss with others are named by their folders."""
+    """The networks of a data set, checked, and what is wrong with arrays that are left out; those that share their loss with
+    others are named by their folders."""
     networks = results.find_networks(folder, models)
+    wrong = results.open_arrays(networks)
     results.check_together(networks)
-    for _, what in results.half_finished(networks):
-        say(f"note: {what}")
     slugs = Counter(name for name, _ in {(network["name"], network["slug"]) for network in networks})
-    return [network if slugs[network["name"]] == 1 else network | {"name": network["slug"]} for network in networks]
+    named = [network if slugs[network["name"]] == 1 else network | {"name": network["slug"]} for network in networks]
+    return named, [what for _, what in wrong]
 
 
 def check_network(args, datasets):
@@ -1096,14 +1115,17 @@ def main(argv=None):
     folders = results.find_datasets(args.results)
     names = [folder.resolve().name for folder in folders]
     pictures = results.open_pictures(args.dataset, args.data_root, names)
-    datasets = [{"name": name, "folder": folder, "networks": find_networks(folder, args.models), "pictures": pictures.get(name)}
-                for name, folder in zip(names, folders)]
+    datasets, missing = [], []
+    for name, folder in zip(names, folders):
+        networks, wrong = find_networks(folder, args.models)
+        datasets.append({"name": name, "folder": folder, "networks": networks, "pictures": pictures.get(name)})
+        missing += [{"dataset": name, "figure": "", "what": what} for what in wrong]
     if args.network:
         check_network(args, datasets)
     args.out.mkdir(parents=True, exist_ok=True)
     data.check_output(args.out / "figures.json")
 
-    done, missing = [], []
+    done = []
     total = len(datasets) * len(only)
     with style.context(STYLE), tqdm(total=total, unit=" figures", delay=2, disable=not sys.stderr.isatty()) as bar:
         for found, figure in itertools.product(datasets, only):
@@ -1119,7 +1141,7 @@ def main(argv=None):
     about = json.dumps({"figures": done, "missing": missing}, indent=1, ensure_ascii=False) + "\n"
     data.write_file(args.out / "figures.json", about.encode())
     for one in missing:
-        say(f"left out: {one['figure']} of {one['dataset']}: {one['what']}")
+        say(f"left out: {one['figure']} of {one['dataset']}: {one['what']}" if one["figure"] else f"left out: {one['what']}")
     for one in done:
         print(f"{args.out / one['png']}  {one['title']}")
 

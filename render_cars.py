@@ -134,16 +134,16 @@ def my_share(environment=os.environ):
 
 def save(path, content):
     """Write bytes so that the file is complete under its name, or not there at all."""
-    partial = path.with_name(f".{path.name}.part")
+    partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")  # another process may write the same file
     try:
         with open(partial, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError:
+    except OSError as error:
         partial.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def read_picture(path):
@@ -177,24 +177,29 @@ def table(rows):
 
 
 def write_set(args, settings, rows):
-    """props.csv and render.json of OUT, joined with those of frames that are there already."""
-    about = args.out / "render.json"
-    if about.exists():
-        settings = settings | same_settings(about, settings)
-    elif (args.out / "props.csv").exists():
-        raise ValueError(f"{args.out}: has a props.csv but no render.json, so it was made by something else; choose another --out")
+    """props.csv and render.json of OUT, joined with those of frames that are there already; one process at a time."""
     try:
-        for folder in ["", "images", "masks"][:1 if args.dry_run else 2 + args.masks]:
-            (args.out / folder).mkdir(parents=True, exist_ok=True)
-        save(about, (json.dumps(settings) + "\n").encode())
+        args.out.mkdir(parents=True, exist_ok=True)
+        lock = open(args.out / ".lock", "w")
     except OSError as error:
         raise OSError(f"{args.out}: can't be written ({error.strerror}); choose another --out") from None
-    merged = {}
-    if (args.out / "props.csv").exists():
-        with open(args.out / "props.csv", newline="", encoding="utf-8") as file:
-            merged = {int(row["frame"]): row for row in csv.DictReader(file)}
-    merged |= {row["frame"]: row for row in rows}
-    save(args.out / "props.csv", table([merged[i] for i in sorted(merged)]))
+    with lock:
+        with contextlib.suppress(ImportError, OSError):  # Windows, and file systems that know no locks: one process at a time by hand
+            import fcntl
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+        about, merged = args.out / "render.json", {}
+        if about.exists():
+            settings = settings | same_settings(about, settings)
+        elif (args.out / "props.csv").exists():
+            raise ValueError(f"{args.out}: has a props.csv but no render.json, so it was made by something else; choose another --out")
+        for folder in ["images", "masks"][:0 if args.dry_run else 1 + args.masks]:
+            (args.out / folder).mkdir(exist_ok=True)
+        save(about, (json.dumps(settings) + "\n").encode())
+        if (args.out / "props.csv").exists():
+            with open(args.out / "props.csv", newline="", encoding="utf-8") as file:
+                merged = {int(row["frame"]): row for row in csv.DictReader(file)}
+        merged |= {row["frame"]: row for row in rows}
+        save(args.out / "props.csv", table([merged[i] for i in sorted(merged)]))
 
 
 def same_settings(path, settings):
@@ -322,7 +327,6 @@ def render_frame(scene, models, row, args, temporary):
     set_sky(scene.world.node_tree.nodes, row["sun_elevation"], row["sun_rotation"])
     # The noise pattern is the frame's own too: one fixed pattern would be a feature that all frames share.
     scene.cycles.seed = int(np.random.default_rng([args.seed, row["frame"], 1]).integers(2 ** 31))
-    scene.frame_set(1)
     picture = temporary / f"picture.{args.format}"
     scene.render.filepath = str(picture)
     mask = mask_file(scene, temporary)
@@ -350,7 +354,6 @@ def build(args, cars, properties):
     bpy.ops.wm.read_factory_settings(use_empty=True)
     scene = bpy.context.scene
     set_renderer(scene, args)
-    build_sky(scene)
     build_backdrop(scene)
     scene.camera = bpy.data.objects.new("camera", bpy.data.cameras.new("camera"))
     scene.camera.data.lens = CAMERA_LENS
@@ -365,6 +368,7 @@ def build(args, cars, properties):
         else:
             models[name] = build_car(name)
             hashes[name] = mesh_hash(models[name]["object"].data)
+    build_sky(scene)  # after the cars: a USD file's dome light becomes the world's light
     for car in models.values():
         car["object"].pass_index = 1
     return scene, models, {"blender": bpy.app.version_string, "meshes": hashes, "report": report}
@@ -379,9 +383,6 @@ def set_renderer(scene, args):
     scene.render.image_settings.file_format = {"jpg": "JPEG", "png": "PNG"}[args.format]
     scene.render.image_settings.color_mode = "RGB"
     scene.render.image_settings.quality = 92
-    for name in scene.render.bl_rna.properties.keys():
-        if name.startswith("use_stamp"):
-            setattr(scene.render, name, False)
     cycles = scene.cycles
     cycles.samples, cycles.use_adaptive_sampling = args.samples, False
     cycles.use_denoising = args.denoise
@@ -884,7 +885,7 @@ def load_car(path, paint_names):
     with bpy.context.temp_override(active_object=parts[0], object=parts[0], selected_objects=parts, selected_editable_objects=parts):
         bpy.ops.object.join()
     car = parts[0]
-    stand(car.data)
+    stand(car.data, path)
     materials = [made for made in car.data.materials if made is not None]
     plain = lambda name: re.sub(r"[._]\d{3}$", "", name.strip().casefold())  # Blender numbers materials of one name
     wanted = {plain(name) for name in (paint_names or "paint,body,carpaint").split(",")}
@@ -919,14 +920,14 @@ def read_mesh(path):
         bpy.ops.wm.usd_import(filepath=name)
 
 
-def stand(mesh):
+def stand(mesh, path):
     """Centre, turn (the longer horizontal side along x; a nose at -y, where glTF's and Blender's look, goes to +x), scale."""
     points = np.empty((len(mesh.vertices), 3), np.float32)
     mesh.vertices.foreach_get("co", points.ravel())
     used = np.unique([v for polygon in mesh.polygons for v in polygon.vertices])  # stray vertices do not count
     size = np.ptp(points[used], axis=0)
     if not np.isfinite(size).all() or size.max() == 0:
-        raise ValueError(f"{mesh.name}: its faces have no extent; expected a car's mesh")
+        raise ValueError(f"{path}: its faces have no extent; expected a car's mesh; take the file out of --cars")
     turn = size[1] > size[0]
     if turn:
         points = np.stack([-points[:, 1], points[:, 0], points[:, 2]], 1)
@@ -970,7 +971,7 @@ def parse(argv):
     add("--dry-run", action="store_true", help="write props.csv and render.json, render nothing; needs no Blender")
     add("--shard", type=parse_shard, metavar="I/N", help="render frames I, I + N, … of the range, side by side in one folder (torchrun's or a Slurm array's environment, else 0/1)")
     add("--size", type=int, default=256, metavar="PIXELS", help="width and height (256)")
-    add("--samples", type=int, default=8, metavar="N", help="light paths a pixel (8; README: why)")
+    add("--samples", type=int, default=4, metavar="N", help="light paths a pixel (4; README: why)")
     add("--denoise", action=argparse.BooleanOptionalAction, default=True, help="clean the picture with OpenImageDenoise (yes)")
     add("--format", choices=["jpg", "png"], default="jpg", help="of the pictures (jpg)")
     add("--device", choices=["cpu", "cuda", "optix", "hip", "metal"], default="cpu", help="what Cycles renders on (cpu)")

@@ -45,7 +45,7 @@ def find_networks(folder):
     networks, wrong, places = {}, [], results.find_datasets(folder)
     for place in places:
         found = results.find_networks(place)
-        wrong += results.half_finished(found) + results.open_arrays(found)
+        wrong += results.open_arrays(found)
         name, found = place.resolve().name, [network for network in found if any(map(network.get, results.ARRAYS))]
         networks |= {name: [{"dataset": name, **network} for network in found]} if found else {}
     left_out = [what.replace(str(path), path.relative_to(folder).as_posix()) for path, what in sorted(wrong)]
@@ -455,7 +455,7 @@ def history_table(dataset, networks):
         rows.append(row)
     header = ["Network", "Folds", "Epochs", *(f"{title}: {when}" for _, _, title in measures for when in ("before", "after"))]
     return rows and new_table(f"history {dataset}", dataset, header, rows, "Means over the folds before training (epoch 0) and "
-                              "after the last epoch; each fold's value in the hint.", "rows")
+                              "after the last epoch (the network that is analysed is the best epoch's); each fold's value in the hint.", "rows")
 
 
 def curve_of(history, column, split):
@@ -477,7 +477,7 @@ def test_of(statement):
 
 def statement_html(statement):
     test, p = test_of(statement), statement["p_value"]
-    if p is not None and "p = " not in test and "p < " not in test:
+    if p is not None and f"{p:.2g}" not in test:
         test += f"; p = {p:.2g}"
     return f'<li><p>{text(statement["text"])}</p><p class="test">{text(test)}</p></li>'
 
@@ -587,7 +587,7 @@ def warnings_of(networks):
     found = []
     for dataset, here in networks.items():
         maps = [network for network in here if network["maps"]]
-        shared = [network for network in maps if network["maps"]["options"].get("shared_noise")]
+        shared = [network for network in maps if network["maps"]["options"].get("shared_noise") and not network["maps_ceiling"]]
         alone = [network for network in maps if not network["maps_ceiling"]]
         found += [f"{dataset}: {len(shared)} of {len(maps)} networks' maps share their noise, which raises their "
                   "correlations."] * bool(shared)
@@ -617,7 +617,9 @@ def sentence(networks):
     arrays = [network[stem] for network in networks for stem in ("emb", "maps") if network[stem]]
     backbones = sorted({str(about["backbone"]) for about in arrays if about.get("backbone")})
     maps = sum(len(network["maps"]["array"]) for network in networks if network["maps"])
-    parts = [f"{count(len(names), 'network')} on {' and '.join(datasets)}", count(len(folds), "fold") * (len(folds) > 1),
+    each = sorted({len(network["emb"]["array"]) for network in networks if network["emb"]})
+    parts = [count(len(names), "network") + f" × {len(folds)} folds" * (len(folds) > 1) + f" on {' and '.join(datasets)}",
+             each and f"{' or '.join(f'{n:,}' for n in each)} pictures each" * (len(each) < 4),
              count(maps, "saliency map") * (maps > 0), " and ".join(backbones)]
     return ", ".join(filter(None, parts)) + "."
 
@@ -671,7 +673,6 @@ def build(args):
     sections = [
         ("findings", "Main findings", f'<ol class="findings">{"".join(map(statement_html, main))}</ol>' if main else
          none_here("No statements: tables.py makes them (python tables.py RESULTS --out tables).")),
-        ("analysed", "What was analysed", analysed(found) + (f'<p class="test">{text(versions)}</p>' if versions else "")),
         ("warnings", "Warnings and gaps", listing(warned, "note") + "".join(gaps)),
         ("statements", "What the numbers support", statements_html(statements)),
         ("gallery", "Gallery", GALLERY if sets else ""),
@@ -679,6 +680,7 @@ def build(args):
         ("figures", "Figures", "\n".join(map(figure_html, drawn)) or
          none_here("No figures: python figures.py RESULTS --out figures makes them.")),
         ("training", "Training", "\n".join(map(table_html, filter(None, histories)))),
+        ("analysed", "What was analysed", analysed(found) + (f'<p class="test">{text(versions)}</p>' if versions else "")),
         ("errata", "Errata of the published method", table_html(wrong) if wrong else ""),
     ]
     lengths = {"network": len(networks), "picture": len(stored), "table": len(shown), "figure": len(drawn)}

@@ -119,23 +119,23 @@ def read_about(path):
     return {"options": {}, "pictures": {}, **about, "path": path}
 
 
-def half_finished(networks):
-    """[(path, what is wrong with it) …] of the arrays that are not there yet, though they were begun."""
-    paths = [network["folder"] / f"{kind}.npy" for network in networks for kind in ARRAYS if not network[kind]]
-    return [(path, f"{path} is half-finished ({path.name}.part is there); left out: the command that makes it continues it")
-            for path in paths if path.with_name(f"{path.name}.part").exists()]
-
-
 def open_arrays(networks):
-    """Add to each array's JSON its array, memory-mapped -> [(path, what is wrong with it) …] of those that become None."""
+    """Add to each array's JSON its array, memory-mapped; a broken one becomes None.
+
+    Returns [(path, what is wrong with it) …] of broken and of half-finished arrays.
+    """
     wrong = []
     for network, kind in itertools.product(networks, ARRAYS):
+        path = network["folder"] / f"{kind}.npy"
         if network[kind]:
             try:
                 network[kind]["array"] = open_array(network[kind], ARRAYS[kind])
             except (ValueError, OSError) as error:
-                wrong.append((network[kind]["path"], f"{error}; left out"))
+                wrong.append((path, f"{error}; left out"))
                 network[kind] = None
+        elif path.with_name(f"{path.name}.part").exists():
+            wrong.append((path, f"{path} is half-finished ({path.name}.part is there); left out: the command that makes it "
+                                "continues it"))
     return wrong
 
 

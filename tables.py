@@ -31,8 +31,8 @@ import scipy
 from scipy.stats import mannwhitneyu, rankdata
 
 import data
-from results import (COLUMNS, TYPES, check_alike, check_together, find_datasets, find_networks, half_finished, in_order,
-                     losses, open_arrays, read_rows, whose)
+from results import (COLUMNS, TYPES, check_alike, check_together, find_datasets, find_networks, in_order, losses, open_arrays,
+                     read_rows, whose)
 
 HERE = Path(__file__).resolve().parent
 CLIP = 1 - 1e-6             # r = ±1 is cut to ±0.999999, so that Fisher's z stays finite (as in compare.py)
@@ -204,8 +204,7 @@ def read_results(folder, models):
     """One data set's folder -> Results. Raises ValueError for tables that can't be read or do not belong together."""
     name, rows, missing = folder.resolve().name, {}, []
     networks = sorted(find_networks(folder, models), key=lambda network: data.natural_key(network["folder"].as_posix()))
-    wrong = half_finished(networks) + open_arrays(networks)
-    for _, what in sorted(wrong, key=lambda one: data.natural_key(one[0].as_posix())):
+    for _, what in sorted(open_arrays(networks), key=lambda one: data.natural_key(one[0].as_posix())):
         missing.append({"dataset": name, "table": "", "what": what})
     for table, (script, required) in COLUMNS.items():
         if (folder / f"{table}.csv").is_file():
@@ -457,7 +456,9 @@ def nrprec_tables(results):
     shaded(rows, lambda value: math.log1p(max(value, 0)))
     rows += mean_rows(results, names, values, tests)
     first = results.rows["nrprec"][0]
-    mark = (f"* p_holm < {SIGNIFICANCE} in every fold: permutations of each property, Holm-corrected over the properties."
+    numbers = sorted({f"{row['permutations']:,.0f}" for row in results.rows["nrprec"] if row.get("permutations")})
+    mark = (f"* p_holm < {SIGNIFICANCE} in every fold: {' or '.join(numbers)}{' ' * bool(numbers)}permutations of each property, "
+            "Holm-corrected over the properties."
             if permuted(results) else
             f"* NR-Prec > {PUBLISHED_THRESHOLD}: the published mark, one z-score's 1 % threshold applied to a mean of many. "
             "nrprec.py --permutations N tests the mean.")
@@ -830,7 +831,8 @@ def statement(results, topic, text, test, p=None):
 
 def statements(results, main):
     """Sentences that the numbers of one data set support; with main the first three are the report's main findings."""
-    found = [property_statement(results), type_statement(results), pixel_statement(results), order_statement(results),
+    found = [property_statement(results), type_statement(results), pixel_statement(results), training_statement(results),
+             order_statement(results),
              map_group_statement(results, "type"), map_group_statement(results, "distance"), untrained_statement(results),
              embedding_statement(results), pair_statement(results), sanity_statement(results)]
     for one in found[:3]:
@@ -863,29 +865,30 @@ def property_statement(results):
     top = ranked[0]
     marked = {one: sum(above_chance(scores[name, one].values(), tested) for name in losses) for one, losses in known.items()}
     first = sum(top == max((one for one in known if name in known[one]), key=lambda one: known[one][name]) for name in names)
-    in_all = [f"{one} ({figures[one]})" for one in ranked if marked[one] == len(known[one])]
+    in_all = [one if one == top else f"{one} ({figures[one]})" for one in ranked if marked[one] == len(known[one])]
     in_some = [f"{one} ({figures[one]}, {marked[one]} of {len(known[one])})" for one in ranked
                if 0 < marked[one] < len(known[one])]
     in_none = [one for one in ranked if not marked[one]]
     above = "above chance" if tested else f"above the published mark {PUBLISHED_THRESHOLD}"
-    of = names[0] if len(names) == 1 else f"all {len(names)} losses"
+    what = "losses" if any(results.types[name] != "none" for name in names) else "networks"
+    of = names[0] if len(names) == 1 else f"both {what}" if len(names) == 2 else f"all {len(names)} {what}"
     if in_all + in_some:
         text = (f"The embeddings of {results.name} cluster most by {top} (mean NR-Prec {figures[top]}, first in {first} of "
-                f"{len(names)} losses): ")
+                f"{len(names)} {what}): ")
         text += (f"NR-Prec is {above} in {of} for {listing(in_all, 12)}" if in_all else
                  f"for no property is NR-Prec {above} in {of}")
         text += f"; in some for {listing(in_some, 12)}" if in_some else ""
         text += f"; in none for {listing(in_none, 12)}." if in_none else "."
     else:
         text = (f"The embeddings of {results.name} cluster clearly by no property: NR-Prec is {above} in none of {len(names)} "
-                f"losses; the largest mean is {figures[top]} ({top}).")
+                f"{what}; the largest mean is {figures[top]} ({top}).")
     largest = max((p for name in names for p in kept(scores.get((name, top), {}).values(), "p_holm")), default=None)
     test = (f"permutations of each property, Holm-corrected, p_holm < {SIGNIFICANCE} in every fold; {top}: largest p_holm "
             f"{p_text(largest)}" if tested else f"the published mark: NR-Prec > {PUBLISHED_THRESHOLD} on the mean of the folds, "
             "a z-score's threshold applied to a mean; no permutations, so no p-value")
-    test += f"; ± is the standard deviation over {len(names)} losses" * (len(names) > 1)
-    within = [np.var(losses[name], ddof=1) for losses in values.values() for name in names if len(losses.get(name, [])) > 1]
-    test += f"; folds of one loss differ by {np.sqrt(np.mean(within)):.2f} (standard deviation)" if within else ""
+    test += f"; ± is the standard deviation over {len(names)} {what}" * (len(names) > 1)
+    within = [np.var(values[top][name], ddof=1) for name in names if len(values[top].get(name, [])) > 1]
+    test += f"; the folds of one differ by {np.sqrt(np.mean(within)):.2f} in {top}" if within else ""
     return statement(results, "property level", text, test, largest if tested else None)
 
 
@@ -905,17 +908,26 @@ def type_statement(results):
     against = f"{n[0]} ranking {{}} {n[1]} classification losses"
     scores = by_fold(results, "nrprec", "property")
 
+    def clusters(one):
+        """Does any loss cluster by it at all?"""
+        return any(above_chance(scores[name, one].values(), permuted(results)) for name in values[one]
+                   if results.types[name] in TYPES[:2])
+
     def described(one):
-        """"hue (4.07 against 3.25)", and whether any loss clusters by it at all."""
+        """"hue (4.07 against 3.25)"."""
         means = sorted((tests[one].ranking, tests[one].classification), reverse=True)
-        above = any(above_chance(scores[name, one].values(), permuted(results)) for name in values[one]
-                    if results.types[name] in TYPES[:2])
-        return f"{one} ({rounded(means[0])} against {rounded(means[1])}{'' if above else ', above chance for no loss'})"
+        above = "" if clusters(one) else ", above chance for no loss"
+        return f"{one} ({rounded(means[0])} against {rounded(means[1])}{above})"
 
     shown = {kind: [described(one) for one, test in tests.items() if test.larger == kind] for kind in TYPES[:2]}
     parts = [f"{kind} losses have the larger NR-Prec of {listing(ones, 12)}" for kind, ones in shown.items() if ones]
     rest = len(tests) - sum(map(len, shown.values()))
-    if parts:
+    chance = [one for one, test in tests.items() if test.larger]
+    if parts and not any(map(clusters, chance)):
+        differ = listing((f"{one} ({rounded(tests[one].ranking)} against {rounded(tests[one].classification)})" for one in chance), 12)
+        text = (f"No difference between {against.format('and')} could be shown in any property that a loss of {results.name} "
+                f"clusters by. They differ in {differ}, by which none clusters.")
+    elif parts:
         text = ", ".join(parts)
         text = f"{text[0].upper()}{text[1:]}: {against.format('against')}, {results.name}"
         text += {0: ".", 1: "; for the other property no difference could be shown."}.get(
@@ -927,8 +939,8 @@ def type_statement(results):
         text += f" With so few losses none could: it cannot fall below {p_text(floor)}." if floor >= LEVEL else ""
     released = [one for one, test in tests.items() if test.released < SIGNIFICANCE]
     test = ("two-sided Mann-Whitney U on fold averages (the unit is the loss; all were rated on the same pictures), exact, Holm "
-            f"over {len(tests)} properties, {100 * LEVEL:.0f} %; with {n[0]} against {n[1]} it cannot fall below "
-            f"{p_text(floor)}. The released way (all folds pooled, {pooled[0]} against {pooled[1]} values, not corrected, half "
+            f"over {len(tests)} properties, {100 * LEVEL:.0f} %; the smallest p is {p_text(p)} ({smallest}); with {n[0]} against "
+            f"{n[1]} it cannot fall below {p_text(floor)}. The released way (all folds pooled, {pooled[0]} against {pooled[1]} values, not corrected, half "
             f"the two-sided p, {100 * SIGNIFICANCE:.0f} %) calls {listing(released, 12) if released else 'no property'} "
             "different")
     return statement(results, topic, text, test, p)
@@ -945,6 +957,13 @@ def mean_correlation(values):
     return average_groups(values, [0.0] * len(values))[0]
 
 
+def mean_error(rows):
+    """Standard error over pictures of the mean of folds, rows of masks.csv; nan where they don't tell."""
+    errors = [row["std"] / math.sqrt(row["n"] - 1) if row.get("std") is not None and (row.get("n") or 0) > 1 else math.nan
+              for row in rows if row["mean"] is not None]
+    return math.hypot(*errors) / len(errors)
+
+
 def pixel_statement(results):
     """How far the maps agree against their ceiling, and how much of the saliency lies in the object."""
     correlation = loss_pairs(results, "compare", "correlation")
@@ -954,7 +973,7 @@ def pixel_statement(results):
         means = [correlation[pair] for pair in chosen]
         ceilings, corrected = ([value for pair, value in loss_pairs(results, "compare", measure).items() if pair in chosen]
                                for measure in ("ceiling", "corrected"))
-        among = f"{min(means):.2f} to {max(means):.2f}, {len(chosen)} pairs, " if len(chosen) > 1 else ""
+        among = f"{min(means):.2f} to {max(means):.2f} over {len(chosen)} pairs, " if len(chosen) > 1 else ""
         text = f"Saliency maps of two networks correlate at {mean_correlation(means):.2f} on average ({among}{results.name}); "
         text += (f"two runs of one network that differ in noise alone at {mean_correlation(ceilings):.2f}, so "
                  f"{rounded(100 * np.mean(corrected), 0)} % of what the noise allows." if ceilings and corrected else
@@ -968,12 +987,15 @@ def pixel_statement(results):
     names = with_loss(results, [name for name in means["excess"] if name in means["share"] and name in means["other"]])
     if names:
         share, other, excess = ([100 * means[one][name] for name in names] for one in ("share", "other", "excess"))
-        among = f" ({rounded(min(excess), 1)} to {rounded(max(excess), 1)} over {len(names)} networks)" if len(names) > 1 else ""
         parts.append(f"{np.mean(share):.1f} % of the saliency lies inside the object, and {np.mean(other):.1f} % would lie "
-                     f"inside other pictures' objects: an excess of {rounded(np.mean(excess), 1)} points{among}.")
-        above = sum(all(row["low"] is not None and row["low"] > 0 for row in masks[name, "excess"].values()) for name in names)
-        test.append(f"the excess's 95 % interval over pictures (bootstrap) lies above 0 in every fold for {above} of "
-                    f"{len(names)} networks")
+                     f"inside other pictures' objects: an excess of {rounded(np.mean(excess), 1)} points")
+        errors = [100 * mean_error(masks[name, "excess"].values()) for name in names]
+        low, high = (np.mean(excess) + sign * 1.96 * np.mean(errors) for sign in (-1, 1))
+        parts[-1] += f" [{rounded(low, 1)}, {rounded(high, 1)}]" if np.isfinite(low) else ""
+        parts[-1] += "." if low > 0 else ", so that more than other pictures' objects catch could not be shown."
+        test.append("[ ]: 95 % interval over pictures, folds averaged, the networks' errors taken as one because they share "
+                    "their pictures" + (f"; {rounded(min(excess), 1)} to {rounded(max(excess), 1)} points over {len(names)} "
+                                        "networks" if len(names) > 1 else ""))
     elif chosen:
         parts.append("No objects' masks were laid over them.")
     return statement(results, "pixel level", " ".join(parts), "; ".join(test) or "none")
@@ -1016,16 +1038,37 @@ def map_group_statement(results, by):
         if a in names and b in names:
             i, j = names.index(a), names.index(b)
             z[i, j] = z[j, i] = np.arctanh(np.clip(mean, -CLIP, CLIP))
-    found = same_group(z, [group_of[name] for name in names]) if len(names) > 2 else None
+    groups = np.array([group_of[name] for name in names])
+    found = same_group(z, list(groups)) if len(names) > 2 else None
     if not found:
         return None
     same, other, p = np.tanh(found[0]), np.tanh(found[1]), found[2]
-    more = "more" if same > other else "less"
-    text = (f"Maps of two losses of one {by} correlate {more} ({same:.2f}) than maps of two {by}s ({other:.2f}, {results.name})."
-            if p < LEVEL else f"That maps of two losses of one {by} correlate differently ({same:.2f}) from maps of two {by}s "
-            f"({other:.2f}) could not be shown ({results.name}).")
+    inside = {group: z[np.ix_(groups == group, groups == group)] for group in dict.fromkeys(groups.tolist())}
+    each = listing((f"{group} {np.tanh(np.nanmean(part)):.3f}" for group, part in inside.items() if np.isfinite(part).any()), 12)
+    more, one = "more" if same > other else "less", f"{same:.3f}: {each}"
+    text = (f"Maps of two losses of one {by} correlate {more} ({one}) than maps of two {by}s ({other:.3f}, {results.name})."
+            if p < LEVEL else f"That maps of two losses of one {by} correlate differently ({one}) from maps of two {by}s "
+            f"({other:.3f}) could not be shown ({results.name}).")
     return statement(results, "pixel level", text, f"difference of the mean Fisher z, {by}s permuted over {len(names)} losses "
                      f"{PERMUTATIONS:,} times, two-sided, p = {p_text(p)}", p)
+
+
+def training_statement(results):
+    """Which properties all losses cluster by more, or less, than the untrained network, where any network clusters at all."""
+    more, less, scores = [], [], by_fold(results, "nrprec", "property")
+    for one, losses in nrprec_values(results).items():
+        means = {name: np.mean(folds) for name, folds in losses.items() if folds}
+        plain = [mean for name, mean in means.items() if results.types[name] == "none"]
+        trained = [mean for name, mean in means.items() if results.types[name] != "none"]
+        clear = any(above_chance(scores[name, one].values(), permuted(results)) for name in means)
+        if clear and plain and trained and (min(trained) > max(plain) or max(trained) < min(plain)):
+            words = f"{one} ({rounded(np.mean(plain))} → {rounded(np.mean(trained))})"
+            (more if min(trained) > max(plain) else less).append(words)
+    if not more + less:
+        return None
+    text = "; ".join(f"{verb} NR-Prec of {listing(ones, 12)}" for verb, ones in (("raise", more), ("lower", less)) if ones)
+    return statement(results, "property level", f"Against the untrained network all losses {text} ({results.name}).",
+                     "means over folds, of the losses after the arrow; described, not tested")
 
 
 def untrained_statement(results):
@@ -1047,9 +1090,9 @@ def embedding_statement(results):
     if not cka or not overlap:
         return None
     by_chance = f", {100 * np.mean(chance):.1f} % by chance" if chance else ""
-    return statement(results, "embeddings", f"Embeddings of two losses have a linear CKA of {np.mean(cka):.2f} ({min(cka):.2f} "
-                     f"to {max(cka):.2f}) and {rounded(100 * np.mean(overlap), 0)} % of the 10 nearest neighbours in "
-                     f"common{by_chance} ({results.name}).", f"means over {len(cka)} pairs; described, not tested")
+    return statement(results, "embeddings", f"Embeddings of two losses have a linear CKA of {np.mean(cka):.2f}"
+                     f"{f' ({min(cka):.2f} to {max(cka):.2f})' if len(cka) > 1 else ''} and {rounded(100 * np.mean(overlap), 0)} % of the 10 nearest neighbours in "
+                     f"common{by_chance} ({results.name}).", f"mean over {len(cka)} pair{'s' * (len(cka) > 1)}; described, not tested")
 
 
 def pair_statement(results):
@@ -1107,7 +1150,7 @@ def warnings_for(results):
         yield f"{some(frozen, trained)} were trained with a frozen trunk: they differ in the last layer alone"
     defaults = [network for network in trained if network["config"].get("loss_parameters") is not None]
     if defaults:
-        yield (f"the losses of {some(defaults, trained)} have their library's default parameters, not tuned ones; other "
+        yield (f"the losses of {some(defaults, trained)} have the parameters of models/losses.csv, not tuned ones; other "
                "parameters may rank losses differently")
     left = {str(name) for about in arrays for name in about["pictures"].get("left_out") or []}
     if left:
@@ -1400,7 +1443,9 @@ def difference_table(published, ours):
         return None
     name = published["name"].replace("published", "difference") + (f"_{ours['dataset']}" if ours["dataset"] else "")
     return table(name, f"{ours['title']}: ours − published", "The difference of our numbers and the published ones.",
-                 [ours["header"][0], *columns], rows, dataset=ours["dataset"], paper=published["paper"], kind=published["kind"])
+                 [ours["header"][0], *columns], rows, dataset=ours["dataset"], paper=published["paper"], kind=published["kind"],
+                 notes=["NR-Prec grows with the number of pictures, and with another null: the order of properties compares, "
+                        "the size does not."] if published["name"] == "published_table6" else [])
 
 
 # ---------------------------------------------------------------- the command
@@ -1490,8 +1535,9 @@ def main(argv=None):
             return
     else:
         contents = [losses_table(everything), *(one for tables in tables_of.values() for one in tables), errata_table()]
-    # the three main statements are of the data set with most of these tables, the first of equals
-    wealth = lambda results: sum(name in results.rows for name in ("nrprec", "compare", "masks"))
+    # the three main statements are of the data set with most of these tables, then with most in them
+    wealth = lambda results: (sum(name in results.rows for name in ("nrprec", "compare", "masks")), len(results.networks),
+                              len(results.rows.get("nrprec", [])))
     first = max(everything, key=wealth, default=None)
     found = [one for results in everything for one in statements(results, results is first)]
     warnings = [f"{results.name}: {line}" for results in everything for line in warnings_for(results)]

@@ -12,15 +12,19 @@ Output: models/trained/<dataset>/<slug>/fold<k>/: trunk_best.pth, embedder_best.
     torchrun --nproc-per-node 4 train.py --dataset cars196 --precision bf16
 
 Stop it as you like, with kill -9 too: the same command continues after the last epoch that ended, to the same numbers.
-Every random number comes from (--seed, fold, epoch), a picture's crop from (--seed, epoch, picture): workers, processes
-and restarts change nothing. On a GPU, sums in another order do.
+Every random number comes from (--seed, fold, epoch), a picture's crop from (--seed, epoch, picture): workers and restarts
+change nothing. On a CPU the same command with as many threads (OMP_NUM_THREADS) gives the same bytes. Other threads, several
+processes and a GPU add in another order, and AdamW's first steps magnify that: fine-tuning EfficientNet-Lite0 with 1 and 2
+threads, the pairs' means were 0.001 apart after an epoch, and another epoch was best. --freeze-trunk trains in one thread:
+from the same features.npy threads and processes change nothing.
 
 --split  default   the classes in order, 4:1:5 into training, validation and test (Oi et al.); a fold is a repetition
          random    the same, the classes shuffled by --seed
          pictures  all classes in every part: fold k holds out the k-th quarter of the pictures, a tenth of the rest is
                    the validation part (the default for rendered sets, whose six models no split by class survives)
-         folds     the second half of the classes is the test part, of four runs of the first half fold k validates on
-                   run k and trains on the others (Kobs et al.: the published checkpoints' Test50_50_Partitions4_k)
+         folds     the second half of the classes is the test part; of four runs of the first half fold k validates on the
+                   one before run k, fold 0 on the last, and trains on the others (Kobs et al.: the published checkpoints'
+                   Test50_50_Partitions4_k: 74, 24 and 98 of Cars196's classes)
 
 --freeze-trunk trains the linear layer alone, on features computed once for all losses and folds, without crops.
 """
@@ -30,6 +34,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections import deque
@@ -85,9 +90,10 @@ def split_rows(labels, kind, fold=0, seed=1):
         parts = rest[~tenth], rest[tenth], order[held_out]
     else:
         turn = np.random.default_rng(seed).permutation(c) if kind == "random" else np.arange(c)
-        if kind == "folds":
-            runs = np.array_split(turn[:c // 2], FOLDS)
-            of_classes = np.concatenate(runs[:fold] + runs[fold + 1:]), runs[fold], turn[c // 2:]
+        if kind == "folds":  # the first half as a ring, from its k-th quarter on; an eighth of all classes ends it
+            half = c // 2
+            ring, train = np.roll(turn[:half], -(fold * half // FOLDS)), half - c // 8
+            of_classes = ring[:train], ring[train:], turn[half:]
         else:
             train, test = round(0.4 * c), round(0.5 * c)
             of_classes = turn[:train], turn[train:c - test], turn[c - test:]
@@ -341,11 +347,18 @@ def begin(run, trunk, width, feed, labels, args, team):
     return Job(network, criterion, miner, optimizer, feed, codes, known, team)
 
 
+def sampled(n, fold, args):
+    """Which of the n training pictures are scored: all, or --train-sample of them."""
+    if not 0 < args.train_sample < n:
+        return np.arange(n)
+    return np.sort(np.random.default_rng([args.seed, fold]).permutation(n)[:args.train_sample])
+
+
 def score(run, job, epoch, part, args):
     """(a row of history.csv, pairs.Score) of one part; the ranks that only help to embed get (None, None)."""
     start, rows, codes = time.perf_counter(), run.parts[part], job.codes[part]
-    if part == "train" and 0 < args.train_sample < len(rows):
-        kept = np.sort(np.random.default_rng([args.seed, run.fold]).permutation(len(rows))[:args.train_sample])
+    if part == "train":
+        kept = sampled(len(rows), run.fold, args)
         rows, codes = rows[kept], codes[kept]
     x = embed(job.network, job.feed, rows, max(64, args.batch), job.team, args.precision)
     if not torch.isfinite(x).all():
@@ -402,6 +415,7 @@ def train(run, job, args, bar):
     for epoch in range(first, args.epochs + 1 if job.criterion else 0):
         start = time.perf_counter()
         train_epoch(run, job, network, epoch, args)
+        spread(job.network, job.team)  # batch norm's running statistics were each rank's own
         took = time.perf_counter() - start
         rows = [score(run, job, epoch, part, args)[0] for part in ("train", "validation")]
         if job.team[0] == 0:
@@ -440,8 +454,13 @@ def take(best, job):
     for module, name in ((job.network, "network"), (job.criterion, "criterion")):
         if job.team[0] == 0:
             module.load_state_dict(best[name])
-        for tensor in module.state_dict().values() if job.team[1] > 1 else ():
-            dist.broadcast(tensor, 0)
+        spread(module, job.team)
+
+
+def spread(module, team):
+    """Give every rank what rank 0's module holds."""
+    for tensor in module.state_dict().values() if team[1] > 1 else ():
+        dist.broadcast(tensor, 0)
 
 
 def on_cpu(module):
@@ -502,7 +521,14 @@ def is_finished(run):
     if not (run.folder / "embedder_best.pth").exists():
         return False
     refuse_other(run.folder / "config.json", models.read_config(run.folder / "config.json"), run.about)
+    tidy(run)
     return True
+
+
+def tidy(run):
+    """Remove the state of a run that has ended, and what a kill left of it half-written."""
+    for path in run.folder.glob("*checkpoint.pth*"):
+        path.unlink(missing_ok=True)
 
 
 def write_run(run, network, history, before, after):
@@ -531,7 +557,7 @@ def write_run(run, network, history, before, after):
     data.write_table(run.folder / "history.csv", HEADER, history)
     data.write_file(run.folder / "config.json", (json.dumps(run.about, indent=2) + "\n").encode())
     save(run.folder / "embedder_best.pth", state)
-    (run.folder / "checkpoint.pth").unlink(missing_ok=True)
+    tidy(run)
 
 
 def seed_of(*numbers):
@@ -563,9 +589,8 @@ def read_labels(dataset, args):
     if len(values) != len(dataset.paths):
         raise ValueError(f"{table} has {len(values):,} labels, {dataset.name} {len(dataset.paths):,} pictures; "
                          "expected a row for each, in the same order")
-    names = sorted(set(values), key=data.natural_key)
-    return np.array([names.index(value) for value in values]) if len(names) < 1000 else \
-        np.unique(values, return_inverse=True)[1], name
+    number = {value: i for i, value in enumerate(sorted(set(values), key=data.natural_key))}
+    return np.array([number[value] for value in values]), name
 
 
 def wanted(args):
@@ -600,7 +625,7 @@ def plan(dataset, labels, label, network, rows, args):
             "loss_parameters": parameters or None, "split": split, "options": {name: getattr(args, name) for name in options},
             "versions": {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__,
                          "pytorch_metric_learning": metadata.version("pytorch-metric-learning") if parameters else None,
-                         "device": str(args.device)}}))
+                         "device": str(args.device), "threads": torch.get_num_threads()}}))
     return runs
 
 
@@ -627,14 +652,15 @@ def device(name):
     """torch.device from --device; each rank of a machine takes its own GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no GPU that torch can use; give --device cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"--device {name}: unknown; expected auto, cpu, cuda or cuda:N")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: no GPU that torch can use; give --device cpu")
     if name == "cuda":
         name = f"cuda:{int(os.environ.get('LOCAL_RANK') or 0) % torch.cuda.device_count()}"
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device {name}: unknown; expected auto, cpu, cuda or cuda:N") from None
+    if name != "cpu" and int(name[5:]) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: torch can use {torch.cuda.device_count()}, counted from cuda:0")
+    return torch.device(name)
 
 
 def parse(argv):
@@ -650,7 +676,8 @@ def parse(argv):
     add("--loss", default="Normalized Softmax", help="of models/losses.csv, several with commas; all: the 14; None: the "
         "untrained network (Normalized Softmax)")
     add("--fold", default="0", help="0, 1, 2, 3, several with commas, or all (0)")
-    add("--split", choices=["default", "random", "pictures", "folds"], help="see above (default; of rendered sets: pictures)")
+    add("--split", choices=["default", "random", "pictures", "folds"], help="see above (default; by a label other "
+        "than class and super_class, as for rendered sets: pictures)")
     add("--model", default="inception_v3", help="inception_v3, bninception, efficientnet_lite0 or package.module:factory "
         "(inception_v3)")
     add("--weights", metavar="FILE", help="ImageNet weights of the backbone (torch's hub cache)")
@@ -699,12 +726,13 @@ def freeze(runs, trunk, dataset, args, share):
     """The feed of the frozen trunk's features, for all runs: features.npy and trunk.pth are there after this."""
     home, about = runs[0].folder.parent.parent, runs[0].about
     content = {**{key: about[key] for key in ("dataset", "backbone", "preprocessing")},
-               "checkpoint_sha256": about["weights_sha256"], "precision": args.precision, "pictures": about["split"]["pictures"]}
+               "checkpoint_sha256": about["weights_sha256"], "precision": args.precision, "pictures": about["split"]["pictures"],
+               "bytes": sum(path.stat().st_size for path in dataset.paths)}  # rendered anew, pictures keep their names
     feed = feed_pictures(dataset.paths, about["preprocessing"], args.device, args.workers, args.seed)
     file = rowfile.RowFile(home / "features.npy", (len(dataset.paths), args.width), np.float32, content)
+    if not (file.complete and (home / "trunk.pth").exists()):  # before the features, so that theirs is never another's
+        save(home / "trunk.pth", trunk.state_dict())
     features = frozen_features(trunk.to(args.device), feed, file, share, args.precision)
-    if not (home / "trunk.pth").exists():
-        save(home / "trunk.pth", trunk.cpu().state_dict())
     if args.device.type == "cpu":
         torch.set_num_threads(1)  # for matrices this small a second thread costs more than it saves
     return feed_features(features, args.device)
@@ -716,8 +744,12 @@ def main(argv=None):
     dataset = data.open_dataset(args.dataset, args.data_root, "all")
     labels, label = read_labels(dataset, args)
     args.split = args.split or ("default" if label in ("class", "super_class") else "pictures")
-    for fold in args.folds:
-        split_rows(labels, args.split, fold, args.seed)  # what is wrong is said before a network is loaded
+    for fold in args.folds:  # what is wrong is said before a network is loaded
+        rest = labels[split_rows(labels, args.split, fold, args.seed)[0]]
+        sizes = np.unique(rest[sampled(len(rest), fold, args)], return_counts=True)[1]
+        if len(sizes) < 2 or sizes.max() < 2:
+            raise ValueError(f"--train-sample {args.train_sample} of fold {fold}'s {len(rest):,} training pictures: "
+                             f"{len(sizes)} classes, at most {sizes.max()} pictures of one; expected two and two, sample more")
     network = models.load(models.find(model=args.model, weights=args.weights)[0])
     args.width = features_of(network)
     runs = plan(dataset, labels, label, network, rows, args)

@@ -8,14 +8,15 @@
 # Every step is one command that can be copied. Stopped anywhere, the same line goes on where it was.
 # What the steps print is in results/<dataset>/log/.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-dataset=${1:-examples/cars}
+here=$(cd "$(dirname "$0")/.." && pwd)
+dataset=$(realpath "${1:-$here/examples/cars}")
 pictures=${PICTURES:-6}   # held-out pictures of each fold that get saliency maps
 samples=${SAMPLES:-20}    # noisy copies of each
 epochs=${EPOCHS:-20}
 fold=${FOLD:-all}
-models=${MODELS:-models}
-out=${RESULTS:-results}
+models=$(realpath -m "${MODELS:-$here/models}")
+out=$(realpath -m "${RESULTS:-$here/results}")
+cd "$here"
 results=$out/$(basename "$(realpath "$dataset")")
 mkdir -p "$results/log"
 
@@ -53,7 +54,7 @@ step "sanity check: maps of one network with layers randomised" \
 masks=()
 [ ! -d "$dataset/masks" ] || masks=(--masks)
 step "agreement of maps, masks and embeddings" \
-    python compare.py --dataset "$dataset" --results "$out" "${masks[@]}" --embeddings
+    python compare.py --dataset "$dataset" --results "$out" ${masks[@]+"${masks[@]}"} --embeddings
 step "tables" \
     python tables.py "$results" --models "$models" --out "$results/tables"
 step "figures" \

@@ -372,7 +372,7 @@ def test_what_is_missing_is_left_out_and_listed(tmp_path, run_script):
     done = run_script("figures.py", folder / "results", "--out", folder / "out", "--models", folder)
     assert done.returncode == 0, done.stderr
     about = json.loads((folder / "out" / "figures.json").read_text())
-    assert [one["figure"] for one in about["missing"]] == ["correlation", "jsd", "gallery", "samples", "training"]
+    assert [one["figure"] for one in about["missing"]] == ["", "correlation", "jsd", "gallery", "samples", "training"]
     assert [one["name"] for one in about["figures"]] == ["profile_cars", "tsne_cars", "pairs_cars"]
     lines = done.stderr.splitlines()
     assert "half-finished" in lines[0] and len(lines) == 6 and all(line.startswith("figures.py: ") for line in lines)
@@ -398,7 +398,7 @@ def test_histograms_before_training_come_from_the_training(small):
     import argparse
 
     folder = small / "results" / "cars"
-    found = {"name": "cars", "folder": folder, "networks": figures.find_networks(folder, small / "models")}
+    found = {"name": "cars", "folder": folder, "networks": figures.find_networks(folder, small / "models")[0]}
     started = figures.read_started(found, argparse.Namespace(models=small / "models"))
     assert {key: value.tolist() for key, value in started.items()} == {("Contrastive", "0"): [[1, 0, 2, 7], [3, 3, 3, 3]]}
 
@@ -432,11 +432,8 @@ def spoil_table(*lines):
 
 SPOILS = {
     "other lists": (spoil_list, "profile", "other lists of pictures"),
-    "maps are no array": (lambda place: (place / "maps.npy").write_bytes(b"maps"), "gallery", "not a .npy file"),
-    "maps are cut": (lambda place: os.truncate(place / "maps.npy", 300), "gallery", "truncated"),
     "maps of another shape": (lambda place: np.save(place / "maps.npy", np.zeros((8, 9, 9))), "gallery", "differ in shape"),
     "maps beyond 1": (lambda place: np.save(place / "maps.npy", np.full((8, 16, 16), 2.0)), "gallery", "expected maps in [0, 1]"),
-    "pickled": (lambda place: np.save(place / "maps.npy", np.array([{}]), allow_pickle=True), "gallery", "could run code"),
     "unreadable picture": (spoil_pictures, "gallery", "can't be read as a picture"),
     "missing picture": (lambda place: (place.parents[3] / "pictures/cars/images/000000.png").unlink(), "gallery", "not in"),
     "short properties": (lambda place: write_rows(place.parents[1] / "contrastive/fold0/props.csv", "frame,a", [[1, 2]]),
@@ -446,6 +443,31 @@ SPOILS = {
     "mixed options": (spoil_table("embeddings,property,nr_precision,null", "e,a,1,binomial", "f,a,1,hypergeometric"), "profile",
                       "mixes null"),
 }
+
+
+@pytest.mark.parametrize("spoil, told", [
+    (lambda path: path.write_bytes(b"maps"), "not a .npy file"),
+    (lambda path: os.truncate(path, 300), "truncated"),
+    (lambda path: np.save(path, np.array([{}]), allow_pickle=True), "could run code")])
+def test_arrays_that_are_none_are_left_out_and_listed(small, spoil, told):
+    spoil(small / "results/cars/triplet/fold0/maps.npy")
+    done = draw(small, "--only", "gallery")
+    assert done.returncode == 0 and told in done.stderr and "Traceback" not in done.stderr
+    about = json.loads((small / "out/figures.json").read_text())
+    assert [one["figure"] for one in about["missing"]] == [""] and told in about["missing"][0]["what"]
+    assert about["figures"][0]["name"] == "gallery_cars"
+
+
+def test_what_is_not_above_chance_is_hollow(styled):
+    table = {"nr_precision": np.array([3.0, 2, 4, -9]), "p_holm": ["0.001", "0.02", "0.001", "0.001"],
+             "property": ["a", "a", "b", "c"]}
+    clear = figures.above_chance(table, ["x"] * 4, ["x"], ["a", "b", "c"])
+    assert clear.tolist() == [[False, True, False]]  # one fold of a is not below 0.01, c lies below chance
+    assert figures.above_chance({**table, "p_holm": ["0.001", "", "0.001", "0.001"]}, ["x"] * 4, ["x"], ["a", "b", "c"]) is None
+    values = np.array([[3.0, 4, -9]])
+    ax, = figures.draw_profile(values, values, values, ["a", "b", "c"], ["ranking"], clear).axes
+    white = [line.get_xdata().tolist() for line in ax.lines if line.get_color() == "white"]
+    assert white == [[3.0], [-9.0]]
 
 
 @pytest.mark.parametrize("name", SPOILS)

@@ -89,6 +89,15 @@ def test_fixing_a_property_leaves_the_others():
     assert [row | {"color_sat": 1.0} for row in free] == held
 
 
+def test_frames_are_rendered_sun_by_sun():
+    rows = render_cars.sample(render_cars.PROPERTIES, 0, range(1000))
+    order = render_cars.in_order(rows)
+    for part in range(0, 1000, render_cars.RECYCLE):  # a worker's frames stay together: what is there after a stop is no odd sample
+        there, sun = order[part:part + render_cars.RECYCLE], [(row["sun_elevation"], row["sun_rotation"]) for row in order[part:part + render_cars.RECYCLE]]
+        assert sorted(row["frame"] for row in there) == [row["frame"] for row in rows[part:part + render_cars.RECYCLE]]
+        assert sum(a != b for a, b in zip(sun, sun[1:])) == len(set(sun)) - 1
+
+
 def test_share_of_torchrun_and_slurm():
     assert render_cars.my_share({}) == (0, 1)
     assert render_cars.my_share({"RANK": "2", "WORLD_SIZE": "8"}) == (2, 8)
@@ -120,7 +129,7 @@ def test_dry_run(run_script, tmp_path):
     assert list(rows[0]) == ["frame", *render_cars.PROPERTIES] and [row["frame"] for row in rows] == [str(i) for i in range(30)]
     assert rows == [{name: str(value) for name, value in row.items()} for row in render_cars.sample(render_cars.PROPERTIES, 5, range(30))]
     assert json.loads((tmp_path / "set/render.json").read_text())["seed"] == 5
-    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["props.csv", "render.json"]
+    assert sorted(path.name for path in (tmp_path / "set").glob("[!.]*")) == ["props.csv", "render.json"]
 
 
 def test_ranges_join_and_shards_agree(run_script, tmp_path):
@@ -129,6 +138,13 @@ def test_ranges_join_and_shards_agree(run_script, tmp_path):
     for shard in ("0/3", "2/3"):
         assert run_script("render_cars.py", "--out", tmp_path / "whole", "--frames", "0:30", "--shard", shard, "--dry-run").returncode == 0
     assert (tmp_path / "parts/props.csv").read_bytes() == (tmp_path / "whole/props.csv").read_bytes()
+
+
+def test_processes_that_start_together(tmp_path):
+    command = [sys.executable, str(ROOT / "render_cars.py"), "--out", str(tmp_path), "--dry-run", "--frames"]
+    processes = [subprocess.Popen([*command, f"{k}000:{k + 1}000"]) for k in range(4)]
+    assert [process.wait() for process in processes] == [0] * 4
+    assert [row["frame"] for row in read_props(tmp_path)] == [str(i) for i in range(4000)] and not list(tmp_path.glob(".*.part"))
 
 
 def test_arguments_inside_blender(tmp_path):

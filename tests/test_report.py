@@ -299,7 +299,7 @@ def test_page_in_full(make):
     assert done.returncode == 0, done.stderr
     page = Page(content)
     for words in (
-        "3 networks on cars, 2 folds, 18 saliency maps, efficientnet_lite0.",
+        "3 networks × 2 folds on cars, 3 pictures each, 18 saliency maps, efficientnet_lite0.",
         "Finding 0 of Triplet.",
         "Permutations; p = 0.01",
         "resize 12, crop 10, channels RGB",
@@ -315,12 +315,12 @@ def test_page_in_full(make):
         assert words in page.text, words
     assert [found["id"] for found in page.of("section")] == [
         "findings",
-        "analysed",
         "warnings",
         "statements",
         "gallery",
         "tables",
         "figures",
+        "analysed",
         "errata",
     ]
     assert len(page.of("ol", **{"class": "findings"})) == 1

@@ -26,8 +26,9 @@ def test_networks_keep_their_names_and_types(tmp_path):
         if backbone:
             (place / "emb.json").write_text(json.dumps({"loss": loss, "backbone": backbone, "pictures": "strange"}))
     found = results.find_networks(tmp_path)
+    wrong = results.open_arrays(found)
     types = {one["name"]: one["type"] for one in found}
-    assert types == {"Triplet": "ranking", "My <loss>": "other", "resnet": "none", "old": "other"} and not results.half_finished(found)
+    assert types == {"Triplet": "ranking", "My <loss>": "other", "resnet": "none", "old": "other"} and not wrong
     assert list(types) == ["Triplet", "My <loss>", "old", "resnet"] and all(one["number"] == 1 for one in found)
     assert [one["fold"] for one in found] == [1, 1, 1, None]  # a backbone alone has no folds
     results.check_together(found)
@@ -83,10 +84,9 @@ def test_arrays_that_are_half_finished_or_broken_are_told(tmp_path):
     other = add_network(tmp_path, "arcface", kinds=("maps",), pictures={"number": 5}) / "maps.npy"
     odd = add_network(tmp_path, "cosface", options={"pick": "all"}) / "emb.npy"
     networks = results.find_networks(tmp_path)
-    told = results.half_finished(networks)
-    assert [path for path, _ in told] == [half / "maps.npy"] and "is half-finished" in told[0][1]
     wrong = dict(results.open_arrays(networks))
-    assert set(wrong) == {cut, other, odd} and all(what.startswith(str(path)) for path, what in wrong.items())
+    assert "is half-finished" in wrong[half / "maps.npy"]
+    assert set(wrong) == {half / "maps.npy", cut, other, odd} and all(what.startswith(str(path)) for path, what in wrong.items())
     assert "truncated" in wrong[cut] and "5 pictures in its JSON" in wrong[other] and "lists in its JSON" in wrong[odd]
     assert [(one["name"], one["emb"] is None, one["maps"] is None) for one in networks] == [
         ("Triplet", False, True), ("Margin", True, True), ("CosFace", True, True), ("ArcFace", True, True)]

@@ -390,7 +390,7 @@ def test_no_difference_is_said_where_none_was_shown(small, run_script, tmp_path)
     assert "no p-value" in property_level["test"] and property_level["p_value"] is None
     # pairs of losses: artanh means of (0.5, 0.8), 0.4 and 0.625
     mean = np.tanh((np.log(27) / 4 + np.arctanh(0.4) + np.arctanh(0.625)) / 3)
-    assert f"correlate at {mean:.2f} on average (0.40 to 0.68, 3 pairs, cars)" in pixels["text"]
+    assert f"correlate at {mean:.2f} on average (0.40 to 0.68 over 3 pairs, cars)" in pixels["text"]
     assert "No objects' masks" in pixels["text"]
 
 
@@ -405,21 +405,42 @@ def test_a_clear_difference_and_permutation_tests_are_said(run_script, tmp_path)
             rows.append(nrprec_row(loss, fold, "sun", 0.1 * (number * 7 % 14), p_value=0.5, p_holm=0.5))
     write(folder / "nrprec.csv", NRPREC, rows)
     write(folder / "masks.csv", "model,fold,measure,n,left_out,mean,std,low,high", [
-        ["Triplet", 0, name, 6, 0, value, 0.1, value - 0.01, value + 0.01]
+        ["Triplet", 0, name, 6, 0, value, 0.01, value - 0.01, value + 0.01]
         for name, value in (("share", 0.38), ("other", 0.33), ("excess", 0.05))])
     run(run_script, folder, "--out", tmp_path / "out")
     found, named = tabled(tmp_path / "out")
     property_level, types, pixels = found["statements"][:3]
-    assert property_level["text"].endswith("NR-Prec is above chance in all 14 losses for model (1.42 ± 0.53); in none for "
-                                           "sun.") and property_level["p_value"] == 0.002
+    assert property_level["text"].endswith("NR-Prec is above chance in all 14 losses for model; in none for sun.")
+    assert property_level["p_value"] == 0.002 and "the folds of one differ by 0.00 in model" in property_level["test"]
     assert types["text"] == ("Classification losses have the larger NR-Prec of model (2.11 against 1.04): 9 ranking against 5 "
                              "classification losses, cars; for the other property no difference could be shown.")
     assert types["p_value"] == pytest.approx(2 * 2 / 2002)
     assert pixels["text"] == ("No saliency maps of cars were compared. 38.0 % of the saliency lies inside the object, and 33.0 "
-                              "% would lie inside other pictures' objects: an excess of 5.0 points.")
-    assert "above 0 in every fold for 1 of 1 networks" in pixels["test"]
+                              "% would lie inside other pictures' objects: an excess of 5.0 points [4.1, 5.9].")
     assert named["nrprec_cars"]["rows"][0][1]["text"].endswith("*") and "p_holm < 0.01" in named["nrprec_cars"]["notes"][0]
     assert texts(named["masks_cars"]) == [["Triplet", "38.0", "33.0", "5.0"]]
+    # 1.96 · 0.01 / √5 = 0.0088; at ten times the spread nothing is shown
+    (folder / "masks.csv").write_text((folder / "masks.csv").read_text().replace(",0.01,", ",0.1,"))
+    run(run_script, folder, "--out", tmp_path / "out")
+    assert ("an excess of 5.0 points [−3.8, 13.8], so that more than other pictures' objects catch could not be shown."
+            in tabled(tmp_path / "out")[0]["statements"][2]["text"])
+
+
+def test_a_mean_of_folds_has_the_error_of_all_its_pictures():
+    rows = [{"mean": 0.1, "std": 0.3, "n": 10.0}, {"mean": 0.2, "std": 0.4, "n": 17.0}]  # errors 0.1 and 0.1
+    assert tables.mean_error(rows) == pytest.approx(0.1 / np.sqrt(2)) and np.isnan(tables.mean_error([{"mean": 0.1, "std": None}]))
+
+
+def test_what_training_raises_and_lowers_is_said(run_script, tmp_path):
+    folder = tmp_path / "cars"
+    folder.mkdir()
+    values = {"model": (5.0, 6.0, 2.0), "rotation": (0.5, 0.6, 3.0), "sun": (3.0, 1.0, 2.0), "hue": (0.1, 0.2, 0.0)}
+    write(folder / "nrprec.csv", NRPREC, [nrprec_row(loss, 0, one, value) for one, three in values.items()
+                                          for loss, value in zip(("Triplet", "ArcFace", "None"), three)])
+    run(run_script, folder, "--out", tmp_path / "out")
+    said = [one["text"] for one in tabled(tmp_path / "out")[0]["statements"]]
+    assert ("Against the untrained network all losses raise NR-Prec of model (2.00 → 5.50); lower NR-Prec of rotation "
+            "(3.00 → 0.55) (cars).") in said  # hue: no network is above the mark; sun: the losses differ
 
 
 def test_significantly_below_chance_is_not_called_above(run_script, tmp_path):
@@ -429,7 +450,7 @@ def test_significantly_below_chance_is_not_called_above(run_script, tmp_path):
     run(run_script, folder, "--out", tmp_path / "out")
     assert tabled(tmp_path / "out")[0]["statements"][0]["text"] == (
         "The embeddings of cars cluster most by model (mean NR-Prec 4.00, first in 1 of 1 losses): NR-Prec is above chance in "
-        "Triplet for model (4.00); in none for sun.")
+        "Triplet for model; in none for sun.")
 
 
 def test_a_difference_between_chance_and_chance_is_named(run_script, tmp_path):
@@ -440,7 +461,8 @@ def test_a_difference_between_chance_and_chance_is_named(run_script, tmp_path):
     texts = [one["text"] for one in tabled(tmp_path / "out")[0]["statements"]]
     assert texts[0] == ("The embeddings of cars cluster clearly by no property: NR-Prec is above chance in none of 14 losses; "
                         "the largest mean is −0.18 ± 0.21 (hue).")
-    assert "lassification losses have the larger NR-Prec of hue (0.05 against −0.30, above chance for no loss)" in texts[1]
+    assert texts[1] == ("No difference between 9 ranking and 5 classification losses could be shown in any property that a loss "
+                        "of cars clusters by. They differ in hue (−0.30 against 0.05), by which none clusters.")
 
 
 def test_one_fold_below_significance_takes_the_mark_away():
@@ -472,7 +494,7 @@ def test_warnings(run_script, tmp_path):
             "100 permutations of 6 properties can't give p_holm < 0.01",
             "few pictures: saliency maps of only 6",
             "1 of 3 networks (Triplet fold 0) were trained with a frozen trunk: they differ",
-            "have their library's default parameters",
+            "have the parameters of models/losses.csv, not tuned ones",
             "1 pictures were left out because they could not be read (broken.jpg)",
             "up to 2 pictures are left out of a pair",
             "different backbones (bninception and vit)",

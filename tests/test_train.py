@@ -32,16 +32,17 @@ from torch import nn
 
 class Tiny(nn.Module):
     preprocessing = {"resize": 40, "crop": 32, "mean": [0.5, 0.5, 0.5]}
-    def __init__(self, dropout=0.0):
+    def __init__(self, dropout=0.0, norm=False):
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.Sequential(nn.Conv2d(3, 8, 5, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Dropout(dropout))
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 5, 4), *[nn.BatchNorm2d(8)] * norm, nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Dropout(dropout))
     def forward(self, x):
         time.sleep(float(os.environ.get("SLOW", 0)))
         return self.layers(x)
 
 def tiny(): return Tiny()
 def dropping(): return Tiny(0.3)
+def norm(): return Tiny(norm=True)
 """
 
 
@@ -119,15 +120,21 @@ def test_random_order_follows_the_seed_alone():
     assert set(labels[other[0]].tolist()) != chosen[0]
 
 
-def test_folds_are_runs_of_classes():
+def test_folds_are_the_published_ones():
+    """The checkpoints' splits (powerful-benchmarker's MLRCSplitManager): fold k trains from the k-th quarter of the first
+    half on, round its end, and validates on what is left."""
     labels = np.tile(np.arange(16), 2)  # classes 8–15 are tested; runs 0 1 | 2 3 | 4 5 | 6 7
-    rest, validation, test = train.split_rows(labels, "folds", 1)
+    rest, validation, test = train.split_rows(labels, "folds", 2)
     assert [sorted(set(labels[rows].tolist())) for rows in (rest, validation, test)] == \
         [[0, 1, 4, 5, 6, 7], [2, 3], list(range(8, 16))]
     assert rest.tolist() == [0, 1, 4, 5, 6, 7, 16, 17, 20, 21, 22, 23]
-    labels = np.repeat(np.arange(196), 2)  # 98 classes in four runs: 25, 25, 24, 24, as scikit-learn's KFold cuts
-    runs = [np.unique(labels[train.split_rows(labels, "folds", fold)[1]]) for fold in range(4)]
-    assert [len(run) for run in runs] == [25, 25, 24, 24] and np.concatenate(runs).tolist() == list(range(98))
+    for classes, runs in ((196, [(74, 98), (0, 24), (25, 49), (49, 73)]), (200, [(75, 100), (0, 25), (25, 50), (50, 75)]),
+                          (22634, [(8488, 11317), (0, 2829), (2829, 5658), (5658, 8487)])):
+        labels = np.repeat(np.arange(classes), 2)
+        for fold, run in enumerate(runs):
+            rest, validation, test = (np.unique(labels[rows]).tolist() for rows in train.split_rows(labels, "folds", fold))
+            assert validation == list(range(*run)) and test == list(range(classes // 2, classes))
+            assert sorted(rest + validation) == list(range(classes // 2))
 
 
 def test_quarters_of_the_pictures():
@@ -463,6 +470,56 @@ def test_a_killed_run_continues_to_the_same_numbers(pictures, frozen):
     assert not checkpoint.exists()
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_run_killed_at_any_write_continues_to_the_same_numbers(pictures, monkeypatch, frozen):
+    """As a kill leaves it: no file after the n-th is written, and of that one a temporary name stays."""
+    options = ["--dataset", "p", "--model", "tiny_for_test:dropping", "--loss", "Margin / class", *["--freeze-trunk"] * frozen]
+    names, whole = [], data.write_file
+    monkeypatch.setattr(data, "write_file", lambda path, content: names.append(Path(path).name) or whole(path, content))
+    run(*options, "--models", "uninterrupted")
+    assert names[-5:] == ["histograms.csv", "histograms.png", "history.csv", "config.json", "embedder_best.pth"]
+
+    def dies(path, content):
+        names.append(Path(path).name)
+        if len(names) == at:
+            Path(path).with_name(f".{Path(path).name}.x.part").write_bytes(content[:9])
+            raise KeyboardInterrupt
+        whole(path, content)
+
+    for at in range(1, len(names) + 1):
+        names = []
+        monkeypatch.setattr(data, "write_file", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run(*options, "--models", f"m{at}")
+        assert not (place("margin_per_class", root=f"m{at}") / "embedder_best.pth").exists()
+        monkeypatch.setattr(data, "write_file", whole)
+        run(*options, "--models", f"m{at}")
+        same(place("margin_per_class", root=f"m{at}"), place("margin_per_class", root="uninterrupted"))
+        assert not list(place("margin_per_class", root=f"m{at}").glob("*checkpoint*"))
+
+
+def test_a_state_left_beside_a_finished_run_goes(pictures):
+    run("--dataset", "p", "--loss", "None", "--freeze-trunk")
+    (place("none") / "checkpoint.pth").write_bytes(b"killed before it was removed")
+    run("--dataset", "p", "--loss", "None", "--freeze-trunk")
+    assert not (place("none") / "checkpoint.pth").exists() and (place("none") / "embedder_best.pth").exists()
+
+
+def test_another_frozen_trunk_takes_nothing_of_the_last(pictures, refused, capsys):
+    """Features and trunk stay beside the networks; neither another backbone nor pictures made anew may use them."""
+    run("--dataset", "p", "--loss", "None", "--freeze-trunk")
+    capsys.readouterr()
+    refused("features.npy was made with other options .*backbone", "--dataset", "p", "--loss", "Triplet", "--freeze-trunk",
+            "--model", "tiny_for_test:norm")
+    Path("m/trained/p/features.npy").unlink()
+    run("--dataset", "p", "--loss", "Triplet", "--freeze-trunk", "--model", "tiny_for_test:norm")
+    assert "layers.1.running_var" in models.read_state(place("triplet") / "trunk_best.pth")
+    capsys.readouterr()
+    Image.new("RGB", (44, 50)).save(pictures / "0" / "0.png")
+    refused(r"features.npy was made with other options \(bytes: ", "--dataset", "p", "--loss", "Contrastive", "--freeze-trunk",
+            "--model", "tiny_for_test:norm")
+
+
 def torchrun(*arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
                "--rdzv-endpoint", "localhost:0", str(ROOT / "train.py"), *map(str, OPTIONS), *map(str, arguments)]
@@ -483,6 +540,20 @@ def test_two_processes_train_what_one_does(pictures):
             a, b = (models.read_state(place(slug, root=root) / name) for root in ("m", "two"))
             for key in a:
                 torch.testing.assert_close(a[key], b[key], atol=1e-4, rtol=0)
+
+
+def test_two_processes_score_the_network_they_save(pictures):
+    """Batch norm's running statistics are each process's own while it trains; scored and saved are the first one's."""
+    done = torchrun("--dataset", "p", "--model", "tiny_for_test:norm", "--loss", "Triplet", "--lr", 1e-2)
+    assert done.returncode == 0, done.stderr
+    rows, dataset = history(place("triplet")), data.open_dataset("p")
+    network = models.load(models.find("p", "Triplet", "0", folder=Path("m"))[0])
+    chosen = train.split_rows(dataset.labels, "pictures", 0)[0]
+    inputs = [torch.from_numpy(data.load_picture(dataset.paths[i], network.preprocessing)) for i in chosen]
+    with torch.inference_mode():
+        x = network.module(torch.stack(inputs))
+    score = train.pairs.pair_scores(x.numpy(), dataset.labels[chosen], recall=(1,), permutations=0)
+    assert rows[list(rows)[-1][0], "train"][1:3] == pytest.approx([score.positive_mean, score.negative_mean], abs=1e-6)
 
 
 def test_two_processes_share_frozen_runs(pictures):
@@ -510,6 +581,19 @@ def test_crops_do_not_depend_on_workers(pictures):
     run("--dataset", "p", "--loss", "Triplet", "--workers", 1)
     run("--dataset", "p", "--loss", "Triplet", "--workers", 5, "--models", "other")
     same(place("triplet"), place("triplet", root="other"))
+
+
+def test_a_frozen_trunks_runs_do_not_depend_on_threads(pictures):
+    options = ["--dataset", "p", "--loss", "SoftTriple", "--freeze-trunk"]
+    run(*options)
+    Path("two/trained/p").mkdir(parents=True)
+    for name in ("features.npy", "features.json", "trunk.pth"):  # whose convolutions may add in another order
+        os.link(Path("m/trained/p") / name, Path("two/trained/p") / name)
+    subprocess.run([sys.executable, str(ROOT / "train.py"), *OPTIONS, *options, "--models", "two"],
+                   env={**os.environ, "OMP_NUM_THREADS": "3"}, check=True, capture_output=True)
+    same(place("soft_triple"), place("soft_triple", root="two"))
+    versions = json.loads((place("soft_triple", root="two") / "config.json").read_text())["versions"]
+    assert versions["threads"] in (2, 3) or os.cpu_count() == 1  # torch takes no more than there are cores
 
 
 # ---------------------------------------------------------------- bad input
@@ -556,7 +640,7 @@ def test_a_data_set_without_labels(tmp_path, refused):
 def test_splits_that_are_too_small(pictures, refused):
     refused(r"split default of 80 pictures in 4 classes: the validation part has 0 pictures of 0 classes; .*--split pictures "
             "keeps", "--dataset", "p", "--split", "default")
-    refused("split folds of .* the training part has 20 pictures of 1 classes", "--dataset", "p", "--split", "folds")
+    refused("split folds of .* the validation part has 0 pictures of 0 classes", "--dataset", "p", "--split", "folds")
     make_pictures(Path("few"), 2, 3)
     refused("the validation part has 0 pictures of 0 classes", "--dataset", "few")
 
@@ -571,6 +655,10 @@ def test_options_that_can_not_be(pictures, refused):
     refused("invalid float value: 'fast'", "--dataset", "p", "--lr", "fast")
     refused("--epochs 0: expected at least 1", "--dataset", "p", "--epochs", 0)
     refused("nowhere: no such folder", "--dataset", "nowhere")
+    refused("--train-sample 2 of fold 0's 54 training pictures: 2 classes, at most 1 pictures of one; expected two and two",
+            "--dataset", "p", "--train-sample", 2)
+    refused("--device mps: unknown; expected auto, cpu, cuda", "--dataset", "p", "--device", "mps")
+    refused("--device cuda:99: (no GPU that torch|torch can use)", "--dataset", "p", "--device", "cuda:99")
     refused("--precision tf32 is an NVIDIA GPU's", "--dataset", "p", "--precision", "tf32")
 
 
