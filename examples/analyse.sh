@@ -8,16 +8,16 @@
 # Every step is one command that can be copied. Stopped anywhere, the same line goes on where it was.
 # What the steps print is in results/<dataset>/log/.
 set -euo pipefail
-here=$(cd "$(dirname "$0")/.." && pwd)
-dataset=$(realpath "${1:-$here/examples/cars}")
+dataset=${1:+$(cd "$1" && pwd)}
+cd "$(dirname "$0")/.."
+dataset=${dataset:-examples/cars}
 pictures=${PICTURES:-6}   # held-out pictures of each fold that get saliency maps
 samples=${SAMPLES:-20}    # noisy copies of each
 epochs=${EPOCHS:-20}
 fold=${FOLD:-all}
-models=$(realpath -m "${MODELS:-$here/models}")
-out=$(realpath -m "${RESULTS:-$here/results}")
-cd "$here"
-results=$out/$(basename "$(realpath "$dataset")")
+models=${MODELS:-models}
+out=${RESULTS:-results}
+results=$out/$(basename "$dataset")
 mkdir -p "$results/log"
 
 number=0
