@@ -1047,8 +1047,8 @@ def save(fig, folder, name, title, photograph):
 def find_networks(folder, models):
     """The networks of a data set, checked, and what is wrong with arrays that are left out; those that share their loss with
     others are named by their folders."""
-    networks, wrong = results.find_networks(folder, models)
-    wrong += results.open_arrays(networks)
+    networks = results.find_networks(folder, models)
+    wrong = results.open_arrays(networks)
     results.check_together(networks)
     slugs = Counter(name for name, _ in {(network["name"], network["slug"]) for network in networks})
     named = [network if slugs[network["name"]] == 1 else network | {"name": network["slug"]} for network in networks]

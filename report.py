@@ -44,8 +44,8 @@ def find_networks(folder):
     """Networks with arrays in RESULTS -> ({data set: those of results.find_networks, with its name}, [what is left out])."""
     networks, wrong, places = {}, [], results.find_datasets(folder)
     for place in places:
-        found, half = results.find_networks(place)
-        wrong += half + results.open_arrays(found)
+        found = results.find_networks(place)
+        wrong += results.open_arrays(found)
         name, found = place.resolve().name, [network for network in found if any(map(network.get, results.ARRAYS))]
         networks |= {name: [{"dataset": name, **network} for network in found]} if found else {}
     left_out = [what.replace(str(path), path.relative_to(folder).as_posix()) for path, what in sorted(wrong)]

@@ -71,19 +71,16 @@ def fold_folders(folder):
 
 
 def find_networks(folder, models=HERE / "models"):
-    """The networks of one data set's folder -> ([network …] as in in_order, [(path, what is wrong) …] of half-finished arrays).
+    """The networks of one data set's folder, ordered as in in_order: dicts.
 
-    A network is a dict: name (its loss, else its backbone), slug, number (k of fold<k>), fold (the same; None without a
+    Keys: name (its loss, else its backbone), slug, number (k of fold<k>), fold (the same; None without a
     loss), type, distance, folder, config (of its training, or {}), history (a path or None), and for each of ARRAYS its
     JSON (read_about), or None where there is no array.
     """
-    known, home = losses(), [Path(), folder, *folder.resolve().parents[:3], HERE]
-    networks = [read_network(place, known, home, models / "trained" / folder.resolve().name) for place in fold_folders(folder)]
+    known, homes = losses(), [Path(), folder, *folder.resolve().parents[:3], HERE]
+    networks = [read_network(place, known, homes, models / "trained" / folder.resolve().name) for place in fold_folders(folder)]
     order = in_order({network["name"]: network["type"] for network in networks})
-    networks.sort(key=lambda network: (order.index(network["name"]), network["slug"], network["number"]))
-    paths = [network["folder"] / f"{kind}.npy" for network in networks for kind in ARRAYS if not network[kind]]
-    return networks, [(path, f"{path} is half-finished ({path.name}.part is there); left out: the command that makes it "
-                       "continues it") for path in paths if path.with_name(f"{path.name}.part").exists()]
+    return sorted(networks, key=lambda network: (order.index(network["name"]), network["slug"], network["number"]))
 
 
 def read_network(place, known, homes, trained):
@@ -101,7 +98,7 @@ def read_network(place, known, homes, trained):
             "type": kind if kind in TYPES else "other",
             "distance": str(about.get("distance") or (row["distance"] if row else "")) or None,
             "history": history if history.is_file() else None,
-            **{kind: read_about(place / f"{kind}.npy") if (place / f"{kind}.npy").is_file() else None for kind in ARRAYS}}
+            **{array: read_about(place / f"{array}.npy") if (place / f"{array}.npy").is_file() else None for array in ARRAYS}}
 
 
 def training_folder(place, about, homes, trained):
@@ -123,18 +120,22 @@ def read_about(path):
 
 
 def open_arrays(networks):
-    """Add to each array's JSON the array itself, memory-mapped; one that is not whole becomes None.
+    """Add to each array's JSON its array, memory-mapped; a broken one becomes None.
 
-    Returns [(path, what is wrong) …].
+    Returns [(path, what is wrong with it) …] of broken and of half-finished arrays.
     """
     wrong = []
     for network, kind in itertools.product(networks, ARRAYS):
+        path = network["folder"] / f"{kind}.npy"
         if network[kind]:
             try:
                 network[kind]["array"] = open_array(network[kind], ARRAYS[kind])
             except (ValueError, OSError) as error:
-                wrong.append((network[kind]["path"], f"{error}; left out"))
+                wrong.append((path, f"{error}; left out"))
                 network[kind] = None
+        elif path.with_name(f"{path.name}.part").exists():
+            wrong.append((path, f"{path} is half-finished ({path.name}.part is there); left out: the command that makes it "
+                                "continues it"))
     return wrong
 
 

@@ -15,7 +15,6 @@ compared with a Mann-Whitney U test whose unit is the loss, exact, Holm-correcte
 the first paper's code (all folds pooled, 1 %) stands beside it under its own name.
 """
 import argparse
-import itertools
 import json
 import math
 import os
@@ -204,9 +203,8 @@ class Results(NamedTuple):
 def read_results(folder, models):
     """One data set's folder -> Results. Raises ValueError for tables that can't be read or do not belong together."""
     name, rows, missing = folder.resolve().name, {}, []
-    networks, half = find_networks(folder, models)
-    networks.sort(key=lambda network: data.natural_key(network["folder"].as_posix()))
-    for _, what in sorted(half + open_arrays(networks), key=lambda one: data.natural_key(one[0].as_posix())):
+    networks = sorted(find_networks(folder, models), key=lambda network: data.natural_key(network["folder"].as_posix()))
+    for _, what in sorted(open_arrays(networks), key=lambda one: data.natural_key(one[0].as_posix())):
         missing.append({"dataset": name, "table": "", "what": what})
     for table, (script, required) in COLUMNS.items():
         if (folder / f"{table}.csv").is_file():

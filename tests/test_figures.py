@@ -255,6 +255,12 @@ def test_tsne_is_repeatable_whatever_the_threads():
     assert len(found) == 1
 
 
+def test_rows_of_other_pictures_are_refused(small):
+    about = {"path": small / "maps.npy", "pictures": {"sha256": "0" * 64}, "options": {"limit": 2, "pick": None}}
+    with pytest.raises(ValueError, match="maps.npy has 2 rows of other pictures than"):
+        figures.picture_names(about, 2, data.open_dataset(small / "pictures" / "cars"))
+
+
 # ---------------------------------------------------------------- the command
 
 

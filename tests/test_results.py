@@ -25,9 +25,10 @@ def test_networks_keep_their_names_and_types(tmp_path):
         place.mkdir(parents=True)
         if backbone:
             (place / "emb.json").write_text(json.dumps({"loss": loss, "backbone": backbone, "pictures": "strange"}))
-    found, half = results.find_networks(tmp_path)
+    found = results.find_networks(tmp_path)
+    wrong = results.open_arrays(found)
     types = {one["name"]: one["type"] for one in found}
-    assert types == {"Triplet": "ranking", "My <loss>": "other", "resnet": "none", "old": "other"} and not half
+    assert types == {"Triplet": "ranking", "My <loss>": "other", "resnet": "none", "old": "other"} and not wrong
     assert list(types) == ["Triplet", "My <loss>", "old", "resnet"] and all(one["number"] == 1 for one in found)
     assert [one["fold"] for one in found] == [1, 1, 1, None]  # a backbone alone has no folds
     results.check_together(found)
@@ -40,10 +41,10 @@ def test_the_type_of_an_unknown_loss_is_its_trainings(tmp_path):
         place.mkdir(parents=True)
         (place / "config.json").write_text(json.dumps({"type": "classification" if place.name == "fold0" else "ranking"}))
     (tmp_path / "elsewhere" / "history.csv").write_text("epoch\n0\n")
-    network, = results.find_networks(folder, tmp_path / "models")[0]
+    network, = results.find_networks(folder, tmp_path / "models")
     assert network["type"] == "classification" and network["history"] is None
     add_network(folder, "mine", loss="Mine", checkpoint=str(tmp_path / "elsewhere"))
-    network, = results.find_networks(folder, tmp_path / "models")[0]
+    network, = results.find_networks(folder, tmp_path / "models")
     assert network["type"] == "ranking" and network["history"] == tmp_path / "elsewhere" / "history.csv"
 
 
@@ -54,7 +55,7 @@ def test_a_checkpoint_is_found_beside_the_results_and_where_models_lies_now(tmp_
         place = tmp_path / models / "trained" / "others" / "mine" / "fold0"
         place.mkdir(parents=True)
         (place / "config.json").write_text(json.dumps({"here": models}))
-        assert results.find_networks(folder, tmp_path / "moved")[0][0]["config"] == {"here": models}
+        assert results.find_networks(folder, tmp_path / "moved")[0]["config"] == {"here": models}
 
 
 def test_orders():
@@ -82,10 +83,10 @@ def test_arrays_that_are_half_finished_or_broken_are_told(tmp_path):
     cut.write_bytes(cut.read_bytes()[:-4])
     other = add_network(tmp_path, "arcface", kinds=("maps",), pictures={"number": 5}) / "maps.npy"
     odd = add_network(tmp_path, "cosface", options={"pick": "all"}) / "emb.npy"
-    networks, told = results.find_networks(tmp_path)
-    assert [path for path, _ in told] == [half / "maps.npy"] and "is half-finished" in told[0][1]
+    networks = results.find_networks(tmp_path)
     wrong = dict(results.open_arrays(networks))
-    assert set(wrong) == {cut, other, odd} and all(what.startswith(str(path)) for path, what in wrong.items())
+    assert "is half-finished" in wrong[half / "maps.npy"]
+    assert set(wrong) == {half / "maps.npy", cut, other, odd} and all(what.startswith(str(path)) for path, what in wrong.items())
     assert "truncated" in wrong[cut] and "5 pictures in its JSON" in wrong[other] and "lists in its JSON" in wrong[odd]
     assert [(one["name"], one["emb"] is None, one["maps"] is None) for one in networks] == [
         ("Triplet", False, True), ("Margin", True, True), ("CosFace", True, True), ("ArcFace", True, True)]
@@ -97,7 +98,7 @@ def test_arrays_that_are_half_finished_or_broken_are_told(tmp_path):
     ({"n": 5, "pictures": {"number": 5}}, "other lists of pictures")])
 def test_what_does_not_belong_together_is_named(tmp_path, change, said):
     a, b = add_network(tmp_path, "triplet"), add_network(tmp_path, "arcface", **change)
-    networks = results.find_networks(tmp_path)[0]
+    networks = results.find_networks(tmp_path)
     results.open_arrays(networks)
     with pytest.raises(ValueError) as error:
         results.check_together(networks)
@@ -109,12 +110,12 @@ def test_what_may_differ(tmp_path):
     add_network(tmp_path, "arcface", options={"seed": 2, "limit": 4})
     add_network(tmp_path, "arcface", 1, pictures={"number": 4, "sha256": "the other fold's"})
     np.save(add_network(tmp_path, "margin", kinds=()) / "emb.npy", np.zeros((4, 2)))  # without a JSON
-    networks = results.find_networks(tmp_path)[0]
+    networks = results.find_networks(tmp_path)
     assert results.open_arrays(networks) == []
     results.check_together(networks)
     add_network(tmp_path, "resnet", loss=None, backbone="resnet")  # of one picture list: with which fold does it belong?
     with pytest.raises(ValueError, match="other lists of pictures"):
-        results.check_together(results.find_networks(tmp_path)[0])
+        results.check_together(results.find_networks(tmp_path))
 
 
 def test_which_picture_a_row_is(tmp_path):
@@ -163,7 +164,7 @@ def test_rows_of_a_table(tmp_path):
 def test_whose_a_row_is(tmp_path):
     add_network(tmp_path, "triplet", 1)
     add_network(tmp_path, "resnet", loss=None, backbone="resnet50")
-    networks = results.find_networks(tmp_path)[0]
+    networks = results.find_networks(tmp_path)
     assert results.whose("elsewhere/triplet/fold1/emb.npy", networks) == ("Triplet", 1)
     assert results.whose("resnet/fold0/emb.npy", networks) == ("resnet50", None)
     assert results.whose("Margin / class", networks) == ("Margin / class", None)
