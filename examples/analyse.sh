@@ -26,7 +26,7 @@ step() {  # step "what it does" command …
     shift
     number=$((number + 1))
     log=$results/log/$number-$(basename "$2" .py).txt
-    printf '%s/10  %-58s' "$number" "$what"
+    printf '%2d/10  %-58s' "$number" "$what"
     if ! "$@" > "$log" 2>&1; then
         printf 'failed\n'
         tail -n 5 "$log" >&2
