@@ -7,6 +7,7 @@ One line for each loss and data set, one word for each fold: ok · - (not there)
 A network of train.py (trained/) stands before the published one and is marked with *.
 """
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -60,4 +61,8 @@ def fail(message):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has gone: python -m models | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
