@@ -3,7 +3,7 @@
 #
 #     bash examples/analyse.sh                      # examples/cars, in minutes on two CPU cores
 #     bash examples/analyse.sh my_renders           # any folder with images/ and props.csv, perhaps masks/
-#     PICTURES=50 SAMPLES=50 bash examples/analyse.sh my_renders
+#     LABEL=shape PICTURES=50 SAMPLES=50 bash examples/analyse.sh my_renders
 #
 # Every step is one command that can be copied. Stopped anywhere, the same line goes on where it was.
 # What the steps print is in results/<dataset>/log/.
@@ -14,6 +14,7 @@ dataset=${dataset:-examples/cars}
 pictures=${PICTURES:-6}   # held-out pictures of each fold that get saliency maps
 samples=${SAMPLES:-20}    # noisy copies of each
 epochs=${EPOCHS:-20}
+label=${LABEL:-model}      # the property that the losses are trained on
 fold=${FOLD:-all}
 models=${MODELS:-models}
 out=${RESULTS:-results}
@@ -38,13 +39,13 @@ step() {  # step "what it does" command …
 
 step "14 losses and the untrained layer, on one frozen trunk" \
     python train.py --dataset "$dataset" --model efficientnet_lite0 --dim 128 --freeze-trunk --loss all,None --fold "$fold" \
-    --epochs "$epochs" --models "$models"
+    --epochs "$epochs" --label "$label" --models "$models"
 step "embeddings of the held-out pictures" \
     python embed.py --dataset "$dataset" --loss all --fold "$fold" --models "$models" --out "$out"
 step "NR-Prec of every property" \
     python nrprec.py "$results"/*/fold*/emb.npy --null hypergeometric --permutations 2000 --out "$results/nrprec.csv"
 step "pair histograms, JSD, Recall@K, MAP@R" \
-    python pairs.py "$results"/*/fold*/emb.npy --label model --out "$results/pairs.csv" --histograms "$results/histograms.csv"
+    python pairs.py "$results"/*/fold*/emb.npy --label "$label" --out "$results/pairs.csv" --histograms "$results/histograms.csv"
 step "saliency maps of $pictures pictures a fold, twice for the ceiling" \
     python saliency.py --dataset "$dataset" --loss all --fold "$fold" --models "$models" --limit "$pictures" \
     --samples "$samples" --order released --shared-noise --ceiling --out "$out"
