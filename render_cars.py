@@ -971,7 +971,7 @@ def parse(argv):
     add("--dry-run", action="store_true", help="write props.csv and render.json, render nothing; needs no Blender")
     add("--shard", type=parse_shard, metavar="I/N", help="render frames I, I + N, … of the range, side by side in one folder (torchrun's or a Slurm array's environment, else 0/1)")
     add("--size", type=int, default=256, metavar="PIXELS", help="width and height (256)")
-    add("--samples", type=int, default=4, metavar="N", help="light paths a pixel (4; README: why)")
+    add("--samples", type=int, default=8, metavar="N", help="light paths a pixel (8; README: why)")
     add("--denoise", action=argparse.BooleanOptionalAction, default=True, help="clean the picture with OpenImageDenoise (yes)")
     add("--format", choices=["jpg", "png"], default="jpg", help="of the pictures (jpg)")
     add("--device", choices=["cpu", "cuda", "optix", "hip", "metal"], default="cpu", help="what Cycles renders on (cpu)")

@@ -200,7 +200,7 @@ def main():
             command.add_argument("--reference", default="128", metavar="SAMPLES[:SEED]")
             command.add_argument("--resamples", type=int, default=1000)
         else:
-            command.add_argument("--samples", type=int, default=4 if function is speed else 8)
+            command.add_argument("--samples", type=int, default=8)
     args = parser.parse_args()
     args.run(args)
 
