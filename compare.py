@@ -31,7 +31,8 @@ from PIL import Image, ImageDraw, ImageFont
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-import data
+from dml_common import files
+from dml_common import pictures as data
 
 # ---------------------------------------------------------------- agreement of maps
 AGREEMENT_COLUMNS = ["model_a", "fold_a", "model_b", "fold_b", "n", "left_out", "correlation", "correlation_std",
@@ -286,7 +287,7 @@ def describe(paths, fold):
     """[{path, model, fold, about}] of the files, names made unique, only those of one fold if it is given."""
     networks = []
     for path in map(Path, paths):
-        about = data.read_sidecar(path)
+        about = files.read_sidecar(path)
         name = about.get("loss") or about.get("backbone")
         networks.append({"path": path, "model": name or str(path), "fold": about.get("fold"), "about": about})
     if fold is not None:
@@ -304,7 +305,7 @@ def open_alike(networks):
     """Shape (n, H, W) of all the maps. Raises ValueError naming two files that do not belong together."""
     shapes = []
     for network in networks:
-        array = data.read_array(network["path"])
+        array = files.read_array(network["path"])
         if array.ndim != 3 or array.dtype.kind not in "fiub":
             raise ValueError(f"{network['path']} has shape {array.shape}, dtype {array.dtype}; expected maps (n, H, W) of numbers")
         if 0 in array.shape:
@@ -365,7 +366,7 @@ def wanted_pairs(networks, all_folds):
 def read_blocks(paths, n, number):
     """Yield (start, maps (K, b, H, W)) of every `number` pictures; each file is read once and nothing stays mapped."""
     for start in range(0, n, number):
-        yield start, [np.array(data.read_array(path)[start:start + number]) for path in paths]
+        yield start, [np.array(files.read_array(path)[start:start + number]) for path in paths]
 
 
 def compare_picture(maps, groups, networks, picture):
@@ -405,7 +406,7 @@ def with_ceilings(networks):
     for i, network in enumerate(networks):
         path = network["path"].with_name(f"{network['path'].stem}_ceiling.npy")
         if path.exists():
-            seconds.append((i, {**network, "path": path, "about": data.read_sidecar(path)}))
+            seconds.append((i, {**network, "path": path, "about": files.read_sidecar(path)}))
     return seconds
 
 
@@ -588,12 +589,12 @@ def embedding_rows(networks, args, k=10):
     found = []
     for path in paths:
         try:
-            found.append(normalised(data.read_embeddings(path)))
+            found.append(normalised(files.read_embeddings(path)))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         if len(found[-1]) != len(found[0]):
             raise ValueError(f"{paths[0]} and {path} have {len(found[0]):,} and {len(found[-1]):,} rows; expected the same pictures")
-        a, b = (data.read_sidecar(which).get("pictures", {}).get("sha256") for which in (paths[0], path))
+        a, b = (files.read_sidecar(which).get("pictures", {}).get("sha256") for which in (paths[0], path))
         if a and b and a != b:
             raise ValueError(f"{paths[0]} and {path} have different lists of pictures; embed the same ones")
     n = len(found[0])
@@ -630,7 +631,7 @@ def write_figure(path, networks, rows, reliability):
     png = io.BytesIO()
     title = "Correlation of saliency maps, per cent" + "; diagonal: two maps of one network" * bool(reliability)
     draw_heat_map(values, short, title).save(png, "PNG")
-    data.write_file(path, png.getvalue())
+    files.write_file(path, png.getvalue())
 
 
 def available_threads():
@@ -683,7 +684,7 @@ def main(argv=None):
     paths = args.maps or find_maps(name, args.results)
     args.out = args.out or (Path("compare.csv") if args.maps else args.results / name / "compare.csv")
     for path in filter(None, (args.out, args.per_picture, args.figure)):
-        data.check_output(path, paths)
+        files.check_output(path, paths)
     networks = describe(paths, args.fold)
     if len(networks) < 2 and not args.masks:
         raise ValueError(f"one map file arrived ({networks[0]['path']}), two or more are compared; --masks also takes one")
@@ -702,7 +703,7 @@ def main(argv=None):
         if args.embeddings:
             tables["embeddings.csv"] += embedding_rows(part, args)
     if rows:
-        data.write_table(args.out, AGREEMENT_COLUMNS, rows)
+        files.write_table(args.out, AGREEMENT_COLUMNS, rows)
         report(networks, rows, reliability, *shared)
     if args.figure and rows:
         write_figure(args.figure, networks, rows, reliability)
@@ -710,7 +711,7 @@ def main(argv=None):
             ("embeddings.csv", ["model_a", "fold_a", "model_b", "fold_b", "n", "cka", "overlap", "overlap_low", "overlap_high",
                                 "overlap_chance"]):
         if tables[name]:
-            data.write_table(args.out.parent / name, header, tables[name])
+            files.write_table(args.out.parent / name, header, tables[name])
 
 
 if __name__ == "__main__":

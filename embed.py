@@ -26,9 +26,10 @@ import PIL
 import torch
 from tqdm import tqdm
 
-import data
-import models
-import rowfile
+from dml_common import files
+from dml_common import pictures as data
+from dml_common import networks as models
+from dml_common import rowfile
 
 
 def to_input(pixels, preprocessing):
@@ -193,19 +194,19 @@ def listed(relative):
 
 def write_labels(dataset, array, prefix):
     """Of a complete array <prefix>labels.csv (which picture each row is, and its class), <prefix>classes.csv and <prefix>props.csv."""
-    left_out = set(data.read_sidecar(array)["pictures"].get("left_out", []))
+    left_out = set(files.read_sidecar(array)["pictures"].get("left_out", []))
     header, columns = ["path"], [dataset.relative]
     if dataset.labels is not None:
         header.append("class")
         columns.append(dataset.labels.tolist())
-        data.write_table(Path(f"{prefix}classes.csv"), ["class", "name"], list(enumerate(dataset.classes)))
+        files.write_table(Path(f"{prefix}classes.csv"), ["class", "name"], list(enumerate(dataset.classes)))
     if dataset.super_labels is not None:
         header.append("super_class")
         columns.append([dataset.super_classes[label] for label in dataset.super_labels])
     keep = [row for row, name in enumerate(dataset.relative) if name not in left_out]
-    data.write_table(Path(f"{prefix}labels.csv"), header, [[column[row] for column in columns] for row in keep])
+    files.write_table(Path(f"{prefix}labels.csv"), header, [[column[row] for column in columns] for row in keep])
     if dataset.properties:
-        data.write_table(Path(f"{prefix}props.csv"), list(dataset.properties),
+        files.write_table(Path(f"{prefix}props.csv"), list(dataset.properties),
                          [[values[row] for values in dataset.properties.values()] for row in keep])
 
 
@@ -309,7 +310,7 @@ def parse():
 def main():
     args = parse()
     if args.out.suffix == ".npy":
-        data.check_output(args.out)
+        files.check_output(args.out)
     rank, ranks = rowfile.my_share()
     dataset = data.open_dataset(args.dataset, args.data_root, args.split)
     loss = args.loss or (None if args.model or args.checkpoint else "all")

@@ -45,8 +45,9 @@ try:
 except ImportError:
     matplotlib = None  # main says what to install; --help works without
 
-import data
-import results
+from dml_common import files
+from dml_common import pictures as data
+from dml_common import results
 
 HERE = Path(__file__).resolve().parent
 FIGURES = ("profile", "correlation", "jsd", "gallery", "tsne", "samples", "pairs", "training")
@@ -600,11 +601,11 @@ def picture_names(about, n, pictures):
 
 def find_properties(network, pictures):
     """Properties of an emb.npy's rows: {name: str (n,)}, from props.csv or labels.csv beside it, or from the data set."""
-    n = len(data.read_array(network["folder"] / "emb.npy"))
+    n = len(files.read_array(network["folder"] / "emb.npy"))
     for name in ("props.csv", "labels.csv"):
         path = network["folder"] / name
-        if path.is_file() and any(column.lower() not in data.IDENTIFIERS for column in data.read_table(path)):
-            properties = data.read_properties(path)
+        if path.is_file() and any(column.lower() not in files.IDENTIFIERS for column in files.read_table(path)):
+            properties = files.read_properties(path)
             if len(next(iter(properties.values()))) != n:
                 raise ValueError(f"{path} has {len(next(iter(properties.values()))):,} rows, emb.npy beside it {n:,}; "
                                  "both must list the same pictures in the same order")
@@ -620,7 +621,7 @@ def find_properties(network, pictures):
     if pictures.labels is not None:
         return {"class": np.array(pictures.classes)[pictures.labels[rows]]}
     if (pictures.folder / "props.csv").is_file():
-        return {key: column[rows] for key, column in data.read_properties(pictures.folder / "props.csv").items()}
+        return {key: column[rows] for key, column in files.read_properties(pictures.folder / "props.csv").items()}
     raise Missing(f"{pictures.folder} has no properties and no classes")
 
 
@@ -629,7 +630,7 @@ def with_class_names(network, name, column):
     path = network["folder"] / "classes.csv"
     if name != "class" or not path.is_file():
         return column
-    table = data.read_table(path)
+    table = files.read_table(path)
     names = dict(zip(table.get("class", []), table.get("name", [])))
     return np.array([names.get(value, value) for value in column])
 
@@ -789,7 +790,7 @@ def make_gallery(found, args):
 def open_maps(networks):
     """(the networks' maps (n, H, W), memory-mapped, their common resize and crop). Raises ValueError where they differ."""
     paths = [network["maps"]["path"] for network in networks]
-    maps = [data.read_array(path) for path in paths]
+    maps = [files.read_array(path) for path in paths]
     geometry = [{key: network["maps"].get("preprocessing", {}).get(key) for key in ("resize", "crop")} for network in networks]
     for path, array, where in zip(paths, maps, geometry):
         if array.ndim != 3 or array.dtype.kind not in "fiub" or 0 in array.shape:
@@ -815,7 +816,7 @@ def make_tsne(found, args):
         raise Missing(f"{found['folder']} has no emb.npy" + f" of {args.network}" * bool(args.network)
                       + " (python embed.py writes it)")
     properties = find_properties(network, found["pictures"])
-    embeddings = data.read_embeddings(network["folder"] / "emb.npy")
+    embeddings = files.read_embeddings(network["folder"] / "emb.npy")
     n = len(embeddings)
     if n < 4:
         raise Missing(f"{network['folder'] / 'emb.npy'} has {n} rows; t-SNE needs at least 4")
@@ -851,7 +852,7 @@ def make_samples(found, args):
         raise Missing("the pictures are not known; give their folder: --dataset FOLDER")
     if not (pictures.folder / "props.csv").is_file() or not (pictures.folder / "images").is_dir():
         raise Missing(f"{pictures.folder} is no rendered set (props.csv and images/)")
-    properties = data.read_properties(pictures.folder / "props.csv")
+    properties = files.read_properties(pictures.folder / "props.csv")
     chosen = choose_samples(properties, circular_names(properties, args.circular))
     rows = []
     for name, (values, members, number) in chosen.items():
@@ -973,7 +974,7 @@ def count_network(network, found, label):
     if label and label not in properties:
         raise ValueError(f"{network['folder']}: no property {label!r}; it has {', '.join(properties)} (--label chooses)")
     label = label or next((name for name in ("class", "model") if name in properties), next(iter(properties)))
-    embeddings = data.read_embeddings(network["folder"] / "emb.npy")
+    embeddings = files.read_embeddings(network["folder"] / "emb.npy")
     if len(embeddings) > MOST_PAIRED:
         raise Missing(f"{len(embeddings):,} embeddings make too many pairs to count here: python pairs.py "
                       f"{found['folder']}/*/fold*/emb.npy LABELS --histograms {found['folder'] / 'histograms.csv'}")
@@ -1041,7 +1042,7 @@ def save(fig, folder, name, title, photograph):
             fig.savefig(content, format=suffix, metadata=formats[suffix])
         if suffix == "png" and any("missing from" in str(warning.message) for warning in caught):
             say(f"note: {name}: letters that the font (DejaVu Sans) lacks are drawn as boxes")
-        data.write_file(folder / f"{name}.{suffix}", content.getvalue())
+        files.write_file(folder / f"{name}.{suffix}", content.getvalue())
 
 
 def find_networks(folder, models):
@@ -1123,7 +1124,7 @@ def main(argv=None):
     if args.network:
         check_network(args, datasets)
     args.out.mkdir(parents=True, exist_ok=True)
-    data.check_output(args.out / "figures.json")
+    files.check_output(args.out / "figures.json")
 
     done = []
     total = len(datasets) * len(only)
@@ -1139,7 +1140,7 @@ def main(argv=None):
                 missing.append({"dataset": found["name"], "figure": figure, "what": str(error)})
             bar.update()
     about = json.dumps({"figures": done, "missing": missing}, indent=1, ensure_ascii=False) + "\n"
-    data.write_file(args.out / "figures.json", about.encode())
+    files.write_file(args.out / "figures.json", about.encode())
     for one in missing:
         say(f"left out: {one['figure']} of {one['dataset']}: {one['what']}" if one["figure"] else f"left out: {one['what']}")
     for one in done:

@@ -596,9 +596,9 @@ def parse_arguments(argv):
 
 def read_labels(arguments, table):
     """The properties as {name: array}, chosen and binned as asked. ValueError says what is wrong where."""
-    import data
+    from dml_common import files
     names = [name.strip() for name in arguments.properties.split(",")] if arguments.properties is not None else None
-    labels = data.read_properties(table, names)
+    labels = files.read_properties(table, names)
     binned = set()
     for option in arguments.bin:
         name, _, bins = option.rpartition("=")
@@ -696,7 +696,7 @@ def print_mark(permutations, properties):
 
 def write_rows(path, arguments, sidecars, results):
     """The long-form CSV; columns loss and fold stand in front where the arrays' JSON files tell them."""
-    import data
+    from dml_common import files
     known = any(sidecar.get("loss") is not None for sidecar in sidecars)
     header = ["loss", "fold"] * known + ["embeddings", "property", "values", "queries", "skipped", "distance", "null",
                                          "max_neighbours", "r_precision", "nr_precision", "nr_precision_se",
@@ -708,7 +708,7 @@ def write_rows(path, arguments, sidecars, results):
                         + [file, name, s.values, s.queries, s.skipped, arguments.distance, arguments.null,
                            arguments.max_neighbours, s.r_precision, s.nr_precision, s.nr_precision_se,
                            arguments.permutations, s.p_value, s.p_holm])
-    data.write_table(path, header, rows)
+    files.write_table(path, header, rows)
 
 
 def say(kind, text):
@@ -728,20 +728,20 @@ def say_before(labels, arguments, table=None):
 
 
 def run(arguments):
-    import data
+    from dml_common import files
     from tqdm import tqdm
     check_options(arguments.distance, arguments.null, arguments.max_neighbours, arguments.permutations,
                   arguments.queries, arguments.seed, arguments.threads, arguments.memory_mib)
-    tables = [arguments.properties_csv or data.table_beside(file) for file in arguments.embeddings]
+    tables = [arguments.properties_csv or files.table_beside(file) for file in arguments.embeddings]
     if arguments.out is not None:
-        data.check_output(arguments.out, [*arguments.embeddings, *tables])
+        files.check_output(arguments.out, [*arguments.embeddings, *tables])
     read, results, names = {}, [], short_names(arguments.embeddings)
     for file, table, name in zip(arguments.embeddings, tables, names):
         key = arguments.properties_csv or table.read_bytes()  # the losses of one fold have equal tables
         labels = read[key] if key in read else read_labels(arguments, table)
         if read and list(labels) != list(next(iter(read.values()))):
             raise ValueError(f"{tables[0]} and {table} have different properties; give networks of one data set, or --properties")
-        rows, x = len(next(iter(labels.values()))), data.read_embeddings(file)
+        rows, x = len(next(iter(labels.values()))), files.read_embeddings(file)
         if len(x) != rows:
             raise ValueError(f"{file} has {len(x):,} embeddings, {table} {rows:,} rows; "
                              "both must list the same pictures in the same order")
@@ -764,7 +764,7 @@ def run(arguments):
             say("warning", f"{name}: {score.skipped:,} of {score.skipped + score.queries:,} queries skipped, "
                            "no other picture has their value")
     if arguments.out is not None:
-        write_rows(arguments.out, arguments, [data.read_sidecar(file) for file in arguments.embeddings], results)
+        write_rows(arguments.out, arguments, [files.read_sidecar(file) for file in arguments.embeddings], results)
     if len(results) > SIDE_BY_SIDE:
         print_networks(names, results, arguments.permutations)
     else:

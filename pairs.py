@@ -651,7 +651,7 @@ def print_subsets(name, curves, numbers):
 
 def write_outputs(arguments, results, bins, recall, numbers):
     """The CSV files and Fig. 1 where they were asked for, each whole or not at all."""
-    import data
+    from dml_common import files
     known = any(r.sidecar.get("loss") is not None for r in results)
     front = ["loss", "fold"] * known + ["split"] * bool(arguments.train)
     whole = [r for r in results if r.subset is None]
@@ -663,7 +663,7 @@ def write_outputs(arguments, results, bins, recall, numbers):
         header = front + ["classes", "repeat"] * bool(numbers) + [
             "embeddings", "label", "n", "positive_pairs", "negative_pairs", "positive_mean", "negative_mean", "jsd",
             "jsd_null", "bins", *(f"recall_at_{k}" for k in recall), "r_precision", "map_at_r"]
-        data.write_table(arguments.out, header, [
+        files.write_table(arguments.out, header, [
             begin(r) + [r.score.classes, r.repeat] * bool(numbers)
             + [r.file, arguments.label, r.score.n, r.score.positive_pairs, r.score.negative_pairs,
                r.score.positive_mean, r.score.negative_mean, r.score.jsd[b],
@@ -671,20 +671,20 @@ def write_outputs(arguments, results, bins, recall, numbers):
                r.score.r_precision, r.score.map_at_r] for r in results for b in bins])
     if arguments.histograms:
         header = front + ["embeddings", "label", "bins", "low", "high", "positive", "negative"]
-        data.write_table(arguments.histograms, header, [
+        files.write_table(arguments.histograms, header, [
             begin(r) + [r.file, arguments.label, b, 2 * i / b - 1, 2 * (i + 1) / b - 1, int(p), int(q)]
             for r in whole for b in bins for i, (p, q) in enumerate(zip(*r.score.histograms[b]))])
     if arguments.intervals:
         values = {"jsd": lambda s, b: s.jsd[b], "recall": lambda s, k: s.recall[k],
                   "r_precision": lambda s, _: s.r_precision, "map_at_r": lambda s, _: s.map_at_r}
-        data.write_table(arguments.intervals, front + ["embeddings", "label", "metric", "bins", "value", "low", "high",
+        files.write_table(arguments.intervals, front + ["embeddings", "label", "metric", "bins", "value", "low", "high",
                                                        "level", "method"], [
             begin(r) + [r.file, arguments.label, f"recall_at_{k}" if name == "recall" else name,
                         k if name == "jsd" else None, values[name](r.score, k), low, high, LEVEL,
                         "jackknife" if name == "jsd" else "bootstrap"]
             for r in whole for (name, k), (low, high) in r.score.intervals.items()])
     if arguments.figure:
-        data.write_file(arguments.figure, pairs_figure([(r.name, r.score) for r in whole], bins[0]))
+        files.write_file(arguments.figure, pairs_figure([(r.name, r.score) for r in whole], bins[0]))
 
 
 def say(kind, text):
@@ -693,12 +693,12 @@ def say(kind, text):
 
 def read_split(file, labels_csv, label):
     """Embeddings (n, m) and labels (n,) of one split. ValueError says what is wrong where."""
-    import data
+    from dml_common import files
     try:
-        labels = data.read_properties(labels_csv, [label])[label]
+        labels = files.read_properties(labels_csv, [label])[label]
     except ValueError as error:
         raise ValueError(f"{error} (--label chooses the column)" if "no property" in str(error) else error) from None
-    x = data.read_embeddings(file)
+    x = files.read_embeddings(file)
     if len(x) != len(labels):
         raise ValueError(f"{file} has {len(x):,} embeddings, {labels_csv} {len(labels):,} rows; "
                          "both must list the same pictures in the same order")
@@ -707,11 +707,11 @@ def read_split(file, labels_csv, label):
 
 def check_options(arguments, bins, recall, numbers):
     """Raise ValueError for options that do not fit, and for outputs that can't be written, before the work."""
-    import data
+    from dml_common import files
     outputs = [arguments.out, arguments.histograms, arguments.intervals, arguments.figure, arguments.class_figure]
     outputs = [Path(path).resolve() for path in outputs if path]
     for path in outputs:
-        data.check_output(path, [*arguments.embeddings, *filter(None, [arguments.labels_csv]), *(arguments.train or [])])
+        files.check_output(path, [*arguments.embeddings, *filter(None, [arguments.labels_csv]), *(arguments.train or [])])
         if outputs.count(path) > 1:
             raise ValueError(f"two outputs would go to {path}; give each a name of its own")
     if arguments.class_figure and not numbers:
@@ -724,18 +724,18 @@ def check_options(arguments, bins, recall, numbers):
 
 def list_jobs(arguments):
     """[(embeddings file, labels file, name, split)]: what the rows and columns of the outputs are."""
-    import data
+    from dml_common import files
     names = short_names(arguments.embeddings)
     if arguments.train:
         names = ["test"] if len(names) == 1 else [f"{name}, test" for name in names]
-    jobs = [(file, arguments.labels_csv or data.table_beside(file, arguments.label), name, "test")
+    jobs = [(file, arguments.labels_csv or files.table_beside(file, arguments.label), name, "test")
             for file, name in zip(arguments.embeddings, names)]
     return jobs + ([(*arguments.train, "train", "train")] if arguments.train else [])
 
 
 def score_file(file, table, name, split, arguments, bins, recall, numbers):
     """The Results of one embedding: of all classes first, then of the subsets."""
-    import data
+    from dml_common import files
     from tqdm import tqdm
     x, labels = read_split(file, table, arguments.label)
     enough = int((np.unique(labels, return_counts=True)[1] > 1).sum())
@@ -744,7 +744,7 @@ def score_file(file, table, name, split, arguments, bins, recall, numbers):
                          "ask for no more than these")
     options = dict(bins=bins, recall=recall, permutations=arguments.permutations, seed=arguments.seed,
                    threads=arguments.threads)
-    sidecar, subsets = data.read_sidecar(file), list(class_subsets(labels, numbers, arguments.repeats, arguments.seed))
+    sidecar, subsets = files.read_sidecar(file), list(class_subsets(labels, numbers, arguments.repeats, arguments.seed))
     with tqdm(total=1.0, desc=name, delay=2, disable=None, leave=False, file=sys.stderr,
               bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left") as bar:
         share = 1 / (1 + len(subsets))
@@ -787,8 +787,8 @@ def run(arguments):
               for r in whole if numbers]
     write_outputs(arguments, results, bins, recall, numbers)
     if arguments.class_figure:
-        import data
-        data.write_file(arguments.class_figure, class_figure(curves, numbers))
+        from dml_common import files
+        files.write_file(arguments.class_figure, class_figure(curves, numbers))
     print_table(whole, bins, recall)
     for name, curve in curves:
         print_subsets(name, curve, numbers)

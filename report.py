@@ -34,8 +34,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-import data
-import results
+from dml_common import files
+from dml_common import pictures as data
+from dml_common import results
 
 # ---------------------------------------------------------------- what is there
 
@@ -57,11 +58,11 @@ def find_networks(folder):
 
 def picture_properties(folder):
     """{a picture's name: [(property, its value), …]} of the labels.csv and props.csv of a network's folder."""
-    properties, tables = {}, [data.read_table(path) for path in (folder / "labels.csv", folder / "props.csv") if path.is_file()]
+    properties, tables = {}, [files.read_table(path) for path in (folder / "labels.csv", folder / "props.csv") if path.is_file()]
     if (folder / "labels.csv").is_file():
         names = tables[0].pop("path", None) or next(iter(tables[0].values()))
         for column, values in (item for table in tables for item in table.items()):
-            if len(values) == len(names) and column.lower() not in data.IDENTIFIERS:
+            if len(values) == len(names) and column.lower() not in files.IDENTIFIERS:
                 for name, value in zip(names, values):
                     properties.setdefault(name, []).append((column, value))
     return properties
@@ -164,7 +165,7 @@ def errata(tables):
     found = [one for one in (tables or {"tables": []})["tables"] if one["name"] == "errata"]
     path = Path(__file__).resolve().parent / "published" / "errata.csv"
     if not found and path.is_file():
-        columns = data.read_table(path)
+        columns = files.read_table(path)
         found = [new_table("errata", "Errata", map(capital, columns), zip(*columns.values()))]
     return {**found[0], "kind": "text"} if found else None
 
@@ -442,7 +443,7 @@ def history_table(dataset, networks):
     rows = []
     for name in dict.fromkeys(network["name"] for network in networks):
         paths = [network["history"] for network in networks if network["name"] == name and network["history"]]
-        histories = [data.read_table(path) for path in paths]
+        histories = [files.read_table(path) for path in paths]
         if not histories:
             continue
         epochs = max((int(epoch) for history in histories for epoch in history.get("epoch", []) if epoch.isdecimal()), default=0)
@@ -463,7 +464,7 @@ def curve_of(history, column, split):
     if not {"epoch", "split", column} <= set(history):
         return []
     rows = sorted((float(epoch), value) for epoch, part, value in zip(history["epoch"], history["split"], history[column])
-                  if part == split and data.is_number(epoch) and data.is_number(value))
+                  if part == split and files.is_number(epoch) and files.is_number(value))
     return [float(value) for _, value in rows if math.isfinite(float(value))]
 
 
@@ -730,9 +731,9 @@ def main(argv=None):
         if folder and not (folder / f"{name}.json").is_file():
             raise ValueError(f"--{name} {folder}: no {name}.json there; python {name}.py {args.results} --out {folder} makes it")
         setattr(args, name, folder or Path(name))
-    data.check_output(args.out, [args.tables / "tables.json", args.figures / "figures.json"])
+    files.check_output(args.out, [args.tables / "tables.json", args.figures / "figures.json"])
     content, findings, counts, warned = build(args)
-    data.write_file(args.out, content.encode("utf-8"))
+    files.write_file(args.out, content.encode("utf-8"))
 
     sys.stdout.reconfigure(errors="replace")  # no name can stop the report
     width = min(100, shutil.get_terminal_size().columns)

@@ -41,9 +41,10 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-import data
-import models
-import rowfile
+from dml_common import files
+from dml_common import pictures as data
+from dml_common import networks as models
+from dml_common import rowfile
 
 # ---------------------------------------------------------------- SmoothGrad
 
@@ -580,13 +581,13 @@ def make_gallery(path, arrays, preprocessings, names, pictures, relative, overla
     for i in range(min(most, len(pictures))):
         cells = []
         for array, preprocessing in zip(arrays, preprocessings):
-            kept = data.read_sidecar(array)["pictures"].get("left_out", [])
+            kept = files.read_sidecar(array)["pictures"].get("left_out", [])
             if relative[i] in kept:
                 break
             row = i - sum(name in kept for name in relative[:i])
             pixels = data.load_pixels(pictures[i][1], preprocessing)
             cells = cells or [pixels]
-            found = Image.fromarray(np.float32(data.read_array(array)[row])).resize(pixels.shape[1::-1], Image.Resampling.BILINEAR)
+            found = Image.fromarray(np.float32(files.read_array(array)[row])).resize(pixels.shape[1::-1], Image.Resampling.BILINEAR)
             cells.append(heat(np.asarray(found), pixels if overlay else None))
         else:
             rows.append((cells, relative[i]))
@@ -594,7 +595,7 @@ def make_gallery(path, arrays, preprocessings, names, pictures, relative, overla
         cells, titles = zip(*rows[start:start + 8])
         png = io.BytesIO()
         draw_gallery(cells, ["Picture", *names], titles).save(png, "PNG")
-        data.write_file(path if page == 0 else path.with_name(f"{path.stem}_{page + 1}{path.suffix}"), png.getvalue())
+        files.write_file(path if page == 0 else path.with_name(f"{path.stem}_{page + 1}{path.suffix}"), png.getvalue())
 
 
 def sanity(spec, pictures, distance, args, most=16):
@@ -710,7 +711,7 @@ def check(args):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
     if args.gallery:
-        data.check_output(args.gallery)
+        files.check_output(args.gallery)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
 
 
@@ -778,11 +779,11 @@ def main(argv=None):
         rows = [row for spec, own in zip(specs, pictures)
                 for row in sanity(spec, own, models.distance(args.distance or spec["distance"]), args)]
         folder = args.out.parent if one else args.out / dataset.name
-        data.write_table(folder / "sanity.csv", ["model", "fold", "layers", "of", "lowest", "n", "correlation", "correlation_std"], rows)
+        files.write_table(folder / "sanity.csv", ["model", "fold", "layers", "of", "lowest", "n", "correlation", "correlation_std"], rows)
     if rank == 0 and args.gallery and all(path.exists() for path in arrays):
         one_fold = len({spec["fold"] for spec in specs}) == 1
         names = [spec["loss"] if one_fold and spec["loss"] else spec["name"] for spec in specs]
-        preprocessings = [data.read_sidecar(path)["preprocessing"] for path in arrays]
+        preprocessings = [files.read_sidecar(path)["preprocessing"] for path in arrays]
         make_gallery(args.gallery, arrays, preprocessings, names, pictures[0], relative[0], args.overlay,
                      len(pictures[0]) if args.pick else 8)
 

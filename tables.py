@@ -30,8 +30,9 @@ import numpy as np
 import scipy
 from scipy.stats import mannwhitneyu, rankdata
 
-import data
-from results import (COLUMNS, TYPES, check_alike, check_together, find_datasets, find_networks, in_order, losses, open_arrays,
+from dml_common import files
+from dml_common import pictures as data
+from dml_common.results import (COLUMNS, TYPES, check_alike, check_together, find_datasets, find_networks, in_order, losses, open_arrays,
                      read_rows, whose)
 
 HERE = Path(__file__).resolve().parent
@@ -239,7 +240,7 @@ def read_properties(folder, networks):
                         if (network["folder"] / "props.csv").is_file()}  # the networks of one fold have the same pictures
     for path in [folder / "props.csv", *(place / "props.csv" for place in first.values())]:
         if path.is_file():
-            for name, values in data.read_properties(path).items():
+            for name, values in files.read_properties(path).items():
                 found.setdefault(name, set()).update(values.tolist())
     return found
 
@@ -397,14 +398,14 @@ def properties_table(results):
         rows = [[name, cell(len(values), len(values)), value_list(values)] for name, values in results.properties.items()]
         return table(f"properties_{results.name}", f"Properties, {results.name}", "The pictures' properties and their values.",
                      ["Property", "Number", "Values"], rows, dataset=results.name, paper="Table 5")
-    columns = data.read_table(HERE / "published" / "kobs_table5_properties.csv")
+    columns = files.read_table(HERE / "published" / "kobs_table5_properties.csv")
     rows = [[name, cell(number, float(number)), values] for name, number, values in zip(*columns.values())]
     return table("properties_published", "Properties (published)", "The properties of the first paper's rendered cars.",
                  ["Property", "Number", "Values"], rows, paper="Table 5", notes=["No props.csv in the results: the paper's own."])
 
 
 def errata_table():
-    columns = data.read_table(HERE / "published" / "errata.csv")
+    columns = files.read_table(HERE / "published" / "errata.csv")
     return table("errata", "Errata", "Where the published descriptions, code and numbers disagree, and what is done here.",
                  ["Paper", "Published", "Found", "Here"], [list(row) for row in zip(*columns.values())])
 
@@ -1003,7 +1004,7 @@ def pixel_statement(results):
 
 def published_nrprec():
     """Table 6 as printed: {loss: {property: NR-Prec or None}}, its rows of means included."""
-    columns = data.read_table(HERE / "published" / "kobs_table6_nrprec_cars.csv")
+    columns = files.read_table(HERE / "published" / "kobs_table6_nrprec_cars.csv")
     return {loss: {one: float(columns[one][row]) if columns[one][row] else None for one in columns if one != "loss"}
             for row, loss in enumerate(columns["loss"])}
 
@@ -1336,13 +1337,13 @@ def print_table(content):
 def write_tables(out, contents, found, warnings, missing, options):
     """All files of the folder `out`, each whole or not at all; tables.json last."""
     def write(name, text):
-        data.write_file(out / name, text.encode("utf-8", "replace"))
+        files.write_file(out / name, text.encode("utf-8", "replace"))
 
     for content in contents:
-        data.write_table(out / f"{content['name']}.csv", *csv_rows(content))
+        files.write_table(out / f"{content['name']}.csv", *csv_rows(content))
         write(f"{content['name']}.md", to_markdown(content))
         write(f"{content['name']}.tex", to_latex(content))
-    data.write_table(out / "missing.csv", ["dataset", "table", "what"], [list(one.values()) for one in missing])
+    files.write_table(out / "missing.csv", ["dataset", "table", "what"], [list(one.values()) for one in missing])
     inputs = "".join(f"\\input{{{content['name']}}}\n\\clearpage\n" for content in contents)
     write("tables.tex", PREAMBLE + inputs + "\\end{document}\n")
     write("tables.md", page(contents, found, warnings, missing))
@@ -1386,7 +1387,7 @@ def published_cell(value):
 
 def published_tables():
     """The papers' tables of published/, those that ours can be put beside."""
-    sop, grouped, oi = ([*zip(*data.read_table(HERE / "published" / f"{name}.csv").values())] for name in (
+    sop, grouped, oi = ([*zip(*files.read_table(HERE / "published" / f"{name}.csv").values())] for name in (
         "kobs_table2_sop_correlation", "kobs_tables3_4_grouped_correlation", "oi_table1_split"))
     table2 = published_matrix("published_table2", "Correlation of saliency maps, SOP, published", "Table 2", "sop", sop)
     averaged = {tuple(sorted((a, b))): (float(mean) / 100, float(std) / 100, "") for a, b, mean, std in sop}
@@ -1480,7 +1481,7 @@ def check_folder(out, folders):
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a folder")
     out.mkdir(parents=True, exist_ok=True)
-    data.check_output(out / "tables.json")
+    files.check_output(out / "tables.json")
 
 
 def dataset_tables(results):

@@ -53,10 +53,11 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-import data
-import models
+from dml_common import files
+from dml_common import pictures as data
+from dml_common import networks as models
 import pairs
-import rowfile
+from dml_common import rowfile
 
 BINS = 200
 HEADER = ["epoch", "split", "loss", "positive_mean", "negative_mean", "jsd", "recall_at_1", "map_at_r", "seconds"]
@@ -243,7 +244,7 @@ def frozen_features(trunk, feed, file, share, precision):
         finally:
             if not file.complete:
                 file.give_up(alone=share[1] == 1)
-    return np.array(data.read_array(file.path))
+    return np.array(files.read_array(file.path))
 
 
 # ---------------------------------------------------------------- one step
@@ -474,7 +475,7 @@ def save(path, content):
     """torch.save that leaves the old file or the new one, never half of it."""
     file = io.BytesIO()
     torch.save(content, file)
-    data.write_file(path, file.getvalue())
+    files.write_file(path, file.getvalue())
 
 
 def read_checkpoint(run):
@@ -543,19 +544,19 @@ def write_run(run, network, history, before, after):
         try:
             os.link(common, trunk)
         except OSError:
-            data.write_file(trunk, common.read_bytes())
+            files.write_file(trunk, common.read_bytes())
     counts = [(0, before)] + ([(history[-1][0], after.histograms[BINS])] if after else [])
-    data.write_table(run.folder / "histograms.csv", ["epoch", "split", "bins", "low", "high", "positive", "negative"], [
+    files.write_table(run.folder / "histograms.csv", ["epoch", "split", "bins", "low", "high", "positive", "negative"], [
         [epoch, "test", BINS, 2 * i / BINS - 1, 2 * (i + 1) / BINS - 1, int(p), int(q)]
         for epoch, both in counts for i, (p, q) in enumerate(zip(*both))])
     if after:
         row = dict(zip(HEADER, next(row for row in history if row[:2] == [0, "test"])))
         first = after._replace(histograms={BINS: before}, jsd={BINS: row["jsd"]},
                                positive_mean=row["positive_mean"], negative_mean=row["negative_mean"])
-        data.write_file(run.folder / "histograms.png",
+        files.write_file(run.folder / "histograms.png",
                         pairs.pairs_figure([("test, epoch 0", first), (f"test, epoch {history[-1][0]}", after)], BINS))
-    data.write_table(run.folder / "history.csv", HEADER, history)
-    data.write_file(run.folder / "config.json", (json.dumps(run.about, indent=2) + "\n").encode())
+    files.write_table(run.folder / "history.csv", HEADER, history)
+    files.write_file(run.folder / "config.json", (json.dumps(run.about, indent=2) + "\n").encode())
     save(run.folder / "embedder_best.pth", state)
     tidy(run)
 
@@ -583,7 +584,7 @@ def read_labels(dataset, args):
                          "with a row for each picture: --labels FILE.csv --label COLUMN")
     name = args.label or ("class" if args.labels else "model")
     try:
-        values = data.read_properties(table, [name])[name]
+        values = files.read_properties(table, [name])[name]
     except ValueError as error:
         raise ValueError(f"{error} (--label chooses the column)" if "no property" in str(error) else error) from None
     if len(values) != len(dataset.paths):
@@ -635,7 +636,7 @@ def print_scores(runs):
     for slug, folds in groupby(runs, key=lambda run: run.row["slug"]):
         found = []
         for run in folds:
-            table = data.read_table(run.folder / "history.csv")
+            table = files.read_table(run.folder / "history.csv")
             tests = [i for i, split in enumerate(table["split"]) if split == "test"]
             found.append([float(table[name][i]) for i in (tests[-1], tests[0]) for name in names])
             lines.append([run.row["name"], str(run.fold), table["epoch"][tests[-1]], *(f"{value:.3f}" for value in found[-1])])

@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-import data
+from dml_common import pictures as data
 import embed
-import models
+from dml_common import networks as models
 
 
 def bare(module, preprocessing, batch, device, precision, seconds):

@@ -27,8 +27,8 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
-import models  # noqa: E402
+from dml_common import pictures as data  # noqa: E402
+from dml_common import networks as models  # noqa: E402
 import saliency  # noqa: E402
 
 COPIES = (10, 20, 50, 100, 200, 300)

@@ -24,7 +24,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import data  # noqa: E402
+from dml_common import files  # noqa: E402
+from dml_common import pictures as data  # noqa: E402
 import train  # noqa: E402
 
 
@@ -68,7 +69,7 @@ def fine_tuning(args, folder):
     took, _, said = command("--dataset", pictures, "--split", "pictures", "--model", args.model, "--device", args.device,
                             "--epochs", 2, "--precision", args.precision, "--batch", args.batch, "--workers", args.workers,
                             "--models", folder, *["--compile"] * args.compile)
-    rows = data.read_table(folder / "trained" / "pictures" / "normalized_softmax" / "fold0" / "history.csv")
+    rows = files.read_table(folder / "trained" / "pictures" / "normalized_softmax" / "fold0" / "history.csv")
     epoch = list(zip(rows["epoch"], rows["split"])).index(("2", "train"))
     print(f"{args.model}, {args.precision}, {args.device}: {took:.1f} s for the command, "
           f"{float(rows['seconds'][epoch]):.1f} s for the second epoch and the scores of its pictures; {re.search('waited.*', said).group()}")

@@ -38,8 +38,8 @@ def held_out_networks():
 
     def make(folder, dataset, factory, features, slugs=("triplet", "arcface")):
         import torch
-        import data
-        import models
+        from dml_common import pictures as data
+        from dml_common import networks as models
         pictures = data.open_dataset(dataset, split="all")
         trunk = models.from_factory(factory)
         for fold in (0, 1):

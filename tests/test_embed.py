@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-import data
+from dml_common import pictures as data
 import embed
-import models
-import rowfile
+from dml_common import networks as models
+from dml_common import rowfile
 
 ROOT = Path(embed.__file__).parent
 SMALL = """

@@ -14,9 +14,10 @@ from PIL import Image
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install '.[plots]'")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install '.[plots]'")
 
-import data  # noqa: E402
+from dml_common import files  # noqa: E402
+from dml_common import pictures as data  # noqa: E402
 import figures  # noqa: E402
-import results  # noqa: E402
+from dml_common import results  # noqa: E402
 from conftest import ROOT, SHARED  # noqa: E402
 
 NETWORKS = [(name, name.lower()) for name in ("Contrastive", "Triplet", "ArcFace", "CosFace", "None")]
@@ -208,7 +209,7 @@ def test_published_group_means(styled):
     path = SHARED / "reference" / "kobs_table6_nrprec_cars.csv"
     if not path.is_file():
         pytest.skip("../shared/reference is not here: the published Table 6")
-    table = data.read_table(path)
+    table = files.read_table(path)
     types = {row["name"]: row["type"] for row in results.losses()}
     rows = [row for row, name in enumerate(table["loss"]) if name in types]
     properties = [name for name in table if name != "loss"]

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-import data
-import models
+from dml_common import pictures as data
+from dml_common import networks as models
 
 ROOT = Path(data.__file__).parent
 TRIPLET = "cars_triplet46_reproduction0"

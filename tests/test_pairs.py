@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.spatial.distance import jensenshannon
 
-import data
+from dml_common import files
+from dml_common import pictures as data
 import pairs
 from conftest import ROOT
 from pairs import jensen_shannon, pair_scores
@@ -584,7 +585,7 @@ def test_shipped_example(run_script):
     assert done.returncode == 0, done.stderr
     x = np.load(ROOT / "examples/cars/emb.npy").astype(float)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
-    label = data.read_properties(ROOT / "examples/cars/props.csv")["model"]
+    label = files.read_properties(ROOT / "examples/cars/props.csv")["model"]
     upper = np.triu_indices(len(x), 1)
     products, same = (x @ x.T)[upper], (label[:, None] == label)[upper]
     positive, negative = (np.histogram(products[part], 200, (-1, 1))[0] for part in (same, ~same))

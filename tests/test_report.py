@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import data
+from dml_common import pictures as data
 import report
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-import data
-import results
+from dml_common import pictures as data
+from dml_common import results
 
 
 def add_network(folder, slug, fold=0, kinds=("emb",), n=4, **about):

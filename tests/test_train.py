@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import data
+from dml_common import files
+from dml_common import pictures as data
 import embed
-import models
+from dml_common import networks as models
 import saliency
 import train
 
@@ -370,7 +371,7 @@ def test_what_a_run_writes(pictures, capsys):
     assert rows[best][1:] == pytest.approx([score.positive_mean, score.negative_mean, score.jsd[200], score.recall[1],
                                             score.map_at_r], abs=1e-5)
     assert best[0] == max((1, 2), key=lambda epoch: (rows[epoch, "validation"][5], -epoch))
-    bins = data.read_table(folder / "histograms.csv")
+    bins = files.read_table(folder / "histograms.csv")
     for epoch in {"0", str(best[0])}:
         chosen = [i for i, e in enumerate(bins["epoch"]) if e == epoch]
         assert sum(int(bins["positive"][i]) + int(bins["negative"][i]) for i in chosen) == 20 * 19 // 2 and len(chosen) == 200
@@ -496,7 +497,7 @@ def test_a_killed_run_continues_to_the_same_numbers(pictures, frozen):
 def test_a_run_killed_at_any_write_continues_to_the_same_numbers(pictures, monkeypatch, frozen):
     """As a kill leaves it: no file after the n-th is written, and of that one a temporary name stays."""
     options = ["--dataset", "p", "--model", "tiny_for_test:dropping", "--loss", "Margin / class", *["--freeze-trunk"] * frozen]
-    names, whole = [], data.write_file
+    names, whole = [], files.write_file
     monkeypatch.setattr(data, "write_file", lambda path, content: names.append(Path(path).name) or whole(path, content))
     run(*options, "--models", "uninterrupted")
     assert names[-5:] == ["histograms.csv", "histograms.png", "history.csv", "config.json", "embedder_best.pth"]

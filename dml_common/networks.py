@@ -3,9 +3,9 @@
     specs = find(dataset="cars196", loss="all", fold="all")   # what is on disk
     network = load(specs[0])                                  # network.module: pictures (B, 3, H, W) -> embeddings (B, m)
 
-Checkpoints lie in this folder (README.md says where they come from); `python -m models` lists them.
+Checkpoints lie in this folder (README.md says where they come from); `python -m dml_common.networks` lists them.
 """
-import csv
+import argparse
 import difflib
 import hashlib
 import importlib
@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from torch import nn
 
-MODELS = Path(__file__).resolve().parent
+from dml_common.files import ROOT, losses
+
+MODELS = ROOT / "models"
 IMAGENET = {"resize": 256, "crop": 224, "channels": "RGB", "scale": 1,
             "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 # How a picture becomes each backbone's input; data.load_picture says what the fields mean.
@@ -59,13 +61,6 @@ class Network(NamedTuple):
 
 
 # ---------------------------------------------------------------- finding
-
-
-def losses():
-    """losses.csv: list of dicts name, slug, year, type, distance, for each data set the published folder, and what train.py
-    takes from pytorch-metric-learning: class, parameters, miner."""
-    with open(MODELS / "losses.csv", newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def find(dataset=None, loss=None, fold="all", model=None, checkpoint=None, weights=None, seed=0, folder=MODELS):
@@ -479,6 +474,17 @@ def state_sha256(module):
     return digest.hexdigest()
 
 
+def to_input(pixels, preprocessing):
+    """uint8 RGB (B, H, W, 3) -> float32 (B, 3, H, W), channels-last in memory: pictures.normalise on the network's device."""
+    if preprocessing["channels"] == "BGR":
+        pixels = pixels.flip(-1)
+    values = pixels.float() / 255
+    if preprocessing["scale"] != 1:
+        values *= preprocessing["scale"]
+    mean, std = (torch.tensor(preprocessing[key], dtype=torch.float32, device=values.device) for key in ("mean", "std"))
+    return ((values - mean) / std).permute(0, 3, 1, 2)
+
+
 # ---------------------------------------------------------------- distances
 # Of embeddings a (B, m) and b (m,) or (B, m), l2-normalised first; each gives (B,), smaller is nearer.
 
@@ -518,3 +524,68 @@ def distance(name):
     if name not in DISTANCES:
         raise ValueError(f"unknown distance {name!r}: expected one of {', '.join(DISTANCES)}")
     return DISTANCES[name]
+
+
+# ---------------------------------------------------------------- python -m dml_common.networks
+
+LISTING = """Which of the papers' 14 × 4 × 3 checkpoints are here, which lack files, and whether each loads.
+
+    python -m dml_common.networks
+    python -m dml_common.networks --dataset cars196 --folder /mnt/checkpoints
+
+One line for each loss and data set, one word for each fold: ok · - (not there) · incomplete · bad (the reason follows).
+A network of train.py (trained/) stands before the published one and is marked with *.
+"""
+DATASETS = ("cars196", "cub200", "sop")
+
+
+def checkpoint_state(row, fold, dataset, folder):
+    """(word, reason or None) for one checkpoint."""
+    try:
+        spec, looked = trained_spec(row, fold, dataset, folder)
+        if spec is None:
+            there = [place for place in looked if Path(place).parent.is_dir()]
+            return ("incomplete", f"lacks trunk_best.pth or embedder_best.pth: {Path(there[0]).parent}") if there else ("-", None)
+        load(spec)
+        return "ok" + "*" * ("trained" in spec["files"][0].parts[-5:]), spec["note"]
+    except (ValueError, OSError, RuntimeError) as error:
+        return "bad", str(error)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m dml_common.networks", description=LISTING,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    parser.add_argument("--folder", type=Path, default=MODELS, metavar="DIR", help="where the checkpoints lie (models/)")
+    parser.add_argument("--dataset", choices=DATASETS, help="only this one (all three)")
+    args = parser.parse_args()
+    if not args.folder.is_dir():
+        fail(f"{args.folder}: no such folder")
+    rows = [row for row in losses() if row["name"] != "None"]
+    width, words = max(len(row["name"]) for row in rows), []
+    for dataset in [args.dataset] if args.dataset else DATASETS:
+        print(f"{dataset:{width}}  fold 0      1           2           3           folder")
+        for row in rows:
+            states = [checkpoint_state(row, fold, dataset, args.folder) for fold in FOLDS]
+            words += [word for word, _ in states]
+            print(f"{row['name']:{width}}  {''.join(f'{word:12}' for word, _ in states)}{row[dataset]}", flush=True)
+            for reason in filter(None, (reason for _, reason in states)):
+                print(f"{'':{width}}  {reason}")
+    print(f"{sum(word.startswith('ok') for word in words)} of {len(words)} load, {words.count('incomplete')} incomplete, "
+          f"{words.count('bad')} bad, {words.count('-')} not there; models/README.md says where they come from")
+    for backbone, (name, address) in WEIGHTS.items():
+        place = hub_file(backbone)
+        print(f"ImageNet weights of {backbone}: {place if place.is_file() else f'not there: {address} to {place}'}")
+
+
+def fail(message):
+    print("models:", " ".join(str(message).split()), file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has gone: python -m dml_common.networks | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,15 +6,16 @@
 
 Serves tables.py, figures.py and report.py. Imports without torch and matplotlib.
 """
-import csv
 import itertools
 import math
 import re
 from pathlib import Path
 
-import data
+from dml_common import files
+from dml_common.files import losses
+from dml_common import pictures as data
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent
 TYPES = ("ranking", "classification", "other", "none")  # of losses, in the order of every table and figure
 ARRAYS = {"emb": 2, "maps": 3, "maps_ceiling": 3}       # and their dimensions
 MAY_DIFFER = ("seed", "noise_of", "ceiling", "limit", "pick")  # options of arrays that belong together; pictures are compared
@@ -31,12 +32,6 @@ COLUMNS = {
 }
 TEXTS = {"loss", "model", "model_a", "model_b", "embeddings", "property", "distance", "null", "label", "measure", "lowest",
          "split"}
-
-
-def losses():
-    """models/losses.csv: list of dicts name, slug, year, type, distance, …"""
-    with open(HERE / "models" / "losses.csv", newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def in_order(types):
@@ -86,13 +81,13 @@ def find_networks(folder, models=HERE / "models"):
 def read_network(place, known, homes, trained):
     """One <slug>/fold<k> folder. known: losses(); homes: where the JSON's checkpoint may lie; trained: of this data set."""
     slug, number = place.parent.name, int(place.name[4:])
-    about = data.read_sidecar(place / "emb.npy") or data.read_sidecar(place / "maps.npy")
+    about = files.read_sidecar(place / "emb.npy") or files.read_sidecar(place / "maps.npy")
     row = next((row for row in known if row["slug"] == slug), None)
     name = str(about.get("loss") or (row["name"] if row else about.get("backbone")) or slug)
     row = next((row for row in known if row["name"] == name), row)
     plain = about.get("backbone") and not about.get("loss") and not row  # a backbone without a loss
     home = training_folder(place, about, homes, trained)
-    config, history = data.read_sidecar(home / "config.json"), home / "history.csv"
+    config, history = files.read_sidecar(home / "config.json"), home / "history.csv"
     kind = row["type"] if row else "none" if plain else config.get("type")
     return {"name": name, "slug": slug, "number": number, "fold": None if plain else number, "folder": place, "config": config,
             "type": kind if kind in TYPES else "other",
@@ -114,7 +109,7 @@ def training_folder(place, about, homes, trained):
 
 def read_about(path):
     """The JSON beside an array, with the array's path; its parts are dictionaries, whatever stands there."""
-    about = {key: value for key, value in data.read_sidecar(path).items()
+    about = {key: value for key, value in files.read_sidecar(path).items()
              if isinstance(value, dict) or key not in ("options", "pictures", "preprocessing", "versions")}
     return {"options": {}, "pictures": {}, **about, "path": path}
 
@@ -141,7 +136,7 @@ def open_arrays(networks):
 
 def open_array(about, dimensions):
     """The array of this JSON. Raises ValueError or OSError when it is broken, or not what the JSON tells of."""
-    array, listed, options = data.read_array(about["path"]), about["pictures"], about["options"]
+    array, listed, options = files.read_array(about["path"]), about["pictures"], about["options"]
     number = listed.get("number", len(array) if array.ndim else 0)
     if array.ndim != dimensions or array.dtype.kind not in "fiub" or 0 in array.shape or number != len(array):
         raise ValueError(f"{about['path']}: shape {array.shape} of {array.dtype}, {number} pictures in its JSON; expected "
@@ -225,7 +220,7 @@ def picture_names(about, n, dataset=None):
     The lists are labels.csv's beside the array and the data set's.
     """
     listed, rows, beside = about["pictures"], about.get("rows"), about["path"].parent / "labels.csv"
-    lists = [data.read_table(beside)] if beside.is_file() else []
+    lists = [files.read_table(beside)] if beside.is_file() else []
     lists = [table.get("path", next(iter(table.values()))) for table in lists]
     if dataset is not None:
         lists.append(dataset.relative)
@@ -250,7 +245,7 @@ def read_columns(path, script, required, numbers=None):
     numbers: all but TEXTS where it is None. Raises ValueError naming the file, and the line or the column, when it is not
     what the script writes.
     """
-    columns = data.read_table(path)
+    columns = files.read_table(path)
     absent = [name for name in required if name not in columns]
     if absent:
         raise ValueError(f"{path} lacks the column{'s' * (len(absent) > 1)} {', '.join(absent)}; expected the table that "
@@ -288,7 +283,7 @@ def whose(text, networks):
             return network["name"], network["fold"]
     names = {network["name"] for network in networks}
     only = names.pop() if len(names) == 1 and not re.fullmatch(r"fold\d+", fold) else None
-    return str(data.read_sidecar(text).get("backbone") or only or text), None
+    return str(files.read_sidecar(text).get("backbone") or only or text), None
 
 
 def check_alike(path, columns):
