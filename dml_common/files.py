@@ -355,8 +355,8 @@ def pictures_sha256(relative):
 def picture_names(array, lists=()):
     """The names of an array's pictures, in the order of its rows; None where they are not known.
 
-    They stand in the labels.csv that embed.py writes beside the array or for all of a data set's, or in one of
-    the lists; the array's JSON has their SHA-256 and which part of the list was taken.
+    They stand in the labels.csv that embed.py writes beside the array or for its data set, or in one of the
+    lists; the array's JSON has their SHA-256 and which part of the list was taken.
     """
     array = Path(array)
     about, n = read_sidecar(array), len(read_array(array))
@@ -378,8 +378,8 @@ def picture_names(array, lists=()):
 def rows_by_name(pictures, names, source, notes=None):
     """Where each picture stands among the names of source (a table, a folder) -> int array (n,).
 
-    Names are compared as paths, file names, stems or numbers (000017.jpg is frame 17): the first of these that
-    tells all apart on both sides; where names tell nothing, an index 0, 1, … keeps its order.
+    Names are compared as paths, file names, stems or numbers (000017.jpg is frame 17): the first that tells
+    all apart on both sides; where names tell nothing, an index 0, 1, … keeps its order.
     Raises ValueError naming what is missing or stands there twice.
     """
     ways = {"path": name_path, "file name": file_name, "stem": name_stem, "number": name_number}
