@@ -606,6 +606,7 @@ def unpack(archive, folder):
     part = folder / f".{archive.name}.part"
     shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
     try:
+        part.mkdir(parents=True)
         if archive.suffix == ".zip":
             with zipfile.ZipFile(archive) as opened:
                 for item in opened.infolist():

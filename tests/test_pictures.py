@@ -485,7 +485,7 @@ def test_archives_are_unpacked_whole_or_not_at_all(tmp_path):
         *(["fine.txt", special(kind, target)] for kind, target in [
             (tarfile.SYMTYPE, "/etc"), (tarfile.SYMTYPE, "fine.txt"), (tarfile.LNKTYPE, "/etc/passwd"),
             (tarfile.CHRTYPE, ""), (tarfile.FIFOTYPE, "")]),
-        ["a", "a/b"], ["x" * 300]]]
+        ["a", "a/b"], ["x" * 300], ["", "a"]]]
     bad += [zipped(tmp_path / f"{next(number)}.zip", names, **more) for names, more in [
         (["fine.txt", "../outside.txt"], {}), (["/tmp/absolute.txt"], {}), (["a", "a/b"], {}),
         (["l"], {"external_attr": 0o120777 << 16}),  # a link
