@@ -36,7 +36,7 @@ finally:
 
 
 def made_up_maps(networks, size, rng):
-    """Maps (networks, size, size), float16: one field that all share, each network's noise; cut and scaled."""
+    """Maps (networks, size, size), float16: one field that all share, each one's noise; cut and scaled."""
     maps = rng.gamma(1, 1, (1, size, size)) * rng.gamma(2, 0.5, (networks, size, size))
     maps = np.minimum(maps, np.percentile(maps, 99, axis=(1, 2), keepdims=True))
     maps -= maps.min(axis=(1, 2), keepdims=True)

@@ -183,8 +183,8 @@ def neighbours(args, name, rows):
         (folder / "emb.npy").unlink(missing_ok=True)
     if not (folder / "emb.npy").exists():
         (folder / "props.csv").write_bytes(render_cars.table(rows))
-        command = [args.embed, str(ROOT / "embed.py"), "--dataset", str(folder), "--model", "efficientnet_lite0"]
-        subprocess.run([*command, "--out", str(folder / "emb.npy")], check=True, stdout=subprocess.DEVNULL)
+        command = [args.embed, ROOT / "embed.py", "--dataset", folder, "--out", folder / "emb.npy"]
+        subprocess.run([*command, "--model", "efficientnet_lite0"], check=True, stdout=subprocess.DEVNULL)
     emb = np.load(folder / "emb.npy").astype(float)
     distance = ((emb[:, None] - emb[None]) ** 2).sum(2)
     np.fill_diagonal(distance, np.inf)
