@@ -33,27 +33,29 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 DISTANCES = ("euclidean", "squared_euclidean", "cosine", "dot_product", "snr")
-# Measures of a network, by keys, and of two networks: title, caption, times what, decimals.
+# Measures of a network by keys, and of two networks: title, caption, times what, decimals.
 MEASURES = {
     "nr_precision": ("NR-Prec", "Normalized R-Precision of each property, mean over folds: how far embeddings "
                      "cluster by it, 0 for chance", 1, 2),
     "masks": ("Saliency inside the object", "How much of the saliency lies inside the object's mask, per cent, "
               "mean over folds", 100, 1),
-    "sanity": ("Sanity check", "Correlation of the maps with the trained network's, per cent, as ever more layers "
-               "are re-initialised from the top; 0 layers: the noise ceiling", 100, 0),
+    "sanity": ("Sanity check", "Correlation of the maps with the trained network's, per cent, as ever more "
+               "layers are re-initialised from the top; 0 layers: the noise ceiling", 100, 0),
     "pairs": ("Pairs and rankings", "Scores of the second paper, mean over folds", 1, 3),
     "correlation": ("Correlation of saliency maps", "Pearson correlation of two networks' saliency maps of one "
                     "picture, per cent, ± standard deviation over pictures; averages through Fisher's z", 100, 0),
     "jsd": ("JSD of saliency maps", "Jensen-Shannon divergence (base 2) of two networks' saliency maps of one "
             "picture, ± standard deviation over pictures, both × 100; 0 for identical maps", 100, 1),
-    "ceiling": ("Noise ceiling of the correlation", "The most that two networks' maps can correlate, from two maps "
-                "of each network that differ in their noise alone, per cent", 100, 0),
+    "ceiling": ("Noise ceiling of the correlation", "The most that two networks' maps can correlate, from two "
+                "maps of each network that differ in their noise alone, per cent", 100, 0),
     "corrected": ("Correlation corrected for noise", "Correlation divided by its noise ceiling, per cent", 100, 0),
     "cka": ("Linear CKA of embeddings", "Linear centred kernel alignment of two networks' embeddings; 1 for "
             "embeddings that differ by rotation and scale", 1, 2),
     "overlap": ("Common nearest neighbours", "Share of a picture's 10 nearest neighbours that two networks have "
                 "in common, per cent", 100, 0)}
-TITLES = {  # of the columns, in their order
+PAIRS = ("correlation", "jsd", "ceiling", "corrected", "cka", "overlap")
+WITH_SPREAD = ("correlation", "jsd", "sanity")
+TITLES = {  # of columns, in their order
     "masks": {"share": "In the object", "area": "Object's area", "other": "In other masks", "excess": "Excess",
               "pointing": "Maximum in object", "pointing_other": "Maximum in other masks"},
     "pairs": {"recall_at_1": "Recall@1", "map_at_r": "MAP@R", "jsd": "JSD", "jsd_null": "JSD, labels permuted",
@@ -61,34 +63,34 @@ TITLES = {  # of the columns, in their order
 BOLD = "Bold mean: the larger of the two types by the exact test; †: by the released way (all folds pooled)."
 NOTES = {"masks": ["In other masks: the same maps under the other pictures' masks, the chance level of a map that "
                    "knows only where objects usually are. Excess: the difference, in points."],
-         "pairs": [BOLD, "JSD of few pairs is biased up: labels permuted shows by how much."]}
+         "pairs": [BOLD, "JSD of few pairs is biased up: labels permuted shows by how much."],
+         "distance": ["Networks without a loss are left out."]}
 PAPER = {"losses": "Table 1", "correlation_sop": "Table 2", "jsd_sop": "Table 2", "nrprec": "Table 6",
-         "correlation_by_type_cars196": "Table 3", "correlation_by_type_cub200": "Table 4", "properties": "Table 5",
-         "correlation_cars196": "Appendix A", "correlation_cub200": "Appendix A", "jsd_cars196": "Appendix A",
-         "jsd_cub200": "Appendix A", "pairs": "Oi et al., Table 1", "training": "Oi et al., Table 1"}
-SPREAD = ("correlation", "jsd", "sanity")  # with ± in the text
+         "correlation_by_type_cars196": "Table 3", "correlation_by_type_cub200": "Table 4",
+         "properties": "Table 5", "correlation_cars196": "Appendix A", "correlation_cub200": "Appendix A",
+         "jsd_cars196": "Appendix A", "jsd_cub200": "Appendix A", "pairs": "Oi et al., Table 1",
+         "training": "Oi et al., Table 1", "nrprec_tests": "Table 6", "properties_published": "Table 5"}
 
 # ---------------------------------------------------------------- cells and tables
 
 
-def cell(text, value=None, *, bold=False, hint=None, spread=None, mark=""):
-    """One cell. spread (±) and mark are columns of their own in the CSV; the text has them already."""
-    return {"text": str(text), "value": None if value is None else float(value), "shade": None, "bold": bold,
-            "hint": hint, "spread": spread, "mark": mark}
+def cell(text, value=None, **more):
+    """One cell. Its spread (±) and mark are columns of their own in the CSV; the text has them already."""
+    return {"text": str(text), "value": None if value is None else float(value), "shade": None, "bold": False,
+            "hint": None, "spread": None, "mark": "", **more}
 
 
 def table(name, title, caption, header, rows, dataset=None, kind="rows", notes=()):
     """A table as tables.json has it (the cells' spread and mark are for the CSV alone)."""
     full, title = (f"{name}_{dataset}", f"{title}, {dataset}") if dataset else (name, title)
+    rows = [[one if isinstance(one, dict) else cell(one) for one in row] for row in rows]
     return {"name": re.sub(r"[^A-Za-z0-9_-]+", "_", full).strip("_"), "title": title, "caption": f"{caption}.",
-            "dataset": dataset, "paper": PAPER.get(full) or PAPER.get(name), "kind": kind, "header": list(header),
-            "rows": [[one if isinstance(one, dict) else cell(one) for one in row] for row in rows],
-            "notes": list(notes)}
+            "dataset": dataset, "paper": PAPER.get(full) or PAPER.get(name), "kind": kind,
+            "header": list(header), "rows": rows, "notes": list(notes)}
 
 
 def rounded(value, digits=2, plus=""):
-    """1.25 -> "1.25"; a half away from zero (62.5 -> "63"), a minus that can be read, never −0. plus: before what is
-    above 0."""
+    """1.25 -> "1.25"; a half away from zero (62.5 -> "63"), a minus that can be read, never −0."""
     whole = math.floor(abs(value) * 10**digits + 0.5 + 1e-9) / 10**digits
     sign = ("−" if value < 0 else plus) if whole else ""
     return f"{sign}{whole:.{digits}f}"
@@ -101,24 +103,25 @@ def p_text(p):
 
 
 def interval(row, factor=1, digits=2):
-    """"[4.99, 6.76]", or "" where a row has no interval."""
-    return "" if row.low is None else f"[{rounded(factor * row.low, digits)}, {rounded(factor * row.high, digits)}]"
+    """" [4.99, 6.76]", or "" where a row has no interval."""
+    ends = [rounded(factor * end, digits) for end in (row.low, row.high) if end is not None]
+    return f" [{', '.join(ends)}]" if ends else ""
 
 
-def fact(row, factor=1, digits=2, bold=False, mark=None):
-    """A row of the tidy table (or None) as a cell."""
+def fact(row, factor=1, digits=2, **more):
+    """A row of the tidy table (or None) as a cell; more: of the cell."""
     if row is None:
         return cell("")
-    mark, spread = row.mark if mark is None else mark, None
     text = rounded(factor * row.value, digits, "+" if row.note == "difference" else "")
-    if row.measure in (*SPREAD, "nr_precision", "pairs"):
-        spread = row.spread
-    if row.measure in SPREAD and spread is not None:
+    spread = row.spread if row.measure in (*WITH_SPREAD, "nr_precision", "pairs") else None
+    if row.measure in WITH_SPREAD and spread is not None:
         text += f" ± {rounded(factor * spread, digits)}"
-    what = {"network": "folds"}.get(row.level, "pairs of losses" if row.other else "losses")
-    holm = "" if row.p_holm is None else f"largest p_holm {p_text(row.p_holm)}"
-    hint = ", ".join(filter(None, [f"{row.n} {what}" if row.n else "", interval(row, factor, digits + 1), holm]))
-    return cell(f"{text} {mark}".rstrip(), row.value, bold=bold, hint=hint or None, spread=spread, mark=mark)
+    what = "folds" if row.level == "network" else "pairs" if row.other else "losses"
+    hint = f"{row.n} {what}{interval(row, factor, digits + 1)}" if row.n else None
+    if hint and row.p_holm is not None:
+        hint += f", largest p_holm {p_text(row.p_holm)}"
+    more = {"mark": row.mark, "spread": spread, "hint": hint, **more}
+    return cell(f"{text} {more['mark']}".rstrip(), row.value, **more)
 
 
 def shade(rows, scale=float, diagonal=True):
@@ -130,99 +133,104 @@ def shade(rows, scale=float, diagonal=True):
         one["shade"] = (value - min(values)) / ((max(values) - min(values)) or 1)
 
 
-# ---------------------------------------------------------------- tables of one data set's Results
-
-
-def lay(one, measure, level="network"):
-    """A measure's table in a list, [] without values: a row a network (type, distance), a column a key, of pairs
-    another network."""
-    title, caption, factor, digits = MEASURES[measure]
-    cells = one.cells(measure, level)
-    pairs = any(row.other for row in cells.values())
-    groups = {"network": one.names(measure), "type": dict.fromkeys(one.types.values()), "distance": DISTANCES}[level]
-    groups = [group for group in groups if any(group in place for place in cells)]
-    keys = {group: group.replace("_", " ") for group in groups} if level == "distance" else dict(zip(groups, groups))
-    if not pairs:
-        keys = TITLES.get(measure) or {key: key for key in one.keys(measure)}
-        keys = {key: text for key, text in keys.items() if any(key in place for place in cells)}
-    rows = [[cell(keys.get(group, group)), *(fact(cells.get((group, key)) or cells.get((key, group)), factor, digits)
-                                             for key in keys)] for group in groups]
-    if pairs or measure in ("nr_precision", "sanity"):
-        shade(rows, log_above_0 if measure == "nr_precision" else float, diagonal=not pairs or level != "network")
-    if measure in ("nr_precision", "pairs"):
-        rows += type_rows(one, measure, keys, factor, digits)
-    name, notes = {"nr_precision": "nrprec"}.get(measure, measure), NOTES.get(measure, ())
-    if level != "network":
-        name, title = f"{name}_by_{level}", f"{title} by {level}"
-        caption += ". Each cell is the mean over the pairs of two different losses"
-        notes = ["Networks without a loss are left out."] if level == "distance" else ()
-    if measure == "nr_precision" and one.tables:
-        notes = nrprec_notes(one)
-    if measure == "pairs" and one.tables:
-        caption += f": label {one.tables['pairs'][0]['label']}, {next(iter(cells.values())).note}"
-    if pairs and any(a == b for a, b in cells) and level == "network":
-        notes = ["Diagonal: different folds of one loss."]
-    header = ["" if pairs else "Layers" if measure == "sanity" else "Loss", *keys.values()]
-    kind = "matrix" if pairs else "rows"
-    return [table(name, title, caption, header, rows, one.name, kind, notes)] if rows else []
-
-
 def log_above_0(value):
     return math.log1p(max(value, 0))
 
 
+# ---------------------------------------------------------------- tables of one data set's Results
+
+
+def grid(one, measure):
+    """A measure's table: a row a network, a column a key, and the means of the types."""
+    title, caption, factor, digits = MEASURES[measure]
+    cells, keys, name, first = one.cells(measure), one.keys(measure), measure, "Loss"
+    titles = TITLES.get(measure) or dict(zip(keys, keys))
+    titles = {key: text for key, text in titles.items() if key in keys}
+    rows = [[name, *(fact(cells.get((name, key)), factor, digits) for key in titles)]
+            for name in one.names(measure)]
+    notes = NOTES.get(measure, ())
+    if measure == "nr_precision":
+        name, notes = "nrprec", nrprec_notes(one) if one.tables else ()
+        shade(rows, log_above_0)
+    elif measure == "sanity":
+        first = "Layers"
+        shade(rows)
+    elif measure == "pairs" and rows:
+        caption += f": label {one.tables['pairs'][0]['label']}, {next(iter(cells.values())).note}"
+    if measure in ("nr_precision", "pairs"):
+        rows += type_rows(one, measure, titles, factor, digits)
+    return table(name, title, caption, [first, *titles.values()], rows, one.name, notes=notes)
+
+
 def type_rows(one, measure, keys, factor, digits):
-    """The means over ranking and over classification losses, bold and † where a test says which is larger."""
+    """The means of ranking and of classification losses, bold and † where a test says which is larger."""
+    means = one.cells(measure, "type")
     tests, released = ({row.key: row.mark for row in one.select(measure, level)} for level in ("test", "released"))
-    rows = []
     for kind in ("ranking", "classification"):
-        cells = [one.cells(measure, "type").get((kind, key)) for key in keys]
-        if any(cells):
-            rows.append([cell(f"{kind.capitalize()} mean", bold=True), *(
-                fact(row, factor, digits, tests.get(key) == kind, "†" if released.get(key) == kind else "")
-                for key, row in zip(keys, cells))])
-    return rows
+        if any((kind, key) in means for key in keys):
+            yield [cell(f"{kind.capitalize()} mean", bold=True)] + [
+                fact(means.get((kind, key)), factor, digits, bold=tests.get(key) == kind,
+                     mark="†" if released.get(key) == kind else "") for key in keys]
 
 
 def nrprec_notes(one):
-    first, tested = one.tables["nrprec"][0], all(row.p_holm is not None for row in one.select("nr_precision"))
-    yield (f"* above chance: p_holm < 0.01 in every fold, {first['permutations']:,.0f} permutations of each property, "
-           "Holm-corrected over the properties." if tested else
-           "* NR-Prec > 2.576: the published mark, one z-score's 1 % threshold applied to a mean of many. nrprec.py "
-           "--permutations N tests the mean.")
-    yield BOLD
+    first, mean = one.tables["nrprec"][0], one.select("nr_precision", fold="mean")[0]
     neighbours = f"at most {first['max_neighbours']:.0f}" if first.get("max_neighbours") else "all R"
-    yield (f"Null {first.get('null') or 'not stated'}, distance {first.get('distance') or 'not stated'}, "
-           f"{neighbours} neighbours.")
+    mark = ("* NR-Prec > 2.576: the published mark, one z-score's 1 % threshold applied to a mean of many. nrprec.py "
+            "--permutations N tests the mean.")
+    if mean.note == "tested":
+        mark = (f"* above chance: p_holm < 0.01 in every fold, {first['permutations'] or 0:,.0f} permutations of each "
+                "property, Holm-corrected over the properties.")
+    return [mark, BOLD, f"Null {first.get('null') or 'not stated'}, distance {first.get('distance') or 'not stated'}, "
+            f"{neighbours} neighbours."]
 
 
-def type_tests(one, measure, name, what):
+def matrix(one, measure, level="network"):
+    """A measure of pairs: a row and a column a network, a type or a distance."""
+    title, caption, factor, digits = MEASURES[measure]
+    cells = one.cells(measure, level)
+    groups = {"network": one.types, "type": dict.fromkeys(one.types.values()), "distance": DISTANCES}[level]
+    groups = [group for group in groups if any(group in pair for pair in cells)]
+    rows = [[fact(cells.get((a, b)) or cells.get((b, a)), factor, digits) for b in groups] for a in groups]
+    titles = [group.replace("_", " ") if level == "distance" else group for group in groups]
+    rows = [[text, *row] for text, row in zip(titles, rows)]
+    shade(rows, diagonal=level != "network")
+    name, notes = measure, NOTES.get(level, ())
+    if level != "network":
+        name, title = f"{name}_by_{level}", f"{title} by {level}"
+        caption += ". Each cell is the mean over the pairs of two different losses"
+    elif any(a == b for a, b in cells):
+        notes = ["Diagonal: different folds of one loss."]
+    return table(name, title, caption, ["", *titles], rows, one.name, "matrix", notes)
+
+
+def type_tests(one, measure, what):
     """Ranking against classification, key by key: the exact test, and the released way beside it."""
     title, _, factor, digits = MEASURES[measure]
-    tests, types = one.select(measure, "test"), one.cells(measure, "type")
-    rows = []
+    tests, types, rows = one.select(measure, "test"), one.cells(measure, "type"), []
     for test, released in zip(tests, one.select(measure, "released")):
         r, c = (types[kind, test.key]._replace(spread=None, mark="") for kind in ("ranking", "classification"))
         rows.append([
-            TITLES.get(measure, {}).get(test.key, test.key), fact(r, factor, digits, test.mark == "ranking"),
-            fact(c, factor, digits, test.mark == "classification"),
+            TITLES.get(measure, {}).get(test.key, test.key),
+            fact(r, factor, digits, bold=test.mark == "ranking"),
+            fact(c, factor, digits, bold=test.mark == "classification"),
             cell(rounded(released.value, digits, "+"), released.value),
             cell(rounded(test.value, 2, "+"), test.value, hint=f"{r.n} against {c.n} losses"),
             cell(p_text(test.p), test.p), cell(p_text(test.p_holm), test.p_holm), test.mark,
             cell(p_text(released.p), released.p, hint=released.note), released.mark])
-    if not tests:
-        return []
-    least = min(1, len(tests) * min(test.low for test in tests))
-    notes = [f"p: two-sided Mann-Whitney U on fold averages, {tests[0].note}; the unit is the loss ({r.n} ranking, "
-             f"{c.n} classification). Holm over the {len(tests)} rows, 5 %; with so few losses it cannot fall below "
-             f"{p_text(least)}.", "Effect: rank-biserial correlation, 1 when every ranking loss lies above every "
-             "classification loss, −1 the reverse.", "Released p: the way of the first paper's code, all folds pooled "
-             "as if independent, not corrected, 1 %; its SciPy's default was half the two-sided p-value of the normal "
-             "approximation."]
+    least = min([len(tests) * test.low for test in tests], default=1)
+    notes = [f"p: two-sided Mann-Whitney U on fold averages, {tests[0].note if tests else ''}; the unit is the loss. "
+             f"Holm over the {len(tests)} rows, 5 %; with {tests[0].n if tests else 0} losses it cannot fall below "
+             f"{p_text(min(1, least))}.",
+             "Effect: rank-biserial correlation, 1 when every ranking loss lies above every classification loss, −1 "
+             "the reverse.",
+             "Released p: the way of the first paper's code, all folds pooled as if independent, not corrected, 1 %; "
+             "its SciPy's default was half the two-sided p-value of the normal approximation."]
     header = [what, "Ranking", "Classification", "Difference", "Effect", "p", "p, Holm", "Larger", "Released p",
               "Released: larger"]
-    return [table(name, f"Ranking against classification: {title}", "Means over losses. An empty cell under “larger”: "
-                  "no difference could be shown", header, rows, one.name, notes=notes)]
+    return table({"nr_precision": "nrprec_tests"}.get(measure, f"{measure}_tests"),
+                 f"Ranking against classification: {title}", "Means over losses. An empty cell under “larger”: no "
+                 "difference could be shown", header, rows, one.name, notes=notes)
 
 
 def other_tests(one):
@@ -230,66 +238,82 @@ def other_tests(one):
     rows = []
     for measure, what, test in (
             ("order", "Order of the properties against Table 6: Spearman's rank correlation", "{n} properties"),
-            ("same type", "Maps of one type less maps of two: r", "{note}; the types permuted over {n} losses"),
-            ("same distance", "Maps of one distance less maps of two: r", "{note}; the distances permuted over {n} "
-             "losses")):
-        for row in one.select(measure, "test"):
-            rows.append([what, cell(rounded(row.value, 3, "+"), row.value), test.format(**row._asdict()),
-                         cell(p_text(row.p), row.p)])
-    for measure in ("correlation", "jsd", "ceiling", "corrected", "cka", "overlap"):
-        for row in one.select(measure, "all"):
-            rows.append([f"{MEASURES[measure][0]}: mean over all pairs", cell(rounded(row.value, 3), row.value),
-                         f"{interval(row, 1, 3)}: the range of {row.n} pairs", ""])
-    return [table("tests", "Other tests and means", "Permutation tests are two-sided, 9,999 permutations",
-                  ["What", "Number", "Test or range", "p"], rows, one.name)] if rows else []
+            ("same type", "r of two maps of one type less that of two types", "{note}; types of {n} losses permuted"),
+            ("same distance", "r of two maps of one distance less that of two", "{note}; those of {n} losses permuted")):
+        rows += [[what, cell(rounded(row.value, 3, "+"), row.value), test.format(n=row.n, note=row.note),
+                  cell(p_text(row.p), row.p)] for row in one.select(measure, "test")]
+    for measure in PAIRS:
+        rows += [[f"{MEASURES[measure][0]}: mean over all pairs", cell(rounded(row.value, 3), row.value),
+                  f"{interval(row, 1, 3).strip()} over {row.n} pairs", ""] for row in one.select(measure, "all")]
+    return table("tests", "Other tests and means", "Tests are two-sided, of 9,999 permutations",
+                 ["What", "Number", "Test or range", "p"], rows, one.name)
 
 
 def training(one):
     """The second paper's Table 1 from the training histories: test split, before and after."""
-    before, after = ({(row.network, row.split, row.key): row
-                      for row in one.select("training", fold="mean", part="test", epoch=epoch)} for epoch in (0, "best"))
-    titles = {key: text for key, text in TITLES["pairs"].items() if any(key == place[2] for place in after)}
-    rows = []
-    for name, split in sorted({place[:2] for place in after}, key=lambda place: list(one.types).index(place[0])):
+    before, after = ({(row.network, row.split, row.key): row for row in one.select(
+        "training", fold="mean", part="test", epoch=epoch)} for epoch in (0, "best"))
+    titles = {key: text for key, text in TITLES["pairs"].items() if any(key in place for place in after)}
+    rows, order = [], list(one.types)
+    for name, split in sorted({place[:2] for place in after}, key=lambda place: (order.index(place[0]), place[1] or "")):
         pairs = [[ends.get((name, split, key)) for ends in (before, after)] for key in titles]
-        texts = [" → ".join(rounded(row.value, 3) for row in pair if row) for pair in pairs]
         n = next(last.n for _, last in pairs if last)
         rows.append([name, split or "", cell(n or "", n), *(
-            cell(text, last and last.value, hint="before → after training") for text, (_, last) in zip(texts, pairs))])
-    return [table("training", "Test split before and after training", "Scores of the test split, untrained → trained, "
-                  "mean over folds", ["Loss", "Splitting", "Folds", *titles.values()], rows, one.name)] if rows else []
+            cell(" → ".join(rounded(row.value, 3) for row in pair if row), pair[1] and pair[1].value) for pair in pairs)])
+    return table("training", "Test split before and after training", "Scores of the test split, untrained → trained, "
+                 "mean over folds", ["Loss", "Splitting", "Folds", *titles.values()], rows, one.name)
+
+
+def dataset_tables(one):
+    """All tables of one data set's results that there are numbers for."""
+    tables = [grid(one, "nr_precision"), type_tests(one, "nr_precision", "Property")]
+    for measure in PAIRS:
+        tables += [matrix(one, measure), matrix(one, measure, "type")]
+        by_distance = matrix(one, measure, "distance")
+        if measure in ("correlation", "jsd", "corrected") and len(by_distance["rows"]) > 1:
+            tables.append(by_distance)
+    tables += [grid(one, "masks"), grid(one, "sanity"), grid(one, "pairs"), type_tests(one, "pairs", "Score"),
+               training(one), other_tests(one)]
+    return [content for content in tables if content["rows"]]
+
+
+# ---------------------------------------------------------------- tables of all data sets, and the papers'
 
 
 def losses(everything):
     """Table 1: the losses, with the number of folds that each data set has results of."""
     from dml_common import files
 
-    known = {row["name"]: row for row in files.losses()}
+    known, rows = {row["name"]: row for row in files.losses()}, []
     for one in everything:
-        known |= {name: {"type": kind, "distance": one.distances[name], "year": ""} for name, kind in one.types.items()
-                  if name not in known}
-    rows = []
-    for name, row in known.items():
+        known = {name: {"type": kind, "distance": one.distances[name], "year": ""}
+                 for name, kind in one.types.items()} | known
+    order = [row["name"] for row in files.losses()]
+    for name, row in sorted(known.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)):
         distance = "" if name == "None" else (row["distance"] or "").replace("_", " ")
         rows.append([name, cell(row["year"], row["year"] or None), row["type"], distance])
         for one in everything:
-            folds = {network["fold"] for network in one.networks
-                     if network["name"] == name and (network["emb"] or network["maps"])}
-            folds |= {row.fold for row in one.select("nr_precision", network=name) if row.fold != "mean"}
+            folds = {row.fold for row in one.select("nr_precision", network=name)} - {"mean"}
+            folds |= {network["fold"] for network in one.networks
+                      if network["name"] == name and (network["emb"] or network["maps"])}
             rows[-1].append(cell(len(folds) or "", len(folds) or None))
-    counts = " and the number of networks (folds) of each with results" if everything else ""
-    return table("losses", "Losses", f"The losses, their types and distances{counts}",
+    return table("losses", "Losses", "The losses, their types and distances; the networks (folds) of each with results",
                  ["Loss", "Year", "Type", "Distance", *(f"Networks, {one.name}" for one in everything)], rows,
                  notes=["None: ImageNet weights and an untrained last layer."])
 
 
-def properties(one):
+def properties(one=None):
     """Table 5 of the results' props.csv; without one, the paper's."""
-    from dml_common import files
+    from dml_common import files, pictures
 
-    header = ["Property", "Number", "Values"]
-    if one and one.properties:
-        rows = [[name, cell(len(values), len(values)), value_list(values)] for name, values in one.properties.items()]
+    header, rows = ["Property", "Number", "Values"], []
+    for name, values in (one.properties if one else {}).items():
+        numbers = all(map(files.is_number, values))
+        values = sorted(values, key=float if numbers else pictures.natural_key)
+        most = 2 if numbers else 8
+        words = values if len(values) <= max(4, most) else [*values[:most], "…", *(values[-1:] if numbers else ())]
+        rows.append([name, cell(len(values), len(values)), ", ".join(words)])
+    if rows:
         return table("properties", "Properties", "The pictures' properties and their values", header, rows, one.name)
     columns = files.read_table(HERE / "published" / "kobs_table5_properties.csv")
     rows = [[name, cell(number, number), values] for name, number, values in zip(*columns.values())]
@@ -297,123 +321,95 @@ def properties(one):
                  header, rows, notes=["No props.csv in the results: the paper's own."])
 
 
-def value_list(values):
-    """Property values in words: numbers sorted, evenly spaced ones shortened as in the paper."""
-    from dml_common.pictures import natural_key
-
-    try:
-        values = sorted(values, key=float)
-        steps = {round(float(b) - float(a), 9) for a, b in zip(values, values[1:])}
-    except ValueError:
-        values, steps = sorted(values, key=natural_key), ()
-    if len(values) > 4 and len(steps) == 1:
-        return f"{values[0]}, {values[1]}, …, {values[-1]}"
-    return ", ".join(values if len(values) < 9 else [*values[:8], "…"])
-
-
 def errata():
     from dml_common import files
 
     columns = files.read_table(HERE / "published" / "errata.csv")
-    return table("errata", "Errata", "Where the published descriptions, code and numbers disagree, and what is done here",
-                 ["Paper", "Published", "Found", "Here"], zip(*columns.values()))
-
-
-def dataset_tables(one):
-    """All tables of one data set's results that there are numbers for."""
-    made = [*lay(one, "nr_precision"), *type_tests(one, "nr_precision", "nrprec_tests", "Property")]
-    for measure in ("correlation", "jsd", "ceiling", "corrected", "cka", "overlap"):
-        made += lay(one, measure) + lay(one, measure, "type")
-        if measure in ("correlation", "jsd", "corrected"):
-            made += [by for by in lay(one, measure, "distance") if len(by["rows"]) > 1]
-    return [*made, *lay(one, "masks"), *lay(one, "sanity"), *lay(one, "pairs"),
-            *type_tests(one, "pairs", "pairs_tests", "Score"), *training(one), *other_tests(one)]
+    return table("errata", "Errata", "Where the published descriptions, code and numbers disagree, and what is done "
+                 "here", ["Paper", "Published", "Found", "Here"], zip(*columns.values()))
 
 
 def papers(everything, tables_of):
     """The papers' tables, with ours and the differences after each data set's."""
     from dml_common import results
 
-    made = [losses([]), properties(None)]
+    note = ["NR-Prec grows with the number of pictures, and with another null: the order of properties compares, the "
+            "size does not. ProxyNCA's last cell is missing in our source."]
+    tables = [losses([]), properties()]
     for theirs in results.published():
-        made += [{**one, "name": f"published_{one['name']}", "title": f"{one['title']}, published"}
-                 for one in dataset_tables(theirs)]
+        parts = [("published", "published", content) for content in dataset_tables(theirs)]
         for ours in everything:
             differences = dataset_tables(results.difference(ours, theirs))
-            names = [one["name"] for one in differences]
-            made += [one for one in tables_of[ours.name] if one["name"] in names]
-            made += [{**one, "name": f"difference_{one['name']}", "title": f"{one['title']}: ours − published",
-                      "notes": ["NR-Prec grows with the number of pictures, and with another null: the order of properties "
-                                "compares, the size does not."] if one["paper"] == "Table 6" else []}
-                     for one in differences]
-    return made
+            names = [content["name"] for content in differences]
+            parts += [("ours", "ours", content) for content in tables_of[ours.name] if content["name"] in names]
+            parts += [("difference", "ours − published", content) for content in differences]
+        tables += [{**content, "name": f"{kind}_{content['name']}", "title": f"{content['title']}: {what}",
+                    "notes": note if content["paper"] == "Table 6" else []} for kind, what, content in parts]
+    return tables
 
 
 # ---------------------------------------------------------------- findings
 
 
-def finding(one, topic, text, test="", p=None):
-    return {"dataset": one.name, "topic": topic, "text": f"{one.name}: {text}.", "test": test or "none", "p_value": p}
-
-
 def findings(one):
-    """The three findings of a data set: a number, its interval and its p, or that nothing was found."""
-    yield property_finding(one)
-    yield type_finding(one)
-    yield pixel_finding(one)
-
-
-def property_finding(one):
-    every = one.select("nr_precision", "all")
-    if not every:
-        return finding(one, "property level", "no property was analysed")
-    top = max(every, key=lambda row: row.value)
-    tested = all(row.p_holm is not None for row in one.select("nr_precision"))
-    test = ("permutations of each property, Holm-corrected, p_holm < 0.01 in every fold; the largest of "
-            f"{top.key} is {p_text(top.p_holm)}" if tested else
-            "the published mark: NR-Prec > 2.576, a z-score's threshold applied to a mean; no p-value")
-    number = f"{rounded(top.value)} {interval(top)}".rstrip()
-    text = f"embeddings cluster most by {top.key}: NR-Prec {number}, above chance in {top.mark} losses"
-    if top.mark.startswith("0 "):
-        text = f"embeddings cluster by no property above chance; the largest NR-Prec is {number} ({top.key})"
-    return finding(one, "property level", text, f"{test}; [ ]: Student's 95 % interval over the losses",
-                   top.p_holm if tested else None)
-
-
-def type_finding(one):
-    topic, tests = "ranking against classification", one.select("nr_precision", "test")
-    if not tests:
-        return finding(one, topic, "ranking and classification losses can't be compared, two of each are needed")
-    types = one.cells("nr_precision", "type")
-    first = min(tests, key=lambda test: test.p_holm)
-    r, c = (types[kind, first.key] for kind in ("ranking", "classification"))
-    differ = sum(bool(test.mark) for test in tests)
-    text = f"no property was found in which {r.n} ranking and {c.n} classification losses differ"
-    if differ:
-        chance = r.mark.startswith("0 ") and c.mark.startswith("0 ")
-        text = (f"{r.n} ranking and {c.n} classification losses differ in {differ} of {len(tests)} properties, most clearly "
-                f"in {first.key}: {rounded(r.value)} {interval(r)} against {rounded(c.value)} {interval(c)}"
-                + (", above chance for no loss" if chance else ""))
-    return finding(one, topic, text, f"two-sided Mann-Whitney U on fold averages, {first.note}, Holm over {len(tests)} "
-                   f"properties, 5 %; the smallest p is {p_text(first.p_holm)} ({first.key})", first.p_holm)
-
-
-def pixel_finding(one):
-    r, ceiling, share = (next(iter(one.select(measure, "all")), None) for measure in ("correlation", "ceiling", "corrected"))
+    """What the numbers of a data set say: a number, its interval, its p, three times; or that nothing was found."""
+    every = {measure: next(iter(one.select(measure, "all")), None) for measure in ("correlation", "ceiling", "corrected")}
     masks = {row.key: row for row in one.select("masks", "all")}
-    parts, excess = [], masks.get("excess")
-    if r:
-        parts.append(f"maps of two losses correlate at {rounded(r.value)} {interval(r)}" + (
-            f", {rounded(100 * share.value, 0)} % of what their noise allows ({rounded(ceiling.value)})"
-            if ceiling and share else ", their noise ceiling is unknown"))
-    if excess and {"share", "other"} <= masks.keys():
-        inside, other = (rounded(100 * masks[key].value, 1) for key in ("share", "other"))
-        shown = "" if excess.low is not None and excess.low > 0 else ", not shown to be more"
-        parts.append(f"{inside} % of the saliency lies in the object, {rounded(100 * excess.value, 1)} points "
-                     f"{interval(excess, 100, 1)} more than in other pictures' objects ({other} %){shown}")
-    return finding(one, "pixel level", "; ".join(parts) or "no saliency maps were compared",
-                   "[ ] of r: the range of the pairs, folds and pairs averaged through Fisher's z; of points: 95 % "
-                   "interval over pictures" if parts else "")
+    for topic, (text, test, p) in (
+            ("property level", property_finding(one.select("nr_precision", "all"), one.select("nr_precision", fold="mean"))),
+            ("ranking against classification", type_finding(one.select("nr_precision", "test"),
+                                                            one.cells("nr_precision", "type"))),
+            ("pixel level", pixel_finding(masks=masks, **every))):
+        yield {"dataset": one.name, "topic": topic, "text": f"{one.name}: {text}.", "test": test, "p_value": p}
+
+
+def property_finding(properties, networks):
+    if not properties:
+        return "no property was analysed", "none", None
+    top = max(properties, key=lambda row: row.value)
+    tested = networks[0].note == "tested"
+    where = "above chance" if tested else "above the published mark 2.576"
+    number = rounded(top.value) + interval(top)
+    text = f"embeddings cluster most by {top.key}: NR-Prec {number}, {where} in {top.mark} losses"
+    if top.mark.startswith("0 "):
+        text = f"embeddings cluster by no property: the largest NR-Prec is {number} ({top.key}), {where} in {top.mark} losses"
+    test = "a z-score's threshold applied to a mean: no p-value"
+    if tested:
+        test = f"permutations of each property, p_holm < 0.01 in every fold; the largest of {top.key}: {p_text(top.p_holm)}"
+    return text, f"{test}; [ ]: Student's 95 % interval over losses", top.p_holm if tested else None
+
+
+def type_finding(tests, types):
+    if not tests:
+        return "ranking and classification losses can't be compared: two of each are needed", "none", None
+    first, differ = min(tests, key=lambda test: test.p_holm), sum(bool(test.mark) for test in tests)
+    r, c = (types[kind, first.key] for kind in ("ranking", "classification"))
+    text = f"no difference between {r.n} ranking and {c.n} classification losses was found in {len(tests)} properties"
+    if differ:
+        text = (f"{r.n} ranking and {c.n} classification losses differ in {differ} of {len(tests)} properties, most "
+                f"clearly in {first.key}: NR-Prec {rounded(r.value)}{interval(r)} against {rounded(c.value)}"
+                f"{interval(c)}, above chance in {r.mark} and {c.mark} losses")
+    return text, (f"two-sided Mann-Whitney U on fold averages, {first.note}, Holm over {len(tests)} properties; smallest p "
+                  f"{p_text(first.p_holm)} ({first.key}); [ ]: Student's 95 % interval over losses"), first.p_holm
+
+
+def pixel_finding(correlation, ceiling, corrected, masks):
+    parts = []
+    if correlation:
+        noise = "their noise ceiling is unknown"
+        if ceiling and corrected:
+            noise = f"{rounded(100 * corrected.value, 0)} % of what their noise allows ({rounded(ceiling.value)})"
+        parts.append(f"maps of two losses correlate at {rounded(correlation.value)}{interval(correlation)}, {noise}")
+    if {"share", "other", "excess"} <= masks.keys():
+        excess, (inside, other) = masks["excess"], (rounded(100 * masks[key].value, 1) for key in ("share", "other"))
+        parts.append(f"{inside} % of the saliency lies in the object, {other} % in other pictures' objects: "
+                     f"{rounded(100 * excess.value, 1)} points{interval(excess, 100, 1)} more")
+        if excess.low is None or excess.low <= 0:
+            parts[-1] += ", which may be chance"
+    if not parts:
+        return "no saliency maps were compared", "none", None
+    return "; ".join(parts), ("[ ] of r: the range over pairs, averaged through Fisher's z; of points: 95 % interval over "
+                              "pictures"), None
 
 
 # ---------------------------------------------------------------- writing
@@ -421,9 +417,9 @@ def pixel_finding(one):
 MARKDOWN = {**{letter: f"\\{letter}" for letter in "\\`*_[]#|~!$^"}, "&": "&amp;", "<": "&lt;", ">": "&gt;"}
 LATEX = {**{letter: f"\\{letter}" for letter in "{}$&#%_"}, "\\": r"\textbackslash{}", "~": r"\textasciitilde{}",
          "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': "{''}",
-         "`": r"{\`{}}", "\0": "{}", "±": r"$\pm$", "−": "$-$", "–": "--", "—": "---", "×": r"$\times$", "·": r"$\cdot$",
-         "°": r"$^\circ$", "≥": r"$\geq$", "≤": r"$\leq$", "→": r"$\rightarrow$", "…": r"\dots{}", "†": r"$\dagger$",
-         "σ": r"$\sigma$", "“": "``", "”": "''", "’": "'"}
+         "`": r"{\`{}}", "\0": "{}", "±": r"$\pm$", "−": "$-$", "–": "--", "—": "---", "×": r"$\times$",
+         "·": r"$\cdot$", "°": r"$^\circ$", "≥": r"$\geq$", "≤": r"$\leq$", "→": r"$\rightarrow$",
+         "…": r"\dots{}", "†": r"$\dagger$", "σ": r"$\sigma$", "“": "``", "”": "''", "’": "'"}
 
 
 def one_line(text):
@@ -437,13 +433,16 @@ def markdown(text):
 
 def latex(text):
     """Any text for pdflatex: accented Latin letters stay, what its fonts lack becomes [U+0416]."""
-    text = re.sub(r"(?<=-)(?=-)|(?<=')(?=')", "\0", one_line(text))  # no ligatures: -- stays two hyphens
-    known = [letter in LATEX or letter.isascii() or ("À" <= letter <= "ÿ" and letter not in "ÐÞðþ") for letter in text]
-    return "".join(LATEX.get(letter, letter) if here else f"[U+{ord(letter):04X}]" for letter, here in zip(text, known))
+    def known(letter):
+        if letter in LATEX:
+            return LATEX[letter]
+        return letter if letter.isascii() or ("À" <= letter <= "ÿ" and letter not in "ÐÞðþ") else f"[U+{ord(letter):04X}]"
+
+    return "".join(map(known, re.sub(r"(?<=-)(?=-)|(?<=')(?=')", "\0", one_line(text))))  # no ligatures: -- stays two
 
 
 def number_columns(content):
-    """Which columns hold numbers."""
+    """Which columns hold numbers: those stand to the right."""
     return [any(row[k]["value"] is not None for row in content["rows"]) for k in range(len(content["header"]))]
 
 
@@ -454,64 +453,56 @@ def csv_rows(content):
         cells = [row[k] for row in content["rows"]]
         columns.append([title or "name"])
         for one in cells:
-            counted = one["value"] is None or one["text"] == f"{one['value']:.0f}" and one["value"] % 1 == 0
-            columns[-1].append(one["text"] if counted else one["value"])
+            whole = one["value"] is None or one["text"] == f"{one['value']:.0f}" and one["value"].is_integer()
+            columns[-1].append(one["text"] if whole else one["value"])
         for key, end in ("spread", "±"), ("mark", "mark"):
             if any(one[key] not in (None, "") for one in cells):
                 columns.append([f"{title} {end}", *(one[key] for one in cells)])
-    return list(zip(*columns))
+    return zip(*columns)
 
 
 def to_markdown(content):
     paper = f" ({content['paper']})" if content["paper"] else ""
-    rules = ["---:" if right else "---" for right in number_columns(content)]
     rows = [[f"**{markdown(one['text'])}**" if one["bold"] and one["text"] else markdown(one["text"]) for one in row]
             for row in content["rows"]]
+    rules = ["---:" if right else "---" for right in number_columns(content)]
     lines = [f"| {' | '.join(row)} |" for row in [list(map(markdown, content["header"])), *rows]]
     lines.insert(1, f"|{'|'.join(rules)}|")
-    return "\n".join([f"### {markdown(content['title'])}", "", markdown(content["caption"] + paper), "", *lines, "",
-                      *(f"- {markdown(note)}" for note in content["notes"])]).rstrip() + "\n"
+    lines += ["", *(f"- {markdown(note)}" for note in content["notes"])]
+    return "\n".join([f"### {markdown(content['title'])}", "", markdown(content["caption"] + paper), "", *lines]).rstrip() + "\n"
 
 
 def latex_template():
-    """templates/table.tex, or None where jinja2 is missing."""
+    """templates/table.tex, or None where jinja2 (which torch brings) or the template is missing."""
     try:
         import jinja2
-    except ImportError:
-        print("tables.py: jinja2 is not installed: no .tex files (pip install jinja2)", file=sys.stderr)
-        return None
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE / "templates"), block_start_string="<%", block_end_string="%>",
-        variable_start_string="<<", variable_end_string=">>", comment_start_string="<#", comment_end_string="#>",
-        trim_blocks=True, lstrip_blocks=True, finalize=lambda text: text)
-    environment.filters["latex"] = latex
-    return environment.get_template("table.tex")
+        marks = {"block_start_string": "<%", "block_end_string": "%>", "variable_start_string": "<<",
+                 "variable_end_string": ">>", "comment_start_string": "<#", "comment_end_string": "#>"}
+        environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, **marks)
+        environment.filters["latex"] = latex
+        return environment.from_string((HERE / "templates" / "table.tex").read_text(encoding="utf-8"))
+    except (ImportError, OSError) as error:
+        print(f"tables.py: no LaTeX: {error} (pip install jinja2; templates/table.tex)", file=sys.stderr)
 
 
 def show(content):
     """The table on the terminal, aligned; a wide matrix has numbers for its columns' names."""
-    from dml_common.command import print_aligned
-
-    header, rows = content["header"], [[one_line(one["text"])[:60] for one in row] for row in content["rows"]]
+    header, right = content["header"], number_columns(content)
+    rows = [[one_line(one["text"]) for one in row] for row in content["rows"]]
     if content["kind"] == "matrix" and len(header) > 7:
-        rows = [[f"{number:2} {row[0]}", *(text.replace(" ± ", "±") for text in row[1:])]
-                for number, row in enumerate(rows, 1)]
+        rows = [[f"{k:2} {row[0]}", *(text.replace(" ± ", "±") for text in row[1:])] for k, row in enumerate(rows, 1)]
         header = ["", *map(str, range(1, len(header)))]
+    widths = [min(60, max(map(len, column))) for column in zip(header, *rows)]
     print(f"\n{one_line(content['title'])}" + (f" ({content['paper']})" if content["paper"] else ""))
-    print_aligned([list(map(one_line, header)), *rows])
+    for row in [header, *rows]:
+        texts = [text[:width].rjust(width) if number else text[:width].ljust(width)
+                 for text, width, number in zip(row, widths, right)]
+        print("  ".join(texts).rstrip())
 
 
-def say_lines(title, lines, most=12):
-    """Lines of the terminal's summary under their title."""
-    print(f"\n{title}")
-    for line in lines[:most]:
-        print(textwrap.fill(one_line(line), 110, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False))
-    if len(lines) > most:
-        print(f"  … {len(lines) - most} more in tables.md")
-
-
-def write(out, contents, found, warnings, missing, options):
-    """All files of the folder `out`, each whole or not at all; tables.json last."""
+def write(out, contents, parts, about):
+    """All files of the folder `out`, each whole or not at all; tables.json last. parts: the findings, warnings and what
+    is missing; about: the rest of tables.json."""
     from dml_common import files
 
     def save(name, text):
@@ -526,19 +517,14 @@ def write(out, contents, found, warnings, missing, options):
             save(f"{content['name']}.tex", template.render(content, numbers=number_columns(content)))
     if template:
         save("tables.tex", template.render(names=[content["name"] for content in contents]))
-    files.write_table(out / "missing.csv", ["dataset", "table", "what"], [list(one.values()) for one in missing])
-    parts = {"What the numbers say": [f"{one['text']} ({one['test']})" for one in found], "What to beware of": warnings,
-             "What is missing": [f"{one['dataset']}: {one['what']}" for one in missing]}
-    lines = [f"## {title}\n\n" + "\n".join(f"- {markdown(line)}" for line in part or ["Nothing."])
-             for title, part in parts.items()]
-    save("tables.md", "\n\n".join(["# Tables", *lines, *map(to_markdown, contents)]))
+    files.write_table(out / "missing.csv", ["dataset", "table", "what"], [line.values() for line in about["missing"]])
+    lists = ["\n".join([f"## {title}", "", *(f"- {markdown(line)}" for line in lines or ["Nothing."]), ""])
+             for title, lines in parts.items()]
+    save("tables.md", "\n".join(["# Tables", "", *lists, "## Tables", "", *map(to_markdown, contents)]))
     for content in contents:
         content["rows"] = [[{key: one[key] for key in ("text", "value", "shade", "bold", "hint")} for one in row]
                            for row in content["rows"]]
-    versions = {"python": platform.python_version(), "numpy": version("numpy"), "scipy": version("scipy")}
-    everything = {"tables": contents, "findings": found, "warnings": warnings, "missing": missing,
-                  "made_with": {"versions": versions, "options": options}}
-    save("tables.json", json.dumps(everything, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+    save("tables.json", json.dumps({"tables": contents, **about}, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 
 
 # ---------------------------------------------------------------- the command
@@ -549,19 +535,19 @@ def parse(argv):
 
     parser = command.parser(__doc__)
     add = parser.add_argument
-    add("results", nargs="?", type=Path, metavar="RESULTS", help="results/ with data sets' folders in it, or one of these")
+    add("results", nargs="?", type=Path, metavar="RESULTS", help="results/ with data sets' folders in it, or one of them")
     add("--out", type=Path, metavar="DIR", help="where the tables go (tables); with --published only if given")
-    add("--published", action="store_true", help="print the papers' tables; with RESULTS ours and the differences too")
+    add("--published", action="store_true", help="print the papers' tables; with RESULTS ours and the differences")
     add("--models", type=Path, default=HERE / "models", metavar="DIR",
         help="has trained/<dataset>/<slug>/fold<k>/ (models/)")
     return parser.parse_args(argv)
 
 
-def check_folder(out, results, everything):
+def check_folder(out, folders):
     """Make the folder of the tables; raises ValueError when it is one of the results' or can't be written."""
     from dml_common import files
 
-    if out.resolve() in [folder.resolve() for folder in [*filter(None, [results]), *(one.folder for one in everything)]]:
+    if out.resolve() in [folder.resolve() for folder in folders]:
         raise ValueError(f"--out {out} is a folder of results; writing there could destroy them: choose another")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a folder")
@@ -577,33 +563,36 @@ def main(argv=None):
         raise ValueError("which results? Give results/ or one data set's folder in it; --published prints the papers' "
                          "tables")
     everything = results.read_all(args.results, args.models) if args.results else []
-    everything.sort(key=lambda one: (-len(one.tables), -len(one.networks)))  # the findings of the fullest come first
+    everything.sort(key=lambda one: (-len(one.tables), -len(one.networks)))  # the findings of the fullest stand first
     tables_of = {one.name: [properties(one), *dataset_tables(one)] for one in everything}
-    contents = [losses(everything), *(content for one in everything for content in tables_of[one.name]), errata()]
+    contents = [losses(everything), *(content for tables in tables_of.values() for content in tables), errata()]
     if args.published:
         contents = papers(everything, tables_of)
-        for content in contents:
+    for content in contents:
+        if args.published or re.match(r"(nrprec_tests|correlation_by_type|corrected_by_type|pairs(?!_tests))_",
+                                      content["name"]):
             show(content)
-        if not args.out:
-            return
+    if args.published and not args.out:
+        return
     names = [content["name"] for content in contents]
     if len(set(names)) < len(names):
         raise ValueError(f"two data sets' names give one file name ({max(names, key=names.count)}); rename one's folder")
-    found = [finding for one in everything for finding in findings(one)]
-    warnings = [f"{one.name}: {line}" for one in everything for line in one.warnings]
-    missing = [line for one in everything for line in one.missing]
     out = args.out or Path("tables")
-    check_folder(out, args.results, everything)
+    check_folder(out, [*filter(None, [args.results]), *(one.folder for one in everything)])
+    versions = {"python": platform.python_version(), "numpy": version("numpy"), "scipy": version("scipy")}
     options = {"results": str(args.results) if args.results else None, "published": args.published}
-    for content in contents if not args.published else ():
-        if re.match(r"(nrprec_tests|correlation_by_type|corrected_by_type|pairs(?!_tests))_", content["name"]):
-            show(content)
-    write(out, contents, found, warnings, missing, options)
-    if not args.published:
-        say_lines("What the numbers say", [one["text"] for one in found])
-        say_lines("What to beware of", warnings)
-        say_lines("What is missing", [f"{one['dataset']}: {one['what']}" for one in missing])
-        print(f"\n{len(contents)} tables: {out / 'tables.md'}, {out / 'tables.tex'} (pdflatex), {out / 'tables.json'}")
+    about = {"findings": [finding for one in everything for finding in findings(one)],
+             "warnings": [f"{one.name}: {line}" for one in everything for line in one.warnings],
+             "missing": [line for one in everything for line in one.missing],
+             "made_with": {"versions": versions, "options": options}}
+    parts = {"What the numbers say": [one["text"] for one in about["findings"]], "What to beware of": about["warnings"],
+             "What is missing": [f"{line['dataset']}: {line['what']}" for line in about["missing"]]}
+    write(out, contents, parts, about)
+    for title, lines in parts.items():
+        print(f"\n{title}")
+        for line in lines[:12]:
+            print(textwrap.fill(one_line(line), 110, initial_indent="- ", subsequent_indent="  "))
+    print(f"\n{len(contents)} tables: {out / 'tables.md'}, {out / 'tables.tex'} (pdflatex), {out / 'tables.json'}")
 
 
 if __name__ == "__main__":

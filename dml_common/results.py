@@ -264,7 +264,8 @@ def table_facts(results):
                        "value": line["correlation"], "spread": line["correlation_std"]}
             elif table == "pairs":
                 for key in SCORES:
-                    yield {**facts, "measure": "pairs", "key": key, "value": line.get(key)}
+                    yield {**facts, "measure": "pairs", "key": key, "value": line.get(key),
+                           "note": f"{line['bins']:.0f} bins"}
             else:
                 for measure in TABLES[table][2]:
                     yield {**facts, "other": names[1], "measure": measure, "value": line.get(measure),
@@ -348,8 +349,10 @@ def fold_means(results, rows):
     for folds in groups.values():
         parts = [mean_row(list(seeds.values()), "folds") for seeds in folds.values()]
         mean = mean_row(parts, "folds", fold="mean", seed=None)
-        above = mean.measure == "nr_precision" and above_chance(mean, tested)
-        yield mean._replace(mark="*") if above else mean
+        if mean.measure == "nr_precision":
+            above = above_chance(mean, tested)
+            mean = mean._replace(mark="*" if above else "", note="tested" if tested else "published mark")
+        yield mean
 
 
 def above_chance(mean, tested):
@@ -509,6 +512,7 @@ def published():
         "kobs_table2_sop_correlation", "kobs_tables3_4_grouped_correlation", "oi_table1_split"))
     base = Row(None, None, level="network", fold="mean", mark="", note="")
     types = {row["name"]: row["type"] for row in files.losses()}
+    types = {name: types[name] for name in folders.in_order(types)}
     everything = {name: Results(name, None, [], {}, types, {}, {}) for name in ("cars", "sop", "cars196", "cub200")}
     for loss, values in published_nrprec().items():
         kind = loss.lower().partition(" mean")[0]
@@ -532,7 +536,7 @@ def published():
 def difference(ours, theirs):
     """Results of what both have, ours − theirs: of one data set, of NR-Prec of any."""
     def fact(row):
-        return row[1:7] + row[8:9] + row[10:12] if row.level != "network" or row.fold == "mean" else None
+        return row.fold, row.measure, row.key, row.level, row.network, row.other, row.split, row.part, row.epoch
 
     known = {fact(row): row.value for row in theirs.rows if ours.name == theirs.name or row.measure == "nr_precision"}
     rows = [row._replace(value=row.value - known[fact(row)], spread=None, low=None, high=None, p_holm=None, mark="",
