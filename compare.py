@@ -268,11 +268,15 @@ def open_maps(path):
 
 
 def open_networks(args):
-    """The networks of the files given, else of results/NAME; those of equal names are called by path."""
-    from dml_common import results
+    """The networks of the files given, else of results/NAME, None last; equal names are replaced by paths."""
+    from dml_common import files
     paths, folder = args.maps, args.results / Path(args.dataset or "").resolve().name
     if not paths:
-        paths = [network["maps"]["path"] for network in results.find_networks(folder) if network["maps"]]
+        types = ["ranking", "classification", "none"]
+        losses = sorted(files.losses(), key=lambda row: types.index(row["type"]))
+        order = {row["slug"]: number for number, row in enumerate(losses)}
+        paths = sorted(folder.glob("*/fold*/maps.npy"),
+                       key=lambda path: (order.get(path.parts[-3], len(order)), path.parts[-2], path))
     if not paths:
         raise ValueError(f"no maps in {folder}; expected {folder}/<loss>/fold<k>/maps.npy: "
                          f"python saliency.py --dataset {args.dataset} --loss all --out {args.results}")
@@ -403,14 +407,14 @@ def compare_networks(networks, groups, number, args):
 
 def find_masks(network, args):
     """The mask of each picture of these maps. Raises ValueError where one can't be told."""
-    from dml_common import pictures, results
+    from dml_common import folders, pictures
     record, n = network.record, network.shape[0]
     if args.dataset:
         split = "all" if "rows" in record else record.get("split", "test")
         dataset = pictures.open_dataset(args.dataset, args.data_root, split)
     else:  # in natural order, as the pictures are
         dataset, record = pictures.open_folder(Path(args.masks)), {**record, "pictures": {}}
-    names = results.picture_names(record, n, dataset)
+    names = folders.picture_names(record, n, dataset)
     if names is None or (network.record["pictures"].get("left_out") and not args.dataset):
         raise ValueError(f"{network.path} has {n:,} maps, {args.dataset or args.masks} "
                          f"{len(dataset.relative):,} other pictures; give saliency.py's --dataset")
