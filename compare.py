@@ -399,9 +399,9 @@ def compare_networks(networks, groups, number, args):
                 rows.append([a.model, a.fold, b.model, b.fold, int(n), a.shape[0] - int(n),
                              *blank([*values, ceiling, corrected])])
             crossings, alike = crossings + (sum(shared) if crossed else 0), alike + sum(shared)
-    command.say(f"{alike} of {len(rows)} pairs share their noise, which raises r: {crossings} are compared "
-                "across second maps, the others have no ceiling; networks without second maps, so without a "
-                f"ceiling: {len(networks) - len(repeated)} of {len(networks)} (saliency.py --ceiling)")
+    command.say(f"pairs that share their noise, which raises r: {alike} of {len(rows)}, {crossings} of them "
+                "compared across second maps; networks without second maps, and so without a ceiling: "
+                f"{len(networks) - len(repeated)} of {len(networks)}")
     return rows, [(network.model, reliability[network.path]) for network in repeated]
 
 
@@ -497,7 +497,8 @@ def show(header, rows, most=20):
     columns = [k for k, name in enumerate(header) if "std" not in name and name != "left_out"]
     cells = [[header[k].replace("correlation", "r") for k in columns]]
     for row in rows[:most]:
-        cells.append([f"{row[k]:.3f}" if isinstance(row[k], float) else str(row[k]) for k in columns])
+        values = ["" if row[k] is None else row[k] for k in columns]
+        cells.append([f"{value:.3f}" if isinstance(value, float) else str(value) for value in values])
     command.print_aligned(cells)
     if len(rows) > most:
         print(f"… {len(rows) - most:,} more rows in the file")
