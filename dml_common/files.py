@@ -1,4 +1,5 @@
 """Arrays and tables in and out, joined by name, with errors that teach. Imports NumPy alone."""
+import contextlib
 import csv
 import hashlib
 import io
@@ -444,14 +445,22 @@ def check_output(path, inputs=(), others=()):
             raise ValueError(f"{path} is the name of two outputs; give each its own")
     if os.path.lexists(place):
         check_input(place, "another name for the output")
-        for other in filter(None, inputs):
-            if os.path.exists(other) and os.path.samefile(place, other):
-                raise ValueError(f"{path} is an input; writing there would destroy it: choose another name")
+    for other in filter(None, inputs):
+        if os.path.abspath(other) == place or os.path.exists(place) and is_same(place, other):
+            raise ValueError(f"{path} is an input, or another output: choose another name")
     folder = os.path.dirname(place)
     if not os.path.isdir(folder):
         raise ValueError(f"the folder {folder} does not exist; make it first")
     if not os.access(folder, os.W_OK):
         raise ValueError(f"the folder {folder} can't be written to; choose another")
+
+
+def is_same(path, other):
+    """Do two names lead to one file?"""
+    try:
+        return os.path.samefile(path, other)
+    except (OSError, ValueError):
+        return False
 
 
 def write_file(path, content):
@@ -477,6 +486,27 @@ def write_file(path, content):
             raise OSError(f"{path} can't be written ({error.strerror}); free space or choose another "
                           "place") from None
         raise
+
+
+@contextlib.contextmanager
+def new_array(path, shape, dtype="float32"):
+    """An .npy array to fill, memory-mapped, its space reserved; it gets its name when the block ends well."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
+    try:
+        try:
+            array = np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=shape)
+            with open(part, "r+b") as file:
+                if hasattr(os, "posix_fallocate"):  # a page written to a full disk would end the process
+                    os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
+        except OSError as error:
+            raise OSError(f"{path} can't be written ({error.strerror}); free space or choose another "
+                          "place") from None
+        yield array
+        array.flush()
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_table(path, header, rows):

@@ -493,9 +493,11 @@ def input_size(preprocessing):
     return tuple(preprocessing["resize"])
 
 
-def load_mask(path, preprocessing):
+def load_mask(path, preprocessing=None, size=None):
     """Read a mask through its picture's geometry, nearest neighbour: bool (H, W), True on the object.
 
+    preprocessing: None or {} leaves it as it is. size: then averaged to (size, size): what is more than half
+    object.
     The object is where alpha is, if that varies; else what is brighter than half of white, or, where nothing
     is, what is not black (masks of 0 and 1); of a coloured palette what is not black.
     """
@@ -510,8 +512,19 @@ def load_mask(path, preprocessing):
         elif image.mode in ("P", "PA") and (colours != colours[..., :1]).any():
             values = np.where(values > 0, 255, 0)
     inside = values > (127 if values.max() > 127 else 0)
-    mask = resize_and_crop(Image.fromarray(np.uint8(255) * inside), preprocessing, Image.Resampling.NEAREST)
+    mask = Image.fromarray(np.uint8(255) * inside)
+    if preprocessing:
+        mask = resize_and_crop(mask, preprocessing, Image.Resampling.NEAREST)
+    if size:
+        mask = mask.resize((size, size), Image.Resampling.BOX)
     return np.asarray(mask) > 127
+
+
+def find_mask(folder, name):
+    """The mask of the picture a/b.jpg: folder/a/b.png, else folder/b.png; None where neither is there."""
+    parts = Path(name).with_suffix(".png").parts
+    places = [Path(folder, *parts[k:]) for k in range(len(parts))]
+    return next((place for place in places if place.is_file()), None)
 
 
 def read_rgb(path, draft=None):

@@ -281,11 +281,11 @@ def test_outputs_replace_plain_files_that_are_no_input(tmp_path, monkeypatch):
     os.mkfifo("pipe")
     os.symlink("loop", "loop")
     inputs, others = ["in.csv", None, "missing.csv"], ["other.csv", None]
-    for name in ("new.csv", "old.csv", "./missing.csv/../old.csv"):
+    for name in ("new.csv", "old.csv", "./new.csv/../old.csv"):
         files.check_output(name, inputs, others)
     for name, message in [
             ("in.csv", "is an input"), ("hard.csv", "is an input"), ("link.csv", "is an input"),
-            ("./x/../in.csv", "is an input"), ("./other.csv", "the name of two outputs"), ("", "no name"),
+            ("./x/../in.csv", "is an input"), ("missing.csv", "or another output"), ("./other.csv", "the name of two outputs"), ("", "no name"),
             (".", "no name"), (tmp_path, "is a folder"), ("/dev/null", "a device or a pipe"),
             ("pipe", "a device or a pipe"), ("loop", "can't be opened"), ("no/x.csv", "does not exist")]:
         with pytest.raises(ValueError, match=message):
