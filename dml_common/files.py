@@ -1,6 +1,8 @@
 """Arrays and tables in and out, joined by name, with errors that teach. Imports NumPy alone."""
 import contextlib
 import csv
+import fcntl
+import glob
 import hashlib
 import io
 import json
@@ -463,50 +465,65 @@ def is_same(path, other):
         return False
 
 
-def write_file(path, content):
-    """Write bytes under a temporary name in the same folder, flush, rename: never a half-written file."""
+@contextlib.contextmanager
+def unwritable(path):
+    """An OSError of this block says which file it is about and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} can't be written ({error.strerror}); free space or choose another "
+                      "place") from None
+
+
+@contextlib.contextmanager
+def part_of(path):
+    """A file beside `path`, to be written, that takes its name when the block ends well: never half a file.
+
+    A lock tells that its process lives; what killed processes left of the same name is removed.
+    """
     path = Path(os.path.realpath(path))  # the file that a link names, not the link
     if os.path.lexists(path):
         check_input(path, "another name for the output")  # a device would be replaced by a file
-    temporary = None
+    name = {"dir": path.parent, "prefix": f".{path.name}.", "suffix": ".part"}
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with contextlib.suppress(OSError), open(old, "rb") as left:
+            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            old.unlink()
+    with unwritable(path):
+        part = tempfile.NamedTemporaryFile(**name, delete=False)
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's 0600 is for secrets
-        os.replace(temporary, path)
-    except BaseException as error:
-        if temporary:
-            os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise OSError(f"{path} can't be written ({error.strerror}); free space or choose another "
-                          "place") from None
-        raise
+        with contextlib.suppress(OSError):  # no locks on this file system
+            fcntl.flock(part, fcntl.LOCK_EX)
+        yield part
+        with unwritable(path):
+            part.flush()
+            os.fsync(part.fileno())
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(part.name, 0o666 & ~mask)  # a temporary file's 0600 is for secrets
+            os.replace(part.name, path)
+    finally:
+        with contextlib.suppress(OSError):  # what did not fit into the disk the first time
+            part.close()
+        Path(part.name).unlink(missing_ok=True)
+
+
+def write_file(path, content):
+    """Write bytes, whole or not at all."""
+    with part_of(path) as part, unwritable(path):
+        part.write(content)
 
 
 @contextlib.contextmanager
 def new_array(path, shape, dtype="float32"):
-    """An .npy array to fill, memory-mapped, its space reserved; it gets its name when the block ends well."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
-    try:
-        try:
-            array = np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=shape)
-            with open(part, "r+b") as file:
-                if hasattr(os, "posix_fallocate"):  # a page written to a full disk would end the process
-                    os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
-        except OSError as error:
-            raise OSError(f"{path} can't be written ({error.strerror}); free space or choose another "
-                          "place") from None
+    """An .npy array to fill, memory-mapped, its space reserved; it has its name when the block ends well."""
+    with part_of(path) as part:
+        with unwritable(path):
+            array = np.lib.format.open_memmap(part.name, mode="w+", dtype=dtype, shape=shape)
+            if hasattr(os, "posix_fallocate"):  # a page written to a full disk would end the process
+                os.posix_fallocate(part.fileno(), 0, os.fstat(part.fileno()).st_size)
         yield array
         array.flush()
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_table(path, header, rows):
