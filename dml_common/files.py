@@ -1,4 +1,5 @@
 """Arrays and tables in and out, joined by name, with errors that teach. Imports NumPy alone."""
+import contextlib
 import csv
 import hashlib
 import io
@@ -348,6 +349,26 @@ def write_file(path, content):
             raise OSError(f"{path} can't be written ({error.strerror}); free space or choose another "
                           "place") from None
         raise
+
+
+@contextlib.contextmanager
+def new_array(path, shape, dtype="float32"):
+    """An .npy array to fill, memory-mapped, its space reserved; it gets its name when the block ends well."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
+    try:
+        try:
+            array = np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=shape)
+            with open(part, "r+b") as file:
+                if hasattr(os, "posix_fallocate"):  # a page written to a full disk would end the process
+                    os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
+        except OSError as error:
+            raise OSError(f"{path} can't be written ({error.strerror}); free some space or choose another place") from None
+        yield array
+        array.flush()
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_table(path, header, rows):
