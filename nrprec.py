@@ -43,7 +43,7 @@ DISTANCES = ("euclidean", "squared_euclidean", "cosine", "dot_product", "snr")
 NULLS = ("binomial", "hypergeometric")
 PUBLISHED_THRESHOLD = 2.576  # two-sided 1 % of one z-score; the paper marks the mean of n of them by it
 SIGNIFICANCE = 0.01          # of the Holm-corrected permutation p-value
-BLOCK_WORK = 4e9             # comparisons in a block at most, a fraction of a second: progress, and Ctrl-C
+BLOCK_WORK = 4e9             # comparisons in a block at most, a fraction of a second: progress, Ctrl-C
 BLOCK_ROWS = 512             # queries in one matrix product: more does not speed it up (benchmarks/nrprec.py)
 SIDE_BY_SIDE = 4             # embeddings on the terminal; more are printed one in a row
 SHOWN = (("R-Prec", "r_precision", 4), ("NR-Prec", "nr_precision", 2), ("± s.e.", "nr_precision_se", 2),
@@ -56,9 +56,9 @@ WALK = 48                    # a class of fewer than n / WALK pictures is walked
 # ---------------------------------------------------------------- the five distances, ready for the kernel
 
 class Space(NamedTuple):
-    """Embeddings ready for one distance: similarity of q and i = working[:, q] · working[:, i] + offset[i]."""
+    """Embeddings ready for one distance: the similarity is working[:, q] · working[:, i] + offset[i]."""
     x: np.ndarray        # (n, m) float32, the embeddings as they came
-    working: np.ndarray  # (m, n) float32: centred, normalised or scaled by a power of two; norms at most 1
+    working: np.ndarray  # (m, n) float32: centred, normalised or scaled by a power of two; norms <= 1
     offset: np.ndarray   # (n,) float32
     bounds: np.ndarray   # (n,) float64: |float32 − true similarity| of query q is at most bounds[q]
     aux: np.ndarray      # (n,) float64: norms (cosine), variances (snr), else zeros
@@ -183,12 +183,18 @@ def permute_columns(columns, permutations):
                             member_row=np.concatenate(rows).astype(np.int32))
 
 
+def order_numpy(space, q):
+    """The definition: row q's candidates by float64 distance, ties by index; and all rows' distances."""
+    d = distances64(space.x, q, space.distance, space.aux)
+    order = np.argsort(d, kind="stable")
+    return order[order != q], d
+
+
 def count_hits_numpy(space, columns, queries):
-    """The plain twin of the kernel: hits (k, len(queries)) int32 by float64 distances and a stable sort."""
+    """The plain twin of the kernel: hits (k, len(queries)) int32."""
     hits = np.zeros((len(columns.values), len(queries)), np.int32)
     for b, q in enumerate(queries):
-        order = np.argsort(distances64(space.x, q, space.distance, space.aux), kind="stable")
-        order = order[order != q]
+        order = order_numpy(space, q)[0]
         for k, values in enumerate(columns.values):
             hits[k, b] = (values[order[:columns.entry_depth[values[q]]]] == values[q]).sum()
     return hits
@@ -203,7 +209,7 @@ def blas_threads():
 def count_blocks(space, columns, queries, threads, memory_mib):
     """Yield (slice of queries, hits (k, block) int32), exact.
 
-    Each thread multiplies a block of queries by all candidates and counts in it. Where the memory allows few rows
+    Each thread multiplies a block of queries by all candidates and counts in it. Where memory allows few rows
     for each thread, one block at a time is shared by all.
     """
     n, k = len(space.x), len(columns.values)
@@ -245,8 +251,8 @@ def count_blocks(space, columns, queries, threads, memory_mib):
 
 
 def as_embeddings(embeddings, distance):
-    """Embeddings as float32 (n, m) in C order. Raises ValueError unless they are real, finite, two or more and
-    all have distances: a zero vector has no cosine, a constant one no SNR."""
+    """Embeddings as float32 (n, m) in C order. Raises ValueError unless they are real, finite, n >= 2 and
+    have distances: a zero vector has no cosine, a constant one no SNR."""
     if np.iscomplexobj(embeddings):
         raise ValueError("embeddings are complex; expected real numbers")
     with np.errstate(over="ignore"):
@@ -269,9 +275,9 @@ def available_threads():
 
 
 def nearest(embeddings, neighbours, *, distance="euclidean", threads=None):
-    """The exact ordered neighbours of every row but itself: indices (n, R) int64, float64 distances (n, R).
+    """The exact ordered neighbours of every row: indices (n, R) int64, float64 distances (n, R).
 
-    embeddings (n, m) real, R = neighbours in 1 … n − 1. Smaller distance first, equal ones by smaller index.
+    embeddings (n, m) real, R = neighbours in 1 … n − 1: all but the row itself, equal distances by index.
     Raises ValueError for anything else.
     """
     check_options(distance, NULLS[0], threads=threads)
@@ -280,19 +286,17 @@ def nearest(embeddings, neighbours, *, distance="euclidean", threads=None):
     if not 1 <= neighbours < n:
         raise ValueError(f"{neighbours} neighbours of {n} embeddings; expected 1 to {n - 1}")
     indices, distances = np.empty((n, neighbours), np.int64), np.empty((n, neighbours))
-    for part in (slice(start, min(start + rows, n)) for start in range(0, n, rows)):
-        q = np.arange(part.start, part.stop)
+    for start in range(0, n, rows):
+        part = slice(start, min(start + rows, n))
         if _knn:
             products = np.matmul(np.ascontiguousarray(space.working[:, part].T), space.working)
-            _knn.nearest(products, q, space.bounds[part], x, space.aux, space.offset,
-                         DISTANCES.index(distance), indices[part], distances[part],
+            _knn.nearest(products, np.arange(start, part.stop), space.bounds[part], x, space.aux,
+                         space.offset, DISTANCES.index(distance), indices[part], distances[part],
                          threads or available_threads())
             continue
-        for i in q:
-            d = distances64(x, i, distance, space.aux)
-            order = np.argsort(d, kind="stable")
-            indices[i] = order[order != i][:neighbours]
-            distances[i] = d[indices[i]]
+        for q in range(start, part.stop):
+            order, d = order_numpy(space, q)
+            indices[q], distances[q] = order[:neighbours], d[order[:neighbours]]
     return indices, distances
 
 
@@ -409,10 +413,10 @@ def check_options(distance, null, **numbers):
 def sum_hits(blocks, values, copies, width, tick):
     """Add up the hits of count_blocks(), columns (copies · k, N) with these values, by copy and value.
 
-    Returns sums of hits (copies, t), of their squares (t,) in the first copy, and queries (copies, t) for the t =
-    width rows of the value tables: int64, so that no order of blocks can change them.
+    Returns sums of hits (copies, t), of their squares (t,) in the first copy, and queries (copies, t), for
+    the t = width rows of the value tables. Integers: no order of blocks can change them.
     """
-    sums, used = np.zeros(copies * width, np.int64), np.zeros(copies * width, np.int64)
+    sums, used = np.zeros((2, copies * width), np.int64)
     squares, k = np.zeros(width, np.int64), len(values) // copies
     first = np.repeat(np.arange(copies) * width, k)[:, None]
     for part, hits in blocks:
@@ -467,8 +471,8 @@ def dependent_pairs(labels, level=SIGNIFICANCE):
     """Pairs of properties that depend on each other: [(name, name, Cramér's V, Holm-corrected p)].
 
     Chi-square of every pair. Its distribution is a gamma distribution with the mean and variance that it has
-    under all permutations of one column (Mielke & Berry 1985), which holds for rare values too, where the usual
-    one gives false alarms. V is bias-corrected (Bergsma 2013). labels: {name: (n,) array}.
+    under all permutations of one column (Mielke & Berry 1985): right for rare values too, where the usual one
+    gives false alarms. V is bias-corrected (Bergsma 2013). labels: {name: (n,) array}.
     """
     codes = {name: np.unique(label, return_inverse=True)[1].reshape(-1) for name, label in labels.items()}
     counts = {name: np.bincount(code) for name, code in codes.items()}
@@ -482,7 +486,7 @@ def dependent_pairs(labels, level=SIGNIFICANCE):
 
 
 def chi_square(a, b, count_a, count_b):
-    """(Cramér's V, p) of two code columns (n,) with their counts; None if one is constant or all distinct."""
+    """(Cramér's V, p) of two columns (n,) and their counts; None if one is constant or all distinct."""
     n, r, c = len(a), len(count_a), len(count_b)
     if n < 4 or min(r, c) < 2 or max(r, c) == n:
         return None
@@ -509,8 +513,8 @@ def quantile_bins(name, values, bins):
         with suppress(ValueError):
             numbers[row] = float(value)
         if not np.isfinite(numbers[row]):
-            raise ValueError(f"--bin {name}={bins}: row {row} (counting from 0) of {name!r} is {value!r}; "
-                             "only numbers can be binned")
+            raise ValueError(f"--bin {name}={bins}: row {row} (counting from 0) of {name!r} is "
+                             f"{str(value)!r}; only numbers can be binned")
     edges = np.quantile(numbers, np.arange(1, bins) / bins, method="inverted_cdf")
     lower = numbers[numbers < numbers.max()]              # an edge at the maximum leaves nothing above
     edges = np.minimum(edges, lower.max()) if len(lower) else edges
@@ -524,9 +528,9 @@ def parse_arguments(argv):
 
     parser = command.parser(__doc__)
     add = parser.add_argument
-    add("files", nargs="+", metavar="EMB.npy … [PROPS.csv]", help="embeddings (n, m) and their properties, a header "
-        "and n rows; a first column named frame, image, file, path or id is no property (the props.csv beside each "
-        "EMB.npy, or in results/<dataset>)")
+    add("files", nargs="+", metavar="EMB.npy … [PROPS.csv]", help="embeddings (n, m) and their properties: a "
+        "header, n rows; a first column named frame, image, file, path or id is none (the props.csv beside "
+        "each EMB.npy, or in results/<dataset>)")
     add("--properties", metavar="A,B", help="only these columns (all)")
     add("--distance", default="euclidean", choices=DISTANCES, help="how neighbours are ranked "
         "(euclidean, on the raw embeddings as released; cosine is the paper's Eq. 3 for every loss but SNR)")
@@ -584,10 +588,6 @@ def warnings_before(labels, n, args):
                f"{SIGNIFICANCE}: nothing can be marked; use --permutations {100 * testable:,} or more")
 
 
-def is_marked(score):
-    return score.nr_precision > PUBLISHED_THRESHOLD if score.p_holm is None else score.p_holm < SIGNIFICANCE
-
-
 def rounded(value, digits):
     return f"{round(value, digits) + 0.0:.{digits}f}"        # never −0.00
 
@@ -602,13 +602,16 @@ def print_results(names, results, permutations):
     lines = [["NR-Prec", *properties]]
     for name, scores in zip(names, (list(r.values()) for r in results)):
         title = name if len(name) <= 16 else "…" + name[-15:]
-        marks = ["*" if is_marked(s) else " " for s in scores]
+        marked = [s.nr_precision > PUBLISHED_THRESHOLD for s in scores]
+        if permutations:
+            marked = [s.p_holm < SIGNIFICANCE for s in scores]
         for heading, field, digits in SHOWN:
             if getattr(scores[0], field) is not None:
                 columns.append([title, heading, *(rounded(getattr(s, field), digits) for s in scores)])
                 title = ""
-        columns.append(["", "", *marks])
-        lines.append([name, *(rounded(s.nr_precision, 2) + mark for s, mark in zip(scores, marks))])
+        columns.append(["", "", *("*" if mark else "" for mark in marked)])
+        lines.append([name, *(rounded(s.nr_precision, 2) + ("*" if mark else " ")
+                              for s, mark in zip(scores, marked))])
     if len(results) <= SIDE_BY_SIDE:
         lines = list(zip(*columns))
     command.print_aligned(lines if len(results) > 1 else lines[1:])

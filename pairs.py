@@ -1,18 +1,18 @@
-"""How far apart are same-class and different-class pairs of an embedding? Histograms of all inner products, their
-Jensen-Shannon divergence (JSD), Recall@K, R-Precision and MAP@R, exact at any size (Oi et al., 2022).
+"""How far apart are same-class and different-class pairs of an embedding? Histograms of all inner products,
+their Jensen-Shannon divergence (JSD), Recall@K, R-Precision and MAP@R, exact at any size (Oi et al., 2022).
 
     python pairs.py examples/cars/emb.npy examples/cars/props.csv --label model
     python pairs.py a/emb.npy b/emb.npy labels.csv --out pairs.csv --histograms hist.csv --figure fig1.png
     python pairs.py emb.npy labels.csv --bins 50,100,200,400                 # what the paper does not state
     python pairs.py results/cars/*/fold*/emb.npy --label model               # each with the table beside it
     python pairs.py test.npy test.csv --train train.npy train.csv            # Fig. 2 and 4: are they alike?
-    python pairs.py emb.npy labels.csv --classes 5,10,20,50 --class-figure classes.png --intervals intervals.csv
+    python pairs.py emb.npy labels.csv --classes 5,10,20,50 --class-figure classes.png --intervals i.csv
 
 Reads: embeddings as .npy, (n, m); labels as .csv with a header and n rows in the same order.
 Writes: a table on stdout; with --out one CSV row for each embedding file and number of bins; figures as PNG
 (figures.py draws them: copy it too).
-In Python: pair_scores(embeddings, labels): arrays in, and only numpy, scipy and threadpoolctl are needed (with the
-extension _knn: fast; without: the same numbers, slowly).
+In Python: pair_scores(embeddings, labels): arrays in, and only numpy, scipy and threadpoolctl are needed
+(with the extension _knn: fast; without: the same numbers, slowly).
 """
 if __name__ == "__main__":  # Ctrl-C ends in one line from here on
     import sys
@@ -61,19 +61,19 @@ def normalise(x):
     """Embeddings x (n, m) float32 -> Space. Raises ValueError for a zero vector."""
     n, m = x.shape
     unit, norms, step = np.empty((n, m), np.float32), np.empty(n), max(1, (1 << 20) // m)
-    for start in range(0, n, step):
-        part = x[start:start + step].astype(np.float64)
-        norms[start:start + step] = np.sqrt((part ** 2).sum(1))
-        if not norms[start:start + step].all():
-            row = start + int((norms[start:start + step] == 0).argmax())
-            raise ValueError(f"row {row} is a zero vector: it has no inner product with others; remove that picture")
-        unit[start:start + step] = part / norms[start:start + step, None]
-    # Rounding of the unit rows and of m float32 terms in any order; 5 % for second-order terms, and what underflows.
+    for part in (slice(start, start + step) for start in range(0, n, step)):
+        rows = x[part].astype(np.float64)
+        norms[part] = np.sqrt((rows ** 2).sum(1))
+        if not norms[part].all():
+            row = part.start + int((norms[part] == 0).argmax())
+            raise ValueError(f"row {row} is a zero vector: it has no inner product; remove that picture")
+        unit[part] = rows / norms[part, None]
+    # Rounding of the unit rows and of m float32 terms in any order; 5 % for second order; what underflows.
     return Space(x, unit, norms, 1.05 * 2.0 ** -24 * (m + 8) + (m + 4) * 2.0 ** -125)
 
 
 def bin_numbers(s, bins):
-    """The definition that all histograms equal: equal bins over [−1, 1], 1 in the last. s: any float64 array."""
+    """The definition that all histograms equal: equal bins over [−1, 1], 1 in the last. s: float64 array."""
     return np.clip(np.floor((s + 1.0) * (0.5 * bins)), 0, bins - 1).astype(np.int64)
 
 
@@ -107,7 +107,7 @@ def in_turn(work, jobs, threads):
 
 
 def count_pairs(space, order, ranges, groups, bins, threads, progress=None):
-    """Histograms of inner products of the row at position p with those at begin <= q < split and split <= q < end.
+    """Histograms of inner products of the row at position p with those at begin <= q < split <= q < end.
 
     order (n,): position p holds row order[p]; ranges (3, n): begin, split, end; groups (n,) ascending from 0.
     Returns counts (groups, 2, Σ bins) int64. Tile by tile; each thread multiplies and counts its own.
@@ -130,7 +130,8 @@ def count_pairs(space, order, ranges, groups, bins, threads, progress=None):
         products = buffer[:(b - a) * (d - c)].reshape(b - a, d - c)
         np.matmul(unit[a:b], unit[c:d].T, out=products)
         tile = np.zeros((groups[b - 1] - groups[a] + 1, 2, sum(bins)), np.int64)
-        _knn.pair_histogram(products, a, c, ranges, groups, order, space.x, space.norms, space.bound, kinds, tile)
+        _knn.pair_histogram(products, a, c, ranges, groups, order, space.x, space.norms, space.bound, kinds,
+                            tile)
         buffers.append(buffer)
         return a, b, tile, products.size
 
@@ -142,10 +143,12 @@ def count_pairs(space, order, ranges, groups, bins, threads, progress=None):
 
 
 def split_bins(counts, counted, bins):
-    """counts (…, Σ counted) -> {bins: (…, bins)}; halves, quarters … of a counted number are sums of neighbours."""
-    parts = dict(zip(counted, np.split(counts, np.cumsum(counted)[:-1], axis=-1)))
-    source = {b: next(c for c in counted if c % b == 0 and (c // b).bit_count() == 1) for b in bins}
-    return {b: parts[c].reshape(*counts.shape[:-1], b, c // b).sum(-1) for b, c in source.items()}
+    """counts (…, Σ counted) -> {bins: (…, bins)}; half, a quarter … of a counted number sums neighbours."""
+    parts, split = dict(zip(counted, np.split(counts, np.cumsum(counted)[:-1], axis=-1))), {}
+    for b in bins:
+        c = next(c for c in counted if is_doubled(b, c))
+        split[b] = parts[c].reshape(*counts.shape[:-1], b, c // b).sum(-1)
+    return split
 
 
 def finest(bins):
@@ -153,7 +156,11 @@ def finest(bins):
 
     (s + 1) · bins / 2 is the same float64 but for its exponent when bins doubles, so the sums are exact.
     """
-    return sorted({b for b in bins if not any(c > b and c % b == 0 and (c // b).bit_count() == 1 for c in bins)})
+    return sorted({b for b in bins if not any(c > b and is_doubled(b, c) for c in bins)})
+
+
+def is_doubled(b, c):
+    return c % b == 0 and (c // b).bit_count() == 1
 
 
 def jensen_shannon(p, q):
@@ -161,7 +168,8 @@ def jensen_shannon(p, q):
     with np.errstate(divide="ignore", invalid="ignore"):
         p, q = p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)
         middle = (p + q) / 2
-        terms = np.where(p > 0, p * np.log2(p / middle), 0.0) + np.where(q > 0, q * np.log2(q / middle), 0.0)
+        terms = np.where(p > 0, p * np.log2(p / middle), 0.0)
+        terms += np.where(q > 0, q * np.log2(q / middle), 0.0)
     empty = np.isnan(p).any(-1) | np.isnan(q).any(-1)     # no pair at all
     return np.where(empty, np.nan, np.clip(terms.sum(-1) / 2, 0.0, 1.0))
 
@@ -186,8 +194,8 @@ def pair_means(space, order, value, sizes):
 
 def rank_queries_numpy(space, value, queries, relevant, neighbours):
     """The plain twin of the kernel: float64 cosine distances, a stable sort, and the definitions."""
-    first, hits, precision = np.zeros(len(queries), np.int64), np.zeros(len(queries), np.int64), np.zeros(len(queries))
-    unit = space.x / space.norms[:, None]
+    first, hits = np.zeros((2, len(queries)), np.int64)
+    precision, unit = np.zeros(len(queries)), space.x / space.norms[:, None]
     for b, (q, r) in enumerate(zip(queries, relevant)):
         order = np.argsort(1.0 - (unit[q] * unit).sum(1), kind="stable")
         right = value[order[order != q][:max(r, neighbours)]] == value[q]
@@ -201,26 +209,25 @@ def rank_queries_numpy(space, value, queries, relevant, neighbours):
 
 
 def rank_queries(space, value, relevant, neighbours, threads, progress=None):
-    """For each row: rank of its nearest positive (0: not seen), hits among its R nearest, Σ Precision@k · p(k).
+    """Of each row: rank of its nearest positive (0: not seen), hits among R nearest, Σ Precision@k · p(k).
 
-    value (n,) int: classes; relevant (n,): R. Neighbours by cosine distance, equal ones by smaller index; exact.
+    value (n,) int: classes; relevant (n,): R. Neighbours by cosine distance, ties by smaller index; exact.
     """
     n = len(value)
     rows = max(1, min(256, RANKED_BYTES // (4 * n), -(-n // threads)))
-    first, hits, precision = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n)
+    (first, hits), precision = np.zeros((2, n), np.int64), np.zeros(n)
     value, offset, bounds = value.astype(np.int32), np.zeros(n, np.float32), np.full(n, space.bound)
 
     def rank(start):
-        q = np.arange(start, min(start + rows, n))
-        part = slice(start, start + len(q))
+        q, part = np.arange(start, min(start + rows, n)), slice(start, start + rows)
+        out = first[part], hits[part], precision[part]
         if _knn is None:
-            first[part], hits[part], precision[part] = rank_queries_numpy(space, value, q, relevant[part], neighbours)
+            for ours, counted in zip(out, rank_queries_numpy(space, value, q, relevant[part], neighbours)):
+                ours[:] = counted
         elif relevant[part].any():
             products = np.matmul(space.unit[part], space.unit.T)
-            _knn.rank_hits(products, q, bounds[part], space.x, space.norms, offset, value, relevant[part], neighbours,
-                           first[part], hits[part], precision[part])
-        else:
-            first[part] = hits[part] = precision[part] = 0
+            _knn.rank_hits(products, q, bounds[part], space.x, space.norms, offset, value, relevant[part],
+                           neighbours, *out)
         return len(q) * n
 
     for size in in_turn(rank, ((start,) for start in range(0, n, rows)), threads):
@@ -246,7 +253,7 @@ class Score(NamedTuple):
     r_precision: float
     map_at_r: float
     histograms: dict      # {bins: (positive counts, negative counts)}
-    intervals: dict       # {("jsd", bins), ("recall", K), ("r_precision", None), ("map_at_r", None): (low, high)}
+    intervals: dict       # {("jsd", bins), ("recall", K), ("r_precision", None), …: (low, high)}
 
 
 def available_threads():
@@ -254,20 +261,20 @@ def available_threads():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def pair_scores(embeddings, labels, *, bins=(200,), recall=(1, 2, 4, 8), permutations=10, intervals=False, seed=0,
-                threads=None, progress=None):
+def pair_scores(embeddings, labels, *, bins=(200,), recall=(1, 2, 4, 8), permutations=10, intervals=False,
+                seed=0, threads=None, progress=None):
     """Pair histograms and their JSD (Oi et al., section 3), Recall@K, R-Precision and MAP@R.
 
     embeddings    (n, m) real numbers, used as float32; finite, no zero vector
     labels        (n,) of any comparable kind: at least two classes, one of them with two rows
     bins          numbers of equal bins over [−1, 1]
     recall        the K's
-    permutations  of the labels for jsd_null: JSD of few positives is biased up, and this shows by how much
-    intervals     also 95 % intervals: bootstrap over classes (means over queries), jackknife over classes (JSD)
+    permutations  of the labels for jsd_null: JSD of few positives is biased up; this shows by how much
+    intervals     also 95 % intervals: bootstrap over classes (means over queries), jackknife (JSD)
     seed          of the permutations and the bootstrap; threads: all that this process may use
     progress      called with (done, total) after each block
 
-    Returns a Score. Exact: equal to float64 brute force with ties by index, whatever the threads, blocks and BLAS.
+    Returns a Score. Exact: float64 brute force, ties by index, whatever threads, blocks and BLAS.
     Raises ValueError for shapes that do not fit, numbers that are not finite and options out of range.
     """
     x, labels = check_arguments(embeddings, labels, bins, recall, permutations, seed, threads)
@@ -276,9 +283,9 @@ def pair_scores(embeddings, labels, *, bins=(200,), recall=(1, 2, 4, 8), permuta
     value, relevant = value.reshape(-1), sizes[value.reshape(-1)] - 1          # R of each row
     positives = int((sizes * (sizes - 1) // 2).sum())
     if not positives:
-        raise ValueError(f"the {n:,} labels are all distinct: there is no positive pair; choose a coarser label")
+        raise ValueError(f"the {n:,} labels are all distinct: no positive pair; take a coarser label")
     if len(sizes) < 2:
-        raise ValueError("there is one class only: no negative pair; choose a label with at least two values")
+        raise ValueError("there is one class only: no negative pair; choose a label with two values or more")
     done, total = 0.0, n * n * (2.0 if intervals else 1.5) + permutations * positives
 
     def advance(part):
@@ -297,7 +304,7 @@ def pair_scores(embeddings, labels, *, bins=(200,), recall=(1, 2, 4, 8), permuta
     asked = relevant > 0
     each = {("recall", k): (first > 0) & (first <= k) for k in recall}
     each["r_precision", None] = hits / np.maximum(relevant, 1)
-    each["map_at_r", None] = precision / np.maximum(relevant, 1)   # MAP@R = (1/R) Σ_{k=1..R} Precision@k · p(k)
+    each["map_at_r", None] = precision / np.maximum(relevant, 1)   # (1/R) Σ_{k=1..R} Precision@k · p(k)
     means = {name: float(e[asked].mean()) for name, e in each.items()}
     bounds = bootstrap(each, value, asked, seed) if intervals else {}
     if intervals:
@@ -308,3 +315,320 @@ def pair_scores(embeddings, labels, *, bins=(200,), recall=(1, 2, 4, 8), permuta
                  means["r_precision", None], means["map_at_r", None], histograms, bounds)
 
 
+def count_classes(space, order, sizes, bins, apart, threads, advance):
+    """Histograms of positive and negative pairs: counts[0] (2, Σ bins) of all; if `apart`, counts[1 + c] of
+    those with a picture of class c. order (n,): rows sorted by class."""
+    n = len(order)
+    start, end = np.repeat(np.cumsum(sizes) - sizes, sizes), np.repeat(np.cumsum(sizes), sizes)
+    groups = np.repeat(np.arange(len(sizes)), sizes) if apart else np.zeros(n, np.int64)
+    later = np.array([np.arange(1, n + 1), end, np.full(n, n)])   # each pair once: with what follows
+    counts = count_pairs(space, order, later, groups, bins, threads, advance)
+    total = counts.sum(0, keepdims=True)
+    if apart:
+        before = np.array([np.zeros(n, np.int64), np.zeros(n, np.int64), start])
+        counts[:, 1] += count_pairs(space, order, before, groups, bins, threads, advance)[:, 1]
+    return np.concatenate([total, counts]) if apart else total
+
+
+def permuted_divergence(space, sizes, counted, histograms, permutations, seed, threads, advance):
+    """{bins: mean JSD over permutations of the labels}; nan without. Negatives are all pairs − positives."""
+    n = int(sizes.sum())
+    end = np.repeat(np.cumsum(sizes), sizes)
+    ranges, drawn = np.array([np.arange(1, n + 1), end, end]), {b: [] for b in histograms}
+    for i in range(permutations):                         # the same sizes of classes, filled at random
+        order = np.random.default_rng([seed, 1, i]).permutation(n)
+        counts = count_pairs(space, order, ranges, np.zeros(n, np.int64), counted, threads, advance)
+        for b, (p, _) in split_bins(counts[0], counted, histograms).items():
+            drawn[b].append(float(jensen_shannon(p, histograms[b].sum(0) - p)))
+    return {b: float(np.mean(values)) if values else float("nan") for b, values in drawn.items()}
+
+
+def check_arguments(embeddings, labels, bins, recall, permutations, seed, threads):
+    """(embeddings (n, m) float32, labels (n,)); ValueError for what pair_scores() can't work with."""
+    if np.iscomplexobj(embeddings):
+        raise ValueError("embeddings are complex; expected real numbers")
+    x, labels = np.ascontiguousarray(embeddings, np.float32), np.asarray(labels)
+    if x.ndim != 2 or not 2 <= len(x) < 2 ** 31 - 64 or x.shape[1] < 1:
+        raise ValueError(f"embeddings have shape {x.shape}; expected (n, m), 2 <= n < 2,147,483,584")
+    if labels.shape != (len(x),):
+        raise ValueError(f"labels have shape {labels.shape}; expected ({len(x)},), one for each row")
+    if not np.isfinite(x).all():
+        raise ValueError(f"row {int((~np.isfinite(x).all(1)).argmax())} of the embeddings is not finite")
+    for name, values, least, most in (("bins", bins, 1, MOST_BINS), ("recall", recall, 1, None),
+                                      ("permutations", [permutations], 0, None), ("seed", [seed], 0, None),
+                                      ("threads", [1 if threads is None else threads], 1, None)):
+        if not len(values):
+            raise ValueError(f"{name} is empty; expected at least one number")
+        for value in values:
+            if value < least or most and value > most:
+                limit = f"least {least:,}" if value < least else f"most {most:,}"
+                raise ValueError(f"{name} is {value}; expected at {limit}")
+    return x, labels
+
+
+def bootstrap(each, value, asked, seed, resamples=BOOTSTRAP):
+    """{name: (low, high)} of means over queries: percentiles over resampled classes, with their queries."""
+    names, classes = list(each), np.unique(value[asked])
+    code = np.searchsorted(classes, value[asked])
+    sums = np.array([np.bincount(code)] + [np.bincount(code, each[name][asked]) for name in names]).T
+    rng, drawn = np.random.default_rng([seed, 2]), np.empty((resamples, len(names)))
+    for i in range(resamples):
+        picked = sums[rng.integers(0, len(classes), len(classes))].sum(0)
+        drawn[i] = picked[1:] / picked[0]
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    return {name: (float(a), float(b)) for name, a, b in zip(names, low, high)}
+
+
+def jackknife(observed, histograms, parts):
+    """(low, high) of the JSD: each class left out once, with all its pairs; Student's t.
+
+    histograms (2, bins); parts (classes, 2, bins): the pairs with a picture of that class. Counts are exact.
+    (nan, nan) where without some class no positive or no negative pair is left.
+    """
+    c = len(parts)
+    with np.errstate(invalid="ignore"):
+        left = jensen_shannon(histograms[0] - parts[:, 0], histograms[1] - parts[:, 1])
+    half = stdtrit(c - 1, (1 + LEVEL) / 2) * np.sqrt((c - 1) / c * ((left - left.mean()) ** 2).sum())
+    return float(np.clip(observed - half, 0, 1)), float(np.clip(observed + half, 0, 1))
+
+
+def class_subsets(labels, numbers, repeats, seed):
+    """Yield (number of classes, repeat, rows) of random subsets of the classes with at least two pictures."""
+    classes, sizes = np.unique(labels, return_counts=True)
+    classes = classes[sizes > 1]
+    for k in numbers:
+        for r in range(repeats if k < len(classes) else 1):        # all of them: one way only
+            drawn = np.random.default_rng([seed, 3, k, r]).choice(len(classes), k, replace=False)
+            yield k, r, np.flatnonzero(np.isin(labels, classes[drawn]))
+
+
+# ---------------------------------------------------------------- the command
+
+class Result(NamedTuple):
+    """What one row of the outputs is about."""
+    file: str
+    name: str
+    split: str      # test, or train
+    subset: int     # classes of a random subset, None: all
+    repeat: int
+    score: Score
+
+    def value(self, key):
+        """A number of the score: ("jsd", bins), ("jsd_null", bins), ("recall", K), ("map_at_r", None), …"""
+        field, number = key
+        value = getattr(self.score, field)
+        return value if number is None else value[number]
+
+
+def parse_arguments(argv):
+    from dml_common import command
+
+    parser = command.parser(__doc__)
+    add = parser.add_argument
+    add("files", nargs="+", metavar="EMB.npy … [LABELS.csv]", help="embeddings (n, m) and their labels.csv "
+        "or props.csv: a header and n rows (the one beside each EMB.npy, or in results/<dataset>)")
+    add("--label", default="class", metavar="COLUMN", help="whose equal values make a pair positive (class)")
+    add("--bins", default="200", metavar="N[,N]",
+        help="equal bins over [-1, 1], several in one pass (200; the paper does not state its own)")
+    add("--recall", default="1,2,4,8", metavar="K[,K]",
+        help="the K's of Recall@K (1,2,4,8; 1,10,100,1000 is usual for SOP)")
+    add("--permutations", type=int, default=10, metavar="N", help="of the labels, for jsd_null: the JSD if "
+        "labels meant nothing, which is not 0 with few pairs (10; 0: none)")
+    add("--train", nargs=2, metavar=("EMB.npy", "LABELS.csv"), help="the training split: rows of its own, a "
+        "column `split`; the paper reads a JSD above the test split's as overfitting")
+    add("--classes", default="", metavar="N[,N]", help="also random subsets of so many classes (of two or "
+        "more pictures): does a metric depend on their number?")
+    add("--repeats", type=int, default=10, metavar="N", help="subsets for each number (10)")
+    add("--out", metavar="FILE.csv", help="a row for each embedding file, subset and number of bins")
+    add("--histograms", metavar="FILE.csv", help="the counts of every bin")
+    add("--intervals", metavar="FILE.csv", help="95%% intervals over classes, printed too: bootstrap "
+        "percentiles for means over queries, delete-one-class jackknife for the JSD; counts all pairs twice")
+    add("--figure", metavar="FILE.png", help="the histograms before and after normalising (Fig. 1)")
+    add("--class-figure", metavar="FILE.png", help="the metrics against the number of classes")
+    add("--seed", type=int, default=0, help="of permutations, subsets and bootstrap (0)")
+    add("--threads", type=int, metavar="N", help="for BLAS and the kernel alike (all)")
+    return parser.parse_intermixed_args(argv)
+
+
+def whole_numbers(option, text, least):
+    """"1,2,4" -> [1, 2, 4], each once, in the order given."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) >= least for part in parts):
+        raise ValueError(f"--{option} {text}: expected whole numbers from {least}, between commas")
+    return list(dict.fromkeys(map(int, parts)))
+
+
+def score_file(file, table, name, split, args, options, numbers):
+    """The Results of one embedding: of all classes first, then of the random subsets."""
+    from dml_common import command, files
+
+    try:
+        labels = files.read_properties(table, [args.label])[args.label]
+    except ValueError as error:
+        raise ValueError(f"{error} (column of --label)") from None
+    x = files.read_embeddings(file, table, len(labels))
+    enough = int((np.unique(labels, return_counts=True)[1] > 1).sum())
+    if numbers and numbers[-1] > enough:
+        raise ValueError(f"--classes {numbers[-1]}: {table} has {enough:,} classes of two or more pictures; "
+                         "ask for no more than these")
+    subsets = list(class_subsets(labels, numbers, args.repeats, args.seed))
+    share = 1 / (1 + len(subsets))
+    with command.bar(1.0, name) as bar:
+        try:
+            score = pair_scores(x, labels, intervals=args.intervals is not None, **options,
+                                progress=lambda done, total: bar.update(done / total * share - bar.n))
+        except ValueError as error:
+            raise ValueError(f"{file}, {args.label} of {table}: {error}") from None
+        results = [Result(file, name, split, None, None, score)]
+        for k, repeat, rows in subsets:
+            score = pair_scores(x[rows], labels[rows], **options)
+            results.append(Result(file, name, split, k, repeat, score))
+            bar.update(share)
+    return results
+
+
+def print_table(results, bins, recall):
+    """Metrics in rows, embeddings side by side (many: one in a row); intervals where they were asked for."""
+    from dml_common import command
+
+    def cell(result, key):
+        value, interval = result.value(key), result.score.intervals.get(key)
+        text = f"{value:,}" if isinstance(value, int) else f"{round(value, 4) + 0.0:.4f}"    # never −0.0000
+        return f"{text} [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else text
+
+    metrics = [("pictures", "n", None), ("classes", "classes", None)]
+    for name in ("positive pairs", "negative pairs", "positive mean", "negative mean"):
+        metrics.append((name, name.replace(" ", "_"), None))
+    for b in bins:
+        metrics += [(f"JSD, {b:,} bins", "jsd", b), ("  labels permuted", "jsd_null", b)]
+    metrics += [(f"Recall@{k}", "recall", k) for k in recall]
+    metrics += [("R-Precision", "r_precision", None), ("MAP@R", "map_at_r", None)]
+    lines = [["", *(r.name for r in results)]]
+    for name, *key in metrics:
+        lines.append([name, *(cell(r, tuple(key)) for r in results)])
+    command.print_aligned(lines if len(results) <= SIDE_BY_SIDE else list(zip(*lines)))
+    if results[0].score.intervals:
+        print(f"\n[ ] {LEVEL:.0%} intervals over classes: {BOOTSTRAP:,} bootstrap resamples of the classes "
+              "(Recall, R-Precision, MAP@R);")
+        print("    each class left out once, with all its pairs (JSD: jackknife, Student's t)")
+
+
+def subset_curves(results, numbers, bins, recall):
+    """{metric: [values of the subsets of numbers[0] classes, …]} of one embedding."""
+    metrics = {"JSD": ("jsd", bins), f"Recall@{recall}": ("recall", recall), "MAP@R": ("map_at_r", None)}
+    if not np.isnan(results[0].score.jsd_null[bins]):
+        metrics["JSD, labels permuted"] = ("jsd_null", bins)
+    return {name: [[r.value(key) for r in results if r.subset == k] for k in numbers]
+            for name, key in metrics.items()}
+
+
+def print_subsets(name, curves, numbers):
+    """Mean ± standard deviation over the subsets, and how far the mean moves from few classes to many."""
+    from dml_common import command
+
+    print(f"\n{name}: random subsets of classes, mean ± standard deviation over the subsets")
+    lines = [["classes", *curves]]
+    for i, k in enumerate(numbers):
+        lines.append([f"{k}", *(f"{np.mean(v[i]):.4f} ± {np.std(v[i]):.4f}" for v in curves.values())])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        change = [np.divide(np.mean(v[-1]), np.mean(v[0])) - 1 for v in curves.values()]
+    last = [f"{numbers[0]} to {numbers[-1]}", *(f"{c:+.1%}" for c in change[:3])]
+    command.print_aligned([*lines, last + [""] * (len(curves) - 3)])
+
+
+def write_tables(args, results, bins, numbers):
+    """The CSV files that were asked for, each whole or not at all."""
+    from dml_common import files
+
+    rows, counts, intervals = [], [], []
+    for r in results:
+        s, front, source = r.score, {}, {"embeddings": r.file, "label": args.label}
+        if args.train:
+            front["split"] = r.split
+        drawn = {"classes": s.classes, "repeat": r.repeat} if numbers else {}
+        for b in bins:
+            rows.append({**front, **drawn, **source, "n": s.n, "positive_pairs": s.positive_pairs,
+                         "negative_pairs": s.negative_pairs, "positive_mean": s.positive_mean,
+                         "negative_mean": s.negative_mean, "jsd": s.jsd[b],
+                         "jsd_null": s.jsd_null[b] if args.permutations else None, "bins": b,
+                         **{f"recall_at_{k}": value for k, value in s.recall.items()},
+                         "r_precision": s.r_precision, "map_at_r": s.map_at_r})
+        if r.subset is not None:
+            continue
+        for b, (positive, negative) in s.histograms.items():
+            for i, (p, q) in enumerate(zip(positive.tolist(), negative.tolist())):
+                counts.append({**front, **source, "bins": b, "low": 2 * i / b - 1,
+                               "high": 2 * (i + 1) / b - 1, "positive": p, "negative": q})
+        for (metric, number), (low, high) in s.intervals.items():
+            name, b, method = metric, None, "bootstrap"
+            if metric == "recall":
+                name = f"recall_at_{number}"
+            elif metric == "jsd":
+                b, method = number, "jackknife"
+            intervals.append({**front, **source, "metric": name, "bins": b,
+                              "value": r.value((metric, number)), "low": low, "high": high, "level": LEVEL,
+                              "method": method})
+    for path, lines in ((args.out, rows), (args.histograms, counts), (args.intervals, intervals)):
+        if path is not None:
+            files.write_table(path, list(lines[0]), [line.values() for line in lines])
+
+
+def main(argv=None):
+    from dml_common import command, files
+
+    args = parse_arguments(argv)
+    bins, recall = whole_numbers("bins", args.bins, 1), whole_numbers("recall", args.recall, 1)
+    numbers = sorted(whole_numbers("classes", args.classes, 2)) if args.classes else []
+    for option, least in (("permutations", 0), ("repeats", 1), ("seed", 0), ("threads", 1)):
+        command.at_least(option, getattr(args, option), least)
+    if args.class_figure is not None and not numbers:
+        raise ValueError("--class-figure needs --classes: the numbers of classes to compare")
+    arrays, tables = files.arrays_and_tables(args.files, args.label)
+    outputs = [args.out, args.histograms, args.intervals, args.figure, args.class_figure]
+    outputs = [Path(path).resolve() for path in outputs if path is not None]
+    for path in outputs:
+        files.check_output(path, [*arrays, *tables, *(args.train or [])])
+        if outputs.count(path) > 1:
+            raise ValueError(f"two outputs would go to {path}; give each a name of its own")
+    figures = command.figures() if args.figure is not None or args.class_figure is not None else None
+    if _knn is None:
+        command.say("note: the extension _knn is not built (pip install .): counted in NumPy, exact but slow")
+    names, splits = command.short_names(arrays), ["test"] * len(arrays)
+    if args.train:
+        names = ["test"] if len(names) == 1 else [f"{name}, test" for name in names]
+        arrays, tables = [*arrays, args.train[0]], [*tables, args.train[1]]
+        names, splits = [*names, "train"], [*splits, "train"]
+
+    options = {"bins": bins, "recall": recall, "permutations": args.permutations, "seed": args.seed,
+               "threads": args.threads}
+    results = []
+    for job in zip(arrays, tables, names, splits):
+        results += score_file(*job, args, options, numbers)
+    whole = [r for r in results if r.subset is None]
+    for name, score in ((r.name, r.score) for r in whole):
+        if score.lone:
+            command.say(f"warning: {name}: {score.lone:,} of {score.n:,} pictures are alone in their class: "
+                        "they make no positive pair and are no queries")
+        if any(np.isnan(low) for low, _ in score.intervals.values()):
+            command.say(f"warning: {name}: without one of its {score.classes:,} classes no positive or no "
+                        "negative pair is left, so the JSD has no interval (nan)")
+    write_tables(args, results, bins, numbers)
+    curves = [(r.name, subset_curves([s for s in results if s.name == r.name], numbers, bins[0], recall[0]))
+              for r in whole if numbers]
+    if args.figure is not None:
+        panels = []
+        for name, score in ((r.name, r.score) for r in whole):
+            positive, negative = score.histograms[bins[0]]
+            panels.append({"name": name, "positive": positive, "negative": negative,
+                           "positive_mean": score.positive_mean, "negative_mean": score.negative_mean,
+                           "jsd": score.jsd[bins[0]]})
+        files.write_file(args.figure, figures.png(figures.draw_pair_histograms(panels)))
+    if args.class_figure is not None:
+        files.write_file(args.class_figure, figures.png(figures.draw_class_curves(curves, numbers)))
+    print_table(whole, bins, recall)
+    for name, curve in curves:
+        print_subsets(name, curve, numbers)
+
+
+if __name__ == "__main__":
+    command.run(main, stopped="stopped")

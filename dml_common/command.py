@@ -226,9 +226,20 @@ def torch_device(name, precision="fp32"):
 # ---------------------------------------------------------------- for people
 
 
+def figures():
+    """figures.py, which draws what the steps' --figure ask for; ValueError where it or its extra is missing."""
+    try:
+        import figures
+    except ModuleNotFoundError as error:
+        if error.name == "figures":
+            raise ValueError(f"figures.py draws the figure; copy it too, beside {Path(sys.argv[0]).name}") from None
+        raise ValueError(f"figures.py needs {error.name}: pip install '.[report]'") from None
+    return figures
+
+
 def short_names(paths):
     """What tells the files apart: stems where they differ, else the paths without what all of them share."""
-    parts = [Path(path).with_suffix("").parts for path in paths]
+    parts = [(*Path(path).parent.parts, Path(path).stem) for path in paths]
     while len(parts) > 1 and min(map(len, parts)) > 1 and len({p[-1] for p in parts}) == 1:
         parts = [p[:-1] for p in parts]
     last = [p[-1] for p in parts]
