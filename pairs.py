@@ -27,7 +27,6 @@ if __name__ == "__main__":  # Ctrl-C ends in one line from here on
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -585,12 +584,11 @@ def main(argv=None):
         raise ValueError("--class-figure needs --classes: the numbers of classes to compare")
     arrays, tables = files.arrays_and_tables(args.files, args.label)
     outputs = [args.out, args.histograms, args.intervals, args.figure, args.class_figure]
-    outputs = [Path(path).resolve() for path in outputs if path is not None]
-    for path in outputs:
-        files.check_output(path, [*arrays, *tables, *(args.train or [])])
-        if outputs.count(path) > 1:
-            raise ValueError(f"two outputs would go to {path}; give each a name of its own")
-    figures = command.figures() if args.figure is not None or args.class_figure is not None else None
+    taken = [*arrays, *tables, *(args.train or [])]
+    for path in (path for path in outputs if path is not None):
+        files.check_output(path, taken)
+        taken.append(path)
+    figures = command.import_figures() if args.figure is not None or args.class_figure is not None else None
     if _knn is None:
         command.say("note: the extension _knn is not built (pip install .): counted in NumPy, exact but slow")
     names, splits = command.short_names(arrays), ["test"] * len(arrays)

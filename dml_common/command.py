@@ -226,17 +226,6 @@ def torch_device(name, precision="fp32"):
 # ---------------------------------------------------------------- for people
 
 
-def figures():
-    """figures.py, which draws what the steps' --figure ask for; ValueError where it or its extra is missing."""
-    try:
-        import figures
-    except ModuleNotFoundError as error:
-        if error.name == "figures":
-            raise ValueError(f"figures.py draws the figure; copy it too, beside {Path(sys.argv[0]).name}") from None
-        raise ValueError(f"figures.py needs {error.name}: pip install '.[report]'") from None
-    return figures
-
-
 def short_names(paths):
     """What tells the files apart: stems where they differ, else the paths without what all of them share."""
     parts = [(*Path(path).parent.parts, Path(path).stem) for path in paths]
@@ -262,3 +251,14 @@ def bar(total, description, unit=None, delay=2):
     form = {"bar_format": "{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left"}
     return tqdm(total=total, desc=description, delay=delay, disable=None, leave=unit is not None,
                 file=sys.stderr, **({"unit": unit} if unit else form))
+
+
+def import_figures():
+    """figures.py, for a step's --figure. Raises ValueError naming the file or the extra that is missing."""
+    try:
+        import figures
+    except ModuleNotFoundError as error:
+        if error.name == "figures":
+            raise ValueError("--figure draws with figures.py, which is not beside this script; copy it too") from None
+        raise ValueError(f"--figure needs {error.name}: pip install '.[report]'") from None
+    return figures

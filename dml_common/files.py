@@ -217,7 +217,7 @@ def check_output(path, inputs=()):
         raise ValueError("the output has no name; give a file's")
     for other in inputs:
         if Path(path).resolve() == Path(other).resolve():
-            raise ValueError(f"{path} is an input; writing there would destroy it: choose another name")
+            raise ValueError(f"{path} is an input, or another output: choose another name")
     if Path(path).is_dir():
         raise ValueError(f"{path} is a folder; give the name of a file")
     if not folder.is_dir():

@@ -471,7 +471,7 @@ def test_every_option(files, run_script):
     assert Path("f.png").read_bytes() == again
 
 
-@pytest.mark.parametrize("hidden, words", (("figures", "copy it too, beside"), ("matplotlib", "'.[report]'")))
+@pytest.mark.parametrize("hidden, words", (("figures", "copy it too"), ("matplotlib", "'.[report]'")))
 def test_a_figure_without_what_draws_it(files, refused, monkeypatch, hidden, words):
     monkeypatch.delitem(sys.modules, "figures", raising=False)
     monkeypatch.setitem(sys.modules, hidden, None)
@@ -518,7 +518,7 @@ def test_help_teaches_and_torch_is_not_loaded(run_script):
     (["--classes", "2", "--repeats", "0"], "--repeats 0"), (["--permutations", "-1"], "--permutations -1"),
     (["--permutations", "x"], "'x'"), (["--colour"], "--colour"), (["--train", "emb.npy"], "--train"),
     (["--class-figure", "c.png"], "--class-figure needs --classes"), (["--figure", "."], "is a folder"),
-    (["--out", "no/o.csv"], "does not exist"), (["--out", "o.csv", "--intervals", "./o.csv"], "two outputs"),
+    (["--out", "no/o.csv"], "does not exist"), (["--out", "o.csv", "--intervals", "./o.csv"], "another out"),
     (["--train", "missing.npy", "train.csv"], "missing.npy does not"), (["--out", "emb.csv"], "an input"),
     (["--train", "emb.npy", "train.csv"], "emb.npy has 60 embeddings, train.csv 40 rows")))
 def test_bad_options(files, refused, options, words):
