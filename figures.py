@@ -1,13 +1,13 @@
-"""Figures of what a results folder holds: the two papers' figures, and their tables at a glance (extra `plots`).
+"""Figures of what a results folder holds: the two papers' figures, and their tables at a glance (extra `report`).
 
     python figures.py results --out figures                                  # whatever the results allow
     python figures.py results/cars --out figures --dataset examples/cars     # with pictures: gallery, samples
     python figures.py results --out figures --only profile,correlation
     python figures.py results --out figures --only tsne --network triplet/fold1
 
-Reads:  results/<dataset>/ (or a folder of such): nrprec.csv, compare.csv, pairs.csv, histograms.csv, and each network's
-        <loss>/fold<k>/ with emb.npy, maps.npy, their JSONs, labels.csv, props.csv; of the training history.csv and
-        histograms.csv in models/trained/<dataset>/<loss>/fold<k>/
+Reads:  results/<dataset>/ (or a folder of such): nrprec.csv, compare.csv, pairs.csv, histograms.csv, and each
+        network's <loss>/fold<k>/ with emb.npy, maps.npy, their JSONs, labels.csv, props.csv; of the training
+        history.csv and histograms.csv in models/trained/<dataset>/<loss>/fold<k>/
 Writes: NAME.svg, NAME.png and NAME.pdf for each figure (photographs: no SVG), and figures.json with titles and captions
 
     profile      NR-Prec of every property, losses as dots (Kobs et al., Table 6)
@@ -19,6 +19,7 @@ Writes: NAME.svg, NAME.png and NAME.pdf for each figure (photographs: no SVG), a
     training     loss, pair means, JSD, Recall@1, MAP@R against the epoch (Fig. 2, 4)
 
 A figure whose input is missing is left out and named. Same input, same options: the same files, byte for byte.
+In Python every draw_ function takes plain arrays and returns a matplotlib Figure; png() makes a file's bytes of it.
 """
 import argparse
 import importlib.util
@@ -33,46 +34,242 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+import matplotlib
 import numpy as np
+from matplotlib import style
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 try:
-    import matplotlib
-    from matplotlib import style
-    from matplotlib.colors import LinearSegmentedColormap, Normalize
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-    from matplotlib.textpath import TextPath
-except ImportError:
-    matplotlib = None  # main says what to install; --help works without
-
-from dml_common import files
-from dml_common import pictures as data
-from dml_common import results
+    from dml_common import files, pictures as data, results
+except ModuleNotFoundError:
+    pass  # the drawing functions stand alone
 
 HERE = Path(__file__).resolve().parent
 FIGURES = ("profile", "correlation", "jsd", "gallery", "tsne", "samples", "pairs", "training")
 MARK = 2.576   # the published mark of NR-Prec
 DASHES = (0, (4, 2))
-WIDTH = 5.4    # inches of every figure: 9 points are 9 pixels where it is shown 400 pixels wide
-DPI = 200
 MOST_PAIRED = 20_000  # embeddings whose pairs are counted here; above, pairs.py --histograms does it
-# No name is ever taken for a formula (parse_math), and no file depends on the day or a user's matplotlibrc.
-STYLE = ["default", {
-    "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8,
-    "font.family": ["DejaVu Sans"], "text.parse_math": False, "svg.hashsalt": "figures.py", "svg.fonttype": "path",
-    "pdf.fonttype": 42, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "legend.frameon": False,
-    "xtick.major.width": 0.6, "ytick.major.width": 0.6, "savefig.dpi": DPI, "figure.dpi": DPI}]
-# Okabe and Ito's colours, told apart with every kind of colour blindness; a shape goes with each.
-BLUE, VERMILION, GREEN, ORANGE, SKY, PURPLE, YELLOW = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#F0E442"
-TYPES = {"ranking": (BLUE, "o"), "classification": (VERMILION, "^"), "none": ("#444444", "s"), "other": (GREEN, "D")}
-SHAPES = {"ranking": "●", "classification": "▲", "none": "■", "other": "◆"}  # the same, as letters
-NAMED = {"ranking": "ranking loss", "classification": "classification loss", "none": "no DML loss", "other": "other"}
-MARKERS = list(zip((BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, "#000000"), "o^sDvP*"))
 # Round the circle dark, blue, light, ochre: lightness against blue-yellow, the two axes that no colour blindness takes away.
 CIRCLE = ("#1d1d24", "#123f72", "#2a78c2", "#84b3e4", "#c9c9c9", "#d6ad55", "#a97a12", "#5a4210", "#1d1d24")
-# As saliency.py's: lightness grows evenly.
-HEAT = np.array([[0, 0, 4], [31, 12, 72], [85, 15, 109], [136, 34, 106], [186, 54, 85], [227, 89, 51], [249, 142, 9],
-                 [249, 203, 53], [252, 255, 164]], dtype=np.float64)
+WIDTH = 5.4    # inches of every figure: 9 points are 9 pixels where it is shown 400 pixels wide
+DPI = 200
+# No name is ever taken for a formula (parse_math), and no file depends on the day or a user's matplotlibrc.
+STYLE = ["default", {
+    "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
+    "legend.fontsize": 8, "font.family": ["DejaVu Sans"], "text.parse_math": False, "svg.hashsalt": "figures.py",
+    "svg.fonttype": "path", "pdf.fonttype": 42, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.linewidth": 0.6, "legend.frameon": False, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
+    "savefig.dpi": DPI, "figure.dpi": DPI}]
+styled = style.context(STYLE)  # as a decorator
+
+# Okabe and Ito's colours, told apart with every kind of colour blindness; a shape goes with each.
+BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
+SKY, PURPLE, GREY = "#56B4E9", "#CC79A7", "#444444"
+MARKERS = list(zip((BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, "#000000"), "o^sDvP*"))
+TYPES = {  # of losses: colour, marker, the same as a letter, words
+    "ranking": (BLUE, "o", "●", "ranking loss"), "classification": (VERMILION, "^", "▲", "classification loss"),
+    "none": (GREY, "s", "■", "no DML loss"), "other": (GREEN, "D", "◆", "other")}
+PAIRS = {"positive": (VERMILION, "-"), "negative": (BLUE, (0, (3, 1.2)))}  # of pictures: colour, line
+# Lightness grows evenly, as in saliency.py.
+HEAT = np.array([[0, 0, 4], [31, 12, 72], [85, 15, 109], [136, 34, 106], [186, 54, 85], [227, 89, 51],
+                 [249, 142, 9], [249, 203, 53], [252, 255, 164]], dtype=np.float64)
+
+
+# ---------------------------------------------------------------- what every figure needs
+
+
+def plain(text, most=200):
+    """A name as it can be drawn: no control characters, no line breaks, shortened to `most` letters."""
+    text = "".join(letter if letter.isprintable() else "\ufffd" for letter in str(text)).strip() or "–"
+    text = f"\u2009{text}" if text[0] == "_" else text  # legends leave out what begins with an underscore
+    return text if len(text) <= most else text[:most - 1] + "…"
+
+
+def type_legend(fig, kinds, more=(), **place):
+    """The types that are there, by marker; more: [(Line2D, text) …] after them."""
+    entries = [(Line2D([], [], color=colour, marker=marker, linestyle="", markersize=5), text)
+               for kind, (colour, marker, _, text) in TYPES.items() if kind in kinds]
+    handles, texts = zip(*entries, *more)
+    fig.legend(handles, texts, **{"handletextpad": 0.4, "columnspacing": 1.2, "ncols": 4, **place})
+
+
+@styled
+def png(fig):
+    """The PNG file of a figure, without date or version: equal figures are equal bytes."""
+    content = io.BytesIO()
+    fig.savefig(content, format="png", metadata={"Software": None})
+    return content.getvalue()
+
+
+# ---------------------------------------------------------------- heat maps
+
+
+def cluster(distances):
+    """Average linkage of a symmetrical matrix (K, K) -> (linkage, leaf order), or (None, 0 … K - 1) where a pair is nan."""
+    from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
+
+    pairs = distances[np.triu_indices(len(distances), 1)]
+    if len(distances) < 3 or not np.isfinite(pairs).all():
+        return None, np.arange(len(distances))
+    pairs = np.maximum(pairs, 0)  # 1 - r of two equal maps may be a rounding below
+    tree = optimal_leaf_ordering(linkage(pairs, "average"), pairs)
+    return tree, leaves_list(tree)
+
+
+@styled
+def draw_heat_map(values, names, kinds=None, tree=None, order=None, text="{:.0f}", ramp="Blues", title=None):
+    """A symmetrical table as coloured cells with their numbers; nan is grey, on the diagonal empty -> Figure.
+
+    values (K, K); names: K; kinds: K of TYPES, marked beside the names; tree: SciPy's linkage, drawn on the
+    right; order: the rows as they are drawn (the tree's leaves); text: a number's format; ramp: a colour map.
+    """
+    from scipy.cluster.hierarchy import dendrogram
+
+    K, order = len(names), np.arange(len(names)) if order is None else order
+    labels = [plain(names[i], 26) for i in order]
+    fig = Figure(figsize=(WIDTH, 0.88 * WIDTH), layout="constrained")
+    ax = fig.add_subplot(facecolor="#d9d9d9")
+    shown = np.ma.masked_invalid(np.asarray(values, np.float64)[np.ix_(order, order)])  # (K, K)
+    low, high = (shown.min(), shown.max()) if shown.count() else (0, 1)
+    mesh = ax.pcolormesh(shown, cmap=ramp, vmin=low, vmax=high if high > low else low + 1, edgecolors="white",
+                         linewidth=0.8)
+    size = min(9, 140 / K)  # points
+    for i, j in np.argwhere(~shown.mask):
+        light = np.dot(np.array(mesh.to_rgba(shown[i, j])[:3]) ** 2.2, [0.2126, 0.7152, 0.0722])
+        ax.text(j + 0.5, i + 0.5, text.format(shown[i, j]), ha="center", va="center", fontsize=size,
+                color="white" if light < 0.18 else "black")  # the better contrast
+    for i in np.flatnonzero(np.diag(np.ma.getmaskarray(shown))):
+        ax.add_patch(Rectangle((i, i), 1, 1, color="white", linewidth=0))
+    ax.set(xlim=(0, K), ylim=(K, 0))
+    ax.set_xticks(np.arange(K) + 0.5, labels, rotation=90, fontsize=min(9, 160 / K))
+    ax.set_yticks(np.arange(K) + 0.5, labels, fontsize=min(9, 160 / K))
+    ax.tick_params(length=0, pad=4 if kinds is None else 13)
+    ax.spines[:].set_visible(False)
+    for place, i in enumerate(order if kinds is not None else []):
+        colour, _, letter, _ = TYPES[kinds[i]]
+        for edge, away in ((0, place + 0.5), (-7, 0)), ((place + 0.5, K), (0, -7)):  # points beside the cells
+            ax.annotate(letter, edge, away, textcoords="offset points", color=colour, ha="center", va="center",
+                        fontsize=size, annotation_clip=False)
+    if tree is not None:
+        beside = ax.inset_axes([1.01, 0, 0.13, 1])
+        dendrogram(tree, orientation="right", ax=beside, color_threshold=0, above_threshold_color="#555555",
+                   no_labels=True)
+        lowest, top = tree[0, 2], tree[-1, 2]
+        beside.set(xlim=(max(0, lowest - 0.3 * (top - lowest)), 1.002 * top), ylim=beside.get_ylim()[::-1])
+        beside.axis("off")
+        beside.collections[0].set_linewidth(0.8)
+    if kinds is not None:
+        type_legend(fig, kinds, loc="outside lower center")
+    if title:
+        fig.suptitle(title, fontsize=9)
+    return fig
+
+
+def heat(saliency_map):
+    """A map (H, W) in [0, 1] in colour, uint8 (H, W, 3); nan is grey."""
+    known = np.isfinite(saliency_map)
+    position = np.where(known, saliency_map, 0).astype(np.float64) * (len(HEAT) - 1)
+    colours = np.stack([np.interp(position, range(len(HEAT)), channel) for channel in HEAT.T], axis=-1)
+    colours[~known] = 128
+    return colours.round().astype(np.uint8)
+
+
+# ---------------------------------------------------------------- pairs
+
+
+def coarser(histograms, most=50):
+    """What is drawn of histograms, a list of (2, bins) over [-1, 1]: (edges, the same with equally many, fewer bins).
+
+    Neighbouring bins are joined until at most `most` cover what any of the histograms reaches; the rest is cut off.
+    """
+    bins = np.gcd.reduce([one.shape[1] for one in histograms])
+    histograms = [one.reshape(2, bins, -1).sum(axis=2) for one in histograms]
+    reached = np.flatnonzero(sum(one.sum(axis=0) for one in histograms))
+    joined = next(d for d in range(1, bins + 1) if bins % d == 0 and reached[-1] // d - reached[0] // d < most)
+    first, last = reached[0] // joined, reached[-1] // joined + 1
+    edges = np.linspace(-1, 1, bins // joined + 1)[first:last + 1]
+    return edges, [one.reshape(2, -1, joined).sum(axis=2)[:, first:last] for one in histograms]
+
+
+def draw_histogram(ax, edges, counts, area=True, before=None):
+    """Positives and negatives of counts (2, bins), each divided by its area if so; before: the same, dotted."""
+    for k, (colour, line) in enumerate(PAIRS.values()):
+        heights, *dotted = [one[k] / max(one[k].sum() * (edges[1] - edges[0]), 1e-30) if area else one[k]
+                            for one in (counts, before) if one is not None]
+        ax.stairs(heights, edges, color=colour, fill=True, alpha=0.25, linewidth=0)
+        ax.stairs(heights, edges, color=colour, linewidth=1.1, linestyle=line)
+        for heights in dotted:
+            ax.stairs(heights, edges, color=colour, linewidth=0.8, linestyle=":")
+    ax.set(xlim=(edges[0], edges[-1]), ylim=(0, None))
+    ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+
+
+def pair_legend(fig, more=()):
+    lines = [(f"{name} pairs", *look) for name, look in PAIRS.items()] + list(more)
+    fig.legend([Line2D([], [], color=colour, linestyle=line, linewidth=1.3) for _, colour, line in lines],
+               [text for text, _, _ in lines], loc="outside upper center", ncols=3)
+
+
+@styled
+def draw_pair_histograms(panels):
+    """Inner products of pairs, a row a network: left as counted, right each normalised to area 1 (Oi et al., Fig. 1).
+
+    panels: dicts with name, positive, negative (int counts (bins,) of equal bins over [-1, 1]), positive_mean,
+    negative_mean, jsd (None: not written). -> Figure
+    """
+    edges, histograms = coarser([np.stack([panel[name] for name in PAIRS]) for panel in panels])
+    fig = Figure(figsize=(WIDTH, 0.5 + 1.8 * len(panels)), layout="constrained")
+    axes = fig.subplots(len(panels), 2, sharex=True, squeeze=False)
+    for (left, right), panel, counts in zip(axes, panels, histograms):
+        draw_histogram(left, edges, counts, area=False)
+        draw_histogram(right, edges, counts)
+        positive, negative = counts.sum(axis=1)
+        left.set_title(f"{plain(panel['name'], 36)}\n{positive:,} positive, {negative:,} negative", loc="left")
+        score = "" if panel["jsd"] is None else f"JSD {panel['jsd']:.3f} in {len(panel['positive']):,} bins"
+        if panel["positive_mean"] is not None:
+            score += f"\nmeans {panel['positive_mean']:.3f} and {panel['negative_mean']:.3f}".replace("-", "−")
+        right.set_title(score, loc="left")
+        left.set_ylabel("pairs")
+        left.yaxis.set_major_formatter(EngFormatter(sep=""))  # 20k, 1.5M
+        right.set_ylabel("density")
+    for ax in axes[-1]:
+        ax.set_xlabel("inner product")
+    pair_legend(fig)
+    return fig
+
+
+@styled
+def draw_class_curves(curves, numbers):
+    """Do metrics depend on how many classes there are? A row an embedding: left each metric's mean and standard
+    deviation over random subsets of the classes, right its mean relative to the fewest classes -> Figure.
+
+    curves: [(name, {metric: [values of the subsets of numbers[0] classes, …]}) …]; numbers: ascending.
+    A metric called … permuted is a chance level and has no place on the right.
+    """
+    fig = Figure(figsize=(WIDTH, 0.5 + 1.8 * len(curves)), layout="constrained")
+    axes = fig.subplots(len(curves), 2, sharex=True, squeeze=False)
+    for (left, right), (name, metrics) in zip(axes, curves):
+        for (colour, marker), (metric, subsets) in zip(MARKERS, metrics.items()):
+            means = np.array([np.mean(values) for values in subsets])  # (numbers,)
+            look = {"color": colour, "marker": marker, "markersize": 3.5, "linewidth": 1.1, "label": plain(metric)}
+            left.errorbar(numbers, means, [np.std(values) for values in subsets], elinewidth=0.8, **look)
+            if means[0] > 0 and not metric.endswith("permuted"):
+                right.plot(numbers, means / means[0], **look)
+        left.set_title(plain(name, 36), loc="left")
+        left.set_ylabel("mean ± s.d.")
+        right.set_title("relative to the fewest classes", loc="left")
+        for ax in left, right:
+            ax.set(xscale="log", ylim=(0, max(1.05, ax.get_ylim()[1])))
+            ax.set_xticks(numbers, [f"{number:,}" for number in numbers])
+            ax.minorticks_off()
+    for ax in axes[-1]:
+        ax.set_xlabel("classes")
+    fig.legend(handles=axes[0, 0].get_legend_handles_labels()[0], loc="outside upper center", ncols=4)
+    return fig
 
 
 class Missing(Exception):
@@ -111,7 +308,7 @@ def draw_profile(values, low, high, properties, kinds, clear=None):
     ax.set_yticks(range(len(properties)), [plain(properties[k]) for k in order])
     ax.tick_params(axis="y", length=0)
     handles = [*type_handles(shown), Line2D([], [], color="black", linewidth=0.8, linestyle=DASHES)]
-    fig.legend(handles, [NAMED[kind] for kind in shown] + [f"published mark {MARK}"], loc="outside upper center",
+    fig.legend(handles, [TYPES[kind][3] for kind in shown] + [f"published mark {MARK}"], loc="outside upper center",
                ncols=min(4, len(handles)), handletextpad=0.4, columnspacing=1.2)
     return fig
 
@@ -120,7 +317,7 @@ def draw_dots(ax, x, low, high, full, y, step, kind):
     """One type's losses of one property, at heights round y, hollow where not full; of two or more the mean and Student's 95 % interval."""
     from scipy.stats import t
 
-    colour, marker = TYPES[kind]
+    colour, marker = TYPES[kind][:2]
     heights = y + (np.linspace(-0.3, 0.3, len(x)) * step if len(x) > 1 else np.zeros(len(x)))
     ax.hlines(heights, low, high, color=colour, linewidth=0.7, alpha=0.45)
     if full.any():
@@ -133,83 +330,11 @@ def draw_dots(ax, x, low, high, full, y, step, kind):
         ax.vlines(x.mean(), y - 0.42 * step, y + 0.42 * step, color=colour, linewidth=1.6)
 
 
-def cluster(distances):
-    """Average linkage of a symmetrical matrix (K, K) -> (linkage, leaf order), or (None, 0 … K - 1) where a pair is nan."""
-    from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
-
-    pairs = distances[np.triu_indices(len(distances), 1)]
-    if len(distances) < 3 or not np.isfinite(pairs).all():
-        return None, np.arange(len(distances))
-    pairs = np.maximum(pairs, 0)  # 1 - r of two equal maps may be a rounding below
-    tree = optimal_leaf_ordering(linkage(pairs, "average"), pairs)
-    return tree, leaves_list(tree)
-
-
-def draw_heat_map(values, names, kinds, tree, order, text="{:.0f}", ramp="Blues"):
-    """Symmetrical values (K, K) in the given order with their tree; the diagonal is left empty, nan is grey."""
-    from scipy.cluster.hierarchy import dendrogram
-
-    K, labels = len(names), [plain(names[i], 26) for i in order]
-    letters = min(9, 160 / K)  # points
-    margin = 0.27 + max(TextPath((0, 0), label, size=letters).get_extents().width for label in labels) / 72  # inches for names
-    branch = 0.6 if tree is not None else 0.1
-    side = WIDTH - margin - branch - 0.1
-    height = side + max(margin, 0.7) + 0.1
-    fig = Figure(figsize=(WIDTH, height))
-    ax = fig.add_axes([margin / WIDTH, (height - side - 0.1) / height, side / WIDTH, side / height])
-    shown = values[np.ix_(order, order)].astype(float)
-    np.fill_diagonal(shown, np.nan)
-    ax.set_facecolor("#d9d9d9")
-    known = shown[np.isfinite(shown)]
-    colours = Normalize(known.min(), known.max() if known.max() > known.min() else known.min() + 1)
-    ax.pcolormesh(np.ma.masked_invalid(shown), cmap=ramp, norm=colours, edgecolors="white", linewidth=0.8)
-    for i, j in np.argwhere(np.isfinite(shown)):
-        light = np.dot(np.array(matplotlib.colormaps[ramp](colours(shown[i, j]))[:3]) ** 2.2, [0.2126, 0.7152, 0.0722])
-        ax.text(j + 0.5, i + 0.5, text.format(shown[i, j]), ha="center", va="center", fontsize=min(9, 0.45 * 72 * side / K),
-                color="white" if light < 0.18 else "black")  # the better contrast
-    for i in range(K):
-        ax.add_patch(matplotlib.patches.Rectangle((i, i), 1, 1, color="white", linewidth=0))
-    ax.set(xlim=(0, K), ylim=(K, 0))
-    ax.set_xticks(np.arange(K) + 0.5, labels, rotation=90, fontsize=letters)
-    ax.set_yticks(np.arange(K) + 0.5, labels, fontsize=letters)
-    ax.tick_params(length=0, pad=12)
-    ax.spines[:].set_visible(False)
-    for place, i in enumerate(order):
-        for x, y, move in (0, place + 0.5, (-6, 0)), (place + 0.5, K, (0, -6)):  # six points beside the cells
-            shift = matplotlib.transforms.ScaledTranslation(move[0] / 72, move[1] / 72, fig.dpi_scale_trans)
-            colour, marker = TYPES[kinds[i]]
-            ax.plot(x, y, marker, color=colour, markersize=5, clip_on=False, transform=ax.transData + shift)
-    if tree is not None:
-        beside = fig.add_axes([(margin + side + 0.04) / WIDTH, (height - side - 0.1) / height, branch / WIDTH, side / height])
-        dendrogram(tree, orientation="right", ax=beside, color_threshold=0, above_threshold_color="#555555", no_labels=True)
-        beside.set(xlim=(max(0, tree[0, 2] - 0.3 * (tree[-1, 2] - tree[0, 2])), 1.002 * tree[-1, 2]))  # from the lowest joint on
-        beside.invert_yaxis()
-        beside.axis("off")
-        beside.collections[0].set_linewidth(0.8)
-    type_legend(fig, kinds, loc="lower left", fontsize=7.5)
-    return fig
-
-
 def type_handles(kinds):
     return [Line2D([], [], color=TYPES[kind][0], marker=TYPES[kind][1], linestyle="", markersize=5) for kind in kinds]
 
 
-def type_legend(fig, kinds, **options):
-    here = [kind for kind in TYPES if kind in kinds]
-    fig.legend(type_handles(here), [NAMED[kind].replace(" loss", "") for kind in here], handletextpad=0.2, borderpad=0.1,
-               columnspacing=1.2, **options)
-
-
 # ---------------------------------------------------------------- pictures
-
-
-def heat(saliency_map):
-    """Map (H, W) in [0, 1] in colour, uint8 (H, W, 3); nan is grey."""
-    known = np.isfinite(saliency_map)
-    position = np.where(known, saliency_map, 0).astype(np.float64) * (len(HEAT) - 1)
-    colours = np.stack([np.interp(position, range(len(HEAT)), channel) for channel in HEAT.T], axis=-1)
-    colours[~known] = 128
-    return colours.round().astype(np.uint8)
 
 
 def resized(pixels, side):
@@ -417,20 +542,6 @@ def pair_histograms(embeddings, labels, bins=200, block=256):
     return counts
 
 
-def coarser(histograms, most=40):
-    """What is drawn of histograms, a list of (2, bins) over [-1, 1]: (edges, the same with fewer bins, equally many).
-
-    Neighbouring bins are joined until at most `most` cover what any of the histograms reaches; the rest is cut off.
-    """
-    bins = np.gcd.reduce([one.shape[1] for one in histograms])
-    histograms = [one.reshape(2, bins, -1).sum(axis=2) for one in histograms]
-    reached = np.flatnonzero(sum(one.sum(axis=0) for one in histograms))
-    joined = next(d for d in range(1, bins + 1) if bins % d == 0 and reached[-1] // d - reached[0] // d < most)
-    first, last = reached[0] // joined, reached[-1] // joined + 1
-    edges = np.linspace(-1, 1, bins // joined + 1)[first:last + 1]
-    return edges, [one.reshape(2, -1, joined).sum(axis=2)[:, first:last] for one in histograms]
-
-
 def draw_pair_panel(ax, edges, counts, density=True, before=None):
     """Positives as a filled area with a solid edge, negatives dashed; before: the same pairs before training, dotted."""
     width = edges[1] - edges[0]
@@ -442,14 +553,6 @@ def draw_pair_panel(ax, edges, counts, density=True, before=None):
         ax.stairs(values / max(values.sum() * width, 1e-30), edges, color=colour, linewidth=0.8, linestyle=":")
     ax.set(xlim=(edges[0], edges[-1]), ylim=(0, None))
     ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4, steps=[1, 2, 5, 10]))
-
-
-PAIR_KEYS = [("positive pairs", VERMILION, "-"), ("negative pairs", BLUE, (0, (3, 1.2)))]
-
-
-def pair_legend(fig, more=()):
-    handles = [Line2D([], [], color=colour, linestyle=line, linewidth=1.3) for _, colour, line in [*PAIR_KEYS, *more]]
-    fig.legend(handles, [text for text, _, _ in [*PAIR_KEYS, *more]], loc="outside upper center", ncols=3)
 
 
 def draw_pairs(after, before=None, scores=("", "")):
@@ -485,7 +588,7 @@ def draw_pair_panels(histograms, names, kinds, scores, before=None, across=3):
     for k, (counts, name, kind, score) in enumerate(zip(drawn, names, kinds, scores)):
         ax = fig.add_subplot(lines, across, k + 1)
         draw_pair_panel(ax, edges, counts, before=before[k])
-        ax.set_title(f"{SHAPES[kind]} {plain(name, 26)}", fontsize=8.5)
+        ax.set_title(f"{TYPES[kind][2]} {plain(name, 26)}", fontsize=8.5)
         ax.text(0.03, 0.95, score, transform=ax.transAxes, fontsize=7.5, va="top")
         ax.tick_params(labelbottom=k + across >= len(names), labelleft=False)
         ax.set_yticks([])
@@ -530,7 +633,7 @@ def draw_training(histories, kinds, chosen):
     others = [kind for kind in TYPES if kind in [kinds[name] for name in histories if name != chosen]]
     handles = [Line2D([], [], color="black", linewidth=1.8)]
     handles += [Line2D([], [], color=TYPES[kind][0], marker=TYPES[kind][1], markersize=3.5, linewidth=0.9) for kind in others]
-    fig.legend(handles, [plain(chosen, 26)] + [f"{NAMED[kind]}{', other' * (kind != 'other')}" for kind in others],
+    fig.legend(handles, [plain(chosen, 26)] + [f"{TYPES[kind][3]}{', other' * (kind != 'other')}" for kind in others],
                loc="outside upper center", ncols=2)
     return fig
 
@@ -548,13 +651,6 @@ def draw_curve(ax, values, look, chosen):
 
 
 # ---------------------------------------------------------------- text
-
-
-def plain(text, most=200):
-    """A name as it can be drawn: no control characters, no line breaks, shortened to `most` letters."""
-    text = "".join(letter if letter.isprintable() else "\ufffd" for letter in str(text)).strip() or "–"
-    text = f"\u2009{text}" if text[0] == "_" else text  # matplotlib's legends leave out what begins with an underscore
-    return text if len(text) <= most else text[:most - 1] + "…"
 
 
 def say(text):
@@ -877,7 +973,7 @@ def make_pairs(found, args):
            draw_pairs(counts[chosen], before, [score(jsd, name, {chosen[1], ""}) for name in (chosen[0], untrained)]))
     if len(order) > 1:
         folds = max(Counter(name for name, _ in counts).values())
-        shapes = ", ".join(f"{SHAPES[kind]} {NAMED[kind]}" for kind in TYPES if kind in map(types.get, order))
+        shapes = ", ".join(f"{TYPES[kind][2]} {TYPES[kind][3]}" for kind in TYPES if kind in map(types.get, order))
         yield ("pairs_all", f"Pairs of the same and of different {label}, every network",
                "Inner products of positive and negative pairs, each normalised to area 1"
                + f", mean of {folds} folds" * (folds > 1) + "; dotted: before training" * bool(started)

@@ -235,7 +235,7 @@ def torch_device(name, precision="fp32"):
 
 def short_names(paths):
     """What tells the files apart: stems where they differ, else the paths without what all of them share."""
-    parts = [Path(path).with_suffix("").parts for path in paths]
+    parts = [(*Path(path).parent.parts, Path(path).stem) for path in paths]
     while len(parts) > 1 and min(map(len, parts)) > 1 and len({p[-1] for p in parts}) == 1:
         parts = [p[:-1] for p in parts]
     last = [p[-1] for p in parts]
