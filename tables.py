@@ -60,7 +60,9 @@ TITLES = {  # of columns, in their order
               "jsd_null": "JSD, labels permuted", "r_precision": "R-Precision",
               "positive_mean": "Positive mean", "negative_mean": "Negative mean"}}
 BOLD = "Bold mean: the larger type by the exact test; †: by the released way (all folds pooled)."
-NOTES = {"masks": ["In other masks: the chance level of a map that knows only where objects usually are. "
+TESTED = "p_holm < 0.01 in every fold, permutations of each property, Holm-corrected over the properties"
+PUBLISHED = "NR-Prec > 2.576, the published mark: a z-score's threshold applied to a mean of many"
+NOTES = {"nr_precision": [BOLD], "masks": ["In other masks: the chance level of a map that knows only where objects usually are. "
                    "Excess: the difference, in points."],
          "pairs": [BOLD, "JSD of few pairs is biased up: labels permuted shows by how much."],
          "distance": ["Networks without a loss are left out."]}
@@ -142,47 +144,31 @@ def log_above_0(value):
 def grid(one, measure):
     """A measure's table: a row a network, a column a key, and the means of the types."""
     title, caption, factor, digits = MEASURES[measure]
-    cells, keys, notes = one.cells(measure), one.keys(measure), NOTES.get(measure, ())
+    cells, means, keys = one.cells(measure), one.cells(measure, "type"), one.keys(measure)
     titles = TITLES.get(measure) or dict(zip(keys, keys))
     titles = {key: text for key, text in titles.items() if key in keys}
     rows = [[name, *(fact(cells.get((name, key)), factor, digits) for key in titles)]
             for name in one.names(measure)]
-    if measure == "nr_precision":
-        shade(rows, log_above_0)
-        notes = nrprec_notes(one) if one.tables else ()
-    elif measure == "sanity":
-        shade(rows)
-    elif measure == "pairs" and one.tables:
-        caption += f": label {one.tables['pairs'][0]['label']}, {one.select('pairs')[0].note}" if rows else ""
-    if measure in ("nr_precision", "pairs"):
-        rows += type_rows(one, measure, titles, factor, digits)
-    header = ["Layers" if measure == "sanity" else "Loss", *titles.values()]
-    name = "nrprec" if measure == "nr_precision" else measure
-    return table(name, title, caption, header, rows, one.name, notes=notes)
-
-
-def type_rows(one, measure, keys, factor, digits):
-    """Means of ranking and of classification losses, bold and † where a test says which is larger."""
-    means = one.cells(measure, "type")
+    if measure in ("nr_precision", "sanity"):
+        shade(rows, log_above_0 if measure == "nr_precision" else float)
     tests, released = ({row.key: row.mark for row in one.select(measure, level)}
-                       for level in ("test", "released"))
-    for kind in ("ranking", "classification"):
-        if any((kind, key) in means for key in keys):
-            yield [cell(f"{kind.capitalize()} mean", bold=True)] + [
+                       for level in ("test", "released"))  # bold and †: which type is larger
+    for kind in ("ranking", "classification") if measure in ("nr_precision", "pairs") else ():
+        if any((kind, key) in means for key in titles):
+            rows.append([cell(f"{kind.capitalize()} mean", bold=True)] + [
                 fact(means.get((kind, key)), factor, digits, bold=tests.get(key) == kind,
-                     mark="†" if released.get(key) == kind else "") for key in keys]
-
-
-def nrprec_notes(one):
-    first, means = one.tables["nrprec"][0], one.select("nr_precision", fold="mean")
-    neighbours = f"at most {first['max_neighbours']:.0f}" if first.get("max_neighbours") else "all R"
-    mark = ("* NR-Prec > 2.576: the published mark, one z-score's 1 % threshold applied to a mean of many. "
-            "nrprec.py --permutations N tests the mean.")
-    if any(row.note == "tested" for row in means):
-        mark = (f"* above chance: p_holm < 0.01 in every fold, {first['permutations'] or 0:,.0f} "
-                "permutations of each property, Holm-corrected over the properties.")
-    null, distance = first.get("null") or "not stated", first.get("distance") or "not stated"
-    return [mark, BOLD, f"Null {null}, distance {distance}, {neighbours} neighbours."]
+                     mark="†" if released.get(key) == kind else "") for key in titles])
+    notes, made = list(NOTES.get(measure, ())), one.tables.get("nrprec")
+    if measure == "nr_precision" and made and rows:
+        tested = next(iter(cells.values())).note == "tested"
+        notes.insert(0, f"* above chance: {TESTED if tested else PUBLISHED}.")
+        notes.append(", ".join(f"{key.replace('_', ' ')} {made[0][key]}" for key in (
+            "null", "distance", "max_neighbours", "permutations") if made[0].get(key)) + ".")
+    if measure == "pairs" and rows:
+        caption += f": label {one.tables['pairs'][0]['label']}, {next(iter(cells.values())).note}"
+    name = "nrprec" if measure == "nr_precision" else measure
+    return table(name, title, caption, ["Layers" if measure == "sanity" else "Loss", *titles.values()], rows,
+                 one.name, notes=notes)
 
 
 def matrix(one, measure, level="network"):
@@ -249,13 +235,13 @@ def training(one):
     before, after = ({(row.network, row.split or "", row.key): row for row in one.select(
         "training", fold="mean", part="test", epoch=epoch)} for epoch in (0, "best"))
     titles = {key: text for key, text in TITLES["pairs"].items() if any(key in place for place in after)}
-    rows, order = [], list(one.types)
-    for name, split in sorted({place[:2] for place in after}, key=lambda place: order.index(place[0])):
-        pairs = [(before.get((name, split, key)), after.get((name, split, key))) for key in titles]
-        n = next(last.n for _, last in pairs if last)
+    rows = []
+    for name, split in dict.fromkeys(place[:2] for network in one.types for place in after if place[0] == network):
+        ends = [(before.get((name, split, key)), after.get((name, split, key))) for key in titles]
+        n = next(last.n for _, last in ends if last)
         rows.append([name, split, cell(n or "", n)] + [
-            cell(" → ".join(rounded(row.value, 3) for row in pair if row), pair[1] and pair[1].value)
-            for pair in pairs])
+            cell(" → ".join(fact(row, 1, 3)["text"] for row in pair if row), pair[1] and pair[1].value)
+            for pair in ends])
     return table("training", "Test split before and after training", "Scores of the test split, untrained → "
                  "trained, mean over folds", ["Loss", "Splitting", "Folds", *titles.values()], rows, one.name)
 
@@ -363,7 +349,7 @@ def property_finding(one):
         return "no property was analysed", "none", None
     top = max(properties, key=lambda row: row.value)
     where, p, test = "above the published mark 2.576", None, "a z-score's threshold on a mean: no p-value"
-    if any(row.note == "tested" for row in one.select("nr_precision", fold="mean")):
+    if one.select("nr_precision", fold="mean")[0].note == "tested":
         where, p = "above chance", top.p_holm
         test = f"permutations, p_holm < 0.01 in every fold; largest p_holm {p_text(p)}"
     text = f"embeddings cluster most by {top.key}: NR-Prec {rounded(top.value)}{interval(top)}"

@@ -520,8 +520,8 @@ def published():
         measure="correlation", network=a, other=b, value=float(mean) / 100, spread=float(std) / 100)
         for a, b, mean, std in sop]
     everything["sop"].rows += group_means(everything["sop"], everything["sop"].rows)
-    for name, *types, mean, std in groups:
-        a, b = sorted(types)
+    for name, *kinds, mean, std in groups:
+        a, b = sorted(kinds)
         everything[name].rows.append(base._replace(
             measure="correlation", level="type", network=a, other=b, fold=None, value=float(mean) / 100,
             spread=float(std) / 100))
