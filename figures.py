@@ -2,7 +2,7 @@
 
     python figures.py results --out figures                                  # whatever the results allow
     python figures.py results/cars --out figures --dataset examples/cars     # with pictures: gallery, samples
-    python figures.py results --out figures --only profile,tsne --network triplet/fold1
+    python figures.py results --out figures --only tsne,pairs --network triplet/fold1
 
 Reads:  results/<dataset>/ (or a folder of such) and models/trained/<dataset>/, as the steps leave them
 Writes: NAME.svg, NAME.png, NAME.pdf (photographs: no SVG), and figures.json with titles and captions
@@ -12,11 +12,11 @@ Writes: NAME.svg, NAME.png, NAME.pdf (photographs: no SVG), and figures.json wit
     gallery      saliency maps, a row a network (Fig. 2, Appendix B)
     tsne         embeddings of one network, coloured by property (Fig. 3)
     samples      pictures of a rendered set, a row a property (Fig. 4)
-    pairs        inner products, before and after normalising and training (Oi et al., Fig. 1, 3)
+    pairs        inner products, of one network before and after normalising too (Oi et al., Fig. 1, 3)
     training     loss, pair means, JSD, Recall@1, MAP@R against the epoch (Fig. 2, 4)
 
-A figure whose input is missing is left out and named. Same input, same options: the same bytes. In Python: every
-draw_ function returns a matplotlib Figure, whatever the caller's style; png() makes a file's bytes of it.
+A figure whose input is missing is left out and named. Same input, same options: the same bytes. In Python:
+every draw_ function returns a matplotlib Figure, whatever the caller's style; png() makes a file of it.
 """
 if __name__ == "__main__":  # before matplotlib is imported: Ctrl-C ends in one line from here on
     import sys
@@ -33,11 +33,9 @@ if __name__ == "__main__":  # before matplotlib is imported: Ctrl-C ends in one 
 
 import functools
 import io
-import itertools
 import json
 import re
 import textwrap
-import warnings
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -51,6 +49,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 WIDTH, DPI = 5.4, 200  # inches: 9 points are 9 pixels where a figure is shown 400 pixels wide
 MARK = 2.576  # the published mark of NR-Prec
+CIRCULAR = "rotation|hue|azimuth|heading|orientation"  # names of properties that return to their beginning
 # No name is ever taken for a formula (parse_math), and no file depends on the day or a user's matplotlibrc.
 styled = style.context(["default", {
     "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
@@ -73,8 +72,6 @@ VIRIDIS = LinearSegmentedColormap.from_list("dark", matplotlib.colormaps["viridi
 # Dark, blue, light, ochre: lightness against blue-yellow, which no colour blindness takes away.
 CIRCLE = LinearSegmentedColormap.from_list("circle", [
     "#1d1d24", "#123f72", "#2a78c2", "#84b3e4", "#c9c9c9", "#d6ad55", "#a97a12", "#5a4210", "#1d1d24"])
-HEAT = np.array([[0, 0, 4], [31, 12, 72], [85, 15, 109], [136, 34, 106], [186, 54, 85], [227, 89, 51],
-                 [249, 142, 9], [249, 203, 53], [252, 255, 164]], np.float64)  # lightness grows evenly
 
 
 def plain(text, most=200):
@@ -101,17 +98,16 @@ def render(fig, suffix, title=""):
     return content.getvalue()
 
 
-def png(fig):
-    return render(fig, "png")
+png = functools.partial(render, suffix="png")
 
 
 @styled
 def draw_profile(rows, types, properties, means=()):
     """NR-Prec of every property as dots, one a network (Kobs et al., Table 6) -> Figure.
 
-    rows: with network, key (the property), value, low and high (the whisker, or None), mark ("*": above chance);
-    the others are hollow; types: {network: one of TYPES}, in their order; properties: in their order; means: rows
-    whose network is a type, a stroke in a bar from low to high.
+    rows: with network, key (the property), value, low and high (the whisker, or None), mark ("*": filled);
+    types: {network: one of TYPES}; properties: names; both in the order drawn. means: rows whose network is a
+    type: a stroke in a bar from low to high.
     """
     networks = [name for name in types if name in {row.network for row in rows}]
     L, P = len(networks), len(properties)
@@ -121,25 +117,22 @@ def draw_profile(rows, types, properties, means=()):
     for strip in range(0, P, 2):
         ax.axhspan(strip - 0.5, strip + 0.5, color="#f1f1f1", lw=0, zorder=0)
     for row in means:
-        members = [places[name] for name in networks if types[name] == row.network]
+        members, colour = [name for name in networks if types[name] == row.network], TYPES[row.network][0]
         if row.low is not None:
-            top, bottom = (properties.index(row.key) + edge for edge in (members[0], members[-1]))
-            colour = TYPES[row.network][0]
+            top, bottom = (properties.index(row.key) + places[name] for name in (members[0], members[-1]))
             ax.fill_between([row.low, row.high], top, bottom, color=colour, alpha=0.2, lw=0)
             ax.vlines(row.value, top, bottom, color=colour, lw=1.6)
     for row in rows:
         y, (colour, marker, *_) = properties.index(row.key) + places[row.network], TYPES[types[row.network]]
         if row.low is not None:
             ax.hlines(y, row.low, row.high, color=colour, lw=0.7, alpha=0.45)
-        face, edge = ("white", colour) if row.mark != "*" else (colour, "white")
+        face, edge = (colour, "white") if row.mark == "*" else ("white", colour)
         ax.plot(row.value, y, marker, color=face, ms=3.4, mec=edge, mew=0.5)
     mark = ax.axvline(MARK, color="black", lw=0.8, ls=(0, (4, 2)))
     ax.axvline(0, color="black", lw=0.5)
-    if (most := ax.get_xlim()[1]) > 10:  # one property often lies far above the others
-        ax.set_xscale("function", functions=(lambda x: np.sign(x) * np.sqrt(np.abs(x)),
-                                             lambda x: np.sign(x) * x**2))
-        ax.set_xticks([tick for tick in (0, 1, 5, 10, 20, 40, 60, 80, 120, 200, 400) if tick <= most])
-        ax.set_xlabel("NR-Prec, square-root axis")
+    if ax.get_xlim()[1] > 10:  # one property often lies far above the others: a square-root axis
+        ax.set_xscale("function", functions=(lambda x: np.sign(x) * np.sqrt(abs(x)), lambda x: x * abs(x)))
+        ax.set_xticks([tick for tick in (0, 1, 5, 10, 20, 40, 80, 200, 400) if tick <= ax.get_xlim()[1]])
     ax.set_yticks(range(P), [plain(name) for name in properties])
     ax.tick_params(axis="y", length=0)
     type_legend(fig, [types[name] for name in networks], [(mark, f"published mark {MARK}")])
@@ -161,8 +154,8 @@ def cluster(distances):
 def draw_heat_map(values, names, kinds=None, tree=None, order=None, text="{:.0f}", ramp="Blues", title=None):
     """A symmetrical table (K, K) as coloured cells with their numbers; nan is grey -> Figure.
 
-    names: K; kinds: K of TYPES, marked beside the names; tree: SciPy's linkage, drawn on the right; order: the rows
-    as they are drawn (the tree's leaves); text: a number's format; ramp: a colour map.
+    names: K; kinds: K of TYPES, marked beside the names; tree: SciPy's linkage, drawn on the right; order: of
+    the rows (the tree's leaves); text: a number's format; ramp: a colour map.
     """
     from scipy.cluster.hierarchy import dendrogram
 
@@ -198,33 +191,30 @@ def draw_heat_map(values, names, kinds=None, tree=None, order=None, text="{:.0f}
 
 
 def heat(saliency_map):
-    """A map (H, W) in [0, 1] in colour, uint8 (H, W, 3); nan is grey."""
-    known = np.isfinite(saliency_map)
-    position = np.where(known, saliency_map, 0).astype(np.float64) * (len(HEAT) - 1)
-    colours = np.stack([np.interp(position, range(len(HEAT)), channel) for channel in HEAT.T], axis=-1)
-    colours[~known] = 128
-    return colours.round().astype(np.uint8)
+    """A map (H, W) in [0, 1] in colour, uint8 (H, W, 3); nan is grey. Lightness grows evenly."""
+    ramp = matplotlib.colormaps["inferno"].with_extremes(bad="#808080")
+    return ramp(np.ma.masked_invalid(np.asarray(saliency_map, np.float64)), bytes=True)[..., :3]
 
 
 @styled
 def draw_gallery(rows, kinds=None):
     """Rows of pictures, their names on the left -> Figure.
 
-    rows: [(name, [uint8 (H, W, 3) …], [caption …] or []) …]; kinds: a row's type or None, marked beside its name.
+    rows: [(name, [uint8 (H, W, 3) …], [caption …] or []) …]; kinds: a row's type or None, marked beside it.
     """
     margin, across = 1.35 if kinds else 1.0, max(len(cells) for _, cells, _ in rows)  # inches
     side = min(0.6, (WIDTH - margin) / across)  # maps are noise, which PNG does not shrink
     tops = np.cumsum([0.05] + [side + (0.15 if captions else 0) for _, _, captions in rows])
     height = tops[-1] + (0.3 if kinds else 0.05)
-    fig = Figure(figsize=(WIDTH, height))
+    fig, cell = Figure(figsize=(WIDTH, height)), (0.95 * side / WIDTH, 0.95 * side / height)
     for (name, cells, captions), kind, top in zip(rows, kinds or [None] * len(rows), tops):
-        for j, (pixels, text) in enumerate(itertools.zip_longest(cells, captions, fillvalue="")):
-            ax = fig.add_axes([(margin + j * side) / WIDTH, 1 - (top + 0.95 * side) / height,
-                               0.95 * side / WIDTH, 0.95 * side / height])
+        for j, pixels in enumerate(cells):
+            ax = fig.add_axes([(margin + j * side) / WIDTH, 1 - (top + 0.95 * side) / height, *cell])
             ax.imshow(pixels)
-            ax.axis("off")
-            ax.text(0.5, -0.04, plain(text or " ", 11), fontsize=6.5, ha="center", va="top", transform=ax.transAxes)
-        y, name = 1 - (top + 0.5 * side) / height, "\n".join(textwrap.wrap(plain(name, 42), 16))
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+            ax.set_xlabel(plain(captions[j], 11) if captions else "", fontsize=6.5, labelpad=2)
+        name, y = "\n".join(textwrap.wrap(plain(name, 42), 16)), 1 - (top + 0.5 * side) / height
         fig.text((margin - (0.19 if kinds else 0.05)) / WIDTH, y, name, ha="right", va="center")
         if kind:
             colour, _, letter, _ = TYPES[kind]
@@ -248,13 +238,6 @@ def numeric(column):
     return numbers if np.isfinite(numbers).all() else None
 
 
-def circular_names(properties, wanted=None):
-    """The properties that return to their beginning: the wanted ones ("a,b"), else rotations, hues, azimuths."""
-    if wanted is not None:
-        return {name.strip() for name in wanted.split(",")}
-    return {name for name in properties if re.search("rotation|hue|azimuth|heading|orientation", name.lower())}
-
-
 def choose_samples(properties, most=10):
     """Of each value of a property the row whose properties are nearest the middle of theirs, by rank.
 
@@ -262,11 +245,12 @@ def choose_samples(properties, most=10):
     """
     ranks = {}
     for name, column in properties.items():
-        ranks[name] = np.unique(column if numeric(column) is None else numeric(column), return_inverse=True)[1]
-    away, chosen = sum(np.abs(rank / max(1, rank.max()) - 0.5) for rank in ranks.values()), {}
+        values = column if numeric(column) is None else numeric(column)
+        ranks[name] = np.unique(values, return_inverse=True)[1]
+    away, chosen = sum(abs(rank / max(1, rank.max()) - 0.5) for rank in ranks.values()), {}
     for name, rank in ranks.items():
-        values = evenly(rank.max() + 1, most)
-        chosen[name] = [int(np.where(rank == value, away, np.inf).argmin()) for value in values], rank.max() + 1
+        n = int(rank.max()) + 1
+        chosen[name] = [int(np.where(rank == value, away, np.inf).argmin()) for value in evenly(n, most)], n
     return chosen
 
 
@@ -282,23 +266,24 @@ def embed_2d(embeddings, seed=0):
 
 
 @styled
-def draw_tsne(places, properties, circular=(), named=(), titles=None, across=3):
-    """One panel a property: places (n, 2); properties {name: str (n,)}; circular, named: names of such -> Figure.
+def draw_tsne(places, properties, circular=CIRCULAR, across=3):
+    """One panel a property: places (n, 2); properties {name: str (n,)} -> Figure.
 
-    Numbers get a sequential colour map, circular ones a cyclic one, names seven colours and shapes, the rest grey.
+    Numbers get a sequential colour map, those of a name like `circular` (a regular expression) a cyclic one;
+    names, and class numbers, seven colours and shapes, the rest grey.
     """
     lines, look = -(-len(properties) // across), {"s": 11 if len(places) <= 400 else 5, "rasterized": True}
     fig = Figure(figsize=(WIDTH, 0.3 + 2.1 * lines), layout="constrained")
     for k, (name, column) in enumerate(properties.items()):
         ax = fig.add_subplot(lines, across, k + 1, xticks=[], yticks=[])
-        ax.set_title(plain((titles or {}).get(name, name), 26))
+        ax.set_title(plain(name, 26))
         ax.spines[:].set(visible=True, color="#bbbbbb")
-        numbers = None if name in named else numeric(column)
-        if numbers is None:
+        numbers = numeric(column)
+        if numbers is None or re.match(r"(super_)?class\b|label\b|model\b", name):
             scatter_names(ax, places, column, look)
             continue
         low, high, ramp, ticks = numbers.min(), numbers.max(), VIRIDIS, 3
-        if name in circular:  # hues turn round at 1, degrees at 360
+        if re.search(circular, name):  # hues turn round at 1, degrees at 360
             low, high, ramp, ticks = 0, 1 if np.abs(numbers).max() <= 1 else 360, CIRCLE, 5
             numbers = numbers % high
         points = ax.scatter(*places.T, c=numbers, cmap=ramp, vmin=low, vmax=high, lw=0, **look)
@@ -313,9 +298,11 @@ def draw_tsne(places, properties, circular=(), named=(), titles=None, across=3):
 def scatter_names(ax, places, column, look):
     counts = Counter(sorted(column.tolist())).most_common()
     for (value, _), (colour, marker) in zip(counts, MARKERS):
-        ax.scatter(*places[column == value].T, c=colour, marker=marker, label=plain(value, 26), lw=0, **look)
+        chosen = places[column == value]
+        ax.scatter(*chosen.T, c=colour, marker=marker, label=plain(value, 26), lw=0, **look)
     if rest := [value for value, _ in counts[len(MARKERS):]]:
-        ax.scatter(*places[np.isin(column, rest)].T, c="#cccccc", label=f"{len(rest)} more", zorder=0, lw=0, **look)
+        chosen = places[np.isin(column, rest)]
+        ax.scatter(*chosen.T, c="#cccccc", label=f"{len(rest)} more", zorder=0, lw=0, **look)
     longest = max(len(value) for value, _ in counts[:len(MARKERS)])
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2 if longest <= 10 else 1, fontsize=7,
               handletextpad=0.1, columnspacing=0.6, borderpad=0.1, labelspacing=0.2)
@@ -329,7 +316,8 @@ def coarser(histograms, most=50):
     bins = np.gcd.reduce([one.shape[1] for one in histograms])
     histograms = [one.reshape(2, bins, -1).sum(axis=2) for one in histograms]
     reached = np.flatnonzero(sum(one.sum(axis=0) for one in histograms))
-    joined = next(d for d in range(1, bins + 1) if bins % d == 0 and reached[-1] // d - reached[0] // d < most)
+    joined = next(d for d in range(1, bins + 1)
+                  if bins % d == 0 and reached[-1] // d - reached[0] // d < most)
     first, last = reached[0] // joined, reached[-1] // joined + 1
     edges = np.linspace(-1, 1, bins // joined + 1)[first:last + 1]
     return edges, [one.reshape(2, -1, joined).sum(axis=2)[:, first:last] for one in histograms]
@@ -348,34 +336,40 @@ def draw_histogram(ax, edges, counts, area=True, dotted=False):
 
 
 @styled
-def draw_pair_histograms(panels):
-    """Inner products of pairs, a row a network: left as counted, right of area 1 each (Oi et al., Fig. 1) -> Figure.
+def draw_pair_histograms(panels, counted=True):
+    """Inner products of pairs, a row a network: left as counted, right of area 1 each (Oi et al., Fig. 1).
 
     panels: dicts with name, positive, negative (int counts (bins,) of equal bins over [-1, 1]), positive_mean,
-    negative_mean, jsd (None: not written); if known before: counts (2, bins) before training, dotted.
+    negative_mean, jsd (None: not written); if known before: [counts (2, bins) before training], range: of jsd.
+    counted: else three networks a row, of area 1 alone, each on its own scale (Fig. 3). -> Figure
     """
     counts = []
     for panel in panels:
         counts += [np.stack([panel["positive"], panel["negative"]]), *panel.get("before", [])]
     edges, counts = coarser(counts)
-    rest = iter(counts)
-    fig = Figure(figsize=(WIDTH, 0.6 + (1.8 if len(panels) < 4 else 1.25) * len(panels)), layout="constrained")
-    axes = fig.subplots(len(panels), 2, sharex=True, squeeze=False)
-    for (left, right), panel in zip(axes, panels):
-        pairs = next(rest)
-        draw_histogram(left, edges, pairs, area=False)
-        draw_histogram(right, edges, pairs)
+    rest, across, lines = iter(counts), 2 if counted else 3, len(panels) if counted else -(-len(panels) // 3)
+    fig = Figure(figsize=(WIDTH, 0.6 + (1.8 if counted else 1.35) * lines), layout="constrained")
+    axes = iter(fig.subplots(lines, across, squeeze=False).flat)
+    for panel in panels:
+        ax, pairs, title = next(axes), next(rest), [plain(panel["name"], 28)]
+        if counted:
+            draw_histogram(ax, edges, pairs, area=False)
+            title.append("{:,.0f} positive, {:,.0f} negative".format(*pairs.sum(axis=1)))
+            ax.set(title="\n".join(title), ylabel="pairs")
+            ax.yaxis.set_major_formatter(EngFormatter(sep=""))  # 20k, 1.5M
+            ax, title = next(axes), []
+        draw_histogram(ax, edges, pairs)
         for _ in panel.get("before", []):
-            draw_histogram(right, edges, next(rest), dotted=True)
-        positive, negative = pairs.sum(axis=1)
-        left.set_title(f"{plain(panel['name'], 36)}\n{positive:,.0f} positive, {negative:,.0f} negative", loc="left")
-        text = "" if panel["jsd"] is None else f"JSD {panel['jsd']:.3f} in {len(panel['positive']):,} bins"
-        if panel["positive_mean"] is not None:
-            text += f"\nmeans {panel['positive_mean']:.3f} and {panel['negative_mean']:.3f}".replace("-", "−")
-        right.set_title(text, loc="left")
-        left.set_ylabel("pairs")
-        left.yaxis.set_major_formatter(EngFormatter(sep=""))  # 20k, 1.5M
-        right.set_ylabel("density")
+            draw_histogram(ax, edges, next(rest), dotted=True)
+        if panel["jsd"] is not None:
+            title.append(f"JSD {panel['jsd']:.3f}{panel.get('range', '')}")
+        if counted and panel["positive_mean"] is not None:
+            means = f"means {panel['positive_mean']:.3f} and {panel['negative_mean']:.3f}"
+            title.append(means.replace("-", "−"))
+        ax.set(title="\n".join(title), ylabel="density" if counted else "")
+        ax.tick_params(left=counted, labelleft=counted)
+    for ax in axes:
+        ax.axis("off")
     names = list(PAIRS)[:3 if len(counts) > len(panels) else 2]
     handles = [Line2D([], [], color=PAIRS[name][0], ls=PAIRS[name][1], lw=1.3) for name in names]
     fig.legend(handles, names, loc="outside upper center", ncols=3)
@@ -385,8 +379,8 @@ def draw_pair_histograms(panels):
 
 @styled
 def draw_class_curves(curves, numbers):
-    """Do metrics depend on how many classes there are? A row an embedding: left each metric's mean and standard
-    deviation over random subsets of the classes, right its mean relative to the fewest classes -> Figure.
+    """Metrics against the number of classes, a row an embedding: left the mean and standard deviation over random
+    subsets of the classes, right the mean relative to the fewest classes -> Figure.
 
     curves: [(name, {metric: [values of the subsets of numbers[0] classes, …]}) …]; numbers: ascending. A metric
     called … permuted is a chance level and has no place on the right.
@@ -397,11 +391,11 @@ def draw_class_curves(curves, numbers):
         for (colour, marker), (metric, subsets) in zip(MARKERS, metrics.items()):
             means = np.array([np.mean(values) for values in subsets])  # (numbers,)
             look = {"color": colour, "marker": marker, "ms": 3.5, "lw": 1.1, "label": plain(metric)}
-            left.errorbar(numbers, means, [np.std(values) for values in subsets], elw=0.8, **look)
+            left.errorbar(numbers, means, [np.std(values) for values in subsets], elinewidth=0.8, **look)
             if means[0] > 0 and not metric.endswith("permuted"):
                 right.plot(numbers, means / means[0], **look)
         left.set(title=plain(name, 36), ylabel="mean ± s.d.")
-        right.set(title="relative to the fewest classes")
+        right.set_title("relative to the fewest classes")
         for ax in left, right:
             ax.set(xscale="log", ylim=(0, max(1.05, ax.get_ylim()[1])))
             ax.set_xticks(numbers, [f"{number:,}" for number in numbers])
@@ -415,8 +409,8 @@ def draw_class_curves(curves, numbers):
 def draw_training(rows, types, chosen):
     """A row a measure, a column a part of the pictures; the chosen network in black with its range -> Figure.
 
-    rows: with network, key (of CURVES), part, epoch (of the part test 0 and "best"), value, low and high (or None);
-    types: {network: one of TYPES}. Losses of different kinds have no common scale: the chosen one's alone is drawn.
+    rows: with network, key (of CURVES), part, epoch (of the part test 0 and "best"), value, low, high (or None);
+    types: {network: one of TYPES}. Losses' values have no common scale: the chosen one's is drawn alone.
     """
     curves = defaultdict(list)
     for row in rows:
@@ -435,8 +429,7 @@ def draw_training(rows, types, chosen):
             ax.fill_between(epochs, low, high, color="black", alpha=0.18, lw=0)
             ax.plot(epochs, mean, color="black", lw=1.8, zorder=3)
         else:
-            ax.plot(epochs, mean, color=colour, lw=0.7, alpha=0.8, marker=marker, ms=2.5,
-                    markevery=[-1])
+            ax.plot(epochs, mean, color=colour, lw=0.7, alpha=0.8, marker=marker, ms=2.5, markevery=[-1])
         ax.set_ylabel(CURVES[key] if part == parts[0] else "")
     for part, first, last in zip(parts, axes[0], axes[-1]):
         first.set_title(plain(part))
@@ -451,18 +444,18 @@ def draw_training(rows, types, chosen):
 
 
 # ---------------------------------------------------------------- results to figures
-# Each takes a data set's Results, its pictures or None, and the options, and yields (name, facts of the title and the
-# caption, Figure), or nothing where its input is missing.
+# Each takes a data set's Results, its pictures or None, and the options, and yields (name, facts of the title and
+# the caption, Figure), or nothing where its input is missing.
 
 
 def make_profile(one, dataset, args):
     rows, means = one.select("nr_precision", fold="mean"), one.select("nr_precision", "all")
     if rows:
         tested, options = all(row.p_holm is not None for row in rows), one.tables["nrprec"][0]
-        test = "p_holm < 0.01 in every fold by permutation" if tested else f"a mean beyond {MARK}"
+        facts = {"test": "p_holm < 0.01 in every fold by permutation" if tested else f"a mean beyond {MARK}",
+                 "folds": max(row.n for row in rows), "networks": ", ".join(one.names("nr_precision")),
+                 "distance": options.get("distance"), "null": options.get("null")}
         properties = [row.key for row in sorted(means, key=lambda row: -row.value)]
-        facts = {"folds": max(row.n for row in rows), "test": test, "distance": options.get("distance"),
-                 "null": options.get("null"), "networks": ", ".join(one.names("nr_precision"))}
         yield "profile", facts, draw_profile(rows, one.types, properties, one.select("nr_precision", "type"))
 
 
@@ -473,11 +466,11 @@ def make_heat_map(one, dataset, args, measure="correlation", ramp="Blues"):
     if np.isfinite(values).any():
         tree, order = cluster(100 - values if measure == "correlation" else values)
         ceiling = one.cells("ceiling", "all").get(("all", "all"))
-        span = f"{100 * ceiling.low:.0f} to {100 * ceiling.high:.0f}" if ceiling else "unknown (saliency.py --ceiling)"
-        facts = {"folds": max(row.n for row in one.select(measure, fold="mean")), "ceiling": span,
-                 "pictures": max(row.n for row in one.select(measure) if row.fold != "mean")}
-        yield measure, facts, draw_heat_map(values, names, [one.types[name] for name in names], tree, order,
-                                            "{:.1f}" if np.nanmax(values) < 10 else "{:.0f}", ramp)
+        facts = {"folds": max(row.n for row in one.select(measure, fold="mean")),
+                 "pictures": max(row.n for row in one.select(measure) if row.fold != "mean"),
+                 "ceiling": f"{100 * ceiling.value:.0f}" if ceiling else "unknown (saliency.py --ceiling)"}
+        text, kinds = "{:.1f}" if np.nanmax(values) < 10 else "{:.0f}", [one.types[name] for name in names]
+        yield measure, facts, draw_heat_map(values, names, kinds, tree, order, text, ramp)
 
 
 def make_gallery(one, dataset, args):
@@ -492,55 +485,49 @@ def make_gallery(one, dataset, args):
     first, where = networks[0]["maps"], dict(zip(dataset.relative, dataset.paths))
     names = results.picture_names(first, len(first["array"]), dataset) or ["?"]
     if not set(names) <= set(where):
-        raise ValueError(f"{first['path']} has maps of pictures that are not in {dataset.folder}; give the data set "
-                         "that they were made from (--dataset)")
-    rows = evenly(len(names), args.pictures)
+        raise ValueError(f"{first['path']} has maps of pictures that are not in {dataset.folder}; give the data "
+                         "set that they were made from (--dataset)")
+    rows, kinds = evenly(len(names), args.pictures), [None, *(network["type"] for network in networks)]
     for page, chosen in enumerate(np.array_split(rows, -(-len(rows) // 6)), 1):
-        lines = [("picture", [pictures.load_pixels(where[names[row]], first["preprocessing"]) for row in chosen],
-                  [Path(names[row]).stem for row in chosen])]
+        cells = [pictures.load_pixels(where[names[row]], first["preprocessing"]) for row in chosen]
+        lines = [("picture", cells, [Path(names[row]).stem for row in chosen])]
         for network in networks:
-            maps = network["maps"]["array"]
-            if maps.shape != first["array"].shape or (maps[chosen] < 0).any() or (maps[chosen] > 1).any():
-                raise ValueError(f"{network['maps']['path']}: maps {maps.shape} up to {np.nanmax(maps[chosen]):.6g}; "
-                                 f"expected {first['array'].shape} in [0, 1], as saliency.py writes them")
-            lines.append((network["name"], [heat(maps[row]) for row in chosen], []))
+            maps, shape = network["maps"]["array"][chosen], network["maps"]["array"].shape
+            if shape != first["array"].shape or (maps < 0).any() or (maps > 1).any():
+                raise ValueError(f"{network['maps']['path']}: maps {shape} in [{np.nanmin(maps):g}, "
+                                 f"{np.nanmax(maps):g}]; expected {first['array'].shape} in [0, 1]")
+            lines.append((network["name"], [heat(one) for one in maps], []))
         facts = {"shown": len(chosen), "pictures": len(names), "fold": fold, "page": page}
-        kinds = [None, *(network["type"] for network in networks)]
         yield "gallery" if page == 1 else f"gallery_{page}", facts, draw_gallery(lines, kinds)
 
 
 def make_tsne(one, dataset, args):
-    network = next((one for one in matching(one.networks, args.network) if one["emb"]), None)
-    properties = network and read_properties(network)
-    if properties and len(array := network["emb"]["array"]) >= 4:
-        n, titles = min(args.points, len(array)), {}
-        rows = np.sort(np.random.default_rng(args.seed).choice(len(array), n, replace=False))
-        place = {name: network[name] for name in ("fold", "seed")}
-        for row in one.select("nr_precision", network=network["name"], **place):
-            titles[row.key] = f"{plain(row.key, 18)} ({row.value:.1f})".replace("-", "−")
-        circular = circular_names(properties, args.circular)
-        facts = {"seed": args.seed, "n": n, "all": len(array), "name": network["name"], "fold": network["folder"].name,
-                 "circular": ", ".join(name for name in properties if name in circular) or "none"}
-        yield "tsne", facts, draw_tsne(
-            embed_2d(np.asarray(array[rows], np.float32), args.seed), {key: column[rows] for key, column in
-            properties.items()}, circular, ("class", "super_class", "label", "model"), titles)
+    network = next((network for network in matching(one.networks, args.network) if network["emb"]), None)
+    properties = row_properties(network) if network else {}
+    if properties and len(network["emb"]["array"]) >= 4:
+        name, fold, seed = key(network)
+        n = len(network["emb"]["array"])
+        rows = np.sort(np.random.default_rng(args.seed).choice(n, min(args.points, n), replace=False))
+        scores = {row.key: row.value for row in one.select("nr_precision", network=name, fold=fold, seed=seed)}
+        panels = {}
+        for title, column in properties.items():
+            score = f" ({scores[title]:.1f})".replace("-", "−") if title in scores else ""
+            panels[plain(title, 18) + score] = column[rows]
+        places = embed_2d(np.asarray(network["emb"]["array"][rows], np.float32), args.seed)
+        facts = {"shown": len(rows), "n": n, "name": name, "fold": network["folder"].name, "seed": args.seed}
+        yield "tsne", facts, draw_tsne(places, panels, args.circular)
 
 
-def read_properties(network):
+def row_properties(network):
     """{property: str (n,)} of an emb.npy's rows, from props.csv beside it, else labels.csv; {} without any."""
     from dml_common import files
 
-    paths = [network["folder"] / name for name in ("props.csv", "labels.csv", "classes.csv")]
-    table = next((files.read_table(path) for path in paths[:2] if path.is_file()), {})
+    paths = [network["folder"] / name for name in ("props.csv", "labels.csv")]
+    table = next((files.read_table(path) for path in paths if path.is_file()), {})
     if table and len(next(iter(table.values()))) != len(network["emb"]["array"]):
-        raise ValueError(f"{network['folder']}: emb.npy and its props.csv or labels.csv differ in rows; all must list "
-                         "the same pictures in the same order")
-    properties = {name: np.array(column) for name, column in table.items() if name.lower() not in files.IDENTIFIERS}
-    if "class" in properties and paths[2].is_file():
-        classes = files.read_table(paths[2])
-        names = dict(zip(classes["class"], classes["name"]))
-        properties["class"] = np.array([names.get(number, number) for number in properties["class"]])
-    return properties
+        raise ValueError(f"{network['folder']}: emb.npy and its props.csv or labels.csv differ in rows; all must "
+                         "list the same pictures in the same order")
+    return {name: np.array(table[name]) for name in table if name.lower() not in files.IDENTIFIERS}
 
 
 def make_samples(one, dataset, args):
@@ -548,57 +535,64 @@ def make_samples(one, dataset, args):
 
     if dataset and (dataset.folder / "props.csv").is_file() and (dataset.folder / "images").is_dir():
         properties, rows = files.read_properties(dataset.folder / "props.csv"), []
-        for name, (members, number) in choose_samples(properties).items():
-            label = name if number == len(members) else f"{name} ({len(members)} of {number} values)"
-            rows.append((label, [np.asarray(pictures.read_rgb(dataset.paths[row])) for row in members],
-                         properties[name][members].tolist()))
+        for name, (members, n) in choose_samples(properties).items():
+            cells = [np.asarray(pictures.read_rgb(dataset.paths[row])) for row in members]
+            part = "" if n == len(members) else f" ({len(members)} of {n} values)"
+            rows.append((name + part, cells, properties[name][members].tolist()))
         yield "samples", {"pictures": len(dataset.paths)}, draw_gallery(rows)
 
 
+def key(network):
+    return network["name"], network["fold"], network["seed"]
+
+
 def make_pairs(one, dataset, args):
-    networks = matching(one.networks, args.network)
-    label, counts = read_histograms(one, networks)
-    place, panels = {"fold": "mean"}, []
-    if len(networks) == 1:
-        place = {"fold": networks[0]["fold"], "seed": networks[0]["seed"]}
-    for name, folds in counts.items():
-        (positive, negative), *before = [sum(parts) for parts in zip(*folds)]
-        scores = {row.key: row.value for row in one.select("pairs", network=name, **place)}
-        panels.append({"name": f"{TYPES[one.types[name]][2]} {name}", "positive": positive, "negative": negative,
-                       "before": before, **{key: scores.get(key) for key in ("jsd", "positive_mean", "negative_mean")}})
+    label, counts = read_histograms(one)
+    asked, panels = matching(one.networks, args.network), []
+    place = dict(zip(("fold", "seed"), key(asked[0])[1:])) if len(asked) == 1 else {"fold": "mean"}
+    for name in dict.fromkeys(network["name"] for network in asked):
+        folds = [counts[key(network)] for network in asked if network["name"] == name and key(network) in counts]
+        if folds:
+            (positive, negative), *before = [sum(parts) for parts in zip(*folds)]
+            panel = {"name": f"{TYPES[one.types[name]][2]} {name}", "positive": positive, "negative": negative,
+                     "before": before, "jsd": None, "positive_mean": None, "negative_mean": None}
+            for row in one.select("pairs", network=name, **place):
+                panel[row.key] = row.value
+                if row.key == "jsd" and row.low is not None:
+                    panel["range"] = f" ({row.low:.2f}–{row.high:.2f})"
+            panels.append(panel)
     if panels:
-        yield "pairs", {"label": label, "folds": max(map(len, counts.values()))}, draw_pair_histograms(panels)
+        yield "pairs", {"label": label}, draw_pair_histograms(panels, counted=len(panels) < 4)
 
 
-def read_histograms(one, networks):
-    """The label of pairs.py's histograms, and {network: [[(2, bins), before training (2, bins) if known], for a fold]}."""
+def read_histograms(one):
+    """The label, and {key(network): [counts (2, bins), and before training where train.py counted them]}."""
     from dml_common import results
 
-    path, counts, folds = one.folder / "histograms.csv", defaultdict(list), defaultdict(list)
-    columns = ["embeddings", "label", "bins", "positive", "negative"]
-    rows = results.read_rows(path, "pairs.py", columns) if path.is_file() else [{}]
+    path, counts = one.folder / "histograms.csv", defaultdict(list)
+    rows = results.read_rows(path, "pairs.py", ["embeddings", "label", "bins"]) if path.is_file() else []
     for row in rows:
-        if row and row["bins"] == rows[0]["bins"] and row.get("split") in (None, "", "test"):
-            counts[results.whose(row["embeddings"], one.networks)].append((row["positive"], row["negative"]))
-    for network in networks:
-        parts = [counts.get((network["name"], network["fold"], network["seed"]))]
+        if row["bins"] == rows[0]["bins"] and row.get("split") in (None, "", "test"):
+            counts[results.whose(row["embeddings"], one.networks)].append([row["positive"], row["negative"]])
+    counts = {place: [np.array(pairs).T] for place, pairs in counts.items()}
+    for network in one.networks:
         path = network["history"] and network["history"].with_name("histograms.csv")
-        if path and path.is_file():
-            parts.append([(row["positive"], row["negative"]) for row in results.read_rows(path, "train.py", columns[2:])
-                          if (row["epoch"], row["split"]) == (0, "test")])
-        if parts[0]:
-            folds[network["name"]].append([np.array(part).T for part in parts])
-    return rows[0].get("label"), folds
+        if path and path.is_file() and key(network) in counts:
+            started = [row for row in results.read_rows(path, "train.py", ["epoch", "split"])
+                       if (row["epoch"], row["split"]) == (0, "test")]
+            counts[key(network)].append(np.array([[row["positive"], row["negative"]] for row in started]).T)
+    return rows[0]["label"] if rows else None, counts
 
 
 def make_training(one, dataset, args):
     rows = one.select("training", fold="mean")
     trained = [name for name in one.types if any(row.network == name and row.epoch for row in rows)]
     if trained:
-        wanted = {network["name"] for network in matching(one.networks, args.network)}
-        chosen = next((name for name in trained if name in wanted), trained[0])
-        yield ("training", {"chosen": chosen, "folds": max(row.n for row in rows)},
-               draw_training([row for row in rows if row.network in trained], one.types, chosen))
+        asked = {network["name"] for network in matching(one.networks, args.network)}
+        chosen = next((name for name in trained if name in asked), trained[0])
+        facts = {"chosen": chosen, "folds": max(row.n for row in rows)}
+        rows = [row for row in rows if row.network in trained]
+        yield "training", facts, draw_training(rows, one.types, chosen)
 
 
 def matching(networks, wanted):
@@ -608,69 +602,47 @@ def matching(networks, wanted):
             and fold in ("", network["folder"].name)]
 
 
+COMPARED = "compare.csv of two networks (python compare.py)"
 FIGURES = {  # how it is made, what it needs, its title, its caption
     "profile": (
         make_profile, "nrprec.csv (python nrprec.py)", "Which properties the embeddings cluster by",
-        "NR-Prec, means over {folds} folds with their range (of one fold: the 95 % interval over a sample of queries). "
-        "Strokes: a type's mean with Student's 95 % interval over its losses. Filled: above chance, {test}. Dashed: the "
-        f"published mark {MARK}, one z-score's 1 % threshold. Distance {{distance}}, null {{null}}. {{networks}}."),
+        "NR-Prec: means over {folds} folds, their range (of one fold: the 95 % interval over its queries). Strokes: a "
+        "type's mean, Student's 95 % interval over losses. Filled: above chance, {test}. Dashed: the published mark, "
+        "one z-score's 1 % threshold. Distance {distance}, null {null}. {networks}."),
     "correlation": (
-        make_heat_map, "compare.csv of two networks (python compare.py)",
-        "How alike the saliency maps of different losses are",
-        "Correlation of two networks' maps, in per cent: mean over {pictures:.0f} pictures in each of {folds} folds, by "
-        "Fisher's z. Dark: alike. Order and tree: average linkage on 1 − r. Ceiling by the maps' own noise, which no "
-        "two networks can be expected to pass: {ceiling}."),
+        make_heat_map, COMPARED, "How alike the saliency maps of different losses are",
+        "Correlation, in per cent: mean over {pictures:.0f} pictures in each of {folds} folds, by Fisher's z. Dark: "
+        "alike. Tree: average linkage on 1 − r. Mean ceiling by the maps' own noise: {ceiling}."),
     "jsd": (
-        functools.partial(make_heat_map, measure="jsd", ramp="Blues_r"),
-        "compare.csv of two networks (python compare.py)",
+        functools.partial(make_heat_map, measure="jsd", ramp="Blues_r"), COMPARED,
         "How alike the saliency maps of different losses are (divergence)",
-        "Jensen-Shannon divergence of two networks' maps (base 2), in hundredths: mean over {pictures:.0f} pictures in "
-        "each of {folds} folds. Dark: alike. Order and tree: average linkage."),
+        "Jensen-Shannon divergence (base 2), in hundredths: mean over {pictures:.0f} pictures in each of {folds} folds. "
+        "Dark: alike. Tree: average linkage."),
     "gallery": (
         make_gallery, "maps.npy (python saliency.py) and its pictures (--dataset FOLDER)",
         "What each network looks at, page {page}",
-        "SmoothGrad maps of {shown} of {pictures} pictures, evenly spread over the list, {fold}; dark: no influence on "
-        "the embedding, light: the most."),
+        "SmoothGrad maps of {shown} of {pictures} pictures, {fold}; light: the most influence on the embedding."),
     "tsne": (
-        make_tsne, "emb.npy (python embed.py) of four pictures, with props.csv or classes beside it",
+        make_tsne, "emb.npy (python embed.py) of four pictures, with properties or classes beside it",
         "Embeddings of {name} by property",
-        "t-SNE (seed {seed}) of {n:,} of {all:,} embeddings of {name}, {fold}, coloured by property; in brackets its "
-        "NR-Prec. Colours that close: {circular}."),
+        "t-SNE (seed {seed}) of {shown:,} of {n:,} embeddings of {name}, {fold}; in brackets NR-Prec."),
     "samples": (
-        make_samples, "a rendered set with props.csv and images/ (--dataset FOLDER)", "Pictures of the rendered set",
-        "A row a property, a picture a value, of {pictures:,} pictures whose properties all vary: of each value the "
-        "picture whose other properties are nearest the middle of theirs."),
+        make_samples, "a rendered set: props.csv and images/ (--dataset FOLDER)", "Pictures of the rendered set",
+        "A row a property; of each value that one of {pictures:,} pictures whose properties are nearest the middle."),
     "pairs": (
         make_pairs, "histograms.csv of that network (python pairs.py --histograms)",
         "Pairs of the same and of different {label}",
-        "Inner products of l2-normalised embeddings: pairs of one {label} (positive) and of two (negative), {folds} "
-        "folds together, left as counted, right each of area 1. ● ranking, ▲ classification, ◆ other, ■ no loss."),
+        "Inner products of l2-normalised embeddings of one {label} (positive) and of two (negative), all folds together; "
+        "JSD: the folds' mean and range. ● ranking, ▲ classification, ◆ other, ■ no loss."),
     "training": (
         make_training, "history.csv of a trained network (python train.py; --models)",
         "Training: {chosen} among the other losses",
-        "Black: {chosen}, mean of {folds} folds and their range; thin: the other networks' means. Epoch 0 is before "
-        "training. The loss's own value has no common scale with other losses'."),
-}
+        "Black: {chosen}, mean of {folds} folds and their range; thin: the others' means. Epoch 0 is before training.")}
 PHOTOGRAPHS = ("gallery", "samples")
 
 
-# ---------------------------------------------------------------- the command
-
-
-def save(fig, folder, name, title, suffixes):
-    from dml_common import command, files
-
-    for suffix in suffixes:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            content = render(fig, suffix, plain(title))
-        if suffix == "png" and any("missing from" in str(warning.message) for warning in caught):
-            command.say(f"note: {name}: letters that the font (DejaVu Sans) lacks are drawn as boxes")
-        files.write_file(folder / f"{name}.{suffix}", content)
-
-
-def parse(argv):
-    from dml_common import command, files
+def main(argv=None):
+    from dml_common import command, files, results
 
     parser = command.parser(__doc__)
     add = parser.add_argument
@@ -679,20 +651,15 @@ def parse(argv):
     add("--dataset", action="append", default=[], metavar="FOLDER",
         help="the pictures: a folder, a CSV file, cars196, cub200 or sop; again for each data set")
     add("--data-root", metavar="DIR", help="folder of the published data sets (DML_DATA_ROOT, else data/)")
-    add("--models", type=Path, default=files.ROOT / "models", metavar="DIR", help="with trained/ of train.py (models/)")
+    add("--models", type=Path, default=files.ROOT / "models", metavar="DIR", help="with trained/ (models/)")
     add("--only", default=",".join(FIGURES), metavar="NAMES", help="these figures alone, with commas (all)")
     add("--network", metavar="SLUG/FOLD", help="for gallery, tsne, pairs, training: triplet/fold0 (the first)")
-    add("--circular", metavar="NAMES", help="properties that return to their beginning (rotations, hues, azimuths)")
+    add("--circular", default=CIRCULAR, metavar="REGEX", help=f"properties that return to their start ({CIRCULAR})")
     add("--points", type=int, default=1000, metavar="N", help="embeddings in the t-SNE, chosen at random (1000)")
     add("--pictures", type=int, default=12, metavar="N", help="in the gallery, six a page (12)")
     add("--seed", type=int, default=0, metavar="N", help="of the t-SNE (0)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
 
-
-def main(argv=None):
-    from dml_common import command, files, results
-
-    args = parse(argv)
     only = [name.strip() for name in args.only.split(",")]
     if unknown := [name for name in only if name not in FIGURES]:
         raise ValueError(f"--only {unknown[0]}: expected names among {', '.join(FIGURES)}")
@@ -704,32 +671,31 @@ def main(argv=None):
     datasets = results.open_pictures(args.dataset, args.data_root, [one.name for one in everything])
     networks = [network for one in everything for network in one.networks]
     if args.network and not matching(networks, args.network):
-        known = [f"{network['slug']}/{network['folder'].name}" for network in networks]
-        raise ValueError(f"--network {args.network}: no such network; there are {', '.join(known[:15]) or 'none'}")
+        known = ", ".join(f"{network['slug']}/{network['folder'].name}" for network in networks[:15])
+        raise ValueError(f"--network {args.network}: no such network; there are {known or 'none'}")
     args.out.mkdir(parents=True, exist_ok=True)
     files.check_output(args.out / "figures.json")
 
     done, missing = [], []
     for one in everything:
         missing += [{"dataset": one.name, "figure": "", "what": gap["what"]} for gap in one.missing]
-    with command.bar(len(everything) * len(only), "figures", " figures") as bar:
-        for one, figure in itertools.product(everything, [name for name in FIGURES if name in only]):
+        for figure in [name for name in FIGURES if name in only]:
             make, needs, title, caption = FIGURES[figure]
-            suffixes, before = ("png", "pdf") if figure in PHOTOGRAPHS else ("png", "pdf", "svg"), len(done)
-            for part, facts, fig in make(one, datasets.get(one.name), args):
+            suffixes = ("png", "pdf") if figure in PHOTOGRAPHS else ("png", "pdf", "svg")
+            drawn = list(make(one, datasets.get(one.name), args))
+            for part, facts, fig in drawn:
                 name, heading = f"{part}_{one.name}", title.format(**facts)
-                save(fig, args.out, name, heading, suffixes)
+                for suffix in suffixes:
+                    files.write_file(args.out / f"{name}.{suffix}", render(fig, suffix, plain(heading)))
                 done.append({"name": name, "title": heading, "caption": caption.format(**facts), "dataset": one.name,
                              "svg": f"{name}.svg" if "svg" in suffixes else None, "png": f"{name}.png"})
-            if len(done) == before:
+                print(f"{args.out / name}.png  {heading}", flush=True)
+            if not drawn:
                 missing.append({"dataset": one.name, "figure": figure, "what": f"{figure} needs {needs}"})
-            bar.update()
     content = json.dumps({"figures": done, "missing": missing}, indent=1, ensure_ascii=False) + "\n"
     files.write_file(args.out / "figures.json", content.encode())
     for gap in missing:
         command.say(f"left out, {gap['dataset']}: {gap['what']}")
-    for one in done:
-        print(f"{args.out / one['png']}  {one['title']}")
 
 
 if __name__ == "__main__":
