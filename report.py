@@ -111,12 +111,12 @@ def gallery(networks, datasets, most, size):
 
 def gallery_set(members, dataset, share, size, bar):
     """What the page says of a set, its pictures, and of one of them larger maps, for the page's opening."""
-    from dml_common import files, results
+    from dml_common import files, folders
 
     name, fold, folder, about = (members[0][key] for key in ("dataset", "fold", "folder", "maps"))
     n = len(about["array"])
     rows = np.linspace(0, n - 1, max(1, round(n * share))).round().astype(int).tolist()
-    names = results.picture_names(about, n, dataset) or [f"row {row}" for row in range(n)]
+    names = folders.picture_names(about, n, dataset) or [f"row {row}" for row in range(n)]
     paths = dict(zip(dataset.relative, dataset.paths)) if dataset else {}
     beside = [path for path in (folder / "labels.csv", folder / "props.csv") if path.is_file()]
     columns = {key: values for path in beside for key, values in files.read_table(path).items()}
@@ -208,7 +208,8 @@ def open_template():
     hashes = [base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in (style, script)]
     policy = ("default-src 'none'; img-src data:; style-src 'sha256-{}'; script-src 'sha256-{}'; "
               "base-uri 'none'; form-action 'none'").format(*hashes)
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True,
+                                     undefined=jinja2.ChainableUndefined)  # what is missing prints nothing
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     own = {"style": style, "script": script, "policy": policy}
     return environment.get_template("report.html", globals=own)
@@ -235,7 +236,7 @@ def parse(argv):
 
 
 def main(argv=None):
-    from dml_common import command, files, results
+    from dml_common import command, files, folders
 
     args = parse(argv)
     command.at_least("pictures", args.pictures)
@@ -253,19 +254,21 @@ def main(argv=None):
         figure["section"] = {"profile": "", "correlation": "", "training": "training"}.get(kind, "figures")
         figure["uri"] = figure_uri(args.figures or Path("figures"), figure)
 
-    everything = results.read_all(args.results, files.ROOT / "models")
-    names = [one.name for one in everything]
-    networks = [{**network, "dataset": one.name} for one in everything for network in one.networks]
-    pictures = results.open_pictures(args.dataset, args.data_root, names)
-    groups = gallery(networks, pictures, args.pictures, args.size)
-    gaps = sum((one.missing for one in everything), tables["missing"] + figures["missing"])
-    gaps = dict.fromkeys((gap["dataset"], gap["what"]) for gap in gaps)
+    datasets, gaps = {}, [(gap["dataset"], gap["what"]) for gap in tables["missing"] + figures["missing"]]
+    for place in folders.find_datasets(args.results):
+        name = place.resolve().name
+        datasets[name], broken = folders.find_networks(place, files.ROOT / "models")
+        folders.check_together(datasets[name])
+        gaps += [(name, what) for what in broken]
+    networks = [{**network, "dataset": name} for name, several in datasets.items() for network in several]
+    pictures = folders.open_pictures(args.dataset, args.data_root, list(datasets))
     errata = files.read_table(files.ROOT / "published" / "errata.csv")
-    own = [settings_table(one.name, one.networks) for one in everything if one.networks]
-    own += [text_table("warnings", "missing", "Missing", ["Data", "What"], list(gaps))] if gaps else []
+    own = [settings_table(name, several) for name, several in datasets.items() if several]
+    own += [text_table("warnings", "missing", "Missing", ["Data", "What"], list(dict.fromkeys(gaps)))] if gaps else []
     own += [text_table("errata", "errata", "Published, and done here", list(errata), [*zip(*errata.values())])]
     own += [table for table in tables["tables"] if table["name"] != "errata"]
-    content = template.render(tables | figures, tables=own, datasets=names, networks=networks, groups=groups)
+    content = template.render(tables | figures, tables=own, datasets=list(datasets), networks=networks,
+                              groups=gallery(networks, pictures, args.pictures, args.size))
     files.write_file(args.out, NO_CHARACTER.sub("\ufffd", content).encode("utf-8"))
 
     sys.stdout.reconfigure(errors="replace")  # no name can stop the report
