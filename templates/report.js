@@ -17,10 +17,10 @@ system.addEventListener("change", () => setTheme(system.matches));
 button.hidden = false;
 button.addEventListener("click", () => setTheme(page.dataset.theme === "light"));
 
-// ---- tables: a column's name sorts by it, then the other way, then as it was; rows of means (bold) stay below
+// ---- tables: a column's name sorts by it, then the other way, then as it was; means (bold) stay below
 const firstOrder = new WeakMap();
 all("tbody tr").forEach((row, number) => firstOrder.set(row, number));
-const isMean = row => Boolean($("th strong", row));
+const isMean = row => Boolean($("th.bold", row));
 
 function sortBy(button) {
   const head = button.closest("th"), body = head.closest("table").tBodies[0], column = head.cellIndex;

@@ -252,14 +252,17 @@ def test_golden_table(written):
 <th scope="col" aria-sort="none" class="n"><button type="button">model</button></th>
 <th scope="col" aria-sort="none" class="n"><button type="button">Triplet</button></th></tr></thead>
 <tbody>
-<tr><th scope="row">Triplet</th>
+<tr>
+<th scope="row">Triplet</th>
 <td class="n s0" data-value="0.0" data-hint="fold 0: 0">0.0</td>
 <td class="n" data-value="0">0</td></tr>
-<tr><th scope="row">Margin</th>
+<tr>
+<th scope="row">Margin</th>
 <td class="n s7" data-value="2.5" data-hint="fold 0: 1">2.5</td>
 <td></td></tr>
-<tr><th scope="row">ArcFace</th>
-<td class="n s13" data-value="5.0" data-hint="fold 0: 2"><strong>5.0</strong></td>
+<tr>
+<th scope="row">ArcFace</th>
+<td class="n s13 bold" data-value="5.0" data-hint="fold 0: 2">5.0</td>
 <td class="n" data-value="2">2</td></tr>
 </tbody></table></div><ul class="notes"><li>A note.</li></ul>
 </article>"""
