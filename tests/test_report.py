@@ -310,16 +310,16 @@ def test_blank_maps_are_named(place, written):
 def test_fewer_pictures_are_taken_evenly_and_said(written):
     page = Page(written("--dataset", "cars", "--pictures", "4"))
     assert [group["names"] for group in page.groups()] == [[names[0], names[2]] for names in FOLDS]
-    assert "Pictures 4 of 6 (report.py --pictures)" in page.text
+    assert "Pictures (--pictures) 4 of 6" in page.text
 
 
 def test_without_pictures_the_maps_stand_alone(place, written):
     page = Page(written())
-    assert "Not found 6 (report.py --dataset)" in page.text
+    assert "Not found (--dataset) 6" in page.text
     assert not any("picture" in picture for picture in page.pictures().values())
     (place / "cars/images/2.png").write_bytes(b"broken")
     page = Page(written("--dataset", "cars"))
-    assert "Not found 1 (report.py --dataset)" in page.text
+    assert "Not found (--dataset) 1" in page.text
     assert [name for name, one in page.pictures().items() if "picture" not in one] == ["picture-0-1"]
 
 
