@@ -32,7 +32,6 @@ if __name__ == "__main__":  # before torch is imported: Ctrl-C ends in one line 
 
 import hashlib
 import importlib.util
-import io
 import json
 import math
 import os
@@ -103,8 +102,8 @@ def split_rows(labels, kind, fold=0, seed=1):
 def refuse_without_pairs(labels, name):
     sizes = np.unique(labels, return_counts=True)[1]
     if len(sizes) < 2 or sizes.max() < 2:
-        raise ValueError(f"{name} has {len(labels)} pictures of {len(sizes)} classes; expected two classes or "
-                         "more, one with two pictures (--split pictures keeps all classes in every part)")
+        raise ValueError(f"{name} has {len(labels)} pictures of {len(sizes)} classes; expected two classes or"
+                         " more, one with two pictures (--split pictures keeps all classes in every part)")
 
 
 def epoch_batches(labels, size, each, rng):
@@ -189,7 +188,7 @@ def gather(values, mine, number):
 
 
 def step(network, criterion, miner, pictures, labels, mine, precision="fp32"):
-    """Gradients of a batch's loss; the loss as a float. pictures: this rank's share `mine` of the labels (B,).
+    """Gradients of a batch's loss; the loss as a float. pictures: this rank's share `mine` of labels (B,).
 
     A loss of pairs needs the whole batch: every rank computes it from all embeddings and sends its own share
     of the gradient back through its network, which makes what one process with that batch would.
@@ -271,6 +270,32 @@ def feed_pictures(paths, preprocessing, device, workers, seed):
     return feed
 
 
+def frozen_features(trunk, width, config, dataset, args, device, home):
+    """The trunk's output (n, width): features.npy, made by all processes together; beside it trunk.pth."""
+    from dml_common import files, networks, pictures, rowfile
+
+    def load(path):
+        return pictures.load_pixels(path, config["preprocessing"])
+
+    def stack(pixels):
+        return networks.to_input(torch.from_numpy(np.stack(pixels)).to(device), config["preprocessing"])
+
+    def compute(which, rows, batch):
+        with torch.inference_mode(), autocast(batch, args.precision):
+            return [trunk(batch).float().cpu().numpy()]
+
+    about = {**{key: config[key] for key in ("dataset", "backbone", "preprocessing")},
+             "checkpoint_sha256": config["weights_sha256"], "precision": args.precision,
+             "pictures": config["split"]["pictures"],
+             "bytes": sum(path.stat().st_size for path in dataset.paths)}  # of pictures made anew, too
+    rows, path, state = range(len(dataset.paths)), home / "features.npy", on_cpu(trunk)
+    trunk.to(device)
+    job = rowfile.Job({"name": "features"}, dataset, rows, path, about, home)
+    rowfile.fill([job], [(width,)], np.float32, load, stack, compute, 32, rowfile.BLOCK, args, "pictures")
+    networks.write_state(home / "trunk.pth", state)
+    return np.array(files.read_array(path))
+
+
 def feed_features(features, device):
     """The same from a frozen trunk's features (n, f)."""
     features = torch.from_numpy(features).to(device)
@@ -334,8 +359,8 @@ class Run:
                   options["precision"])
         if not x.isfinite().all():
             if self.epoch == 0:
-                raise ValueError("before any training the network gives embeddings that are no finite numbers")
-            raise Diverged(f"epoch {self.epoch}: an embedding is no finite number")
+                raise ValueError("before any training the network gives embeddings that are no numbers")
+            raise Diverged(f"epoch {self.epoch}: an embedding is no number")
         if self.team[0] > 0:
             return
         if self.criterion and (self.known[part] or "num_classes" not in self.row["parameters"]):
@@ -360,7 +385,7 @@ class Run:
         batches = list(epoch_batches(codes, options["batch"], options["per_class"], rng))
         least = min(map(len, batches))
         if least < ranks:
-            raise ValueError(f"batches of {least} pictures for {ranks} processes: start fewer or raise --batch")
+            raise ValueError(f"batches of {least} pictures for {ranks} processes: start fewer, raise --batch")
         shares = [np.array_split(np.arange(len(batch)), ranks)[rank] for batch in batches]
         mine = [self.parts["train"][batch[share]] for batch, share in zip(batches, shares)]
         network.train()
@@ -377,8 +402,9 @@ class Run:
             if ranks > 1:  # which stop together
                 dist.all_reduce(loss)
             if not loss.isfinite():
-                raise Diverged(f"epoch {self.epoch}, step {number + 1} of {len(batches)}: the loss is no finite"
-                               f" number, at learning rates {options['lr']:g} and {options['loss_lr']:g}")
+                raise Diverged(
+                    f"epoch {self.epoch}, step {number + 1} of {len(batches)}: the loss is no number, at "
+                    f"learning rates {options['lr']:g} and {options['loss_lr']:g}")
             self.optimizer.step()
 
     def train(self, bar):
@@ -431,19 +457,19 @@ class Run:
     def progress(self):
         """"finished", "diverged", "begun" or None: what is there. ValueError where it was made otherwise."""
         from dml_common import networks, rowfile
-        path = self.folder / "config.json"
-        there = networks.read_config(path)
+        there = networks.read_config(self.folder / "config.json")
         finished, diverged = (self.folder / "embedder_best.pth").exists(), there.get("diverged")
         if not (finished or diverged or (self.folder / "checkpoint.pth").exists()):
             return None
-        rowfile.refuse_other(self.folder, path, {**self.config, "diverged": diverged})
+        rowfile.refuse_other(self.folder, there, {**self.config, "diverged": diverged})
         return "finished" if finished else "diverged" if diverged else "begun"
 
     def save(self):
         """What the same command needs to continue; random numbers come from (seed, fold, epoch)."""
+        from dml_common.networks import write_state
         modules = {name: getattr(self, name).state_dict() for name in ("network", "criterion", "optimizer")}
         state = {name: getattr(self, name) for name in ("epoch", "history", "counts", "best")}
-        save(self.folder / "checkpoint.pth", {"modules": modules, "state": state})
+        write_state(self.folder / "checkpoint.pth", {"modules": modules, "state": state})
 
     def resume(self):
         path = self.folder / "checkpoint.pth"
@@ -479,6 +505,7 @@ class Run:
             path.unlink(missing_ok=True)
 
     def write_network(self):
+        from dml_common.networks import write_state
         state, trunk = on_cpu(self.network), self.folder / "trunk_best.pth"
         if self.config["frozen_trunk"]:  # one file: other scripts see the same bytes and share its work
             common = self.folder.parent.parent / "trunk.pth"
@@ -488,89 +515,16 @@ class Run:
             except OSError:
                 shutil.copyfile(common, trunk)
         else:
-            save(trunk, {name[2:]: value for name, value in state.items() if name.startswith("0.")})
+            write_state(trunk, {name[2:]: value for name, value in state.items() if name.startswith("0.")})
             state = {name[2:]: value for name, value in state.items() if name.startswith("1.")}
-        save(self.folder / "embedder_best.pth", state)
+        write_state(self.folder / "embedder_best.pth", state)
 
 
 def on_cpu(module):
     return {name: tensor.cpu().clone() for name, tensor in module.state_dict().items()}
 
 
-def save(path, content):
-    """torch.save that leaves the old file or the new one, never half of it."""
-    from dml_common.files import write_file
-    file = io.BytesIO()
-    torch.save(content, file)
-    write_file(path, file.getvalue())
-
-
 # ---------------------------------------------------------------- the command
-
-
-def read_labels(dataset, table, column):
-    """(labels (n,) int, what they are): the data set's, or a column of --labels or props.csv."""
-    from dml_common.files import read_properties
-    from dml_common.pictures import natural_key
-    if not table and dataset.labels is not None:
-        own, column = {"class": dataset.labels, "super_class": dataset.super_labels}, column or "class"
-        if own.get(column) is None:
-            names = " and ".join(name for name in own if own[name] is not None)
-            raise ValueError(f"{dataset.name} has no label {column!r}; it has {names}; or give --labels FILE")
-        return own[column], column
-    if not table and dataset.properties is None:
-        raise ValueError(f"{dataset.name} has no labels; put each class's pictures into a folder of its own, "
-                         "or give a table with a row for each picture: --labels FILE.csv --label COLUMN")
-    column = column or ("class" if table else "model")
-    table = table or dataset.folder / "props.csv"
-    values = read_properties(table, [column])[column]
-    if len(values) != len(dataset.paths):
-        raise ValueError(f"{table} has {len(values):,} labels, {dataset.name} {len(dataset.paths):,} pictures;"
-                         " expected a row for each, in the same order")
-    number = {value: i for i, value in enumerate(sorted(set(values), key=natural_key))}
-    return np.array([number[value] for value in values]), column
-
-
-def features_of(network):
-    """How many features a trunk gives for a picture."""
-    from dml_common.pictures import black_picture
-    black = torch.from_numpy(black_picture(network.preprocessing))[None]
-    try:
-        with torch.inference_mode():
-            shape = tuple(network.module(black).shape)
-    except Exception as error:  # whatever a factory's network does with a picture
-        raise ValueError(f"{network.name} fails on a picture {tuple(black.shape[1:])}: {error}") from None
-    if len(shape) != 2 or shape[0] != 1:
-        raise ValueError(f"{network.name} gives {shape} for one picture; expected (1, features)")
-    return shape[1]
-
-
-def frozen_features(trunk, width, feed, run, dataset, device, share):
-    """The trunk's output (n, width): features.npy, made by all processes together, beside trunk.pth."""
-    from dml_common import command, files, rowfile
-    home, config, precision = run.folder.parent.parent, run.config, run.options["precision"]
-    about = {**{key: config[key] for key in ("dataset", "backbone", "preprocessing")},
-             "checkpoint_sha256": config["weights_sha256"], "precision": precision,
-             "pictures": config["split"]["pictures"],
-             "bytes": sum(path.stat().st_size for path in dataset.paths)}  # of pictures made anew, too
-    file = rowfile.RowFile(home / "features.npy", (len(dataset.paths), width), np.float32, about)
-    if not (file.complete and (home / "trunk.pth").exists()):  # before the features, so that it is theirs
-        save(home / "trunk.pth", trunk.state_dict())
-    with command.bar(file.shape[0], "features", " pictures") as bar:
-        bar.disable |= share[0] > 0
-        try:
-            while not file.complete:  # again and again: what a process left that died is done by the others
-                claimed = (file.claim(*block) for block in rowfile.shares(file.shape[0], *share))
-                for rows, pictures in feed(rows for rows in claimed if len(rows)):
-                    with torch.inference_mode(), autocast(pictures, precision):
-                        file.write(rows, trunk(pictures).float().cpu().numpy())
-                    bar.update(len(rows))
-                if not file.finish():
-                    time.sleep(0.5)
-        finally:
-            if not file.complete:
-                file.give_up(alone=share[1] == 1)
-    return np.array(files.read_array(file.path))
 
 
 def print_scores(runs):
@@ -603,7 +557,7 @@ def parse(argv):
     add("--dataset", required=True, metavar="NAME|FOLDER|CSV", help="cars196, cub200, sop, a folder or a CSV")
     add("--data-root", metavar="DIR", help="folder of the published data sets (DML_DATA_ROOT, else data/)")
     add("--labels", type=Path, metavar="FILE.csv", help="a row for each picture (the data set's own classes)")
-    add("--label", help="what makes pictures alike: class, super_class or a column of the table (class; model)")
+    add("--label", help="makes pictures alike: class, super_class or a column of the table (class; model)")
     add("--loss", default="Normalized Softmax", help="of models/losses.csv, with commas; all (%(default)s)")
     add("--fold", default="0", help="0, 1, 2, 3, several with commas, or all (%(default)s)")
     add("--split", choices=["default", "random", "pictures", "folds"], help="see above (default, "
@@ -627,6 +581,7 @@ def parse(argv):
     add("--models", type=Path, default=networks.MODELS, metavar="DIR", help="writes to DIR/trained (models/)")
     add("--compile", action="store_true", help="torch.compile the network for the training steps")
     command.add_speed(add)
+    parser.set_defaults(skip_unreadable=None)
     args = parser.parse_args(argv)
     least = {"epochs": 1, "dim": 1, "per_class": 2, "batch": 2 * args.per_class, "seed": 0, "train_sample": 0,
              "workers": 1}  # a batch has two classes or more: losses and miners compare them
@@ -642,7 +597,7 @@ def parse(argv):
 def plan(args, dataset, device):
     """The runs asked for, each with its config.json, and the network that they begin with."""
     from dml_common import networks, pictures
-    labels, label = read_labels(dataset, args.labels, args.label)
+    labels, label = pictures.labels_of(dataset, args.labels, args.label)
     kind = args.split or ("default" if label in ("class", "super_class") else "pictures")
     rows, parts, runs, published = [], {}, [], None
     for name in args.loss.split(","):
@@ -654,7 +609,7 @@ def plan(args, dataset, device):
         if 0 < args.train_sample < len(train):
             order = np.random.default_rng([args.seed, fold]).permutation(len(train))
             scored = train[np.sort(order[:args.train_sample])]
-            refuse_without_pairs(labels[scored], f"--train-sample {args.train_sample}: fold {fold}'s sample")
+            refuse_without_pairs(labels[scored], f"--train-sample {args.train_sample} of fold {fold}")
         parts[fold] = {"train": train, "scored": scored, "validation": validation, "test": test}
     network = networks.load(networks.find(model=args.model, weights=args.weights)[0])
     options = {name: getattr(args, name) for name in OPTIONS}
@@ -672,7 +627,7 @@ def plan(args, dataset, device):
         parameters = library = None
         if row["class"]:
             if row["class"] == "NormalizedSoftmaxLoss":
-                row = {**row, "parameters": row["parameters"].replace("0.1", f"{1 / args.scale}")}
+                row = {**row, "parameters": f"{row['parameters']} temperature={1 / args.scale}"}
             parameters = make_loss(row, len(np.unique(labels[train])), args.dim)[2]
             library = metadata.version("pytorch-metric-learning")
         versions = {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__,
@@ -694,7 +649,7 @@ def work(mine, trunk, width, feed, device, team, bar):
     from dml_common import command
     weights = {name: value.clone() for name, value in trunk.state_dict().items()} if trunk else {}
     for run in mine:
-        bar.set_description(run.name, refresh=False)
+        bar.set_description_str(run.name, refresh=False)
         if trunk:
             trunk.load_state_dict(weights)
         run.begin(trunk, width, feed, device, team)
@@ -712,7 +667,7 @@ def work(mine, trunk, width, feed, device, team, bar):
 
 
 def main(argv=None):
-    from dml_common import command, pictures
+    from dml_common import command, networks, pictures
     args = parse(argv)
     if importlib.util.find_spec("pairs") is None:
         raise ValueError("the scores are those of pairs.py; copy that too, beside train.py")
@@ -722,18 +677,18 @@ def main(argv=None):
     todo = [run for run in runs if run.progress() in (None, "begun")]
     if not todo and rank == 0:
         command.say(f"nothing to do: {len(runs)} of {len(runs)} networks are there")
-    together = "RANK" in os.environ and ranks > 1 and todo  # of torchrun: all train one network, then the next
+    together = "RANK" in os.environ and ranks > 1 and todo  # by torchrun: all train the same network
     if together:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
     if todo:
-        trunk, width, start = network.module, features_of(network), time.perf_counter()
+        trunk, width, start = network.module, networks.features_of(network), time.perf_counter()
         workers = args.workers or min(16, command.available_cpus())
         feed = feed_pictures(dataset.paths, network.preprocessing, device, workers, args.seed)
         if args.freeze_trunk:
-            share = rank, ranks
-            features = frozen_features(trunk.to(device), width, feed, todo[0], dataset, device, share)
+            home = todo[0].folder.parent.parent
+            features = frozen_features(trunk, width, todo[0].config, dataset, args, device, home)
             feed, trunk = feed_features(features, device), None
             if device.type == "cpu":
                 torch.set_num_threads(1)  # for matrices this small a second thread costs more than it saves
