@@ -91,9 +91,11 @@ def differences(old, new, prefix=""):
     lines = []
     for key in dict.fromkeys([*old, *new]):
         a, b = old.get(key), new.get(key)
+        if a == b or key in NOT_COMPARED:
+            continue
         if isinstance(a, dict) and isinstance(b, dict):
             lines += differences(a, b, f"{prefix}{key}.")
-        elif a != b and key not in NOT_COMPARED:
+        else:
             a, b = (text if len(text := str(value)) <= 80 else text[:79] + "…" for value in (a, b))
             lines.append(f"{prefix}{key}: {a} there, {b} now")
     return lines
@@ -475,6 +477,8 @@ def fill(jobs, shapes, dtype, load, stack, compute, batch, least, args, unit):
                 with closing(prepared(arrays, blocks, batch, paths, load, stack, workers)) as batches:
                     for which, rows, pictures, errors in batches:
                         for row, error in errors:
+                            if args.skip_unreadable is None:  # no such option
+                                raise error
                             if not args.skip_unreadable:
                                 raise ValueError(f"{error}, or leave it out with --skip-unreadable")
                             command.say(f"left out: {error}")
