@@ -535,6 +535,8 @@ def verify(name, root):
 
 def unpack(archive, folder):
     """Unpack a .tgz or .zip into the folder: whole and plain files alone, or not at all (ValueError)."""
+    archive, folder = Path(archive), Path(folder)
+
     def plain(member, place):
         refuse(member.name, member.isreg() or member.isdir())
         return tarfile.data_filter(member, place)
