@@ -457,7 +457,8 @@ def test_what_is_missing_is_listed(tmp_path):
                ("ArcFace", 0, "hue", 1), ("ArcFace", 0, "model", None))
     missing = [(line["table"], line["what"]) for line in one.missing]
     for line in (("nrprec", "ArcFace and model: no nr_precision"),
-                 ("nrprec", "nrprec.csv has no rows of None"), ("nrprec", "ArcFace: fold 1; the mean is over the others"),
+                 ("nrprec", "nrprec.csv has no rows of None"),
+                 ("nrprec", "ArcFace: fold 1; the mean is over the others"),
                  ("compare", "ArcFace and None: no correlation"),
                  ("compare", "Triplet and None: fold 1; the mean is over the others"),
                  ("masks", "masks.csv is not there, or empty: python compare.py --masks makes it"),
