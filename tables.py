@@ -287,7 +287,7 @@ def losses(everything):
 
 def properties(one=None):
     """Table 5 of the results' props.csv; without one, the paper's."""
-    from dml_common import files, pictures
+    from dml_common import files, pictures, results
 
     header, rows = ["Property", "Number", "Values"], []
     for name, values in (one.properties if one else {}).items():
@@ -300,16 +300,16 @@ def properties(one=None):
     if rows:
         return table("properties", "Properties", "The pictures' properties and their values", header, rows,
                      one.name)
-    columns = files.read_table(HERE / "published" / "kobs_table5_properties.csv")
+    columns = results.read_published("kobs_table5_properties")
     rows = [[name, cell(number, number), values] for name, number, values in zip(*columns.values())]
     return table("properties_published", "Properties (published)", "The first paper's rendered cars", header,
                  rows, notes=["No props.csv in the results: the paper's own."])
 
 
 def errata():
-    from dml_common import files
+    from dml_common import results
 
-    columns = files.read_table(HERE / "published" / "errata.csv")
+    columns = results.read_published("errata")
     return table("errata", "Errata", "Where the published descriptions, code and numbers disagree, and what "
                  "is done here", ["Paper", "Published", "Found", "Here"], zip(*columns.values()))
 
@@ -567,6 +567,7 @@ def main(argv=None):
             show(content)
     if args.published and not args.out:
         return
+    contents = [content for content in contents if content["rows"]]
     names = [content["name"] for content in contents]
     if len(set(names)) < len(names):
         raise ValueError(f"two data sets' names give one file name ({max(names, key=names.count)}); rename "
