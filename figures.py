@@ -15,8 +15,7 @@ Writes: NAME.svg, NAME.png, NAME.pdf (photographs: no SVG), and figures.json wit
     pairs        inner products, of one network before and after normalising too (Oi et al., Fig. 1, 3)
     training     loss, pair means, JSD, Recall@1, MAP@R against the epoch (Fig. 2, 4)
 
-A figure whose input is missing is left out and named. Same input, same options: the same bytes. In Python:
-every draw_ function returns a matplotlib Figure, whatever the caller's style; png() makes a file of it.
+A figure whose input is missing is left out and named. Same input, same options: the same bytes.
 """
 if __name__ == "__main__":  # before matplotlib is imported: Ctrl-C ends in one line from here on
     import sys
@@ -36,12 +35,12 @@ import io
 import json
 import re
 import textwrap
+import warnings
 from collections import Counter, defaultdict
 from pathlib import Path
 
-import matplotlib
+import matplotlib.style
 import numpy as np
-from matplotlib import style
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -51,21 +50,18 @@ WIDTH, DPI = 5.4, 200  # inches: 9 points are 9 pixels where a figure is shown 4
 MARK = 2.576  # the published mark of NR-Prec
 CIRCULAR = "rotation|hue|azimuth|heading|orientation"  # names of properties that return to their beginning
 # No name is ever taken for a formula (parse_math), and no file depends on the day or a user's matplotlibrc.
-styled = style.context(["default", {
+styled = matplotlib.style.context(["default", {
     "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
     "legend.fontsize": 8, "font.family": ["DejaVu Sans"], "text.parse_math": False, "figure.dpi": DPI,
     "svg.hashsalt": "figures.py", "pdf.fonttype": 42, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6, "legend.frameon": False}])
+    "axes.linewidth": 0.6, "lines.linewidth": 0.8, "legend.frameon": False}])
 # Okabe and Ito's colours, told apart with every kind of colour blindness; a shape goes with each.
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#444444"
 MARKERS = list(zip((BLUE, VERMILION, GREEN, "#E69F00", "#CC79A7", "#56B4E9", "#000000"), "o^sDvP*"))
 TYPES = {  # of losses: colour, marker, the same as a letter, words
-    "ranking": (BLUE, "o", "●", "ranking loss"),
-    "classification": (VERMILION, "^", "▲", "classification loss"),
-    "other": (GREEN, "D", "◆", "other"),
-    "none": (GREY, "s", "■", "no DML loss")}
-PAIRS = {"positive pairs": (VERMILION, "-"), "negative pairs": (BLUE, (0, (3, 1.2))),
-         "before training": (GREY, ":")}
+    "ranking": (BLUE, "o", "●", "ranking"), "classification": (VERMILION, "^", "▲", "classification"),
+    "other": (GREEN, "D", "◆", "other"), "none": (GREY, "s", "■", "no DML loss")}
+PAIRS = {"positive pairs": (VERMILION, "-"), "negative pairs": (BLUE, "--"), "before training": (GREY, ":")}
 CURVES = {"loss": "loss", "positive_mean": "positive\npairs' mean", "negative_mean": "negative\npairs' mean",
           "jsd": "JSD", "recall_at_1": "Recall@1", "map_at_r": "MAP@R"}  # of train.py
 VIRIDIS = LinearSegmentedColormap.from_list("dark", matplotlib.colormaps["viridis"](np.linspace(0, 0.93, 64)))
@@ -91,10 +87,9 @@ def type_legend(fig, kinds, more=(), loc="outside upper center"):
 @styled
 def render(fig, suffix, title=""):
     """The bytes of a figure's png, svg or pdf, without date or version."""
-    metadata = {"png": {"Software": None}, "svg": {"Title": title, "Creator": "figures.py", "Date": None},
-                "pdf": {"Title": title, "Creator": "figures.py", "CreationDate": None}}
-    content = io.BytesIO()
-    fig.savefig(content, format=suffix, metadata=metadata[suffix])
+    content, about = io.BytesIO(), {"Title": title, "Creator": "figures.py"}
+    about = {"png": {"Software": None}, "svg": about | {"Date": None}, "pdf": about | {"CreationDate": None}}
+    fig.savefig(content, format=suffix, metadata=about[suffix])
     return content.getvalue()
 
 
@@ -105,9 +100,8 @@ png = functools.partial(render, suffix="png")
 def draw_profile(rows, types, properties, means=()):
     """NR-Prec of every property as dots, one a network (Kobs et al., Table 6) -> Figure.
 
-    rows: with network, key (the property), value, low and high (the whisker, or None), mark ("*": filled);
-    types: {network: one of TYPES}; properties: names; both in the order drawn. means: rows whose network is a
-    type: a stroke in a bar from low to high.
+    rows: with network, key (the property), value, low, high (or None), mark ("*": filled); types: {network: its
+    type}; properties: names; both in the order drawn. means: rows whose network is a type.
     """
     networks = [name for name in types if name in {row.network for row in rows}]
     L, P = len(networks), len(properties)
@@ -131,23 +125,12 @@ def draw_profile(rows, types, properties, means=()):
     mark = ax.axvline(MARK, color="black", lw=0.8, ls=(0, (4, 2)))
     ax.axvline(0, color="black", lw=0.5)
     if ax.get_xlim()[1] > 10:  # one property often lies far above the others: a square-root axis
-        ax.set_xscale("function", functions=(lambda x: np.sign(x) * np.sqrt(abs(x)), lambda x: x * abs(x)))
+        ax.set_xscale("function", functions=(lambda x: np.sign(x) * abs(x)**0.5, lambda x: x * abs(x)))
         ax.set_xticks([tick for tick in (0, 1, 5, 10, 20, 40, 80, 200, 400) if tick <= ax.get_xlim()[1]])
     ax.set_yticks(range(P), [plain(name) for name in properties])
     ax.tick_params(axis="y", length=0)
     type_legend(fig, [types[name] for name in networks], [(mark, f"published mark {MARK}")])
     return fig
-
-
-def cluster(distances):
-    """Average linkage of a symmetrical (K, K) -> (linkage, leaf order); (None, None) where a pair is nan."""
-    from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
-
-    pairs = np.maximum(distances[np.triu_indices(len(distances), 1)], 0)  # equal maps: 1 - r may be below 0
-    if len(distances) < 3 or not np.isfinite(pairs).all():
-        return None, None
-    tree = optimal_leaf_ordering(linkage(pairs, "average"), pairs)
-    return tree, leaves_list(tree)
 
 
 @styled
@@ -183,7 +166,6 @@ def draw_heat_map(values, names, kinds=None, tree=None, order=None, text="{:.0f}
         dendrogram(tree, orientation="right", ax=beside, color_threshold=0, above_threshold_color="#555555")
         beside.set(xlim=(max(0, 1.3 * lowest - 0.3 * top), 1.02 * top), ylim=beside.get_ylim()[::-1])
         beside.axis("off")
-        beside.collections[0].set_linewidth(0.8)
     if kinds is not None:
         type_legend(fig, kinds, loc="outside lower center")
     fig.suptitle(title, fontsize=9)
@@ -200,7 +182,7 @@ def heat(saliency_map):
 def draw_gallery(rows, kinds=None):
     """Rows of pictures, their names on the left -> Figure.
 
-    rows: [(name, [uint8 (H, W, 3) …], [caption …] or []) …]; kinds: a row's type or None, marked beside it.
+    rows: [(name, [uint8 (H, W, 3) …], [caption …] or []) …]; kinds: a row's type (or None), marked.
     """
     margin, across = 1.35 if kinds else 1.0, max(len(cells) for _, cells, _ in rows)  # inches
     side = min(0.6, (WIDTH - margin) / across)  # maps are noise, which PNG does not shrink
@@ -225,29 +207,27 @@ def draw_gallery(rows, kinds=None):
 
 
 def evenly(n, most):
-    """At most `most` of n rows, evenly spread."""
     return np.unique(np.linspace(0, n - 1, min(most, n)).round().astype(int))
 
 
 def numeric(column):
-    """A property's values as float64 (n,), or None where one is no finite number."""
+    """A property's values (n,) as float64; as they are where one is no finite number."""
     try:
         numbers = np.array(column, np.float64)
     except ValueError:
-        return None
-    return numbers if np.isfinite(numbers).all() else None
+        return column
+    return numbers if np.isfinite(numbers).all() else column
 
 
 def choose_samples(properties, most=10):
     """Of each value of a property the row whose properties are nearest the middle of theirs, by rank.
 
-    properties: {name: str (n,)}; -> {name: ([row …], number of values)}: at most `most` values, evenly spread.
+    properties: {name: str (n,)}; -> {name: ([row …], number of values)}; of more than `most` values a part.
     """
-    ranks = {}
+    ranks, away, chosen = {}, 0, {}
     for name, column in properties.items():
-        values = column if numeric(column) is None else numeric(column)
-        ranks[name] = np.unique(values, return_inverse=True)[1]
-    away, chosen = sum(abs(rank / max(1, rank.max()) - 0.5) for rank in ranks.values()), {}
+        ranks[name] = np.unique(numeric(column), return_inverse=True)[1]
+        away = away + abs(ranks[name] / max(1, ranks[name].max()) - 0.5)
     for name, rank in ranks.items():
         n = int(rank.max()) + 1
         chosen[name] = [int(np.where(rank == value, away, np.inf).argmin()) for value in evenly(n, most)], n
@@ -259,9 +239,9 @@ def embed_2d(embeddings, seed=0):
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
 
-    start = "pca" if min(embeddings.shape) > 1 else "random"
+    tsne = TSNE(perplexity=min(30, (len(embeddings) - 1) / 3), random_state=seed,
+                init="pca" if min(embeddings.shape) > 1 else "random")
     with threadpool_limits(1):  # sums of threads in their order of arrival would move the points
-        tsne = TSNE(perplexity=min(30, (len(embeddings) - 1) / 3), init=start, random_state=seed)
         return tsne.fit_transform(embeddings).astype(np.float32)
 
 
@@ -269,28 +249,28 @@ def embed_2d(embeddings, seed=0):
 def draw_tsne(places, properties, circular=CIRCULAR, across=3):
     """One panel a property: places (n, 2); properties {name: str (n,)} -> Figure.
 
-    Numbers get a sequential colour map, those of a name like `circular` (a regular expression) a cyclic one;
-    names, and class numbers, seven colours and shapes, the rest grey.
+    Numbers get a sequential colour map, of names like `circular` (a regular expression) a cyclic one; values
+    that are names or classes seven colours and shapes, the rest grey.
     """
-    lines, look = -(-len(properties) // across), {"s": 11 if len(places) <= 400 else 5, "rasterized": True}
+    look = {"s": 11 if len(places) <= 400 else 5, "rasterized": True, "lw": 0}
+    lines = -(-len(properties) // across)
     fig = Figure(figsize=(WIDTH, 0.3 + 2.1 * lines), layout="constrained")
     for k, (name, column) in enumerate(properties.items()):
         ax = fig.add_subplot(lines, across, k + 1, xticks=[], yticks=[])
         ax.set_title(plain(name, 26))
         ax.spines[:].set(visible=True, color="#bbbbbb")
         numbers = numeric(column)
-        if numbers is None or re.match(r"(super_)?class\b|label\b|model\b", name):
+        if numbers.dtype.kind != "f" or re.match(r"(super_)?class\b|label\b|model\b", name):
             scatter_names(ax, places, column, look)
             continue
         low, high, ramp, ticks = numbers.min(), numbers.max(), VIRIDIS, 3
         if re.search(circular, name):  # hues turn round at 1, degrees at 360
             low, high, ramp, ticks = 0, 1 if np.abs(numbers).max() <= 1 else 360, CIRCLE, 5
             numbers = numbers % high
-        points = ax.scatter(*places.T, c=numbers, cmap=ramp, vmin=low, vmax=high, lw=0, **look)
+        points = ax.scatter(*places.T, c=numbers, cmap=ramp, vmin=low, vmax=high, **look)
         bar = fig.colorbar(points, cax=ax.inset_axes([0.05, -0.08, 0.9, 0.035]), orientation="horizontal",
                            ticks=np.linspace(low, high, ticks), format="{x:g}")
         bar.ax.tick_params(length=2, pad=1, labelsize=7)
-        bar.outline.set_visible(False)
         bar.solids.set_rasterized(True)
     return fig
 
@@ -298,21 +278,16 @@ def draw_tsne(places, properties, circular=CIRCULAR, across=3):
 def scatter_names(ax, places, column, look):
     counts = Counter(sorted(column.tolist())).most_common()
     for (value, _), (colour, marker) in zip(counts, MARKERS):
-        chosen = places[column == value]
-        ax.scatter(*chosen.T, c=colour, marker=marker, label=plain(value, 26), lw=0, **look)
+        ax.scatter(*places[column == value].T, c=colour, marker=marker, label=plain(value, 26), **look)
     if rest := [value for value, _ in counts[len(MARKERS):]]:
-        chosen = places[np.isin(column, rest)]
-        ax.scatter(*chosen.T, c="#cccccc", label=f"{len(rest)} more", zorder=0, lw=0, **look)
-    longest = max(len(value) for value, _ in counts[:len(MARKERS)])
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2 if longest <= 10 else 1, fontsize=7,
+        ax.scatter(*places[np.isin(column, rest)].T, c="#cccccc", label=f"{len(rest)} more", zorder=0, **look)
+    short = all(len(value) <= 10 for value, _ in counts[:len(MARKERS)])
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2 if short else 1, fontsize=7,
               handletextpad=0.1, columnspacing=0.6, borderpad=0.1, labelspacing=0.2)
 
 
 def coarser(histograms, most=50):
-    """What is drawn of histograms [(2, bins) …] over [-1, 1]: (edges, the same with equally many, fewer bins).
-
-    Neighbouring bins are joined until at most `most` cover what any histogram reaches; the rest is cut off.
-    """
+    """Histograms [(2, bins) …] over [-1, 1] -> (edges, the same in fewer bins, over what they reach)."""
     bins = np.gcd.reduce([one.shape[1] for one in histograms])
     histograms = [one.reshape(2, bins, -1).sum(axis=2) for one in histograms]
     reached = np.flatnonzero(sum(one.sum(axis=0) for one in histograms))
@@ -337,39 +312,37 @@ def draw_histogram(ax, edges, counts, area=True, dotted=False):
 
 @styled
 def draw_pair_histograms(panels, counted=True):
-    """Inner products of pairs, a row a network: left as counted, right of area 1 each (Oi et al., Fig. 1).
+    """Inner products of pairs: left as counted, right each of area 1 (Oi et al., Fig. 1) -> Figure.
 
-    panels: dicts with name, positive, negative (int counts (bins,) of equal bins over [-1, 1]), positive_mean,
-    negative_mean, jsd (None: not written); if known before: [counts (2, bins) before training], range: of jsd.
-    counted: else three networks a row, of area 1 alone, each on its own scale (Fig. 3). -> Figure
+    panels: dicts with name, positive, negative (counts (bins,) of equal bins over [-1, 1]), positive_mean,
+    negative_mean, jsd (None: not written), and if known before: [counts (2, bins) before training].
+    counted: else three panels a row, of area 1 alone, each on its own scale (Fig. 3).
     """
     counts = []
     for panel in panels:
         counts += [np.stack([panel["positive"], panel["negative"]]), *panel.get("before", [])]
     edges, counts = coarser(counts)
-    rest, across, lines = iter(counts), 2 if counted else 3, len(panels) if counted else -(-len(panels) // 3)
+    rest, across = iter(counts), 2 if counted else 3
+    lines = len(panels) if counted else -(-len(panels) // across)
     fig = Figure(figsize=(WIDTH, 0.6 + (1.8 if counted else 1.35) * lines), layout="constrained")
-    axes = iter(fig.subplots(lines, across, squeeze=False).flat)
     for panel in panels:
-        ax, pairs, title = next(axes), next(rest), [plain(panel["name"], 28)]
+        pairs, title = next(rest), [plain(panel["name"], 28)]
         if counted:
+            ax = fig.add_subplot(lines, across, len(fig.axes) + 1, ylabel="pairs")
             draw_histogram(ax, edges, pairs, area=False)
-            title.append("{:,.0f} positive, {:,.0f} negative".format(*pairs.sum(axis=1)))
-            ax.set(title="\n".join(title), ylabel="pairs")
+            ax.set_title("{}\n{:,.0f} positive, {:,.0f} negative".format(*title, *pairs.sum(axis=1)))
             ax.yaxis.set_major_formatter(EngFormatter(sep=""))  # 20k, 1.5M
-            ax, title = next(axes), []
+            title = []
+        ax = fig.add_subplot(lines, across, len(fig.axes) + 1, ylabel="density" if counted else "")
         draw_histogram(ax, edges, pairs)
         for _ in panel.get("before", []):
             draw_histogram(ax, edges, next(rest), dotted=True)
         if panel["jsd"] is not None:
-            title.append(f"JSD {panel['jsd']:.3f}{panel.get('range', '')}")
+            title.append(f"JSD {panel['jsd']:.3f} in {len(panel['positive']):,} bins")
         if counted and panel["positive_mean"] is not None:
-            means = f"means {panel['positive_mean']:.3f} and {panel['negative_mean']:.3f}"
-            title.append(means.replace("-", "−"))
-        ax.set(title="\n".join(title), ylabel="density" if counted else "")
+            title.append("means {positive_mean:.3f}, {negative_mean:.3f}".format(**panel).replace("-", "−"))
+        ax.set_title("\n".join(title))
         ax.tick_params(left=counted, labelleft=counted)
-    for ax in axes:
-        ax.axis("off")
     names = list(PAIRS)[:3 if len(counts) > len(panels) else 2]
     handles = [Line2D([], [], color=PAIRS[name][0], ls=PAIRS[name][1], lw=1.3) for name in names]
     fig.legend(handles, names, loc="outside upper center", ncols=3)
@@ -379,11 +352,11 @@ def draw_pair_histograms(panels, counted=True):
 
 @styled
 def draw_class_curves(curves, numbers):
-    """Metrics against the number of classes, a row an embedding: left the mean and standard deviation over random
-    subsets of the classes, right the mean relative to the fewest classes -> Figure.
+    """Metrics against the number of classes, a row an embedding: left the mean and standard deviation over
+    random subsets of the classes, right the mean relative to the fewest classes -> Figure.
 
-    curves: [(name, {metric: [values of the subsets of numbers[0] classes, …]}) …]; numbers: ascending. A metric
-    called … permuted is a chance level and has no place on the right.
+    curves: [(name, {metric: [values of the subsets of numbers[0] classes, …]}) …]; numbers: ascending. What
+    is called … permuted is a chance level and has no place on the right.
     """
     fig = Figure(figsize=(WIDTH, 0.5 + 1.8 * len(curves)), layout="constrained")
     axes = fig.subplots(len(curves), 2, sharex=True, squeeze=False)
@@ -409,7 +382,7 @@ def draw_class_curves(curves, numbers):
 def draw_training(rows, types, chosen):
     """A row a measure, a column a part of the pictures; the chosen network in black with its range -> Figure.
 
-    rows: with network, key (of CURVES), part, epoch (of the part test 0 and "best"), value, low, high (or None);
+    rows: with network, key (of CURVES), part, epoch (of the part test 0 and "best"), value, low, high;
     types: {network: one of TYPES}. Losses' values have no common scale: the chosen one's is drawn alone.
     """
     curves = defaultdict(list)
@@ -434,39 +407,39 @@ def draw_training(rows, types, chosen):
     for part, first, last in zip(parts, axes[0], axes[-1]):
         first.set_title(plain(part))
         last.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        last.set_xlabel("epoch")
+        last.set_xlabel("" if part == "test" else "epoch")
         if part == "test":
-            last.set(xlabel="", xlim=(-0.35, 1.35))
-            last.set_xticks([0, 1], ["before", "after"])
+            last.set(xlim=(-0.35, 1.35), xticks=[0, 1], xticklabels=["before", "after"])
     line = Line2D([], [], color="black", lw=1.8)
     type_legend(fig, {types[name] for _, _, name in curves if name != chosen}, [(line, plain(chosen, 26))])
     return fig
 
 
-# ---------------------------------------------------------------- results to figures
-# Each takes a data set's Results, its pictures or None, and the options, and yields (name, facts of the title and
-# the caption, Figure), or nothing where its input is missing.
+# Each yields (name, facts of its title and caption, Figure), or nothing where its input is missing.
 
 
 def make_profile(one, dataset, args):
-    rows, means = one.select("nr_precision", fold="mean"), one.select("nr_precision", "all")
+    rows = one.select("nr_precision", fold="mean")
     if rows:
-        tested, options = all(row.p_holm is not None for row in rows), one.tables["nrprec"][0]
+        options, tested = one.tables["nrprec"][0], rows[0].note == "tested"
         facts = {"test": "p_holm < 0.01 in every fold by permutation" if tested else f"a mean beyond {MARK}",
                  "folds": max(row.n for row in rows), "networks": ", ".join(one.names("nr_precision")),
                  "distance": options.get("distance"), "null": options.get("null")}
-        properties = [row.key for row in sorted(means, key=lambda row: -row.value)]
-        yield "profile", facts, draw_profile(rows, one.types, properties, one.select("nr_precision", "type"))
+        means = {row.key: row.value for row in one.select("nr_precision", "all")}
+        properties, means = sorted(means, key=means.get, reverse=True), one.select("nr_precision", "type")
+        yield "profile", facts, draw_profile(rows, one.types, properties, means)
 
 
 def make_heat_map(one, dataset, args, measure="correlation", ramp="Blues"):
+    from dml_common import results
     names = one.names(measure)
     values = 100 * one.matrix(measure, names)
     np.fill_diagonal(values, np.nan)  # two folds of one network
     if np.isfinite(values).any():
-        tree, order = cluster(100 - values if measure == "correlation" else values)
+        tree, order = results.cluster(100 - values if measure == "correlation" else values)
         ceiling = one.cells("ceiling", "all").get(("all", "all"))
-        facts = {"folds": max(row.n for row in one.select(measure, fold="mean")),
+        facts = {"what": "Correlation" if measure == "correlation" else "Jensen-Shannon divergence (base 2)",
+                 "folds": max(row.n for row in one.select(measure, fold="mean")),
                  "pictures": max(row.n for row in one.select(measure) if row.fold != "mean"),
                  "ceiling": f"{100 * ceiling.value:.0f}" if ceiling else "unknown (saliency.py --ceiling)"}
         text, kinds = "{:.1f}" if np.nanmax(values) < 10 else "{:.0f}", [one.types[name] for name in names]
@@ -474,19 +447,17 @@ def make_heat_map(one, dataset, args, measure="correlation", ramp="Blues"):
 
 
 def make_gallery(one, dataset, args):
-    from dml_common import pictures, results
-
+    from dml_common import folders, pictures
     networks = [network for network in one.networks if network["maps"]]
     if not networks or dataset is None:
         return
-    counts = Counter(network["folder"].name for network in matching(networks, args.network) or networks)
-    fold = min(counts, key=lambda name: (-counts[name], name))  # that of most networks
+    folds = Counter(network["folder"].name for network in matching(networks, args.network) or networks)
+    fold = folds.most_common(1)[0][0]
     networks = [network for network in networks if network["folder"].name == fold]
     first, where = networks[0]["maps"], dict(zip(dataset.relative, dataset.paths))
-    names = results.picture_names(first, len(first["array"]), dataset) or ["?"]
+    names = folders.picture_names(first, len(first["array"]), dataset) or ["?"]
     if not set(names) <= set(where):
-        raise ValueError(f"{first['path']} has maps of pictures that are not in {dataset.folder}; give the data "
-                         "set that they were made from (--dataset)")
+        raise ValueError(f"{first['path']}: its pictures are not in {dataset.folder}; give --dataset theirs")
     rows, kinds = evenly(len(names), args.pictures), [None, *(network["type"] for network in networks)]
     for page, chosen in enumerate(np.array_split(rows, -(-len(rows) // 6)), 1):
         cells = [pictures.load_pixels(where[names[row]], first["preprocessing"]) for row in chosen]
@@ -502,37 +473,24 @@ def make_gallery(one, dataset, args):
 
 
 def make_tsne(one, dataset, args):
+    from dml_common import results
     network = next((network for network in matching(one.networks, args.network) if network["emb"]), None)
-    properties = row_properties(network) if network else {}
+    properties = results.row_properties(network) if network else {}
     if properties and len(network["emb"]["array"]) >= 4:
-        name, fold, seed = key(network)
-        n = len(network["emb"]["array"])
-        rows = np.sort(np.random.default_rng(args.seed).choice(n, min(args.points, n), replace=False))
-        scores = {row.key: row.value for row in one.select("nr_precision", network=name, fold=fold, seed=seed)}
-        panels = {}
+        name, array, panels = network["name"], network["emb"]["array"], {}
+        n = min(args.points, len(array))
+        rows = np.sort(np.random.default_rng(args.seed).choice(len(array), n, replace=False))
+        scores = one.select("nr_precision", network=name, fold=network["fold"], seed=network["seed"])
+        scores = {row.key: f" ({row.value:.1f})".replace("-", "−") for row in scores}
         for title, column in properties.items():
-            score = f" ({scores[title]:.1f})".replace("-", "−") if title in scores else ""
-            panels[plain(title, 18) + score] = column[rows]
-        places = embed_2d(np.asarray(network["emb"]["array"][rows], np.float32), args.seed)
-        facts = {"shown": len(rows), "n": n, "name": name, "fold": network["folder"].name, "seed": args.seed}
+            panels[plain(title, 18) + scores.get(title, "")] = column[rows]
+        places = embed_2d(np.asarray(array[rows], np.float32), args.seed)
+        facts = {"shown": n, "n": len(array), "name": name, "fold": network["folder"].name, "seed": args.seed}
         yield "tsne", facts, draw_tsne(places, panels, args.circular)
-
-
-def row_properties(network):
-    """{property: str (n,)} of an emb.npy's rows, from props.csv beside it, else labels.csv; {} without any."""
-    from dml_common import files
-
-    paths = [network["folder"] / name for name in ("props.csv", "labels.csv")]
-    table = next((files.read_table(path) for path in paths if path.is_file()), {})
-    if table and len(next(iter(table.values()))) != len(network["emb"]["array"]):
-        raise ValueError(f"{network['folder']}: emb.npy and its props.csv or labels.csv differ in rows; all must "
-                         "list the same pictures in the same order")
-    return {name: np.array(table[name]) for name in table if name.lower() not in files.IDENTIFIERS}
 
 
 def make_samples(one, dataset, args):
     from dml_common import files, pictures
-
     if dataset and (dataset.folder / "props.csv").is_file() and (dataset.folder / "images").is_dir():
         properties, rows = files.read_properties(dataset.folder / "props.csv"), []
         for name, (members, n) in choose_samples(properties).items():
@@ -542,153 +500,114 @@ def make_samples(one, dataset, args):
         yield "samples", {"pictures": len(dataset.paths)}, draw_gallery(rows)
 
 
-def key(network):
-    return network["name"], network["fold"], network["seed"]
-
-
 def make_pairs(one, dataset, args):
-    label, counts = read_histograms(one)
-    asked, panels = matching(one.networks, args.network), []
-    place = dict(zip(("fold", "seed"), key(asked[0])[1:])) if len(asked) == 1 else {"fold": "mean"}
-    for name in dict.fromkeys(network["name"] for network in asked):
-        folds = [counts[key(network)] for network in asked if network["name"] == name and key(network) in counts]
-        if folds:
-            (positive, negative), *before = [sum(parts) for parts in zip(*folds)]
-            panel = {"name": f"{TYPES[one.types[name]][2]} {name}", "positive": positive, "negative": negative,
-                     "before": before, "jsd": None, "positive_mean": None, "negative_mean": None}
-            for row in one.select("pairs", network=name, **place):
-                panel[row.key] = row.value
-                if row.key == "jsd" and row.low is not None:
-                    panel["range"] = f" ({row.low:.2f}–{row.high:.2f})"
-            panels.append(panel)
-    if panels:
-        yield "pairs", {"label": label}, draw_pair_histograms(panels, counted=len(panels) < 4)
-
-
-def read_histograms(one):
-    """The label, and {key(network): [counts (2, bins), and before training where train.py counted them]}."""
     from dml_common import results
-
-    path, counts = one.folder / "histograms.csv", defaultdict(list)
-    rows = results.read_rows(path, "pairs.py", ["embeddings", "label", "bins"]) if path.is_file() else []
-    for row in rows:
-        if row["bins"] == rows[0]["bins"] and row.get("split") in (None, "", "test"):
-            counts[results.whose(row["embeddings"], one.networks)].append([row["positive"], row["negative"]])
-    counts = {place: [np.array(pairs).T] for place, pairs in counts.items()}
-    for network in one.networks:
-        path = network["history"] and network["history"].with_name("histograms.csv")
-        if path and path.is_file() and key(network) in counts:
-            started = [row for row in results.read_rows(path, "train.py", ["epoch", "split"])
-                       if (row["epoch"], row["split"]) == (0, "test")]
-            counts[key(network)].append(np.array([[row["positive"], row["negative"]] for row in started]).T)
-    return rows[0]["label"] if rows else None, counts
+    asked, panels = matching(one.networks, args.network), []
+    label, folds = results.pair_histograms(one.folder, asked)
+    chosen = asked[0] if len(asked) == 1 else {"fold": "mean", "seed": None, "folder": Path("all folds")}
+    for name, histograms in folds.items():
+        (positive, negative), *before = [sum(parts) for parts in zip(*histograms)]
+        panel = {"name": f"{TYPES[one.types[name]][2]} {name}", "positive": positive, "negative": negative,
+                 "before": before, "jsd": None, "positive_mean": None, "negative_mean": None}
+        for row in one.select("pairs", network=name, fold=chosen["fold"], seed=chosen["seed"]):
+            panel[row.key] = row.value
+        panels.append(panel)
+    if panels:
+        facts = {"label": label, "place": chosen["folder"].name}
+        yield "pairs", facts, draw_pair_histograms(panels, counted=len(panels) < 4)
 
 
 def make_training(one, dataset, args):
     rows = one.select("training", fold="mean")
-    trained = [name for name in one.types if any(row.network == name and row.epoch for row in rows)]
-    if trained:
-        asked = {network["name"] for network in matching(one.networks, args.network)}
-        chosen = next((name for name in trained if name in asked), trained[0])
+    if any(row.epoch for row in rows):
+        names = [network["name"] for network in matching(one.networks, args.network) if network["history"]]
+        chosen = next(iter(names), rows[0].network)
         facts = {"chosen": chosen, "folds": max(row.n for row in rows)}
-        rows = [row for row in rows if row.network in trained]
         yield "training", facts, draw_training(rows, one.types, chosen)
 
 
 def matching(networks, wanted):
-    """The networks of --network SLUG/FOLD (the fold may lack); all without it."""
-    slug, _, fold = (wanted or "").partition("/")
-    return [network for network in networks if (not slug or slug in (network["slug"], network["name"]))
-            and fold in ("", network["folder"].name)]
+    """The networks of --network SLUG or SLUG/FOLD; all without it."""
+    return [network for network in networks if wanted in (
+        None, network["slug"], network["name"], f"{network['slug']}/{network['folder'].name}")]
 
 
-COMPARED = "compare.csv of two networks (python compare.py)"
+COMPARED = (
+    "compare.csv (compare.py)", "{what} of different losses' saliency maps",
+    "In per cent, mean over {pictures:.0f} pictures in each of {folds} folds. Dark: alike. Tree: average "
+    "linkage. The maps' own noise allows a correlation of {ceiling} on average.")
 FIGURES = {  # how it is made, what it needs, its title, its caption
     "profile": (
-        make_profile, "nrprec.csv (python nrprec.py)", "Which properties the embeddings cluster by",
-        "NR-Prec: means over {folds} folds, their range (of one fold: the 95 % interval over its queries). Strokes: a "
-        "type's mean, Student's 95 % interval over losses. Filled: above chance, {test}. Dashed: the published mark, "
-        "one z-score's 1 % threshold. Distance {distance}, null {null}. {networks}."),
-    "correlation": (
-        make_heat_map, COMPARED, "How alike the saliency maps of different losses are",
-        "Correlation, in per cent: mean over {pictures:.0f} pictures in each of {folds} folds, by Fisher's z. Dark: "
-        "alike. Tree: average linkage on 1 − r. Mean ceiling by the maps' own noise: {ceiling}."),
-    "jsd": (
-        functools.partial(make_heat_map, measure="jsd", ramp="Blues_r"), COMPARED,
-        "How alike the saliency maps of different losses are (divergence)",
-        "Jensen-Shannon divergence (base 2), in hundredths: mean over {pictures:.0f} pictures in each of {folds} folds. "
-        "Dark: alike. Tree: average linkage."),
+        make_profile, "nrprec.csv (nrprec.py)", "Which properties the embeddings cluster by",
+        "NR-Prec: means over {folds} folds, their range (of one fold: the 95 % interval over its queries). "
+        "Strokes: a type's mean, Student's 95 % interval over losses. Filled: above chance, {test}. Dashed: "
+        "the published mark, one z-score's 1 % threshold. Distance {distance}, null {null}. {networks}."),
+    "correlation": (make_heat_map, *COMPARED),
+    "jsd": (functools.partial(make_heat_map, measure="jsd", ramp="Blues_r"), *COMPARED),
     "gallery": (
-        make_gallery, "maps.npy (python saliency.py) and its pictures (--dataset FOLDER)",
-        "What each network looks at, page {page}",
-        "SmoothGrad maps of {shown} of {pictures} pictures, {fold}; light: the most influence on the embedding."),
+        make_gallery, "maps.npy (saliency.py), pictures (--dataset)", "What each network looks at ({page})",
+        "SmoothGrad maps of {shown} of {pictures} pictures, {fold}; light: the most influence."),
     "tsne": (
-        make_tsne, "emb.npy (python embed.py) of four pictures, with properties or classes beside it",
-        "Embeddings of {name} by property",
+        make_tsne, "emb.npy (embed.py), properties or classes beside it", "Embeddings of {name} by property",
         "t-SNE (seed {seed}) of {shown:,} of {n:,} embeddings of {name}, {fold}; in brackets NR-Prec."),
     "samples": (
-        make_samples, "a rendered set: props.csv and images/ (--dataset FOLDER)", "Pictures of the rendered set",
-        "A row a property; of each value that one of {pictures:,} pictures whose properties are nearest the middle."),
+        make_samples, "a rendered set: props.csv, images/ (--dataset)", "Pictures of the rendered set",
+        "A row a property: of {pictures:,} pictures one of each value, whose properties are the middlemost."),
     "pairs": (
-        make_pairs, "histograms.csv of that network (python pairs.py --histograms)",
-        "Pairs of the same and of different {label}",
-        "Inner products of l2-normalised embeddings of one {label} (positive) and of two (negative), all folds together; "
-        "JSD: the folds' mean and range. ● ranking, ▲ classification, ◆ other, ■ no loss."),
+        make_pairs, "histograms.csv (pairs.py --histograms)", "Pairs of the same and of different {label}",
+        "Inner products of l2-normalised embeddings of one {label} (positive) or two (negative), {place}; "
+        "JSD: mean of the folds. ● ranking, ▲ classification, ◆ other, ■ no DML loss."),
     "training": (
-        make_training, "history.csv of a trained network (python train.py; --models)",
-        "Training: {chosen} among the other losses",
-        "Black: {chosen}, mean of {folds} folds and their range; thin: the others' means. Epoch 0 is before training.")}
-PHOTOGRAPHS = ("gallery", "samples")
+        make_training, "history.csv (train.py; --models)", "Training: {chosen} among the other losses",
+        "Black: {chosen}, mean and range of {folds} folds; thin: other means. Epoch 0: before training.")}
 
 
 def main(argv=None):
-    from dml_common import command, files, results
+    from dml_common import command, files, folders, results
 
     parser = command.parser(__doc__)
     add = parser.add_argument
-    add("results", type=Path, metavar="RESULTS", help="results/ with data sets' folders in it, or one of these")
-    add("--out", type=Path, required=True, metavar="DIR", help="where the figures go; made if it is not there")
+    add("results", type=Path, metavar="RESULTS", help="results/, with data sets' folders, or one of these")
+    add("--out", type=Path, required=True, metavar="DIR", help="where the figures go; made if not there")
     add("--dataset", action="append", default=[], metavar="FOLDER",
         help="the pictures: a folder, a CSV file, cars196, cub200 or sop; again for each data set")
     add("--data-root", metavar="DIR", help="folder of the published data sets (DML_DATA_ROOT, else data/)")
     add("--models", type=Path, default=files.ROOT / "models", metavar="DIR", help="with trained/ (models/)")
     add("--only", default=",".join(FIGURES), metavar="NAMES", help="these figures alone, with commas (all)")
-    add("--network", metavar="SLUG/FOLD", help="for gallery, tsne, pairs, training: triplet/fold0 (the first)")
-    add("--circular", default=CIRCULAR, metavar="REGEX", help=f"properties that return to their start ({CIRCULAR})")
-    add("--points", type=int, default=1000, metavar="N", help="embeddings in the t-SNE, chosen at random (1000)")
+    add("--network", metavar="SLUG/FOLD", help="gallery, tsne, pairs, training of triplet/fold0 (the first)")
+    add("--circular", default=CIRCULAR, metavar="REGEX", help=f"properties without an end ({CIRCULAR})")
+    add("--points", type=int, default=1000, metavar="N", help="embeddings in the t-SNE, at random (1000)")
     add("--pictures", type=int, default=12, metavar="N", help="in the gallery, six a page (12)")
     add("--seed", type=int, default=0, metavar="N", help="of the t-SNE (0)")
     args = parser.parse_args(argv)
-
+    warnings.showwarning = lambda message, *_: command.say(f"note: {message}")  # of letters that the font lacks
     only = [name.strip() for name in args.only.split(",")]
     if unknown := [name for name in only if name not in FIGURES]:
         raise ValueError(f"--only {unknown[0]}: expected names among {', '.join(FIGURES)}")
     for name, least in ("points", 4), ("pictures", 1), ("seed", 0):
         command.at_least(name, getattr(args, name), least)
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a file; give a folder")
     everything = results.read_all(args.results, args.models)
-    datasets = results.open_pictures(args.dataset, args.data_root, [one.name for one in everything])
+    datasets = folders.open_pictures(args.dataset, args.data_root, [one.name for one in everything])
     networks = [network for one in everything for network in one.networks]
     if args.network and not matching(networks, args.network):
         known = ", ".join(f"{network['slug']}/{network['folder'].name}" for network in networks[:15])
         raise ValueError(f"--network {args.network}: no such network; there are {known or 'none'}")
     args.out.mkdir(parents=True, exist_ok=True)
-    files.check_output(args.out / "figures.json")
-
     done, missing = [], []
     for one in everything:
-        missing += [{"dataset": one.name, "figure": "", "what": gap["what"]} for gap in one.missing]
+        broken = [gap["what"] for gap in one.missing if not gap["table"]]  # arrays
+        missing += [{"dataset": one.name, "figure": "", "what": what} for what in broken]
         for figure in [name for name in FIGURES if name in only]:
             make, needs, title, caption = FIGURES[figure]
-            suffixes = ("png", "pdf") if figure in PHOTOGRAPHS else ("png", "pdf", "svg")
+            suffixes = ("png", "pdf") if figure in ("gallery", "samples") else ("png", "pdf", "svg")
             drawn = list(make(one, datasets.get(one.name), args))
             for part, facts, fig in drawn:
                 name, heading = f"{part}_{one.name}", title.format(**facts)
                 for suffix in suffixes:
                     files.write_file(args.out / f"{name}.{suffix}", render(fig, suffix, plain(heading)))
-                done.append({"name": name, "title": heading, "caption": caption.format(**facts), "dataset": one.name,
-                             "svg": f"{name}.svg" if "svg" in suffixes else None, "png": f"{name}.png"})
+                done.append({"name": name, "title": heading, "caption": caption.format(**facts),
+                             "dataset": one.name, "svg": f"{name}.svg" if "svg" in suffixes else None,
+                             "png": f"{name}.png"})
                 print(f"{args.out / name}.png  {heading}", flush=True)
             if not drawn:
                 missing.append({"dataset": one.name, "figure": figure, "what": f"{figure} needs {needs}"})
