@@ -9,9 +9,9 @@ Output: report.html   opens anywhere, asks no network for anything, the same byt
     python report.py results/cars --tables tables --figures figures --dataset examples/cars --out report.html
     python report.py results --pictures 1000 --size 160 --out report.html      # more and larger maps
 
-What is missing is left out and said on the page. A page from a stranger is a program: this one has a policy that
-runs its own script alone, and everything read is escaped. Layout, style and script are
-templates/report.{html,css,js}. Needs the extra `report` (jinja2).
+What is missing is left out and said on the page. A page from a stranger is a program: the policy of this one
+runs its own script alone, and everything read is escaped. Layout, style and script are templates/report.*.
+Needs the extra `report` (jinja2).
 """
 if __name__ == "__main__":  # before NumPy is imported: Ctrl-C ends in one line from here on
     import sys
@@ -83,7 +83,7 @@ def sprite(maps, size):
     height, width = (max(1, round(size * side / max(H, W))) for side in (H, W))
     columns = math.ceil(math.sqrt(K))
     sheet = Image.new("L", (columns * width, math.ceil(K / columns) * height))
-    for k, one in enumerate(np.clip(np.nan_to_num(maps), 0, 1)):
+    for k, one in enumerate(np.clip(np.nan_to_num(maps.astype(np.float32)), 0, 1)):
         grey = Image.fromarray((255 * one).round().astype(np.uint8))
         grey = grey.resize((width, height), Image.Resampling.BILINEAR)
         sheet.paste(grey, (k % columns * width, k // columns * height))
@@ -93,7 +93,7 @@ def sprite(maps, size):
 def gallery(networks, datasets, most, size):
     """The sets of the gallery, see gallery_set: of each fold of a data set the maps of one resize and crop.
 
-    datasets: {name: its pictures}; most: pictures in all, taken evenly out of all sets' rows.
+    datasets: {name: its pictures}; most: about so many pictures in all, every n-th of each set.
     """
     from dml_common import command
 
@@ -104,35 +104,36 @@ def gallery(networks, datasets, most, size):
             key = (network["dataset"], network["fold"], shape, geometry.get("resize"), geometry.get("crop"))
             groups.setdefault(str(key), []).append(network)
     total = sum(len(members[0]["maps"]["array"]) for members in groups.values())
-    with command.bar(min(total, most), "gallery", " pictures") as bar:
-        return [gallery_set(members, datasets.get(members[0]["dataset"]), min(1, most / total), size, bar)
+    step = max(1, math.ceil(total / most))
+    with command.bar(total // step, "gallery", " pictures") as bar:
+        return [gallery_set(members, datasets.get(members[0]["dataset"]), step, size, bar)
                 for members in groups.values()]
 
 
-def gallery_set(members, dataset, share, size, bar):
+def gallery_set(members, dataset, step, size, bar):
     """What the page says of a set, its pictures, and of one of them larger maps, for the page's opening."""
     from dml_common import files, folders
 
     name, fold, folder, about = (members[0][key] for key in ("dataset", "fold", "folder", "maps"))
     n = len(about["array"])
-    rows = np.linspace(0, n - 1, max(1, round(n * share))).round().astype(int).tolist()
     names = folders.picture_names(about, n, dataset) or [f"row {row}" for row in range(n)]
     paths = dict(zip(dataset.relative, dataset.paths)) if dataset else {}
     beside = [path for path in (folder / "labels.csv", folder / "props.csv") if path.is_file()]
     columns = {key: values for path in beside for key, values in files.read_table(path).items()}
     listed, pictures = columns.get("path", []), []
-    for row in rows:
+    for row in range(0, n, step):
         place = listed.index(names[row]) if names[row] in listed else None
-        properties = [(key, values[place]) for key, values in columns.items()
-                      if place is not None and key.lower() not in files.IDENTIFIERS]
+        properties = [(key, values[place]) for key, values in columns.items() if place is not None
+                      and len(values) == len(listed) and key.lower() not in files.IDENTIFIERS]
         pictures.append({"name": names[row], "properties": properties,
                          **picture_and_maps(members, row, paths.get(names[row]), size)})
         bar.update()
     first = next((k for k, picture in enumerate(pictures) if not picture["blank"]), 0)
-    maps = [webp(sprite(network["maps"]["array"][rows[first]][None], 2 * size), 75) for network in members]
+    row = first * step
+    maps = [webp(sprite(network["maps"]["array"][row:row + 1], 2 * size), 75) for network in members]
     return {"dataset": name, "label": name if fold is None else f"{name}, fold {fold}", "rows": n,
             "networks": [{"name": network["name"], "type": network["type"]} for network in members],
-            "pictures": pictures, "opening": {"picture": pictures[first].get("picture"), "maps": maps}}
+            "pictures": pictures, "opening": {**pictures[first], "maps": maps}}
 
 
 def picture_and_maps(members, row, path, size):
@@ -251,7 +252,7 @@ def main(argv=None):
         table["section"] = "training" if table["name"].startswith("training") else "tables"
     for figure in figures["figures"]:
         kind = figure["name"].partition("_")[0]
-        figure["section"] = {"profile": "", "correlation": "", "training": "training"}.get(kind, "figures")
+        figure["section"] = kind if kind in ("profile", "correlation", "training") else "figures"
         figure["uri"] = figure_uri(args.figures or Path("figures"), figure)
 
     datasets, gaps = {}, [(gap["dataset"], gap["what"]) for gap in tables["missing"] + figures["missing"]]
@@ -264,8 +265,11 @@ def main(argv=None):
     pictures = folders.open_pictures(args.dataset, args.data_root, list(datasets))
     errata = files.read_table(files.ROOT / "published" / "errata.csv")
     own = [settings_table(name, several) for name, several in datasets.items() if several]
-    own += [text_table("warnings", "missing", "Missing", ["Data", "What"], list(dict.fromkeys(gaps)))] if gaps else []
-    own += [text_table("errata", "errata", "Published, and done here", list(errata), [*zip(*errata.values())])]
+    if gaps:
+        gaps = list(dict.fromkeys(gaps))
+        own.append(text_table("warnings", "missing", "Missing", ["Data", "What"], gaps))
+    rows = list(zip(*errata.values()))
+    own.append(text_table("errata", "errata", "Published, and done here", list(errata), rows))
     own += [table for table in tables["tables"] if table["name"] != "errata"]
     content = template.render(tables | figures, tables=own, datasets=list(datasets), networks=networks,
                               groups=gallery(networks, pictures, args.pictures, args.size))
