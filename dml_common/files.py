@@ -1,22 +1,71 @@
 """Arrays and tables in and out, joined by name, with errors that teach. Imports NumPy alone."""
 import csv
+import hashlib
 import io
 import json
 import os
+import re
+import stat
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent  # of the checkout: models/, data/, published/ and templates/ lie there
+ROOT = Path(__file__).resolve().parent.parent  # models/, data/, published/, templates/ lie there
 IDENTIFIERS = ("frame", "image", "file", "path", "id")  # a first column of this name is no property
+MOST_COLUMNS = 10_000  # of a table: one with more is likely to be turned by 90 degrees
+ARRAY, TABLE = "a .npy file saved with numpy.save", "a CSV file with a header line"
 
 
 def losses():
-    """models/losses.csv: list of dicts name, slug, year, type, distance, for each data set the published folder, and what
-    train.py takes from pytorch-metric-learning: class, parameters, miner."""
+    """models/losses.csv: dicts of name, slug, year, type, distance, each data set's published folder, and
+    what train.py takes from pytorch-metric-learning: class, parameters, miner."""
     with open(ROOT / "models" / "losses.csv", newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+# ---------------------------------------------------------------- in
+
+
+def check_input(path, expected="a file"):
+    """Raise ValueError unless this is a regular file: no pipe is waited for, no device read without end."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; give {expected}") from None
+    except (OSError, ValueError) as error:  # a link to itself, a name too long, no permission, a NUL
+        reason = getattr(error, "strerror", error)
+        raise ValueError(f"{path} can't be opened ({reason}); give {expected}") from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
+        raise ValueError(f"{path} is {kind}; give {expected}")
+
+
+def read_text(path, expected="a text file"):
+    """The text of a UTF-8 file, without byte-order mark. ValueError names the line that is no text."""
+    check_input(path, expected)
+    raw = Path(path).read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[:error.start].count(b"\n") + 1
+        raise ValueError(f"{path}: line {line} is not UTF-8 (byte 0x{raw[error.start]:02x}); "
+                         "save the file as UTF-8") from None
+    if "\0" in text:
+        line = text[:text.index("\0")].count("\n") + 1
+        raise ValueError(f"{path}: line {line} has a NUL byte; save the file as plain UTF-8 text")
+    return text
+
+
+def files_digest(paths, algorithm="sha256"):
+    """The hexadecimal digest of the files' bytes, one after the other."""
+    digest = hashlib.new(algorithm, usedforsecurity=False)
+    for path in paths:
+        check_input(path)
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def read_array(path):
@@ -24,28 +73,24 @@ def read_array(path):
 
     Raises OSError or ValueError naming the file, what it is and what to do.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give the .npy file in it")
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; give an array saved with numpy.save")
+    check_input(path, ARRAY)
     with open(path, "rb") as file:
         magic = file.read(6)
     if magic[:4] == b"PK\x03\x04":
-        raise ValueError(f"{path} is a zip archive (.npz?), not one .npy array; save the array with numpy.save")
+        raise ValueError(f"{path} is a zip archive (.npz?), not a .npy array; save the array with numpy.save")
     if magic != b"\x93NUMPY":
         raise ValueError(f"{path} is not a .npy file; save the array with numpy.save")
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
+    except Exception as error:  # what headers provoke: ValueError, OverflowError, SyntaxError, MemoryError
         if "object" in str(error).lower():
-            raise ValueError(f"{path} holds Python objects, which could run code; save a plain float32 array") from None
-        if path.stat().st_size and "greater than file size" not in str(error) and "mmap" not in str(error):
-            raise ValueError(f"{path} has a broken .npy header ({error}); save it again") from None
-        raise ValueError(f"{path} is truncated: its header promises more than {path.stat().st_size:,} bytes; "
-                         "make it again") from None
-    except (EOFError, OSError, SyntaxError) as error:
-        raise ValueError(f"{path} can't be read as .npy ({error}); make it again") from None
+            problem = "holds Python objects, which could run code; save a plain float32 array"
+        elif "mmap" in str(error) or "file size" in str(error):
+            size = os.path.getsize(path)
+            problem = f"is truncated: its header promises more than {size:,} bytes; make it again"
+        else:
+            problem = f"has a broken .npy header ({error}); save it again"
+        raise ValueError(f"{path} {problem}") from None
 
 
 def read_embeddings(path):
@@ -76,14 +121,81 @@ def read_embeddings(path):
     return result
 
 
-def read_sidecar(path):
-    """The JSON beside an array (emb.json of emb.npy) as a dictionary; {} where there is none or it is no JSON object."""
+# What our scripts write into JSON, beside arrays and as a network's config.json: the kinds of the values.
+GEOMETRY = {"resize": (int, [int], None), "crop": (int, None), "channels": str, "scale": float,
+            "mean": [float], "std": [float]}
+LISTED = {"number": int, "sha256": str}
+KINDS = {
+    **dict.fromkeys(("dataset", "distance", "backbone", "checkpoint_sha256"), str),
+    **dict.fromkeys(("loss", "type", "checkpoint"), (str, None)),
+    **dict.fromkeys(("fold", "seed", "dimension"), (int, None)),
+    "rows": [int], "preprocessing": GEOMETRY, "versions": dict,
+    "split": (str, {"test": [int], "pictures": LISTED}),
+    "options": {"pick": ([int], None), "limit": (int, None), "map_size": (int, [int], None)},
+    "pictures": {**LISTED, "left_out": [str], "listed": LISTED},
+}
+WORDS = {int: "a whole number", float: "a number", str: "a text", list: "a list", dict: "an object",
+         None: "null"}
+
+
+def mismatch(value, kind, where=""):
+    """What of a JSON value is not of its kind, in words, or None.
+
+    kind: a type, None, [kind of all items], {key: kind of its value}, or a tuple of alternatives.
+    """
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    for one in kinds:
+        if isinstance(one, dict) and isinstance(value, dict):
+            parts = [(value[key], one[key], f"{where}{key}: ") for key in one if key in value]
+            return next(filter(None, (mismatch(*part) for part in parts)), None)
+        if isinstance(one, list) and isinstance(value, list):
+            parts = ((item, one[0], f"{where}{place}: ") for place, item in enumerate(value))
+            return next(filter(None, (mismatch(*part) for part in parts)), None)
+        if is_of(value, one):
+            return None
+    words = [WORDS[type(one) if isinstance(one, (list, dict)) else one] for one in kinds]
+    return f"{where}{value!r:.60}, expected {' or '.join(words)}"
+
+
+def is_of(value, kind):
+    """Is a JSON value of this type? Whole numbers have 64 bits, and texts can be file names."""
+    if type(value) is int:
+        return kind in (int, float) and abs(value) < 2**63
+    if type(value) is str and re.search(r"[\ud800-\udc7f\udd00-\udfff]", value):
+        return False  # a surrogate that stands for no byte
+    return value is kind or type(value) is kind
+
+
+def read_json(path, kinds=KINDS):
+    """The object of a JSON file, as a dictionary whose values are of these kinds where they are there.
+
+    Raises ValueError naming the file and the key.
+    """
+    def refuse(constant):
+        raise ValueError(f"{constant} is no JSON")
+
+    def once(pairs):
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands "
+                             "there twice")
+        return dict(pairs)
+
+    text = read_text(path, "a JSON file")
     try:
-        with open(Path(path).with_suffix(".json"), encoding="utf-8") as file:
-            content = json.load(file)
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        content = json.loads(text, parse_constant=refuse, object_pairs_hook=once)
+        problem = mismatch(content, kinds)
+    except (ValueError, RecursionError) as error:
+        problem = f"no JSON that our scripts write ({error})"
+    if problem:
+        raise ValueError(f"{path}: {problem}; make it again, or remove it")
+    return content
+
+
+def read_sidecar(path):
+    """The JSON beside an array (emb.json of emb.npy) as a dictionary; {} without one."""
+    path = Path(path).with_suffix(".json")
+    return read_json(path) if os.path.lexists(path) else {}
 
 
 def read_table(path):
@@ -91,76 +203,53 @@ def read_table(path):
 
     A byte-order mark and CRLF are accepted. Raises ValueError naming file, line and column, and what to do.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give a CSV file with a header line")
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; give a CSV file with a header line")
-    raw = path.read_bytes()
-    if raw.startswith(b"\x93NUMPY"):
-        raise ValueError(f"{path} is a .npy array; a table is expected here (the CSV file comes last)")
-    if b"\0" in raw:
-        line = raw[:raw.index(b"\0")].count(b"\n") + 1
-        raise ValueError(f"{path}: line {line} has a NUL byte; save the table as plain UTF-8 CSV")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[:error.start].count(b"\n") + 1
-        raise ValueError(f"{path}: line {line} is not UTF-8 (byte 0x{raw[error.start]:02x}); "
-                         "save the table as UTF-8") from None
+    check_input(path, TABLE)
+    with open(path, "rb") as file:
+        if file.read(6) == b"\x93NUMPY":
+            raise ValueError(f"{path} is a .npy array; expected a table here (the CSV file comes last)")
     columns, line = [], 0
-    reader = csv.reader(io.StringIO(text.rstrip(), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_text(path, TABLE).rstrip(), newline=""), strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
-        if not any(header):
-            raise ValueError(f"{path} is empty; expected a header line and one row for each picture")
         check_header(path, header)
         columns, line = [[] for _ in header], reader.line_num
         for row in reader:
             begins, line = line + 1, reader.line_num
-            row = row or [""] * (len(header) == 1)         # a blank line is a missing value of a single column
-            if len(header) > 1 and not "".join(row).strip() and len(row) < 2:
+            if len(header) == 1 and not row:
+                row = [""]  # a blank line is a missing value of a single column
+            if len(header) > 1 and len(row) < 2 and not "".join(row).strip():
                 continue
             if len(row) != len(header):
-                raise ValueError(f"{path}: line {begins} has {len(row)} field{'s' * (len(row) != 1)}, "
-                                 f"the header {len(header)}; mend that line")
+                fields = "1 field" if len(row) == 1 else f"{len(row)} fields"
+                raise ValueError(f"{path}: line {begins} has {fields}, the header {len(header)}; mend it")
             for column, value in zip(columns, row):
                 column.append(value.strip())
     except csv.Error as error:
-        raise ValueError(f"{path}: line {line + 1 if columns else 1}: {error}; mend the quotes or save the table as "
-                         "plain CSV") from None
+        line = line + 1 if columns else 1
+        raise ValueError(f"{path}: line {line}: {error}; mend the quotes or save it as plain CSV") from None
     if not columns[0]:
         raise ValueError(f"{path} has a header and no rows; expected one row for each picture")
     return dict(zip(header, columns))
 
 
-def table_beside(array, column=None):
-    """The table of an array's pictures that embed.py wrote: beside it, or in the data set's folder of results.
-
-    column: one that the table must have; without one it is props.csv that is looked for, else labels.csv too.
-    Raises FileNotFoundError naming the places.
-    """
-    array, names = Path(array), ["labels.csv", "props.csv"] if column else ["props.csv"]
-    places = [Path(f"{array.with_suffix('')}.{name}") for name in names]
-    places += [folder / name for folder in (array.parent, array.parent.parent.parent) for name in names]
-    for place in places:
-        if place.is_file() and (column is None or column in read_table(place)):
-            return place
-    raise FileNotFoundError(f"{array}: no table of its pictures{f' with a column {column}' if column else ''} "
-                            f"({', '.join(map(str, places[len(names):2 * len(names)]))}, …); name one behind the embeddings")
-
-
 def check_header(path, header):
     """Raise ValueError unless the CSV header has distinct, non-empty names that are not numbers."""
-    for number, name in enumerate(header, 1):
-        if not name:
-            raise ValueError(f"{path}: column {number} of the header has no name; name it or remove it")
-        if header.index(name) != number - 1:
-            raise ValueError(f"{path}: two columns are named {name!r}; rename one")
+    if not any(header):
+        raise ValueError(f"{path} is empty; expected a header line and one row for each picture")
+    if len(header) > MOST_COLUMNS:
+        raise ValueError(f"{path} has {len(header):,} columns; expected at most {MOST_COLUMNS:,}, and "
+                         "pictures in rows")
+    if "" in header:
+        raise ValueError(f"{path}: column {header.index('') + 1} has no name; name it or remove it")
+    if len(set(header)) < len(header):
+        name = next(name for name in header if header.count(name) > 1)
+        raise ValueError(f"{path}: two columns are named {name!r}; rename one")
     if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
-        raise ValueError(f"{path}: the header {header[0]!r} has no comma; save the table with commas between the columns")
+        raise ValueError(f"{path}: the header {header[0]!r} has no comma; save the table "
+                         "with commas between the columns")
     if all(is_number(name) for name in header):
-        raise ValueError(f"{path}: the first line ({','.join(header[:4])}…) is data; expected a header with column names")
+        start = ",".join(header[:4])
+        raise ValueError(f"{path}: the first line ({start}…) is data; expected a header with column names")
 
 
 def is_number(text):
@@ -171,38 +260,66 @@ def is_number(text):
     return True
 
 
-def read_properties(path, names=None):
-    """The properties of a props.csv or labels.csv -> {name: str array (n,)}; the identifying first column is left out.
+def table_beside(array, column=None):
+    """The table of an array's pictures that embed.py wrote: beside it or in the data set's folder of results.
 
-    names: only these columns. Raises ValueError for unknown columns, missing values and tables without a property.
+    column: one that the table must have; without one it is props.csv that is looked for, else labels.csv too.
+    Raises FileNotFoundError naming the places.
+    """
+    array, names = Path(array), ["labels.csv", "props.csv"] if column else ["props.csv"]
+    folders = [folder / name for folder in (array.parent, array.parent.parent.parent) for name in names]
+    for place in [*(Path(f"{array.with_suffix('')}.{name}") for name in names), *folders]:
+        if place.is_file() and (column is None or column in read_table(place)):
+            return place
+    wanted = f" with a column {column}" if column else ""
+    raise FileNotFoundError(f"{array}: no table of its pictures{wanted} "
+                            f"({', '.join(map(str, folders[:len(names)]))}, …); name one behind the "
+                            "embeddings")
+
+
+def read_properties(path, names=None):
+    """A props.csv's or labels.csv's properties -> {name: str array (n,)}; a first column of names is none.
+
+    names: these columns only. Raises ValueError for unknown columns, missing values, tables without property.
     """
     table = read_table(path)
     first = next(iter(table))
     properties = [name for name in table if name != first or first.lower() not in IDENTIFIERS]
     if not properties:
-        raise ValueError(f"{path} has only the identifying column {first!r}; expected at least one property column")
+        raise ValueError(f"{path} has only the identifying column {first!r}; expected a property column too")
     for name in names or []:
         if name not in properties:
             raise ValueError(f"{path} has no property {name!r}; it has {', '.join(properties)}")
     chosen = list(dict.fromkeys(names)) if names else properties
     for name in chosen:
         if "" in table[name]:
-            raise ValueError(f"{path}: row {table[name].index('')} (counting from 0), column {name!r} has no value; "
-                             "fill it in, remove the picture or leave the column out (--properties)")
+            row = table[name].index("")
+            raise ValueError(f"{path}: row {row} (counting from 0), column {name!r} has no value; fill it "
+                             "in, remove the picture or leave the column out (--properties)")
     return {name: np.array(table[name]) for name in chosen}
 
 
-def check_output(path, inputs=()):
-    """Raise ValueError unless a file can be written at this path, over none of the inputs; called before the work."""
-    folder = Path(path).resolve().parent
-    if not str(path):
+# ---------------------------------------------------------------- out
+
+
+def check_output(path, inputs=(), others=()):
+    """Raise ValueError unless a file can be written at this path; called before the work.
+
+    Only a regular file (or the one a link names) that is no input and no other output is ever replaced.
+    """
+    if str(path) in ("", "."):
         raise ValueError("the output has no name; give a file's")
-    for other in inputs:
-        if Path(path).resolve() == Path(other).resolve():
-            raise ValueError(f"{path} is an input; writing there would destroy it: choose another name")
-    if Path(path).is_dir():
-        raise ValueError(f"{path} is a folder; give the name of a file")
-    if not folder.is_dir():
+    place = os.path.realpath(path)
+    for other in filter(None, others):
+        if place == os.path.realpath(other):
+            raise ValueError(f"{path} is the name of two outputs; give each its own")
+    if os.path.lexists(place):
+        check_input(place, "another name for the output")
+        for other in filter(None, inputs):
+            if os.path.exists(other) and os.path.samefile(place, other):
+                raise ValueError(f"{path} is an input; writing there would destroy it: choose another name")
+    folder = os.path.dirname(place)
+    if not os.path.isdir(folder):
         raise ValueError(f"the folder {folder} does not exist; make it first")
     if not os.access(folder, os.W_OK):
         raise ValueError(f"the folder {folder} can't be written to; choose another")
@@ -210,7 +327,9 @@ def check_output(path, inputs=()):
 
 def write_file(path, content):
     """Write bytes under a temporary name in the same folder, flush, rename: never a half-written file."""
-    path = Path(path).resolve()  # the file that a link names, not the link
+    path = Path(os.path.realpath(path))  # the file that a link names, not the link
+    if os.path.lexists(path):
+        check_input(path, "another name for the output")  # a device would be replaced by a file
     temporary = None
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
@@ -226,12 +345,13 @@ def write_file(path, content):
         if temporary:
             os.unlink(temporary)
         if isinstance(error, OSError):
-            raise OSError(f"{path} can't be written ({error.strerror}); free some space or choose another place") from None
+            raise OSError(f"{path} can't be written ({error.strerror}); free space or choose another "
+                          "place") from None
         raise
 
 
 def write_table(path, header, rows):
-    """Write a CSV file whole or not at all. Fields that do not apply (None) are empty; floats keep every digit."""
+    """Write a CSV file whole or not at all. None becomes an empty field; floats keep all digits."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
