@@ -99,10 +99,11 @@ def read_array(path):
         raise ValueError(f"{path} {problem}") from None
 
 
-def read_embeddings(path):
+def read_embeddings(path, table=None, rows=None):
     """Embeddings from a .npy file -> float32 array (n, m), C order, n >= 2, all finite.
 
-    Integers, float16 and float64 are converted. Raises ValueError naming the file, the row and what to do.
+    Integers, float16 and float64 are converted. Raises ValueError naming the file, the row and what to do; also where
+    there are not as many as the rows of their table.
     """
     array = read_array(path)
     if array.dtype.kind not in "fiub":
@@ -113,6 +114,9 @@ def read_embeddings(path):
         raise ValueError(f"{path} is empty: shape {array.shape}")
     if len(array) < 2:
         raise ValueError(f"{path} has one row; neighbours need at least two embeddings")
+    if rows not in (None, len(array)):
+        raise ValueError(f"{path} has {len(array):,} embeddings, {table} {rows:,} rows; both must list the same pictures "
+                         "in the same order")
     result = np.empty(array.shape, np.float32)
     step = max(1, (1 << 22) // array.shape[1])
     for start in range(0, len(array), step):
@@ -242,6 +246,20 @@ def read_table(path):
     if unnamed and columns[0] == list(map(str, range(len(columns[0])))):
         del header[0], columns[0]
     return dict(zip(header, columns))
+
+
+def arrays_and_tables(paths, column=None):
+    """What a command line names, EMB.npy … [TABLE.csv] -> (arrays, the table of each): one for all, or that beside it.
+
+    column: as of table_beside(). Raises ValueError where a table stands before an array.
+    """
+    arrays, tables = list(paths), None
+    if len(arrays) > 1 and not arrays[-1].endswith(".npy"):
+        tables = [arrays.pop()] * len(arrays)
+    for path in arrays:
+        if path.endswith(".csv"):
+            raise ValueError(f"{path} stands before an array; the table comes last, one for all")
+    return arrays, tables or [table_beside(array, column) for array in arrays]
 
 
 def read_labels(path):

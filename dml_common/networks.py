@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before torch is imported: Ctrl-C ends in one line 
 import difflib
 import hashlib
 import importlib
+import io
 import json
 import os
 import re
@@ -26,8 +27,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from dml_common.files import GEOMETRY, ROOT, check_input, losses, mismatch, read_json
+from dml_common.files import GEOMETRY, ROOT, check_input, losses, mismatch, read_json, write_file
 from dml_common.files import files_digest as files_sha256
+from dml_common.pictures import black_picture
 
 MODELS = ROOT / "models"
 FOLDS = (0, 1, 2, 3)
@@ -466,6 +468,13 @@ def read_state(path):
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
+def write_state(path, state):
+    """torch.save that leaves the old file or the new one, never half of it."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    write_file(path, file.getvalue())
+
+
 def load_weights(trunk, path):
     """Fill a backbone from a checkpoint or a file of ImageNet weights."""
     own, state = trunk.state_dict(), read_state(path)
@@ -522,6 +531,19 @@ def random_linear(features, dimension, seed, fold):
             values = generator.uniform(-1, 1, tuple(parameter.shape)) / features**0.5
             parameter.copy_(torch.from_numpy(values))
     return linear
+
+
+def features_of(network):
+    """How many features a network gives for a picture. ValueError where it gives something else."""
+    black = torch.from_numpy(black_picture(network.preprocessing))[None]
+    try:
+        with torch.inference_mode():
+            shape = tuple(network.module(black).shape)
+    except Exception as error:  # whatever a factory's network does with a picture
+        raise ValueError(f"{network.name} fails on a picture {tuple(black.shape[1:])}: {error}") from None
+    if len(shape) != 2 or shape[0] != 1:
+        raise ValueError(f"{network.name} gives {shape} for one picture; expected (1, features)")
+    return shape[1]
 
 
 def state_sha256(module):

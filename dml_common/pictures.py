@@ -30,6 +30,7 @@ from dml_common.files import (
     check_input,
     files_digest,
     pictures_sha256,
+    read_properties,
     read_table,
     read_text,
     rows_by_name,
@@ -151,6 +152,26 @@ def own_pictures(dataset, config, name_or_folder, root=None, split="test"):
     if split != "test" or config.get("dataset") != dataset.name or "test" not in config.get("split", {}):
         return dataset
     return held_out(dataset if dataset.split == "all" else open_dataset(name_or_folder, root, "all"), config)
+
+
+def labels_of(dataset, table=None, column=None):
+    """(labels (n,) int, what they are): the data set's own, or a column of a table or of its props.csv."""
+    if not table and dataset.labels is not None:
+        own, column = {"class": dataset.labels, "super_class": dataset.super_labels}, column or "class"
+        if own.get(column) is None:
+            names = " and ".join(name for name in own if own[name] is not None)
+            raise ValueError(f"{dataset.name} has no label {column!r}; it has {names}; or give --labels FILE")
+        return own[column], column
+    if not table and dataset.properties is None:
+        raise ValueError(f"{dataset.name} has no labels; put each class's pictures into a folder of its own, "
+                         "or give a table with a row for each picture: --labels FILE.csv --label COLUMN")
+    column = column or ("class" if table else "model")
+    table = table or dataset.folder / "props.csv"
+    values = read_properties(table, [column])[column]
+    if len(values) != len(dataset.paths):
+        raise ValueError(f"{table} has {len(values):,} labels, {dataset.name} {len(dataset.paths):,} pictures;"
+                         " expected a row for each, in the same order")
+    return numbered(values)[0], column
 
 
 def data_root(root=None):
