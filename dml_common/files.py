@@ -102,8 +102,8 @@ def read_array(path):
 def read_embeddings(path, table=None, rows=None):
     """Embeddings from a .npy file -> float32 array (n, m), C order, n >= 2, all finite.
 
-    Integers, float16 and float64 are converted. Raises ValueError naming the file, the row and what to do; also where
-    there are not as many as the rows of their table.
+    Integers, float16 and float64 are converted. Raises ValueError naming the file, the row and what to do, also
+    where their table has another number of rows.
     """
     array = read_array(path)
     if array.dtype.kind not in "fiub":
@@ -115,8 +115,8 @@ def read_embeddings(path, table=None, rows=None):
     if len(array) < 2:
         raise ValueError(f"{path} has one row; neighbours need at least two embeddings")
     if rows not in (None, len(array)):
-        raise ValueError(f"{path} has {len(array):,} embeddings, {table} {rows:,} rows; both must list the same pictures "
-                         "in the same order")
+        raise ValueError(f"{path} has {len(array):,} embeddings, {table} {rows:,} rows; both must list the "
+                         "same pictures in the same order")
     result = np.empty(array.shape, np.float32)
     step = max(1, (1 << 22) // array.shape[1])
     for start in range(0, len(array), step):
@@ -249,12 +249,13 @@ def read_table(path):
 
 
 def arrays_and_tables(paths, column=None):
-    """What a command line names, EMB.npy … [TABLE.csv] -> (arrays, the table of each): one for all, or that beside it.
+    """What a command line names, EMB.npy … [TABLE] -> (arrays, each one's table): one for all, or that beside.
 
-    column: as of table_beside(). Raises ValueError where a table stands before an array.
+    TABLE: .csv, or .npy with labels (n,). column: as of table_beside().
+    Raises ValueError where a table stands before an array.
     """
     arrays, tables = list(paths), None
-    if len(arrays) > 1 and not arrays[-1].endswith(".npy"):
+    if len(arrays) > 1 and (not arrays[-1].endswith(".npy") or read_array(arrays[-1]).ndim == 1):
         tables = [arrays.pop()] * len(arrays)
     for path in arrays:
         if path.endswith(".csv"):
@@ -373,22 +374,24 @@ def pictures_sha256(relative):
     return hashlib.sha256(b"\n".join(os.fsencode(path) for path in relative)).hexdigest()
 
 
-def picture_names(array, lists=()):
+def picture_names(array):
     """The names of an array's pictures, in the order of its rows; None where they are not known.
 
-    They stand in the labels.csv that embed.py writes beside the array or for its data set, or in one of the
-    lists; the array's JSON has their SHA-256 and which part of the list was taken.
+    They stand in the labels.csv that embed.py writes beside the array or for its data set.
     """
     array = Path(array)
-    about, n = read_sidecar(array), len(read_array(array))
-    listed, options, lists = about.get("pictures", {}), about.get("options", {}), list(lists)
-    beside = array.with_name(f"{array.stem}.labels.csv")
-    for place in (beside, array.parent / "labels.csv", array.parent.parent.parent / "labels.csv"):
-        if place.is_file():
-            lists.append(next(iter(read_table(place).values())))
+    folders = (array.parent, array.parent.parent.parent)
+    places = [array.with_name(f"{array.stem}.labels.csv"), *(folder / "labels.csv" for folder in folders)]
+    lists = [next(iter(read_table(place).values())) for place in places if place.is_file()]
+    return listed_names(read_sidecar(array), len(read_array(array)), lists) if lists else None
+
+
+def listed_names(about, n, lists):
+    """Which of the lists of names are an array's n rows, as its JSON (about) tells; None if none is."""
+    listed, options = about.get("pictures", {}), about.get("options", {})
+    left_out = set(listed.get("left_out") or [])
     for names in lists:
         rows = options.get("pick") or range(len(names))[:options.get("limit")]
-        left_out = set(listed.get("left_out", []))
         part = [names[row] for row in rows if row < len(names) and names[row] not in left_out]
         for known in (part, names):
             if len(known) == n and listed.get("sha256") in (None, pictures_sha256(known)):

@@ -385,7 +385,8 @@ BACKBONES = {"bninception": bninception, "inception_v3": inception_v3,
 def imagenet_file(backbone, weights=None):
     """The file of a backbone's ImageNet weights; raises FileNotFoundError with its address."""
     if weights:
-        check_input(weights, "the file of weights")
+        if not Path(weights).is_file():
+            raise FileNotFoundError(f"--weights {weights}: no such file")
         return Path(weights)
     if backbone == "efficientnet_lite0":
         try:

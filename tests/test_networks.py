@@ -149,7 +149,7 @@ def test_unknown_names_and_missing_files_teach(tmp_path, monkeypatch):
     for name, (file, address) in networks.WEIGHTS.items():
         with pytest.raises(FileNotFoundError, match=f"{file}: download {address}.*--weights FILE"):
             networks.load(networks.find(model=name)[0])
-    with pytest.raises(ValueError, match="x does not exist; give the file of weights"):
+    with pytest.raises(FileNotFoundError, match="no such file"):
         networks.load(networks.find(model="bninception", weights=tmp_path / "x")[0])
 
 
