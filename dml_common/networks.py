@@ -323,6 +323,8 @@ def preprocessing(spec, module=None):
     if own is None:
         return dict(usual)
     try:
+        if isinstance(own.get("resize"), (list, tuple)):
+            usual = {**usual, "crop": None}  # both sides are given: nothing is cut off
         settings = json.loads(json.dumps({**usual, **own}, allow_nan=False))  # lists, no tuples
         resize, crop, mean, std = (settings[key] for key in ("resize", "crop", "mean", "std"))
         sides = [*(resize if isinstance(resize, list) else [resize, resize]), crop]
@@ -331,7 +333,7 @@ def preprocessing(spec, module=None):
                 and (crop is not None or isinstance(resize, list))
                 and settings["channels"] in ("RGB", "BGR") and settings["scale"] in (1, 255)
                 and len(mean) == len(std) == 3 and 0 not in std)
-    except (TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError):
         good = False
     if not good:
         raise ValueError(f"{spec['name']}: preprocessing is {own!r}; expected a dict with keys among "
