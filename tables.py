@@ -69,6 +69,7 @@ NOTES = {"nr_precision": [BOLD],
          "distance": ["Networks without a loss are left out."]}
 PAPER = {"losses": "Table 1", "properties": "Table 5", "nrprec": "Table 6", "pairs": "Oi et al., Table 1",
          "training": "Oi et al., Table 1", "correlation_sop": "Table 2", "jsd_sop": "Table 2",
+         "nrprec_tests": "Table 6", "properties_published": "Table 5",
          "correlation_by_type_cars196": "Table 3", "correlation_by_type_cub200": "Table 4"}
 
 # ---------------------------------------------------------------- cells and tables
@@ -204,7 +205,7 @@ def type_tests(one, measure, name, what):
                      cell(rounded(test.value, 2, "+"), test.value, hint=f"{test.n} losses, {test.note}"),
                      cell(p_text(test.p), test.p), cell(p_text(test.p_holm), test.p_holm), test.mark,
                      cell(p_text(released.p), released.p, hint=released.note), released.mark])
-    least, ways = min([1, *(len(tests) * test.low for test in tests)]), {test.note for test in tests}
+    least, ways = min([1, *(len(tests) * test.low for test in tests)]), sorted({test.note for test in tests})
     notes = [f"p: two-sided Mann-Whitney U on fold averages, {' or '.join(ways)}; the unit is the loss. Holm "
              f"over the rows, 5 %; with so few losses it cannot fall below {p_text(least)}.",
              "Effect: rank-biserial correlation, 1: every ranking loss above every other, −1: below.",
@@ -238,7 +239,8 @@ def training(one):
         "training", fold="mean", part="test", epoch=epoch)} for epoch in (0, "best"))
     titles = {key: text for key, text in TITLES["pairs"].items() if any(key in place for place in after)}
     rows, order = [], list(one.types)
-    for name, split in sorted({place[:2] for place in after}, key=lambda place: order.index(place[0])):
+    places = sorted({place[:2] for place in after}, key=lambda place: (order.index(place[0]), place[1]))
+    for name, split in places:
         ends = [(before.get((name, split, key)), after.get((name, split, key))) for key in titles]
         n = next(last.n for _, last in ends if last)
         rows.append([name, split, cell(n or "", n)] + [
@@ -270,8 +272,8 @@ def losses(everything):
 
     known, rows = {row["name"]: row for row in files.losses()}, []
     for one in everything:
-        for name in one.types.keys() - known.keys():
-            known[name] = {"type": one.types[name], "distance": one.distances[name], "year": ""}
+        for name, kind in one.types.items():
+            known.setdefault(name, {"type": kind, "distance": one.distances[name], "year": ""})
     for name, row in known.items():
         distance = "" if name == "None" else (row["distance"] or "").replace("_", " ")
         rows.append([name, cell(row["year"], row["year"] or None), row["type"], distance])
