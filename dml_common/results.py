@@ -191,6 +191,39 @@ def whose(path, networks):
     return about.get("backbone") or path, None, None
 
 
+def pair_histograms(folder, networks):
+    """pairs.py's histograms.csv of a data set's folder -> (its label, {network: [histograms of a fold …]}).
+
+    Histograms: [counts of positive and negative pairs (2, bins)], with those before training behind them where
+    train.py counted them. Nothing where there is no table.
+    """
+    path, histograms = folder / "histograms.csv", defaultdict(list)
+    if not path.is_file():
+        return None, histograms
+    rows = read_rows(path, "pairs.py --histograms", ["embeddings", "label", "bins", "positive", "negative"])
+    rows = [row for row in rows if row["bins"] == rows[0]["bins"] and row.get("split", "test") == "test"]
+    for network in networks:
+        place, history = (network["slug"], network["folder"].name), network["history"]
+        parts = [[row for row in rows if Path(row["embeddings"]).parts[-3:-1] == place]]
+        if history and history.with_name("histograms.csv").is_file():
+            begun = read_rows(history.with_name("histograms.csv"), "train.py", ["epoch", "split", "positive"])
+            parts.append([row for row in begun if (row["epoch"], row["split"]) == (0, "test")])
+        if parts[0]:
+            histograms[network["name"]].append(
+                [np.array([(row["positive"], row["negative"]) for row in part]).T for part in parts if part])
+    return rows[0]["label"], histograms
+
+
+def row_properties(network):
+    """{property: str (n,)} of an emb.npy's rows, from props.csv beside it, else labels.csv; {} without any."""
+    paths = [network["folder"] / name for name in ("props.csv", "labels.csv")]
+    table = next((files.read_table(path) for path in paths if path.is_file()), {})
+    if table and len(next(iter(table.values()))) != len(network["emb"]["array"]):
+        raise ValueError(f"{network['folder']}: emb.npy and its props.csv or labels.csv differ in rows; all must "
+                         "list the same pictures in the same order")
+    return {name: np.array(table[name]) for name in table if name.lower() not in files.IDENTIFIERS}
+
+
 def check_rows(results):
     """Raise ValueError when a table mixes options, or tells of other pictures than the arrays there."""
     for table, key in product(("nrprec", "pairs"), ("distance", "null", "max_neighbours", "label")):
@@ -484,6 +517,17 @@ def read_published(name):
     """The columns of a table of published/; {} where that folder was not copied."""
     path = files.ROOT / "published" / f"{name}.csv"
     return files.read_table(path) if path.is_file() else {}
+
+
+def cluster(distances):
+    """Average linkage of a symmetrical (K, K) -> (linkage, leaf order); (None, None) where a pair is nan."""
+    from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
+
+    pairs = np.maximum(distances[np.triu_indices(len(distances), 1)], 0)  # equal maps: 1 - r may be below 0
+    if len(distances) < 3 or not np.isfinite(pairs).all():
+        return None, None
+    tree = optimal_leaf_ordering(linkage(pairs, "average"), pairs)
+    return tree, leaves_list(tree)
 
 
 def published_nrprec():
