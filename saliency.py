@@ -293,7 +293,7 @@ def gradient_break(network, picture):
     for name, module, given, output, _ in module_calls(network, picture)[0]:
         if any(module.children()):
             continue
-        where = "after" if output.requires_grad else "inside" if given.requires_grad else "before"
+        where = "before" if not given.requires_grad else "after" if output.requires_grad else "inside"
         place = f"{where} layer {name} ({type(module).__name__})"
         if where != "after":
             break
