@@ -235,7 +235,7 @@ def torch_device(name, precision="fp32"):
 
 def short_names(paths):
     """What tells the files apart: stems where they differ, else the paths without what all of them share."""
-    parts = [Path(path).with_suffix("").parts for path in paths]
+    parts = [(*Path(path).parent.parts, Path(path).stem) for path in paths]
     while len(parts) > 1 and min(map(len, parts)) > 1 and len({p[-1] for p in parts}) == 1:
         parts = [p[:-1] for p in parts]
     last = [p[-1] for p in parts]
@@ -251,10 +251,40 @@ def print_aligned(lines):
         print("  ".join(cells).rstrip())
 
 
+class Lines:
+    """stderr for a bar where it is no terminal: each of its states is a line."""
+
+    def write(self, text):
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+
+    def flush(self):
+        pass
+
+
 def bar(total, description, unit=None, delay=2):
-    """A tqdm bar on stderr where that is a terminal, after `delay` seconds: of `unit`, else in per cent."""
+    """A tqdm bar on stderr where that is a terminal, after `delay` seconds: of `unit`, else in per cent.
+
+    Elsewhere a line every DML_PROGRESS seconds, where the environment has that number.
+    """
     from tqdm import tqdm
 
+    seconds = number_of("DML_PROGRESS", 0)
+    if seconds and not sys.stderr.isatty():
+        line = "{desc}: {percentage:.0f}%, {elapsed} elapsed, {remaining} left"
+        return tqdm(total=total, desc=description, delay=seconds, mininterval=seconds, leave=False,
+                    file=Lines(), bar_format=line)
     form = {"bar_format": "{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left"}
     return tqdm(total=total, desc=description, delay=delay, disable=None, leave=unit is not None,
                 file=sys.stderr, **({"unit": unit} if unit else form))
+
+
+def import_figures():
+    """figures.py, for a step's --figure. Raises ValueError naming the file or the extra that is missing."""
+    try:
+        import figures
+    except ModuleNotFoundError as error:
+        if error.name == "figures":
+            raise ValueError("--figure draws with figures.py, which is not beside this script; copy it too") from None
+        raise ValueError(f"--figure needs {error.name}: pip install '.[report]'") from None
+    return figures

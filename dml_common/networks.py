@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before torch is imported: Ctrl-C ends in one line 
 import difflib
 import hashlib
 import importlib
+import io
 import json
 import os
 import re
@@ -26,8 +27,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from dml_common.files import GEOMETRY, ROOT, check_input, losses, mismatch, read_json
+from dml_common.files import GEOMETRY, ROOT, check_input, losses, mismatch, read_json, write_file
 from dml_common.files import files_digest as files_sha256
+from dml_common.pictures import black_picture
 
 MODELS = ROOT / "models"
 FOLDS = (0, 1, 2, 3)
@@ -83,11 +85,11 @@ def find(dataset=None, loss=None, fold="all", model=None, checkpoint=None, weigh
     loss: names or slugs of losses.csv with commas, "None" (train.py's untrained network, else BN-Inception's
     ImageNet trunk and a random linear layer), or "all": what is there. fold: numbers with commas, or "all".
     model: a backbone without a loss ("bninception", "inception_v3", "efficientnet_lite0" or
-    "package.module:factory").
+    "package.module:factory"); beside loss or checkpoint the factory that their config.json may name.
     checkpoint: a folder with trunk and embedder. weights: file of ImageNet weights. folder: the checkpoints'.
     Raises ValueError (unknown name) or FileNotFoundError (no checkpoint), saying what was looked for where.
     """
-    if model and (loss or checkpoint):
+    if model and (loss or checkpoint) and ":" not in model:
         raise ValueError("a model is a backbone without a loss: give --model, or --loss, or --checkpoint")
     if checkpoint:
         specs = [checkpoint_spec(Path(checkpoint), loss, fold)]
@@ -97,7 +99,16 @@ def find(dataset=None, loss=None, fold="all", model=None, checkpoint=None, weigh
         return [backbone_spec(model, weights)]
     else:
         raise ValueError("which network? Give --model, --loss or --checkpoint")
+    for spec in specs:
+        allow_code(spec, model)
     return specs
+
+
+def allow_code(spec, model=None):
+    """Raise ValueError where a file names code and the command line does not: its sender would run it."""
+    if ":" in spec["backbone"] and spec["backbone"] != model:
+        raise ValueError(f"{spec['files'][0].parent}: its config.json names code, {spec['backbone']}; if you "
+                         f"trust it, name it too: --model {spec['backbone']}")
 
 
 def trained_specs(dataset, loss, fold, weights, seed, folder):
@@ -457,6 +468,13 @@ def read_state(path):
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
+def write_state(path, state):
+    """torch.save that leaves the old file or the new one, never half of it."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    write_file(path, file.getvalue())
+
+
 def load_weights(trunk, path):
     """Fill a backbone from a checkpoint or a file of ImageNet weights."""
     own, state = trunk.state_dict(), read_state(path)
@@ -513,6 +531,19 @@ def random_linear(features, dimension, seed, fold):
             values = generator.uniform(-1, 1, tuple(parameter.shape)) / features**0.5
             parameter.copy_(torch.from_numpy(values))
     return linear
+
+
+def features_of(network):
+    """How many features a network gives for a picture. ValueError where it gives something else."""
+    black = torch.from_numpy(black_picture(network.preprocessing))[None]
+    try:
+        with torch.inference_mode():
+            shape = tuple(network.module(black).shape)
+    except Exception as error:  # whatever a factory's network does with a picture
+        raise ValueError(f"{network.name} fails on a picture {tuple(black.shape[1:])}: {error}") from None
+    if len(shape) != 2 or shape[0] != 1:
+        raise ValueError(f"{network.name} gives {shape} for one picture; expected (1, features)")
+    return shape[1]
 
 
 def state_sha256(module):
@@ -598,6 +629,7 @@ def checkpoint_state(row, fold, dataset, folder):
     try:
         spec, looked = trained_spec(row, fold, dataset, folder)
         if spec:
+            allow_code(spec)
             load(spec)
             return ("ok*" if "trained" in spec["files"][0].parts[-5:] else "ok"), spec["note"]
     except (ValueError, OSError, RuntimeError) as error:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from dml_common.files import ROOT, check_input, files_digest, read_table, read_text
+from dml_common.files import ROOT, check_input, files_digest, read_properties, read_table, read_text
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 MAX_PIXELS = 500_000_000  # of one picture: 1.5 GB decoded
@@ -135,6 +135,26 @@ def own_pictures(dataset, config, name_or_folder, root=None, split="test"):
     if split != "test" or config.get("dataset") != dataset.name or "test" not in config.get("split", {}):
         return dataset
     return held_out(dataset if dataset.split == "all" else open_dataset(name_or_folder, root, "all"), config)
+
+
+def labels_of(dataset, table=None, column=None):
+    """(labels (n,) int, what they are): the data set's own, or a column of a table or of its props.csv."""
+    if not table and dataset.labels is not None:
+        own, column = {"class": dataset.labels, "super_class": dataset.super_labels}, column or "class"
+        if own.get(column) is None:
+            names = " and ".join(name for name in own if own[name] is not None)
+            raise ValueError(f"{dataset.name} has no label {column!r}; it has {names}; or give --labels FILE")
+        return own[column], column
+    if not table and dataset.properties is None:
+        raise ValueError(f"{dataset.name} has no labels; put each class's pictures into a folder of its own, "
+                         "or give a table with a row for each picture: --labels FILE.csv --label COLUMN")
+    column = column or ("class" if table else "model")
+    table = table or dataset.folder / "props.csv"
+    values = read_properties(table, [column])[column]
+    if len(values) != len(dataset.paths):
+        raise ValueError(f"{table} has {len(values):,} labels, {dataset.name} {len(dataset.paths):,} pictures;"
+                         " expected a row for each, in the same order")
+    return numbered(values)[0], column
 
 
 def data_root(root=None):
@@ -422,12 +442,26 @@ def input_size(preprocessing):
     return tuple(preprocessing["resize"])
 
 
-def load_mask(path, preprocessing):
-    """Read a mask through its picture's geometry, nearest neighbour: bool (H, W), True on the object."""
+def load_mask(path, preprocessing, size=None):
+    """Read a mask through the picture's own geometry, nearest neighbour: bool (H, W), True where the object is.
+
+    preprocessing: {} or None leaves it as it is. size: then averaged to (size, size), what is more than half object.
+    """
     check_input(path, "a mask")
     with Image.open(path) as image:
-        mask = resize_and_crop(image.convert("L"), preprocessing, Image.Resampling.NEAREST)
+        mask = image.convert("L")
+        if preprocessing:
+            mask = resize_and_crop(mask, preprocessing, Image.Resampling.NEAREST)
+    if size:
+        mask = mask.point([0] * 128 + [255] * 128).resize((size, size), Image.Resampling.BOX)
     return np.asarray(mask) > 127
+
+
+def find_mask(folder, name):
+    """The mask of the picture a/b.jpg: folder/a/b.png, else folder/b.png; None where neither is there."""
+    parts = Path(name).with_suffix(".png").parts
+    places = [Path(folder, *parts[k:]) for k in range(len(parts))]
+    return next((place for place in places if place.is_file()), None)
 
 
 def read_rgb(path, draft=None):
@@ -501,6 +535,8 @@ def verify(name, root):
 
 def unpack(archive, folder):
     """Unpack a .tgz or .zip into the folder: whole and plain files alone, or not at all (ValueError)."""
+    archive, folder = Path(archive), Path(folder)
+
     def plain(member, place):
         refuse(member.name, member.isreg() or member.isdir())
         return tarfile.data_filter(member, place)

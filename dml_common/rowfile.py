@@ -494,6 +494,8 @@ def fill(jobs, shapes, dtype, load, stack, compute, batch, least, args, unit):
                 with closing(prepared(arrays, blocks, batch, paths, load, stack, workers)) as batches:
                     for which, rows, pictures, errors in batches:
                         for row, error in errors:
+                            if args.skip_unreadable is None:  # no such option
+                                raise error
                             if not args.skip_unreadable:
                                 raise ValueError(f"{error}, or leave it out with --skip-unreadable")
                             command.say(f"left out: {error}")
