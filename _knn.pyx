@@ -11,9 +11,9 @@ For each query the kernel
 4. resolves what lies near the threshold exactly: by the float32 values as far as their error bound allows,
    then by float64 distances. No row is sorted, no list of R neighbours is kept.
 
-Candidates at the same distance from the query are tied. Where the cut at R goes through a tied group, a
-candidate of it is retrieved with the probability (places left) / (number tied): the mean over all orders of the
-rows. Or, as released, the smaller index goes first.
+Candidates at the same distance from the query are tied. Where the cut at R goes through a tied group, each of
+it is retrieved with the probability (places left) / (number tied): the mean over all orders of the rows. Or,
+as released, the smaller index goes first.
 
 Float64 distances are NumPy's to the last bit (its pairwise summation is repeated here), so that the counts
 equal this brute force, for every input:
@@ -520,8 +520,8 @@ cdef void start(const Space *space, Row *row, uint32_t deepest) noexcept nogil:
 cdef ptrdiff_t resolve(const Space *space, Row *row, int64_t rank, const uint8_t *code,
                        const uint64_t *plane, uint8_t value, int16_t *threshold,
                        int64_t *hits) noexcept nogil:
-    """The `rank` nearest candidates are those with key > threshold and row.index[:returned], and row.places of the
-    row.tied ones that follow there; ties by index: of those returned.
+    """The `rank` nearest candidates: those with key > threshold, row.index[:returned] and row.places of the
+    row.tied ones that follow there, which by index are among those returned.
 
     In the same pass, `hits` becomes the number of the first that have the code (where codes are given).
     """
@@ -645,9 +645,9 @@ def count_hits(const float[:, ::1] products, const int64_t[::1] queries, const d
     entry      (k, B) int32     the queries' values as rows of the table entry_*:
       entry_code  its code, 0: walk the members · entry_start, entry_count: where they stand
       entry_rank  which of `ranks` (int64, 1 … n − 1) is its R, −1: R = 0, no hits
-    hits       (4, k, B) int32  the result, zeros before: hits that are retrieved for sure · candidates tied at the
-                                cut · hits among these · how many of these are retrieved
-    by_index                    the smaller indices of these: all hits are sure; what is tied is told all the same
+    hits       (4, k, B) int32  the result, zeros before: hits retrieved for sure · tied at the cut ·
+                                hits among these · how many of these are retrieved
+    by_index                    the smaller indices of these: all hits are sure; ties are told all the same
     """
     cdef Space space = make_space(x, aux, offset, distance)
     cdef ptrdiff_t n = space.n, block = products.shape[0], columns = entry.shape[0], slots = ranks.shape[0]
@@ -664,7 +664,8 @@ def count_hits(const float[:, ::1] products, const int64_t[::1] queries, const d
         t = threadid()
         count_row(&space, &products[b, 0], queries[b], bounds[b], &key[t, 0], &above[t, 0], &index[t, 0],
                   <item_t *>&item[t, 0], &term[t, 0], &first[t, 0], &order[t, 0], codes, planes, members,
-                  member_row, entry, entry_code, entry_rank, entry_start, entry_count, ranks, hits, by_index, b)
+                  member_row, entry, entry_code, entry_rank, entry_start, entry_count, ranks, hits, by_index,
+                  b)
 
 
 cdef void count_row(const Space *space, const float *product, ptrdiff_t query, double bound, int16_t *key,
@@ -721,8 +722,8 @@ cdef void count_row(const Space *space, const float *product, ptrdiff_t query, d
                                     chosen)
                 tied = 0
                 if last > chosen:
-                    tied = hits_walked(&row, &members[member_row[k], entry_start[e]], entry_count[e], threshold,
-                                       last) - found
+                    tied = hits_walked(&row, &members[member_row[k], entry_start[e]], entry_count[e],
+                                       threshold, last) - found
             hits[0, k, b] = <int32_t>found
             if row.tied:
                 hits[1, k, b], hits[2, k, b] = <int32_t>row.tied, <int32_t>tied
@@ -875,18 +876,18 @@ cdef void flush(uint32_t[:, :, ::1] histogram, const int64_t[::1] bins, int64_t 
 
 
 def rank_hits(const float[:, ::1] products, const int64_t[::1] queries, const double[::1] bounds,
-              const float[:, ::1] x, const double[::1] norms, const float[::1] offset, const int32_t[::1] values,
-              const int64_t[::1] relevant, int64_t neighbours,
+              const float[:, ::1] x, const double[::1] norms, const float[::1] offset,
+              const int32_t[::1] values, const int64_t[::1] relevant, int64_t neighbours,
               int64_t[:, ::1] counts, double[::1] precision, bint by_index=False):
     """Each query's candidates in order of cosine distance: where those of its value stand.
 
     Candidates at the same distance form a group, or, by index, each a group of its own.
     values     (n,) int32     classes; relevant (B,) int64: R, the other rows of the query's class
     neighbours                look at max(R, neighbours) candidates at least
-    counts     (B, 7) int64   of the first group among these that holds hits: where it begins, candidates, hits
-                              (1, 1 where all are hits; 0 without a hit); hits that stand among the R nearest for
-                              sure; of a group of hits and others that the cut at R divides: candidates, hits, places
-    precision  (B,) float64   Σ_{k=1..R} E[Precision@k · p(k)] over all orders of the groups, not yet divided by R
+    counts     (B, 7) int64   of the first group of these with hits: where it begins, candidates, hits (1, 1
+                              where all are hits; 0 without a hit) · hits among the R nearest for sure · of a
+                              group of hits and others that the cut at R divides: candidates, hits, places
+    precision  (B,) float64   Σ_{k=1..R} E[Precision@k · p(k)] over all orders of the groups, not divided by R
     Other arguments as count_hits(). No list is kept: memory does not grow with R.
     """
     cdef Space space = make_space(x, norms, offset, 2)
@@ -896,7 +897,8 @@ def rank_hits(const float[:, ::1] products, const int64_t[::1] queries, const do
     cdef int32_t[::1] index = np.empty(n + 64, np.int32)
     cdef double[::1] item = np.empty(2 * n, np.float64), term = np.empty(m), unit = np.empty(m)
     cdef Row row
-    row.key, row.above, row.index, row.item, row.term = &key[0], &above[0], &index[0], <item_t *>&item[0], &term[0]
+    row.key, row.above, row.index = &key[0], &above[0], &index[0]
+    row.item, row.term = <item_t *>&item[0], &term[0]
     row.by_index = by_index
     counts[:, :], precision[:] = 0, 0.0
     with nogil:
@@ -904,8 +906,8 @@ def rank_hits(const float[:, ::1] products, const int64_t[::1] queries, const do
             if relevant[b] == 0:
                 continue
             row.product, row.query, row.bound = &products[b, 0], queries[b], bounds[b]
-            rank_row(&space, &row, min(max(relevant[b], neighbours), n - 1), relevant[b], &values[0], &unit[0],
-                     &counts[b, 0], &precision[b])
+            rank_row(&space, &row, min(max(relevant[b], neighbours), n - 1), relevant[b], &values[0],
+                     &unit[0], &counts[b, 0], &precision[b])
 
 
 cdef void rank_row(const Space *space, Row *row, int64_t depth, int64_t relevant, const int32_t *values,
@@ -927,7 +929,8 @@ cdef void rank_row(const Space *space, Row *row, int64_t depth, int64_t relevant
         row.item[certain + i].index = j
         row.item[certain + i].distance = -<double>(row.product[j] + space.offset[j])
     if certain:                               # a counting sort: `above` says where a bin's items begin
-        scan(row.key, NULL, NULL, space.n, <int16_t>(threshold + 1), 32766, 0, row.index, &found, space.avx512)
+        scan(row.key, NULL, NULL, space.n, <int16_t>(threshold + 1), 32766, 0, row.index, &found,
+             space.avx512)
         for i in range(found):
             j = row.index[i]
             begin = row.above[(row.key[j] + 32768) >> BIN_SHIFT]
@@ -936,7 +939,7 @@ cdef void rank_row(const Space *space, Row *row, int64_t depth, int64_t relevant
             row.item[begin].distance = -<double>(row.product[j] + space.offset[j])
     order_items(row.item, total)
     begin = 0
-    while begin < total:                      # runs that float32 can't tell apart; their order matters if they mix
+    while begin < total:                      # runs that float32 can't tell apart: matters where they mix
         i = begin + 1
         mixed = False
         while i < total and row.item[i].distance - row.item[i - 1].distance <= 2.0 * row.bound:
@@ -952,7 +955,7 @@ cdef void rank_row(const Space *space, Row *row, int64_t depth, int64_t relevant
                 unit_products(unit, space.x + found * m, space.aux[found], m, row.term)
                 row.item[j].distance = 1.0 - pairwise_sum(row.term, m)
             order_items(row.item + begin, i - begin)
-        while begin < i:                      # a run of hits alone, or of none, is one group however it is ordered
+        while begin < i:                      # a run of hits alone, or of none, is one group in any order
             end = begin + 1 if mixed else i
             while not row.by_index and end < i and row.item[end].distance == row.item[begin].distance:
                 end += 1
@@ -965,8 +968,8 @@ cdef void rank_row(const Space *space, Row *row, int64_t depth, int64_t relevant
             begin = end
 
 
-cdef void count_group(int64_t begin, int64_t tied, int64_t right, int64_t before, int64_t relevant, int64_t *counts,
-                      double *precision) noexcept nogil:
+cdef void count_group(int64_t begin, int64_t tied, int64_t right, int64_t before, int64_t relevant,
+                      int64_t *counts, double *precision) noexcept nogil:
     """Candidates at places begin + 1 … begin + tied in any order, `right` of them hits, after `before` hits.
 
     E[Precision@k · p(k)] of McSherry and Najork (2008).

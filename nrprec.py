@@ -193,7 +193,7 @@ def order_numpy(space, q):
 
 
 def count_hits_numpy(space, columns, queries, by_index=False):
-    """The plain twin of the kernel's count_hits(): (4, k, len(queries)) int32, of which it tells the meaning."""
+    """The plain twin of the kernel's count_hits(), which tells what hits (4, k, len(queries)) int32 are."""
     hits = np.zeros((4, len(columns.values), len(queries)), np.int32)
     for b, q in enumerate(queries):
         order, d = order_numpy(space, q)
@@ -263,8 +263,8 @@ def count_blocks(space, columns, queries, threads, memory_mib, by_index=False):
 
 
 def as_embeddings(embeddings, distance, normalise=False):
-    """Embeddings as float32 (n, m) in C order, of length 1 if asked for. Raises ValueError unless they are real,
-    finite, n >= 2 and have distances: a zero vector has no direction, a constant one no SNR."""
+    """Embeddings as float32 (n, m) in C order, of length 1 if asked for. ValueError unless they are real
+    and finite, n >= 2, and have distances: a zero vector has no direction, a constant one no SNR."""
     if np.iscomplexobj(embeddings):
         raise ValueError("embeddings are complex; expected real numbers")
     with np.errstate(over="ignore"):
@@ -358,9 +358,9 @@ def holm(p_values):
     return adjusted
 
 
-def nr_precision(embeddings, labels, *, distance="euclidean", normalise=False, null="binomial", ties="expected",
-                 max_neighbours=None, permutations=0, queries=None, seed=0, threads=None, memory_mib=512,
-                 progress=None):
+def nr_precision(embeddings, labels, *, distance="euclidean", normalise=False, null="binomial",
+                 max_neighbours=None, ties="expected", permutations=0, queries=None, seed=0, threads=None,
+                 memory_mib=512, progress=None):
     """R-Precision and Normalized R-Precision of label columns (Kobs et al., Eq. 4 and 5).
 
     embeddings      (n, m) real numbers, used as float32; finite
@@ -369,19 +369,20 @@ def nr_precision(embeddings, labels, *, distance="euclidean", normalise=False, n
     normalise       embeddings to length 1 first: with the loss's own distance this is the paper's Eq. 3
     null            binomial (the paper) or hypergeometric (exact for drawing without replacement)
     max_neighbours  R = min(c − 1, K): the released procedure with K = 1023
-    ties            expected: of candidates at the same distance at the cut the expected hits count, the mean over
-                    all orders of the rows; index: the smaller index goes first, as released
+    ties            candidates at the same distance where the R end: expected, their hits count with the mean
+                    over all orders of the rows; index, the smaller index goes first, as released
     permutations    N: p = (1 + extreme) / (1 + N), extreme: as far from the permuted ones' mean as observed
     queries         a random subset of so many queries, with standard errors; seed: of subset and permutations
     threads         all that this process may use; memory_mib: for blocks of similarities and permuted columns
     progress        called with (queries × columns done, in all) after each block
 
-    Returns {name: Score}, or one Score for one array. Counts are exact: equal to float64 brute force. Results do not depend on threads, memory_mib, the BLAS or the order of the properties.
+    Returns {name: Score}, or one Score for one array. Counts are exact: equal to float64 brute force. They
+    don't depend on threads, memory_mib, the BLAS or the order of the properties.
     Raises ValueError for shapes that do not fit, numbers that are not finite and options out of range.
     """
     named = labels if isinstance(labels, dict) else {"": labels}
-    check_options(distance, null, ties, max_neighbours=max_neighbours, permutations=permutations, queries=queries,
-                  seed=seed, threads=threads, memory_mib=memory_mib)
+    check_options(distance, null, ties, max_neighbours=max_neighbours, permutations=permutations,
+                  queries=queries, seed=seed, threads=threads, memory_mib=memory_mib)
     x, threads = as_embeddings(embeddings, distance, normalise), min(threads or available_threads(), 1024)
     n, k = len(x), len(named)
     shapes = [np.shape(label) for label in named.values()]
@@ -411,7 +412,8 @@ def nr_precision(embeddings, labels, *, distance="euclidean", normalise=False, n
             drawn.insert(0, np.arange(n))
         batch = permute_columns(columns, drawn) if permutations else columns
         blocks = count_blocks(space, batch, chosen, threads, memory_mib / min(len(drawn), 2), ties == "index")
-        sums, squares, used, tied = sum_hits(blocks, batch.values[:, chosen], len(drawn), len(moments[0]), tick)
+        values, copies = batch.values[:, chosen], len(drawn)
+        sums, squares, used, tied = sum_hits(blocks, values, copies, len(columns.entry_depth), tick)
         if begin == 0:
             scores = observe(sums[0], squares, used[0], tied, columns, *moments, sampled=len(chosen) < n)
         statistics += [mean_z(s, u, columns, *moments) for s, u in zip(sums, used)]
@@ -423,7 +425,8 @@ def nr_precision(embeddings, labels, *, distance="euclidean", normalise=False, n
 
 def check_options(distance, null, ties, **numbers):
     """Raise ValueError for options of nr_precision() that are unknown or out of range."""
-    for what, value, known in (("distance", distance, DISTANCES), ("null", null, NULLS), ("ties", ties, TIES)):
+    named = ("distance", distance, DISTANCES), ("null", null, NULLS), ("ties", ties, TIES)
+    for what, value, known in named:
         if value not in known:
             raise ValueError(f"unknown {what} {value!r}; expected one of {', '.join(known)}")
     for name, value in numbers.items():
@@ -435,25 +438,26 @@ def check_options(distance, null, ties, **numbers):
 def sum_hits(blocks, values, copies, width, tick):
     """Add up the hits X of count_blocks(), columns (copies · k, N) with these values, by copy and value.
 
-    Returns sums of X and queries (copies, t), and of the first copy sums of X² and tied queries (t,), for the t =
-    width rows of the value tables. What is sure are integers, the shares of ties are added query by query: no order
-    of blocks can change them.
+    For the t = width rows of the value tables: (sums of X (copies, t), of X² in the first copy (t,), queries
+    (copies, t), tied ones in the first copy (t,)). What is sure are integers, shares of ties are added query
+    by query: no blocks can change them.
     """
     sums, used = np.zeros((2, copies * width), np.int64)
     squares, tied = np.zeros((2, width), np.int64)
     shares, share_squares, k = np.zeros(copies * width), np.zeros(width), len(values) // copies
     first = np.repeat(np.arange(copies) * width, k)[:, None]
     for part, hits in blocks:
-        place, (sure, group, right, places) = (first + values[:, part]).ravel(), hits.reshape(4, -1).astype(np.int64)
+        place, sure = (first + values[:, part]).ravel(), hits[0].ravel().astype(np.int64)
+        observed = len(place) // copies
         np.add.at(sums, place, sure)
         np.add.at(used, place, 1)
-        observed = len(place) // copies
         np.add.at(squares, place[:observed], sure[:observed] ** 2)
-        if group.any():                                   # X = sure + right · places / group
-            at = np.flatnonzero(group)
-            share = right[at] * places[at] / group[at]
+        at = np.flatnonzero(hits[1])
+        if len(at):                                       # X = sure + right · places / tied
+            group, right, places = hits[1:].reshape(3, -1)[:, at].astype(np.float64)
+            share = right * places / group
             np.add.at(shares, place[at], share)
-            at, share = at[at < observed], share[at < observed]
+            share, at = share[at < observed], at[at < observed]
             np.add.at(share_squares, place[at], share * (2 * sure[at] + share))
             np.add.at(tied, place[at], 1)
         tick(len(place))
@@ -493,7 +497,8 @@ def observe(sums, squares, used, tied, columns, mean, deviation, sampled):
 def p_values(observed, permuted):
     """Two-sided permutation p-values (k,) of means, observed (k,) and permuted (N, k); nan stays nan."""
     centre = permuted.mean(0)
-    far = np.abs(observed - centre) - 1e-9 * np.maximum(np.abs(observed), 1)   # equal up to rounding is as extreme
+    slack = 1e-9 * np.maximum(np.abs(observed), 1)           # equal up to rounding counts as equally extreme
+    far = np.abs(observed - centre) - slack
     p = (1 + (np.abs(permuted - centre) >= far).sum(0)) / (1 + len(permuted))
     return np.where(np.isnan(observed), np.nan, p)
 
@@ -565,13 +570,13 @@ def parse_arguments(argv):
         "header, n rows; a first column named frame, image, file, path or id is none (the props.csv beside "
         "each EMB.npy, or in results/<dataset>)")
     add("--properties", metavar="A,B", help="only these columns (all)")
-    add("--distance", default="euclidean", choices=[*DISTANCES, "own"], help="how neighbours are ranked (euclidean, "
-        "as released); own: Eq. 3, that of the loss, which the array's JSON names, on normalised embeddings")
+    add("--distance", default="euclidean", choices=[*DISTANCES, "own"], help="how neighbours are ranked "
+        "(euclidean, as released); own: Eq. 3, the loss's, which the array's JSON names, on normalised ones")
     add("--normalise", action="store_true", help="embeddings to length 1 first")
     add("--null", default="binomial", choices=NULLS,
         help="the chance distribution of hits (binomial, the paper's; hypergeometric is exact)")
-    add("--ties", default="expected", choices=TIES, help="candidates at one distance where the list ends: the "
-        "hits that any order would give on average (expected), or index: the first rows, as released")
+    add("--ties", default="expected", choices=TIES, help="of candidates at one distance where the R "
+        "end count the hits that all orders give on average (expected), or index: the first, as released")
     add("--max-neighbours", type=int, metavar="K", help="look at min(R, K); 1023: as released (all R)")
     add("--permutations", type=int, default=0, metavar="N",
         help="p-values from N permutations of each property, Holm-corrected (none)")
@@ -674,8 +679,8 @@ def main(argv=None):
     from dml_common import command, files
 
     args = parse_arguments(argv)
-    options = {name: getattr(args, name) for name in ("null", "ties", "max_neighbours", "permutations", "queries",
-                                                      "seed", "threads", "memory_mib")}
+    options = {name: getattr(args, name) for name in ("null", "ties", "max_neighbours", "permutations",
+                                                      "queries", "seed", "threads", "memory_mib")}
     check_options(DISTANCES[0], **options)
     arrays, tables = files.arrays_and_tables(args.files)
     if args.out is not None:
@@ -703,18 +708,17 @@ def main(argv=None):
                 command.say(f"warning: {line}" if len(set(tables)) == 1 else f"warning: {table}: {line}")
         collapsed = (x == x[0]).all()
         if collapsed:
-            command.say(f"warning: {array}: all {n:,} embeddings are equal: no picture is nearer than another")
+            command.say(f"warning: {array}: all {n:,} embeddings are equal: none is nearer than another")
         with command.bar(1.0, name) as bar:
-            scores = nr_precision(x, labels, distance=distance, **options, progress=lambda done, total, bar=bar:
-                                  bar.update(done / total - bar.n))
+            scores = nr_precision(x, labels, distance=distance, **options,
+                                  progress=lambda done, total, bar=bar: bar.update(done / total - bar.n))
         tied, prop = max((s.tied / max(s.queries, 1), prop) for prop, s in scores.items())
         if tied > MANY_TIES and not collapsed:
-            command.say(f"warning: {array}: {tied:.0%} of the queries of {prop} have candidates at the same distance "
-                        f"where their list ends; {TIES[args.ties]}")
+            command.say(f"warning: {array}: {tied:.0%} of the queries of {prop} have candidates at the same "
+                        f"distance where their list ends; {TIES[args.ties]}")
         for prop, s in scores.items():
-            rows.append([array, prop, *s[:3], distance, args.null, args.max_neighbours, s.r_precision,
-                         s.nr_precision, s.nr_precision_se, args.permutations, s.p_value, s.p_holm, int(normalise),
-                         args.ties, s.tied])
+            rows.append([array, prop, *s[:3], distance, args.null, args.max_neighbours, *s[3:6],
+                         args.permutations, s.p_value, s.p_holm, int(normalise), args.ties, s.tied])
         results.append(scores)
     for prop, s in results[0].items():
         if s.skipped:

@@ -205,12 +205,11 @@ class Ranks(NamedTuple):
     precision: np.ndarray  # Σ_{k=1..R} E[Precision@k · p(k)]
 
     def within(self, k):
-        """The probability of a positive among the k nearest: 1 − C(t − h, f) / C(t, f) where k leaves f places of a
-        group of t with h positives."""
+        """P(a positive among k) = 1 − C(t − h, f) / C(t, f) for f places in a group of t with h."""
         left, miss = np.clip(k - self.begin, 0, self.group), np.ones(len(self.begin))
         for i in range(int(left[self.group > 1].max(initial=0))):
-            there = (i < left) & (self.group > 1)
-            miss[there] *= np.maximum(self.group - self.hits - i, 0)[there] / (self.group - i)[there]
+            q = (i < left) & (self.group > 1)
+            miss[q] *= np.maximum(self.group - self.hits - i, 0)[q] / (self.group - i)[q]
         return np.where(self.group > 1, 1 - miss, (self.hits > 0) & (left > 0))
 
 
@@ -238,9 +237,9 @@ def rank_queries_numpy(space, value, queries, relevant, neighbours, by_index=Fal
         else:
             counts[b, 3] = before[last] + min(hits[last], places[last])
         g = np.repeat(np.arange(last + 1), places)        # of each place
-        others = (hits - 1) / np.maximum(size - 1, 1)     # E[Precision@k · p(k)] of McSherry and Najork (2008)
-        terms = hits[g] / size[g] * (before[g] + 1 + (np.arange(r) - begin[g]) * others[g]) / np.arange(1, r + 1)
-        precision[b] = np.cumsum(terms)[-1]
+        others = (hits - 1) / np.maximum(size - 1, 1)
+        ahead = before[g] + 1 + (np.arange(r) - begin[g]) * others[g]         # McSherry and Najork (2008)
+        precision[b] = np.cumsum(hits[g] / size[g] * ahead / np.arange(1, r + 1))[-1]
     return counts, precision
 
 
@@ -257,7 +256,8 @@ def rank_queries(space, value, relevant, neighbours, threads, progress=None, by_
     def rank(start):
         q, part = np.arange(start, min(start + rows, n)), slice(start, start + rows)
         if _knn is None:
-            counts[part], precision[part] = rank_queries_numpy(space, value, q, relevant[part], neighbours, by_index)
+            counts[part], precision[part] = rank_queries_numpy(space, value, q, relevant[part], neighbours,
+                                                               by_index)
         elif relevant[part].any():
             products = np.matmul(space.unit[part], space.unit.T)
             _knn.rank_hits(products, q, bounds[part], space.x, space.norms, offset, value, relevant[part],
@@ -277,7 +277,7 @@ class Score(NamedTuple):
     n: int
     classes: int
     lone: int             # pictures whose class has no other: no positives, and no queries
-    tied: int             # queries whose cut, at R or a K, divides a group of positives and others at one distance
+    tied: int             # queries whose R or K divides a group of positives and others at the same distance
     positive_pairs: int
     negative_pairs: int
     positive_mean: float
@@ -304,8 +304,8 @@ def pair_scores(embeddings, labels, *, bins=(200,), recall=(1, 2, 4, 8), ties="e
     labels        (n,) of any comparable kind: at least two classes, one of them with two rows
     bins          numbers of equal bins over [−1, 1]
     recall        the K's
-    ties          expected: of equally near candidates what all orders of the rows give on average; index: the smaller
-                  index goes first
+    ties          equally near candidates: expected, what all orders of the rows give on average; index, the
+                  smaller index goes first
     permutations  of the labels for jsd_null: JSD of few positives is biased up; this shows by how much
     intervals     also 95 % intervals: bootstrap over classes (means over queries), jackknife (JSD)
     seed          of the permutations and the bootstrap; threads: all that this process may use
@@ -343,7 +343,7 @@ def pair_scores(embeddings, labels, *, bins=(200,), recall=(1, 2, 4, 8), ties="e
     asked, rank = relevant > 0, np.maximum(relevant, 1)
     each = {("recall", k): ranks.within(k) for k in recall}
     each["r_precision", None] = (ranks.sure + ranks.right * ranks.places / np.maximum(ranks.tied, 1)) / rank
-    each["map_at_r", None] = ranks.precision / rank                # MAP@R = (1/R) Σ_{k=1..R} Precision@k · p(k)
+    each["map_at_r", None] = ranks.precision / rank
     tied = ranks.tied > 0
     for k in recall:
         tied |= (ranks.begin < k) & (k < ranks.begin + ranks.group)
@@ -474,8 +474,8 @@ def parse_arguments(argv):
         help="equal bins over [-1, 1], several in one pass (200; the paper does not state its own)")
     add("--recall", default="1,2,4,8", metavar="K[,K]",
         help="the K's of Recall@K (1,2,4,8; 1,10,100,1000 is usual for SOP)")
-    add("--ties", default="expected", choices=TIES, help="equally near candidates: what any order of the rows "
-        "would give on average (expected), or index: the first rows, as released")
+    add("--ties", default="expected", choices=TIES, help="equally near candidates: what all orders of the "
+        "rows give on average (expected), or index: the first rows, as released")
     add("--permutations", type=int, default=10, metavar="N", help="of the labels, for jsd_null: the JSD if "
         "labels meant nothing, which is not 0 with few pairs (10; 0: none)")
     add("--train", nargs=2, metavar=("EMB.npy", "LABELS.csv"), help="the training split: rows of its own, a "
@@ -511,8 +511,6 @@ def score_file(file, table, name, split, args, options, numbers):
     except ValueError as error:
         raise ValueError(f"{error} (column of --label)") from None
     x = files.read_embeddings(file, table, len(labels))
-    if (x == x[0]).all():
-        command.say(f"warning: {file}: all {len(x):,} embeddings are equal: no picture is nearer than another")
     enough = int((np.unique(labels, return_counts=True)[1] > 1).sum())
     if numbers and numbers[-1] > enough:
         raise ValueError(f"--classes {numbers[-1]}: {table} has {enough:,} classes of two or more pictures; "
@@ -530,6 +528,12 @@ def score_file(file, table, name, split, args, options, numbers):
             score = pair_scores(x[rows], labels[rows], **options)
             results.append(Result(file, name, split, k, repeat, score))
             bar.update(share)
+    tied = results[0].score.tied / (len(x) - results[0].score.lone)
+    if (x == x[0]).all():
+        command.say(f"warning: {file}: all {len(x):,} embeddings are equal: none is nearer than another")
+    elif tied > MANY_TIES:
+        command.say(f"warning: {file}: {tied:.0%} of the queries have positives and others at the same "
+                    f"distance where a list ends; {TIES[args.ties]}")
     return results
 
 
@@ -655,10 +659,6 @@ def main(argv=None):
         if score.lone:
             command.say(f"warning: {name}: {score.lone:,} of {score.n:,} pictures are alone in their class: "
                         "they make no positive pair and are no queries")
-        tied = score.tied / (score.n - score.lone)
-        if tied > MANY_TIES:
-            command.say(f"warning: {name}: {tied:.0%} of the queries have positives and others at the same distance "
-                        f"where a list ends; {TIES[args.ties]}")
         if any(np.isnan(low) for low, _ in score.intervals.values()):
             command.say(f"warning: {name}: without one of its {score.classes:,} classes no positive or no "
                         "negative pair is left, so the JSD has no interval (nan)")

@@ -35,7 +35,7 @@ def brute_force_lists(d):
 
 
 def brute_force_hits(d, labels, max_neighbours=None, by_index=False):
-    """(4, k, n): sure hits, candidates tied at a cut that divides them, hits among these, places left to them."""
+    """(4, k, n): sure hits, candidates tied at a cut that divides them, hits among these, places left."""
     hits, others = np.zeros((4, len(labels), len(d)), int), ~np.eye(len(d), dtype=bool)
     lists = brute_force_lists(d)
     for k, label in enumerate(labels):
@@ -54,14 +54,15 @@ def brute_force_hits(d, labels, max_neighbours=None, by_index=False):
     return hits
 
 
-def kernel_hits(x, labels, distance, max_neighbours=None, threads=1, memory_mib=64, avx512=None, by_index=False):
+def kernel_hits(x, labels, distance, max_neighbours=None, threads=1, memory_mib=64, avx512=None, by_index=0):
     space = nrprec.prepare(np.ascontiguousarray(x, np.float32), distance)
     columns = nrprec.make_columns(labels, max_neighbours)
     hits = np.full((4, len(labels), len(x)), -1, np.int32)
     before = _knn.AVX512
     try:
         _knn.AVX512 = before if avx512 is None else avx512 and before
-        for part, block in nrprec.count_blocks(space, columns, np.arange(len(x)), threads, memory_mib, by_index):
+        queries = np.arange(len(x))
+        for part, block in nrprec.count_blocks(space, columns, queries, threads, memory_mib, by_index):
             hits[..., part] = block
     finally:
         _knn.AVX512 = before

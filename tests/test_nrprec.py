@@ -58,7 +58,7 @@ def test_ties_go_to_the_smaller_index_if_asked():
 def test_query_is_left_out_by_its_index():
     """Its duplicates count; the first neighbour is not assumed to be the query."""
     x, label = np.zeros((4, 3), np.float32), np.array([0, 1, 1, 0])
-    assert nr_precision(x, label, ties="index").r_precision == 0.25                  # query 3 finds index 0 first
+    assert nr_precision(x, label, ties="index").r_precision == 0.25              # query 3 finds index 0
     assert nr_precision(x, label).r_precision == pytest.approx(1 / 3)
 
 
@@ -131,7 +131,7 @@ def test_equals_plain_loops(n, m, cardinality, seed, null):
 
 @pytest.mark.parametrize("kind", ("all equal", "8-bit codes", "rounded"))
 def test_ties_in_expectation_are_the_mean_over_orders(kind):
-    """What the order of the rows gives on average, with the smaller index first; no order changes the result."""
+    """What the order of the rows gives on average, the smaller index first; no order changes the result."""
     rng = np.random.default_rng(16)
     x = {"all equal": np.ones((60, 8)), "8-bit codes": rng.integers(0, 2, (60, 8)),
          "rounded": np.round(rng.standard_normal((60, 2)))}[kind]
@@ -422,7 +422,7 @@ def test_ties_are_told(files, run_script):
     x[:20, :] = np.round(x[:20, :1])
     np.save("emb.npy", x)
     done = run_script("nrprec.py", "emb.npy", "props.csv", "--properties", "shape", "--max-neighbours", 2)
-    assert done.stderr.count("\n") == 1 and "% of the queries of shape have candidates at the same" in done.stderr
+    assert done.stderr.count("\n") == 1 and "% of the queries of shape have candidates" in done.stderr
     assert "count with their expectation" in done.stderr
     done = run_script("nrprec.py", "emb.npy", "props.csv", "--max-neighbours", 2, "--ties", "index")
     assert "the order of the rows decides" in done.stderr
@@ -435,7 +435,7 @@ def test_ties_are_told(files, run_script):
 def test_the_distance_that_the_json_names(files, run_script, refused):
     assert "no JSON beside emb.npy" in refused(nrprec.main, "emb.npy", "props.csv", "--distance", "own")
     Path("emb.json").write_text('{"distance": "snr"}')
-    shown = [run_script("nrprec.py", "emb.npy", "props.csv", "--out", "o.csv", *options).stdout for options in (
+    shown = [run_script("nrprec.py", "emb.npy", "props.csv", *options).stdout for options in (
         ("--distance", "own"), ("--distance", "snr", "--normalise"), ("--distance", "snr"))]
     assert shown[0] == shown[1] != shown[2] and len(shown[2]) > 100
     run_script("nrprec.py", "emb.npy", "props.csv", "--out", "o.csv", "--distance", "own")
