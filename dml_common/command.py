@@ -9,8 +9,8 @@ A script begins its command before it imports torch, and ends it at the bottom:
     if __name__ == "__main__":
         command.run(main)
 
-What is expected to go wrong (ValueError, OSError, no memory left) ends in one line and exit status 2, Ctrl-C in
-130, SIGTERM in 143. Anything else is a fault of ours: one line, exit status 1; DML_TRACEBACK=1 shows where.
+What is expected to go wrong (ValueError, OSError, no memory left) ends in one line and exit status 2, Ctrl-C
+in 130, SIGTERM in 143. Anything else is our fault: one line, exit status 1; DML_TRACEBACK=1 shows where.
 """
 import argparse
 import os
@@ -108,7 +108,14 @@ def out_of_memory(error):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that ends as the other commands do."""
+    """argparse that ends as a command does, and refuses options that an unset shell variable left empty."""
+
+    def parse_args(self, args=None, namespace=None):
+        args = list(map(str, sys.argv[1:] if args is None else args))
+        for option, value in zip(args, [*args[1:], None]):
+            if option.startswith("--") and (value == "" or option.endswith("=")):
+                fail(f"{option.rstrip('=')} is given without a value")
+        return super().parse_args(args, namespace)
 
     def error(self, message):
         fail(message)
@@ -196,8 +203,8 @@ def my_share(environment=os.environ):
         mine, processes = (number("SLURM_PROCID", 0), number("SLURM_NTASKS", 1, 1)) if in_step else (0, 1)
         rank, ranks = task // step * processes + mine, tasks * processes
     if not 0 <= rank < ranks:
-        raise ValueError(f"this process is number {rank} of {ranks}, counted from 0: mend RANK and WORLD_SIZE "
-                         "(or Slurm's variables)")
+        raise ValueError(f"this process is number {rank} of {ranks}, counted from 0: mend RANK and "
+                         "WORLD_SIZE (or Slurm's variables)")
     return rank, ranks
 
 
@@ -244,10 +251,29 @@ def print_aligned(lines):
         print("  ".join(cells).rstrip())
 
 
+class Lines:
+    """stderr for a bar where it is no terminal: each of its states is a line."""
+
+    def write(self, text):
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+
+    def flush(self):
+        pass
+
+
 def bar(total, description, unit=None, delay=2):
-    """A tqdm bar on stderr where that is a terminal, after `delay` seconds: of `unit`, else in per cent."""
+    """A tqdm bar on stderr where that is a terminal, after `delay` seconds: of `unit`, else in per cent.
+
+    Elsewhere a line every DML_PROGRESS seconds, where the environment has that number.
+    """
     from tqdm import tqdm
 
+    seconds = number_of("DML_PROGRESS", 0)
+    if seconds and not sys.stderr.isatty():
+        line = "{desc}: {percentage:.0f}%, {elapsed} elapsed, {remaining} left"
+        return tqdm(total=total, desc=description, delay=seconds, mininterval=seconds, leave=False,
+                    file=Lines(), bar_format=line)
     form = {"bar_format": "{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left"}
     return tqdm(total=total, desc=description, delay=delay, disable=None, leave=unit is not None,
                 file=sys.stderr, **({"unit": unit} if unit else form))
