@@ -413,9 +413,9 @@ def nr_precision(embeddings, labels, *, distance="euclidean", normalise=False, n
         batch = permute_columns(columns, drawn) if permutations else columns
         blocks = count_blocks(space, batch, chosen, threads, memory_mib / min(len(drawn), 2), ties == "index")
         values, copies = batch.values[:, chosen], len(drawn)
-        sums, squares, used, tied = sum_hits(blocks, values, copies, len(columns.entry_depth), tick)
+        sums, used, squares, tied = sum_hits(blocks, values, copies, len(columns.entry_depth), tick)
         if begin == 0:
-            scores = observe(sums[0], squares, used[0], tied, columns, *moments, sampled=len(chosen) < n)
+            scores = observe(sums[0], used[0], squares, tied, columns, *moments, sampled=len(chosen) < n)
         statistics += [mean_z(s, u, columns, *moments) for s, u in zip(sums, used)]
     if permutations:
         p = p_values(statistics[0], np.array(statistics[1:]))
@@ -438,31 +438,23 @@ def check_options(distance, null, ties, **numbers):
 def sum_hits(blocks, values, copies, width, tick):
     """Add up the hits X of count_blocks(), columns (copies · k, N) with these values, by copy and value.
 
-    For the t = width rows of the value tables: (sums of X (copies, t), of X² in the first copy (t,), queries
-    (copies, t), tied ones in the first copy (t,)). What is sure are integers, shares of ties are added query
-    by query: no blocks can change them.
+    For the t = width rows of the value tables: sums of X (copies, t), queries (copies, t), and of the first
+    copy sums of X² and tied queries (t,), added in the order of the queries: no blocks can change them.
     """
-    sums, used = np.zeros((2, copies * width), np.int64)
-    squares, tied = np.zeros((2, width), np.int64)
-    shares, share_squares, k = np.zeros(copies * width), np.zeros(width), len(values) // copies
+    (sums, used), (squares, tied) = np.zeros((2, copies * width)), np.zeros((2, width))
+    k = len(values) // copies
     first = np.repeat(np.arange(copies) * width, k)[:, None]
     for part, hits in blocks:
-        place, sure = (first + values[:, part]).ravel(), hits[0].ravel().astype(np.int64)
-        observed = len(place) // copies
-        np.add.at(sums, place, sure)
+        place, x = (first + values[:, part]).ravel(), hits[0].ravel().astype(np.float64)
+        at, observed = np.flatnonzero(hits[1]), len(place) // copies
+        group, right, places = hits[1:].reshape(3, -1)[:, at].astype(np.float64)
+        x[at] += right * places / group
+        np.add.at(sums, place, x)
         np.add.at(used, place, 1)
-        np.add.at(squares, place[:observed], sure[:observed] ** 2)
-        at = np.flatnonzero(hits[1])
-        if len(at):                                       # X = sure + right · places / tied
-            group, right, places = hits[1:].reshape(3, -1)[:, at].astype(np.float64)
-            share = right * places / group
-            np.add.at(shares, place[at], share)
-            share, at = share[at < observed], at[at < observed]
-            np.add.at(share_squares, place[at], share * (2 * sure[at] + share))
-            np.add.at(tied, place[at], 1)
+        np.add.at(squares, place[:observed], x[:observed] ** 2)
+        np.add.at(tied, place[at[at < observed]], 1)
         tick(len(place))
-    shape = copies, width
-    return (sums + shares).reshape(shape), squares + share_squares, used.reshape(shape), tied
+    return sums.reshape(copies, width), used.reshape(copies, width), squares, tied
 
 
 def mean_z(sums, used, columns, mean, deviation):
@@ -474,12 +466,12 @@ def mean_z(sums, used, columns, mean, deviation):
         return np.bincount(columns.entry_owner, z) / queries
 
 
-def observe(sums, squares, used, tied, columns, mean, deviation, sampled):
+def observe(sums, used, squares, tied, columns, mean, deviation, sampled):
     """The observed columns' Scores: list of k; with the standard error where the queries are a sample."""
     depth, owner = columns.entry_depth, columns.entry_owner
     asked = np.where(depth > 0, used, 0)
-    queries = np.bincount(owner, asked).astype(np.int64)
-    skipped = np.bincount(owner, used).astype(np.int64) - queries
+    queries = np.bincount(owner, asked).astype(int)
+    skipped = np.bincount(owner, used).astype(int) - queries
     population = np.bincount(owner, np.where(depth > 0, columns.entry_count, 0))
     statistic = mean_z(sums, used, columns, mean, deviation)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -489,9 +481,10 @@ def observe(sums, squares, used, tied, columns, mean, deviation, sampled):
         spread = np.maximum(np.bincount(owner, second) / queries - statistic ** 2, 0)
         error = np.sqrt(spread / (queries - 1) * (1 - queries / population))
     error = np.where(queries < 2, np.nan, error).tolist() if sampled else [None] * len(queries)
-    whole = [np.bincount(owner).tolist(), queries.tolist(), skipped.tolist()]
-    tied = np.bincount(owner, tied).astype(np.int64).tolist()
-    return [Score(*row) for row in zip(*whole, precision.tolist(), statistic.tolist(), error, tied)]
+    whole = [np.bincount(owner), queries, skipped, np.bincount(owner, tied).astype(int)]
+    values, queries, skipped, tied = (numbers.tolist() for numbers in whole)
+    rows = zip(values, queries, skipped, precision.tolist(), statistic.tolist(), error, tied)
+    return [Score(*row) for row in rows]
 
 
 def p_values(observed, permuted):

@@ -636,10 +636,9 @@ def main(argv=None):
         raise ValueError("--class-figure needs --classes: the numbers of classes to compare")
     arrays, tables = files.arrays_and_tables(args.files, args.label)
     outputs = [args.out, args.histograms, args.intervals, args.figure, args.class_figure]
-    taken = [*arrays, *tables, *(args.train or [])]
-    for path in (path for path in outputs if path is not None):
-        files.check_output(path, taken)
-        taken.append(path)
+    for i, path in enumerate(outputs):
+        if path is not None:
+            files.check_output(path, [*arrays, *tables, *(args.train or [])], outputs[:i])
     figures = command.import_figures() if args.figure is not None or args.class_figure is not None else None
     if _knn is None:
         command.say("note: the extension _knn is not built (pip install .): counted in NumPy, exact but slow")

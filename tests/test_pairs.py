@@ -554,8 +554,8 @@ def test_help_teaches_and_torch_is_not_loaded(run_script):
     (["--classes", "2", "--repeats", "0"], "--repeats 0"), (["--permutations", "-1"], "--permutations -1"),
     (["--permutations", "x"], "'x'"), (["--ties", "random"], "random"),
     (["--colour"], "--colour"), (["--train", "emb.npy"], "--train"),
-    (["--class-figure", "c.png"], "--class-figure needs --classes"), (["--figure", "."], "is a folder"),
-    (["--out", "no/o.csv"], "does not exist"), (["--out", "o.csv", "--intervals", "./o.csv"], "another out"),
+    (["--class-figure", "c.png"], "--class-figure needs --classes"), (["--figure", ".."], "is a folder"),
+    (["--out", "no/o.csv"], "does not exist"), (["--out", "o.csv", "--intervals", "./o.csv"], "two outputs"),
     (["--train", "missing.npy", "train.csv"], "missing.npy does not"), (["--out", "emb.csv"], "an input"),
     (["--train", "emb.npy", "train.csv"], "emb.npy has 60 embeddings, train.csv 40 rows")))
 def test_bad_options(files, refused, options, words):
