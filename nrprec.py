@@ -559,17 +559,17 @@ def parse_arguments(argv):
 
     parser = command.parser(__doc__)
     add = parser.add_argument
-    add("files", nargs="+", metavar="EMB.npy … [PROPS.csv]", help="embeddings (n, m) and their properties: a "
-        "header, n rows; a first column named frame, image, file, path or id is none (the props.csv beside "
-        "each EMB.npy, or in results/<dataset>)")
+    add("files", nargs="+", metavar="FILE", help="EMB.npy …, embeddings (n, m), and behind them PROPS.csv, a "
+        "header and n rows; a first column named frame, image, file, path or id is none (the props.csv "
+        "beside each EMB.npy, or in results/<dataset>)")
     add("--properties", metavar="A,B", help="only these columns (all)")
     add("--distance", default="euclidean", choices=[*DISTANCES, "own"], help="how neighbours are ranked "
         "(euclidean, as released); own: Eq. 3, the loss's, which the array's JSON names, on normalised ones")
     add("--normalise", action="store_true", help="embeddings to length 1 first")
     add("--null", default="binomial", choices=NULLS,
         help="the chance distribution of hits (binomial, the paper's; hypergeometric is exact)")
-    add("--ties", default="expected", choices=TIES, help="of candidates at one distance where the R "
-        "end count the hits that all orders give on average (expected), or index: the first, as released")
+    add("--ties", default="expected", choices=TIES, help="candidates at one distance where the R end: "
+        "expected, what all orders of the rows give on average; index, the first, as released (expected)")
     add("--max-neighbours", type=int, metavar="K", help="look at min(R, K); 1023: as released (all R)")
     add("--permutations", type=int, default=0, metavar="N",
         help="p-values from N permutations of each property, Holm-corrected (none)")

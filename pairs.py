@@ -204,13 +204,18 @@ class Ranks(NamedTuple):
     places: np.ndarray    # and places left
     precision: np.ndarray  # Σ_{k=1..R} E[Precision@k · p(k)]
 
+    def divided(self, k):
+        """Rows whose k-th place lies in their nearest group with positives, and not at its end."""
+        return (self.begin < k) & (k < self.begin + self.group)
+
     def within(self, k):
-        """P(a positive among k) = 1 − C(t − h, f) / C(t, f) for f places in a group of t with h."""
-        left, miss = np.clip(k - self.begin, 0, self.group), np.ones(len(self.begin))
-        for i in range(int(left[self.group > 1].max(initial=0))):
-            q = (i < left) & (self.group > 1)
-            miss[q] *= np.maximum(self.group - self.hits - i, 0)[q] / (self.group - i)[q]
-        return np.where(self.group > 1, 1 - miss, (self.hits > 0) & (left > 0))
+        """P(a positive among k): 1 − C(t − h, f) / C(t, f) for f places in a group of t with h of them."""
+        chance, q = ((self.hits > 0) & (self.begin < k)).astype(np.float64), self.divided(k)
+        left, group, hits, miss = k - self.begin[q], self.group[q], self.hits[q], 1.0
+        for i in range(left.max(initial=0)):
+            miss = miss * np.where(i < left, np.maximum(group - hits - i, 0) / np.maximum(group - i, 1), 1)
+        chance[q] = 1 - miss
+        return chance
 
 
 def rank_queries_numpy(space, value, queries, relevant, neighbours, by_index=False):
@@ -344,9 +349,7 @@ def pair_scores(embeddings, labels, *, bins=(200,), recall=(1, 2, 4, 8), ties="e
     each = {("recall", k): ranks.within(k) for k in recall}
     each["r_precision", None] = (ranks.sure + ranks.right * ranks.places / np.maximum(ranks.tied, 1)) / rank
     each["map_at_r", None] = ranks.precision / rank
-    tied = ranks.tied > 0
-    for k in recall:
-        tied |= (ranks.begin < k) & (k < ranks.begin + ranks.group)
+    tied = np.any([ranks.tied > 0, *(ranks.divided(k) for k in recall)], axis=0)
     means = {name: float(e[asked].mean()) for name, e in each.items()}
     bounds = bootstrap(each, value, asked, seed) if intervals else {}
     if intervals:
@@ -467,15 +470,15 @@ def parse_arguments(argv):
 
     parser = command.parser(__doc__)
     add = parser.add_argument
-    add("files", nargs="+", metavar="EMB.npy … [LABELS.csv]", help="embeddings (n, m) and their labels.csv "
-        "or props.csv: a header and n rows (the one beside each EMB.npy, or in results/<dataset>)")
+    add("files", nargs="+", metavar="FILE", help="EMB.npy …, embeddings (n, m), behind them labels.csv or "
+        "props.csv, a header and n rows (the one beside each EMB.npy, or in results/<dataset>)")
     add("--label", default="class", metavar="COLUMN", help="whose equal values make a pair positive (class)")
     add("--bins", default="200", metavar="N[,N]",
         help="equal bins over [-1, 1], several in one pass (200; the paper does not state its own)")
     add("--recall", default="1,2,4,8", metavar="K[,K]",
         help="the K's of Recall@K (1,2,4,8; 1,10,100,1000 is usual for SOP)")
-    add("--ties", default="expected", choices=TIES, help="equally near candidates: what all orders of the "
-        "rows give on average (expected), or index: the first rows, as released")
+    add("--ties", default="expected", choices=TIES, help="equally near candidates: expected, what all orders "
+        "of the rows give on average; index, the first rows first (expected)")
     add("--permutations", type=int, default=10, metavar="N", help="of the labels, for jsd_null: the JSD if "
         "labels meant nothing, which is not 0 with few pairs (10; 0: none)")
     add("--train", nargs=2, metavar=("EMB.npy", "LABELS.csv"), help="the training split: rows of its own, a "
