@@ -62,7 +62,8 @@ TITLES = {  # of columns, in their order
 BOLD = "Bold mean: the larger type by the exact test; †: by the released way (all folds pooled)."
 TESTED = "p_holm < 0.01 in every fold, permutations of each property, Holm-corrected over the properties"
 PUBLISHED = "NR-Prec > 2.576, the published mark: a z-score's threshold applied to a mean of many"
-NOTES = {"nr_precision": [BOLD], "masks": ["In other masks: the chance level of a map that knows only where objects usually are. "
+NOTES = {"nr_precision": [BOLD],
+         "masks": ["In other masks: the chance level of a map that knows only where objects usually are. "
                    "Excess: the difference, in points."],
          "pairs": [BOLD, "JSD of few pairs is biased up: labels permuted shows by how much."],
          "distance": ["Networks without a loss are left out."]}
@@ -162,8 +163,9 @@ def grid(one, measure):
     if measure == "nr_precision" and made and rows:
         tested = next(iter(cells.values())).note == "tested"
         notes.insert(0, f"* above chance: {TESTED if tested else PUBLISHED}.")
-        notes.append(", ".join(f"{key.replace('_', ' ')} {made[0][key]}" for key in (
-            "null", "distance", "max_neighbours", "permutations") if made[0].get(key)) + ".")
+        options = {key: str(made[0].get(key) or "").removesuffix(".0") for key in (
+            "null", "distance", "max_neighbours", "permutations")}
+        notes.append(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in options.items() if value))
     if measure == "pairs" and rows:
         caption += f": label {one.tables['pairs'][0]['label']}, {next(iter(cells.values())).note}"
     name = "nrprec" if measure == "nr_precision" else measure
@@ -235,8 +237,8 @@ def training(one):
     before, after = ({(row.network, row.split or "", row.key): row for row in one.select(
         "training", fold="mean", part="test", epoch=epoch)} for epoch in (0, "best"))
     titles = {key: text for key, text in TITLES["pairs"].items() if any(key in place for place in after)}
-    rows = []
-    for name, split in dict.fromkeys(place[:2] for network in one.types for place in after if place[0] == network):
+    rows, order = [], list(one.types)
+    for name, split in sorted({place[:2] for place in after}, key=lambda place: order.index(place[0])):
         ends = [(before.get((name, split, key)), after.get((name, split, key))) for key in titles]
         n = next(last.n for _, last in ends if last)
         rows.append([name, split, cell(n or "", n)] + [
@@ -285,7 +287,7 @@ def losses(everything):
 
 def properties(one=None):
     """Table 5 of the results' props.csv; without one, the paper's."""
-    from dml_common import files, pictures
+    from dml_common import files, pictures, results
 
     header, rows = ["Property", "Number", "Values"], []
     for name, values in (one.properties if one else {}).items():
@@ -298,16 +300,16 @@ def properties(one=None):
     if rows:
         return table("properties", "Properties", "The pictures' properties and their values", header, rows,
                      one.name)
-    columns = files.read_table(HERE / "published" / "kobs_table5_properties.csv")
+    columns = results.read_published("kobs_table5_properties")
     rows = [[name, cell(number, number), values] for name, number, values in zip(*columns.values())]
     return table("properties_published", "Properties (published)", "The first paper's rendered cars", header,
                  rows, notes=["No props.csv in the results: the paper's own."])
 
 
 def errata():
-    from dml_common import files
+    from dml_common import results
 
-    columns = files.read_table(HERE / "published" / "errata.csv")
+    columns = results.read_published("errata")
     return table("errata", "Errata", "Where the published descriptions, code and numbers disagree, and what "
                  "is done here", ["Paper", "Published", "Found", "Here"], zip(*columns.values()))
 
@@ -355,7 +357,8 @@ def property_finding(one):
     text = f"embeddings cluster most by {top.key}: NR-Prec {rounded(top.value)}{interval(top)}"
     if top.mark.startswith("0 "):
         text = f"embeddings cluster by no property; the largest NR-Prec is {rounded(top.value)} ({top.key})"
-    return f"{text}, {where} in {top.mark} losses", f"{test}; [ ]: Student's 95 % interval over losses", p
+    what = "networks" if {*one.types.values()} == {"none"} else "losses"
+    return f"{text}, {where} in {top.mark} {what}", f"{test}; [ ]: Student's 95 % interval over {what}", p
 
 
 def type_finding(one):
@@ -475,18 +478,15 @@ def latex_template():
 
 def show(content):
     """The table on the terminal, aligned; a wide matrix has numbers for its columns' names."""
-    header, right = content["header"], number_columns(content)
-    rows = [[one_line(one["text"]) for one in row] for row in content["rows"]]
+    from dml_common.command import print_aligned
+
+    header, rows = content["header"], [[one_line(one["text"])[:60] for one in row] for row in content["rows"]]
     if content["kind"] == "matrix" and len(header) > 7:
         rows = [[f"{k:2} {row[0]}", *(text.replace(" ± ", "±") for text in row[1:])]
                 for k, row in enumerate(rows, 1)]
         header = ["", *map(str, range(1, len(header)))]
     print(f"\n{one_line(content['title'])}" + (f" ({content['paper']})" if content["paper"] else ""))
-    widths = [min(60, max(map(len, column))) for column in zip(header, *rows)]
-    for row in [header, *rows]:
-        texts = [text[:width].rjust(width) if number else text[:width].ljust(width)
-                 for text, width, number in zip(row, widths, right)]
-        print("  ".join(texts).rstrip())
+    print_aligned([list(map(one_line, header)), *rows])
 
 
 def write(out, contents, parts, about):
@@ -567,6 +567,7 @@ def main(argv=None):
             show(content)
     if args.published and not args.out:
         return
+    contents = [content for content in contents if content["rows"]]
     names = [content["name"] for content in contents]
     if len(set(names)) < len(names):
         raise ValueError(f"two data sets' names give one file name ({max(names, key=names.count)}); rename "

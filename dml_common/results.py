@@ -475,8 +475,8 @@ def other_tests(results, means, groups):
     """The properties' order against the paper's; whether maps of one type, of one distance, agree more."""
     ours = {row.key: row.value for row in groups if (row.measure, row.level) == ("nr_precision", "all")}
     losses = [row for name, row in published_nrprec().items() if not name.endswith(("None", " Mean"))]
-    theirs = {key: np.mean([row[key] for row in losses if row[key] is not None]) for key in losses[0]}
-    shared = [key for key in theirs if key in ours]
+    shared = [key for key in ours if losses and key in losses[0]]
+    theirs = {key: np.mean([row[key] for row in losses if row[key] is not None]) for key in shared}
     if len(shared) > 2 and len({ours[key] for key in shared}) > 1:  # Spearman's rank correlation
         method = stats.PermutationMethod(n_resamples=PERMUTATIONS, rng=np.random.default_rng(0))
         test = stats.pearsonr(*(stats.rankdata([side[key] for key in shared]) for side in (ours, theirs)),
@@ -523,6 +523,12 @@ def same_group(z, group_of):
 # ---------------------------------------------------------------- the papers' numbers
 
 
+def read_published(name):
+    """The columns of a table of published/; {} where that folder was not copied."""
+    path = files.ROOT / "published" / f"{name}.csv"
+    return files.read_table(path) if path.is_file() else {}
+
+
 def cluster(distances):
     """Average linkage of a symmetrical (K, K) -> (linkage, leaf order); (None, None) where a pair is nan."""
     from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
@@ -536,17 +542,16 @@ def cluster(distances):
 
 def published_nrprec():
     """Table 6 as printed: {loss: {property: NR-Prec or None}}, its rows of means included."""
-    columns = files.read_table(files.ROOT / "published" / "kobs_table6_nrprec_cars.csv")
-    losses = columns.pop("loss")
+    columns = read_published("kobs_table6_nrprec_cars")
+    losses = columns.pop("loss", [])
     return {loss: {key: float(values[row]) if values[row] else None for key, values in columns.items()}
             for row, loss in enumerate(losses)}
 
 
 def published():
     """The papers' numbers as [Results]: cars (Table 6), sop (2), cars196, cub200 (3, 4 and Oi et al., 1)."""
-    paths = [files.ROOT / "published" / f"{name}.csv" for name in (
-        "kobs_table2_sop_correlation", "kobs_tables3_4_grouped_correlation", "oi_table1_split")]
-    sop, groups, scores = (zip(*files.read_table(path).values()) for path in paths)
+    sop, groups, scores = (zip(*read_published(name).values()) for name in (
+        "kobs_table2_sop_correlation", "kobs_tables3_4_grouped_correlation", "oi_table1_split"))
     base = Row(None, None, level="network", fold="mean", mark="", note="")
     types = {row["name"]: row["type"] for row in files.losses()}
     types = {name: types[name] for name in folders.in_order(types)}

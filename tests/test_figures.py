@@ -178,7 +178,7 @@ def test_pairs_are_drawn_as_counted_and_of_area_1(counted):
     pairs, density = [[0, 0, 1, 3], [4, 4, 0, 0]], [[0, 0, .5, 1.5], [1, 1, 0, 0]]
     assert heights[0][1::2] == (pairs if counted else density) and heights[-1][1:4:2] == density
     assert heights[-1][4:] == [[.5] * 4] * 2  # before
-    left, right = "$a$\n4 positive, 8 negative", "JSD 0.250 in 4 bins"
+    left, right = "$a$\n4 and 8 pairs", "JSD 0.250 in 4 bins"
     assert [ax.get_title() for ax in axes] == (
         [left, right, left, f"{right}\nmeans 0.500, −0.250"] if counted else [f"$a$\n{right}"] * 2)
 
