@@ -242,7 +242,7 @@ def parse(argv):
         help="the pictures of the data set of this name; may be repeated")
     add("--data-root", metavar="DIR", help="folder of the published data sets (DML_DATA_ROOT, else data/)")
     add("--out", type=Path, default=Path("report.html"), metavar="FILE.html", help="the page (report.html)")
-    add("--pictures", type=int, default=300, metavar="N", help="at most so many in the gallery, evenly (300)")
+    add("--pictures", type=int, default=300, metavar="N", help="about so many in the gallery, evenly (300)")
     add("--size", type=int, default=112, metavar="PX", help="longer side of a map; pictures twice that (112)")
     return parser.parse_args(argv)
 
