@@ -100,8 +100,8 @@ png = functools.partial(render, suffix="png")
 def draw_profile(rows, types, properties, means=()):
     """NR-Prec of every property as dots, one a network (Kobs et al., Table 6) -> Figure.
 
-    rows: with network, key (the property), value, low, high (or None), mark ("*": filled); types: {network: its
-    type}; properties: names; both in the order drawn. means: rows whose network is a type.
+    rows: with network, key (the property), value, low, high (or None), mark ("*": filled); types: {network:
+    its type}; properties: names; both in the order drawn. means: rows whose network is a type.
     """
     networks = [name for name in types if name in {row.network for row in rows}]
     L, P = len(networks), len(properties)
@@ -238,7 +238,6 @@ def embed_2d(embeddings, seed=0):
     """t-SNE (van der Maaten and Hinton 2008) from the principal components on: (n, m) -> float32 (n, 2)."""
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
-
     tsne = TSNE(perplexity=min(30, (len(embeddings) - 1) / 3), random_state=seed,
                 init="pca" if min(embeddings.shape) > 1 else "random")
     with threadpool_limits(1):  # sums of threads in their order of arrival would move the points
@@ -532,10 +531,9 @@ def matching(networks, wanted):
         None, network["slug"], network["name"], f"{network['slug']}/{network['folder'].name}")]
 
 
-COMPARED = (
-    "compare.csv (compare.py)", "{what} of different losses' saliency maps",
-    "In per cent, mean over {pictures:.0f} pictures in each of {folds} folds. Blue: alike. Tree: average "
-    "linkage. The maps' own noise allows a correlation of {ceiling} on average.")
+COMPARED = ("compare.csv (compare.py)", "{what} of different losses' saliency maps",
+            "In per cent, mean over {pictures:.0f} pictures in each of {folds} folds. Dark: alike. Tree: "
+            "average linkage. The maps' own noise allows a correlation of {ceiling} on average.")
 FIGURES = {  # how it is made, what it needs, its title, its caption
     "profile": (
         make_profile, "nrprec.csv (nrprec.py)", "Which properties the embeddings cluster by",
@@ -559,7 +557,7 @@ FIGURES = {  # how it is made, what it needs, its title, its caption
         "JSD: mean of the folds. ● ranking, ▲ classification, ◆ other, ■ no DML loss."),
     "training": (
         make_training, "history.csv (train.py; --models)", "Training: {chosen} among the other losses",
-        "Thick: {chosen}, mean and range of {folds} folds; thin: other means. Epoch 0: before training.")}
+        "Black: {chosen}, mean and range of {folds} folds; thin: other means. Epoch 0: before training.")}
 
 
 def main(argv=None):
@@ -580,7 +578,8 @@ def main(argv=None):
     add("--pictures", type=int, default=12, metavar="N", help="in the gallery, six a page (12)")
     add("--seed", type=int, default=0, metavar="N", help="of the t-SNE (0)")
     args = parser.parse_args(argv)
-    warnings.showwarning = lambda message, *_: command.say(f"note: {message}")  # of letters that the font lacks
+    note = functools.cache(command.say)  # each glyph that the font lacks once
+    warnings.showwarning = lambda message, *_: note(f"note: {message}")
     only = [name.strip() for name in args.only.split(",")]
     if unknown := [name for name in only if name not in FIGURES]:
         raise ValueError(f"--only {unknown[0]}: expected names among {', '.join(FIGURES)}")
@@ -595,7 +594,7 @@ def main(argv=None):
     args.out.mkdir(parents=True, exist_ok=True)
     done, missing = [], []
     for one in everything:
-        broken = [gap["what"] for gap in one.missing if not gap["table"]]  # arrays
+        broken = [gap["what"] for gap in one.missing if "left out" in gap["what"]]  # arrays
         missing += [{"dataset": one.name, "figure": "", "what": what} for what in broken]
         for figure in [name for name in FIGURES if name in only]:
             make, needs, title, caption = FIGURES[figure]
