@@ -111,9 +111,7 @@ def open_array(path, dimensions, broken):
         broken.append(f"{path} is half-finished; left out: the command that makes it continues it")
     if not path.is_file():
         return None
-    about = files.read_sidecar(path) | {"path": path}
-    for part in ("options", "pictures"):
-        about[part] = about[part] if isinstance(about.get(part), dict) else {}
+    about = {"options": {}, "pictures": {}, **files.read_sidecar(path), "path": path}
     try:
         array = about["array"] = files.read_array(path)
         n = about["pictures"].get("number", len(array) if array.ndim else 0)
