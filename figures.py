@@ -532,7 +532,7 @@ def matching(networks, wanted):
 
 
 COMPARED = ("compare.csv (compare.py)", "{what} of different losses' saliency maps",
-            "In per cent, mean over {pictures:.0f} pictures in each of {folds} folds. Dark: alike. Tree: "
+            "In per cent, mean over {pictures:.0f} pictures in each of {folds} folds. Blue: alike. Tree: "
             "average linkage. The maps' own noise allows a correlation of {ceiling} on average.")
 FIGURES = {  # how it is made, what it needs, its title, its caption
     "profile": (
@@ -557,7 +557,7 @@ FIGURES = {  # how it is made, what it needs, its title, its caption
         "JSD: mean of the folds. ● ranking, ▲ classification, ◆ other, ■ no DML loss."),
     "training": (
         make_training, "history.csv (train.py; --models)", "Training: {chosen} among the other losses",
-        "Black: {chosen}, mean and range of {folds} folds; thin: other means. Epoch 0: before training.")}
+        "Thick: {chosen}, mean and range of {folds} folds; thin: other means. Epoch 0: before training.")}
 
 
 def main(argv=None):
