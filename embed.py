@@ -1,7 +1,7 @@
 """Embed a data set's pictures: pictures through one or many networks into emb.npy.
 
-Input: a folder of pictures, a rendered set, a CSV with a path column, or a published data set (cars196, cub200, sop),
-and networks: ImageNet backbones, your own, or the papers' checkpoints (models/README.md says where to put them).
+Input: a folder of pictures, a rendered set, a CSV with a path column, or a published data set (cars196, cub200,
+sop), and networks: ImageNet backbones, your own, or the papers' checkpoints (models/README.md: where to put them).
 Output: emb.npy, float32 (n, m), the raw output, row i is picture i; emb.json beside it says how it was made;
 labels.csv lists the pictures, with their classes where the data set has them (names in classes.csv).
 
@@ -10,8 +10,8 @@ labels.csv lists the pictures, with their classes where the data set has them (n
     python embed.py --dataset cars196 --loss all --fold all --out results
     torchrun --nproc-per-node 2 embed.py --dataset cars196 --loss all --fold all --out results
 
-Stop it as you like: the same command continues, with any number of processes, and does nothing when all is there.
-The values depend on pictures and network alone: batch, workers and ranks change them by at most 1e-5.
+Stop it as you like: the same command continues, with any number of processes. The values depend on pictures and
+network alone: batch, workers and ranks change them by at most 1e-5.
 """
 if __name__ == "__main__":  # before torch is imported: Ctrl-C ends in one line from here on
     import sys
@@ -24,8 +24,6 @@ if __name__ == "__main__":  # before torch is imported: Ctrl-C ends in one line 
 
 import os
 from collections import Counter
-from itertools import groupby
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -51,7 +49,7 @@ def embed(module, pictures, precision="fp32"):
 
 
 def batch_size(module, picture):
-    """Pictures (1, 3, H, W) in a batch: what fits into half the free memory, a power of two, at most 256 (32 on a CPU)."""
+    """Pictures like (1, 3, H, W) that fit into half the free memory: a power of two, up to 256 (on a CPU 32)."""
     device = picture.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -61,30 +59,20 @@ def batch_size(module, picture):
         free, most = torch.cuda.mem_get_info(device)[0], 256
     else:
         each = 120 * picture.numel() * 4  # measured with BN-Inception: 70 MB a picture
-        free, most = free_memory(), 32
+        free, most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2, 32
     fits = max(1, int(free / 2 / each))
     return min(most, 1 << (fits.bit_length() - 1))
-
-
-def free_memory():
-    """Bytes of main memory that may be used: what Linux calls available, elsewhere half of all."""
-    try:
-        with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 # ---------------------------------------------------------------- the command
 
 
 def embed_all(jobs, args, device):
-    """Embed for jobs that share their pictures and a preprocessing."""
+    """Make the arrays of networks that share their pictures and a preprocessing."""
     from dml_common import networks, pictures, rowfile
 
-    trunks, paths = {}, jobs[0].dataset.paths
-    loaded = [networks.load(job.spec, trunks) for job in jobs]
-    modules, preprocessing = [network.module.to(device) for network in loaded], loaded[0].preprocessing
+    trunks, preprocessing = {}, jobs[0].about["preprocessing"]
+    modules = [networks.load(job.spec, trunks).module.to(device) for job in jobs]
     black = torch.from_numpy(pictures.black_picture(preprocessing))[None].to(device)
     shapes = [embed(module, black).shape[1:] for module in modules]
     shared = Counter(module[0] for module in modules if isinstance(module, torch.nn.Sequential))
@@ -97,18 +85,18 @@ def embed_all(jobs, args, device):
 
     def compute(which, rows, batch):
         features = {}  # of this batch, of each trunk that several networks share
-        for number in which:
-            module, given = modules[number], batch
+        for k in which:
+            module, given = modules[k], batch
             if isinstance(module, torch.nn.Sequential) and shared[module[0]] > 1:
                 trunk, module = module
                 if trunk not in features:
                     features[trunk] = torch.from_numpy(embed(trunk, batch, args.precision)).to(device)
                 given = features[trunk]
             values = embed(module, given, args.precision)
-            bad = ~np.isfinite(values).all(axis=1)
-            if bad.any():
-                raise ValueError(f"{loaded[number].name} gives nan or infinity for {paths[rows[int(bad.argmax())]]}; "
-                                 "check its weights and preprocessing")
+            for row in np.array(rows)[~np.isfinite(values).all(axis=1)]:
+                path = jobs[k].dataset.paths[row]
+                raise ValueError(f"{jobs[k].spec['name']} gives nan or infinity for {path}; check its weights and "
+                                 "preprocessing")
             yield values
 
     batch = args.batch or batch_size(modules[0], black)
@@ -116,63 +104,47 @@ def embed_all(jobs, args, device):
 
 
 def write_labels(job, prefix):
-    """Of a complete array <prefix>labels.csv (which picture a row is, and its class), classes.csv and props.csv."""
+    """Of a complete array labels.csv (which picture a row is, and its class), classes.csv and props.csv."""
     from dml_common import files
 
-    dataset, left_out = job.dataset, set(files.read_sidecar(job.path)["pictures"].get("left_out", []))
-    columns = {"path": dataset.relative}
+    dataset, left_out = job.dataset, files.read_sidecar(job.path)["pictures"].get("left_out", [])
+    labels = {"path": dataset.relative}
     if dataset.labels is not None:
-        columns["class"] = dataset.labels.tolist()
-        files.write_table(Path(f"{prefix}classes.csv"), ["class", "name"], list(enumerate(dataset.classes)))
+        labels["class"] = dataset.labels.tolist()
+        files.write_table(f"{prefix}classes.csv", ["class", "name"], list(enumerate(dataset.classes)))
     if dataset.super_labels is not None:
-        columns["super_class"] = [dataset.super_classes[label] for label in dataset.super_labels]
-    for name, table in ("labels", columns), ("props", dataset.properties):
+        labels["super_class"] = [dataset.super_classes[label] for label in dataset.super_labels]
+    keep = [row for row, name in enumerate(dataset.relative) if name not in left_out]
+    for name, table in ("labels", labels), ("props", dataset.properties):
         if table:
-            rows = [row for row in zip(dataset.relative, *table.values()) if row[0] not in left_out]
-            files.write_table(Path(f"{prefix}{name}.csv"), list(table), [row[1:] for row in rows])
+            rows = list(zip(*table.values()))
+            files.write_table(f"{prefix}{name}.csv", list(table), [rows[row] for row in keep])
 
 
-def parse(argv):
-    from dml_common import command, networks
+def main(argv=None):
+    from dml_common import command, networks, rowfile
 
     parser = command.parser(__doc__)
     add = parser.add_argument
     command.add_pictures(add)
     command.add_networks(add, networks.MODELS)
     add("--seed", type=int, default=0, help="of the random layer of --loss None (0)")
-    add("--out", type=Path, default=Path("results"), metavar="FILE.npy|DIR",
-        help="one network's array, or the folder of all: DIR/<dataset>/<slug>/fold<k>/emb.npy (results)")
-    add("--skip-unreadable", action="store_true", help="leave pictures out that can't be read, and name them (stop there)")
+    rowfile.add_output(add, "emb.npy")
     command.add_speed(add)
-    add("--batch", type=int, metavar="N", help="pictures at a time (from the free memory)")
-    add("--draft", action="store_true", help="let the JPEG decoder shrink large pictures: faster, other values (README)")
+    add("--batch", type=int, metavar="N", help="pictures at a time (from the memory)")
+    add("--draft", action="store_true", help="let the decoder shrink large JPEGs: faster, other values")
     args = parser.parse_args(argv)
     command.at_least("batch", args.batch)
     command.at_least("workers", args.workers)
-    return args
-
-
-def main(argv=None):
-    from dml_common import command, rowfile
-
-    args = parse(argv)
     device = command.torch_device(args.device, args.precision)
     jobs = rowfile.jobs(args, "emb.npy", {"precision": args.precision, "draft": args.draft}, args.seed)
-    todo = [job for job in jobs if not rowfile.is_complete(job.path, job.about)]
-
-    def alike(job):
-        return repr((job.about["preprocessing"], job.about["pictures"]))
-
-    for _, group in groupby(sorted(todo, key=alike), key=alike):
-        embed_all(list(group), args, device)
+    for group in rowfile.incomplete(jobs, lambda job: (job.about["preprocessing"], job.about["pictures"])):
+        embed_all(group, args, device)
     for job in jobs:
         if job.path == args.out:
-            write_labels(job, f"{args.out.with_suffix('')}.")
-        else:
-            held_out = job.dataset.split == "held out"  # each fold has pictures of its own
-            write_labels(job, f"{job.path.parent if held_out else job.path.parent.parent.parent}/")
-    if not todo and command.my_share()[0] == 0:
-        command.say(f"nothing to do: {len(jobs)} of {len(jobs)} arrays are there")
+            write_labels(job, f"{job.path.with_suffix('')}.")
+        else:  # networks that were trained on some of the pictures have their own ones
+            write_labels(job, f"{job.path.parent if job.dataset.split == 'held out' else job.folder}/")
 
 
 if __name__ == "__main__":

@@ -230,7 +230,7 @@ def files_spec(place, files, note, row, fold):
 
 
 def read_config(path):
-    """config.json of a network made by train.py: backbone, dimension, preprocessing, distance; {} without one."""
+    """config.json of a network that train.py made: backbone, dimension, preprocessing, distance; or {}."""
     return read_json(path) if os.path.lexists(path) else {}
 
 

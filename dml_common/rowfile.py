@@ -80,7 +80,7 @@ def refuse_other(path, made, about):
     made, now = dict(made), json.loads(json.dumps(about))
     if isinstance(made.get("pictures"), dict) and "pictures" in now:
         listed = made["pictures"].get("listed", made["pictures"])  # whether or not some were left out
-        made["pictures"] = {SIZES: now["pictures"].get(SIZES), **listed}  # older arrays lack it
+        made["pictures"] = {**listed, SIZES: listed.get(SIZES, now["pictures"].get(SIZES))}  # older ones lack it
     if different := differences(made, now):
         raise ValueError(f"{path} was made with other options ({'; '.join(different)}): remove it, or write "
                          "elsewhere")
@@ -255,14 +255,17 @@ class RowFile:
 
         None of them if another process is at the block; a row is given once to one RowFile.
         """
-        if self.complete:
-            return np.empty(0, dtype=np.int64)
-        rows = ~self.claimed[start:stop] & (self.read_marks(start, stop) == MISSING)
-        if rows.any() and lock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, self.size + start, stop - start) is False:
-            rows[:] = False
-        rows &= self.read_marks(start, stop) == MISSING  # as they are with the lock
-        self.claimed[start:stop] |= rows
-        return start + np.flatnonzero(rows)
+        rows = self.free(start, stop)
+        if len(rows) and lock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, self.size + start, stop - start) is False:
+            return rows[:0]
+        rows = self.free(start, stop)  # with the lock
+        self.claimed[rows] = True
+        return rows
+
+    def free(self, start, stop):
+        marks = [] if self.complete else self.read_marks(start, stop)  # none when another process has finished
+        rows = start + np.flatnonzero(np.array(marks) == MISSING)
+        return rows[~self.claimed[rows]]
 
     def write(self, rows, values):
         """values (len(rows), …) become the rows of these numbers."""
@@ -279,7 +282,8 @@ class RowFile:
         """Values to the disk first, then the marks that say so."""
         if self.pending:
             os.fsync(self.file)
-        self.mark(self.pending, WRITTEN)
+            if is_file(self.file, self.part):  # without locks another process may have finished
+                self.mark(self.pending, WRITTEN)
         self.pending, self.flushed = [], time.monotonic()
 
     def leave_out(self, rows):
@@ -371,6 +375,13 @@ def write_all(descriptor, content, offset):
 
 
 # ---------------------------------------------------------------- pictures through networks
+
+
+def add_output(add, name):
+    """--out, --skip-unreadable; add: a parser's add_argument."""
+    add("--out", type=Path, default=Path("results"), metavar="FILE.npy|DIR",
+        help=f"one network's array, or the folder of all: DIR/<dataset>/<slug>/fold<k>/{name} (results)")
+    add("--skip-unreadable", action="store_true", help="leave out and name pictures that can't be read (stop there)")
 
 
 class Job(NamedTuple):
