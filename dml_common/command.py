@@ -235,7 +235,7 @@ def torch_device(name, precision="fp32"):
 
 def short_names(paths):
     """What tells the files apart: stems where they differ, else the paths without what all of them share."""
-    parts = [Path(path).with_suffix("").parts for path in paths]
+    parts = [(*Path(path).parent.parts, Path(path).stem) for path in paths]
     while len(parts) > 1 and min(map(len, parts)) > 1 and len({p[-1] for p in parts}) == 1:
         parts = [p[:-1] for p in parts]
     last = [p[-1] for p in parts]
@@ -277,3 +277,14 @@ def bar(total, description, unit=None, delay=2):
     form = {"bar_format": "{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left"}
     return tqdm(total=total, desc=description, delay=delay, disable=None, leave=unit is not None,
                 file=sys.stderr, **({"unit": unit} if unit else form))
+
+
+def import_figures():
+    """figures.py, for a step's --figure. Raises ValueError naming the file or the extra that is missing."""
+    try:
+        import figures
+    except ModuleNotFoundError as error:
+        if error.name == "figures":
+            raise ValueError("--figure draws with figures.py, which is not beside this script; copy it too") from None
+        raise ValueError(f"--figure needs {error.name}: pip install '.[report]'") from None
+    return figures

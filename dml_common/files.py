@@ -1,4 +1,5 @@
 """Arrays and tables in and out, joined by name, with errors that teach. Imports NumPy alone."""
+import contextlib
 import csv
 import hashlib
 import io
@@ -7,12 +8,15 @@ import os
 import re
 import stat
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent  # models/, data/, published/, templates/ lie there
-IDENTIFIERS = ("frame", "image", "file", "path", "id")  # a first column of this name is no property
+# A first column of this name has the pictures' names, or is an index; it is no property.
+IDENTIFIERS = ("frame", "image", "file", "path", "id", "index", "filename", "file_name", "name", "key")
+MISSING = ("", "nan", "NA", "N/A", "null")  # a picture without a value; in columns of numbers None too
 MOST_COLUMNS = 10_000  # of a table: one with more is likely to be turned by 90 degrees
 ARRAY, TABLE = "a .npy file saved with numpy.save", "a CSV file with a header line"
 
@@ -93,10 +97,11 @@ def read_array(path):
         raise ValueError(f"{path} {problem}") from None
 
 
-def read_embeddings(path):
+def read_embeddings(path, table=None, rows=None):
     """Embeddings from a .npy file -> float32 array (n, m), C order, n >= 2, all finite.
 
-    Integers, float16 and float64 are converted. Raises ValueError naming the file, the row and what to do.
+    Integers, float16 and float64 are converted. Raises ValueError naming the file, the row and what to do; also where
+    there are not as many as the rows of their table.
     """
     array = read_array(path)
     if array.dtype.kind not in "fiub":
@@ -107,6 +112,9 @@ def read_embeddings(path):
         raise ValueError(f"{path} is empty: shape {array.shape}")
     if len(array) < 2:
         raise ValueError(f"{path} has one row; neighbours need at least two embeddings")
+    if rows not in (None, len(array)):
+        raise ValueError(f"{path} has {len(array):,} embeddings, {table} {rows:,} rows; both must list the same pictures "
+                         "in the same order")
     result = np.empty(array.shape, np.float32)
     step = max(1, (1 << 22) // array.shape[1])
     for start in range(0, len(array), step):
@@ -201,16 +209,20 @@ def read_sidecar(path):
 def read_table(path):
     """A CSV file with a header -> {column name: list of str}, in the file's order, every list equally long.
 
-    A byte-order mark and CRLF are accepted. Raises ValueError naming file, line and column, and what to do.
+    A byte-order mark and CRLF are accepted; an index that pandas wrote (0, 1, … without a name) is left out.
+    Labels (n,) in a .npy file are a column of the file's name.
+    Raises ValueError naming file, line and column, and what to do.
     """
     check_input(path, TABLE)
     with open(path, "rb") as file:
         if file.read(6) == b"\x93NUMPY":
-            raise ValueError(f"{path} is a .npy array; expected a table here (the CSV file comes last)")
+            return {Path(path).stem: read_labels(path)}
     columns, line = [], 0
     reader = csv.reader(io.StringIO(read_text(path, TABLE).rstrip(), newline=""), strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
+        unnamed = len(header) > 1 and header[0] in ("", "Unnamed: 0")
+        header[:1] = ["index"] if unnamed else header[:1]
         check_header(path, header)
         columns, line = [[] for _ in header], reader.line_num
         for row in reader:
@@ -229,7 +241,32 @@ def read_table(path):
         raise ValueError(f"{path}: line {line}: {error}; mend the quotes or save it as plain CSV") from None
     if not columns[0]:
         raise ValueError(f"{path} has a header and no rows; expected one row for each picture")
+    if unnamed and columns[0] == list(map(str, range(len(columns[0])))):
+        del header[0], columns[0]
     return dict(zip(header, columns))
+
+
+def arrays_and_tables(paths, column=None):
+    """What a command line names, EMB.npy … [TABLE.csv] -> (arrays, the table of each): one for all, or that beside it.
+
+    column: as of table_beside(). Raises ValueError where a table stands before an array.
+    """
+    arrays, tables = list(paths), None
+    if len(arrays) > 1 and not arrays[-1].endswith(".npy"):
+        tables = [arrays.pop()] * len(arrays)
+    for path in arrays:
+        if path.endswith(".csv"):
+            raise ValueError(f"{path} stands before an array; the table comes last, one for all")
+    return arrays, tables or [table_beside(array, column) for array in arrays]
+
+
+def read_labels(path):
+    """Labels (n,) in a .npy file -> list of str."""
+    labels = read_array(path)
+    if labels.ndim != 1 or labels.dtype.kind not in "iubUS" or not len(labels):
+        raise ValueError(f"{path} is an array {labels.shape} of {labels.dtype}; expected a CSV file here (it "
+                         "comes last), or one whole number, boolean or text for each picture")
+    return np.char.strip(labels.astype(str)).tolist()
 
 
 def check_header(path, header):
@@ -277,26 +314,137 @@ def table_beside(array, column=None):
                             "embeddings")
 
 
-def read_properties(path, names=None):
+def read_properties(path, columns=None, pictures=None, notes=None, missing=None):
     """A props.csv's or labels.csv's properties -> {name: str array (n,)}; a first column of names is none.
 
-    names: these columns only. Raises ValueError for unknown columns, missing values, tables without property.
+    columns: these only. pictures: the n pictures' names (of picture_names), whose order the rows then take.
+    notes: a list that takes what a user should know. missing: spellings (MISSING) that become "".
+    Raises ValueError for unknown columns, names that do not fit, and missing values unless these are spelled.
     """
     table = read_table(path)
     first = next(iter(table))
     properties = [name for name in table if name != first or first.lower() not in IDENTIFIERS]
     if not properties:
         raise ValueError(f"{path} has only the identifying column {first!r}; expected a property column too")
-    for name in names or []:
+    for name in columns or []:
         if name not in properties:
             raise ValueError(f"{path} has no property {name!r}; it has {', '.join(properties)}")
-    chosen = list(dict.fromkeys(names)) if names else properties
-    for name in chosen:
-        if "" in table[name]:
-            row = table[name].index("")
+    rows = slice(None)
+    if pictures is not None and first not in properties:
+        rows = rows_by_name(pictures, table[first], path, notes)
+    elif notes is not None:
+        lacking = "the array's pictures are" if pictures is None else "its rows are"
+        notes.append(f"{path}: rows are taken in their order, because {lacking} not known by name")
+    values = {name: np.array(table[name])[rows] for name in dict.fromkeys(columns or properties)}
+    for name, column in values.items():
+        if missing is not None:
+            column[is_missing(column, missing)] = ""
+        elif "" in column:
+            row = column.tolist().index("")
             raise ValueError(f"{path}: row {row} (counting from 0), column {name!r} has no value; fill it "
                              "in, remove the picture or leave the column out (--properties)")
-    return {name: np.array(table[name]) for name in chosen}
+        if notes is not None and has_twins(column):
+            notes.append(f"{path}: column {name!r} spells one number in several ways (as 1, 1.0 and 01), "
+                         "each a value of its own")
+    return values
+
+
+def is_missing(column, spellings=MISSING):
+    """Which cells (n,) of a column of str have no value: bool (n,)."""
+    missing = np.isin(np.char.lower(column), [text.lower() for text in spellings])
+    if "None" in column and all(map(is_number, {*column[~missing].tolist()} - {"None"})):
+        missing |= column == "None"
+    return missing
+
+
+def has_twins(column):
+    """Are all values numbers, and two of them the same one?"""
+    values = {*column.tolist()} - {""}
+    return all(map(is_number, values)) and len({*map(float, values)}) < len(values)
+
+
+# ---------------------------------------------------------------- rows that belong together
+
+
+def pictures_sha256(relative):
+    """SHA-256 of the list of pictures (names joined by newlines): arrays with the same have the same rows."""
+    return hashlib.sha256(b"\n".join(os.fsencode(path) for path in relative)).hexdigest()
+
+
+def picture_names(array, lists=()):
+    """The names of an array's pictures, in the order of its rows; None where they are not known.
+
+    They stand in the labels.csv that embed.py writes beside the array or for all of a data set's, or in one of
+    the lists; the array's JSON has their SHA-256 and which part of the list was taken.
+    """
+    array = Path(array)
+    about, n = read_sidecar(array), len(read_array(array))
+    listed, options, lists = about.get("pictures", {}), about.get("options", {}), list(lists)
+    beside = array.with_name(f"{array.stem}.labels.csv")
+    for place in (beside, array.parent / "labels.csv", array.parent.parent.parent / "labels.csv"):
+        if place.is_file():
+            lists.append(next(iter(read_table(place).values())))
+    for names in lists:
+        rows = options.get("pick") or range(len(names))[:options.get("limit")]
+        left_out = set(listed.get("left_out", []))
+        part = [names[row] for row in rows if row < len(names) and names[row] not in left_out]
+        for known in (part, names):
+            if len(known) == n and listed.get("sha256") in (None, pictures_sha256(known)):
+                return known
+    return None
+
+
+def rows_by_name(pictures, names, source, notes=None):
+    """Where each picture stands among the names of source (a table, a folder) -> int array (n,).
+
+    Names are compared as paths, file names, stems or numbers (000017.jpg is frame 17): the first of these that
+    tells all apart on both sides; where names tell nothing, an index 0, 1, … keeps its order.
+    Raises ValueError naming what is missing or stands there twice.
+    """
+    ways = {"path": name_path, "file name": file_name, "stem": name_stem, "number": name_number}
+    most = [False] * len(pictures)
+    for word, way in ways.items():
+        wanted, there = list(map(way, pictures)), {}
+        for row, name in enumerate(map(way, names)):
+            there.setdefault(name, row)
+        here = [name in there for name in wanted]
+        if all(here) and len(there) == len(names) and len(set(wanted)) == len(wanted):
+            rows = np.array([there[name] for name in wanted])
+            moved = int((rows.argsort().argsort() != np.arange(len(rows))).sum())
+            aside = len(names) - len(rows)
+            if notes is not None and (moved or aside):
+                notes.append(f"{source}: {len(rows):,} rows matched by {word}; {moved:,} were in another "
+                             f"place, {aside:,} belong to no picture here")
+            return rows
+        most = max(most, here, key=sum)
+    n = len(pictures)
+    if not any(most) and list(names) in (list(map(str, range(n))), list(map(str, range(1, n + 1)))):
+        return np.arange(n)
+    absent = [name for name, there in zip(pictures, most) if not there]
+    if absent:
+        more = ", …" if len(absent) > 3 else ""
+        raise ValueError(f"{source} lacks {len(absent):,} of the {n:,} pictures: "
+                         f"{', '.join(absent[:3])}{more}; give their names there, or no names at all")
+    twice = [name for listed in (names, pictures) for name, times in Counter(listed).items() if times > 1]
+    raise ValueError(f"{source}: {(twice or pictures)[0]} is the name of two; give each its own")
+
+
+def file_name(name):
+    return name_path(name).rpartition("/")[2]
+
+
+def name_path(name):
+    return name.replace("\\", "/").removeprefix("./")
+
+
+def name_stem(name):
+    return os.path.splitext(file_name(name))[0]
+
+
+def name_number(name):
+    """17 of images/000017.jpg; what is no number stays as it is."""
+    text = name_stem(name)
+    return text.lstrip("0") if text.isascii() and text.isdecimal() else name
 
 
 # ---------------------------------------------------------------- out
@@ -348,6 +496,26 @@ def write_file(path, content):
             raise OSError(f"{path} can't be written ({error.strerror}); free space or choose another "
                           "place") from None
         raise
+
+
+@contextlib.contextmanager
+def new_array(path, shape, dtype="float32"):
+    """An .npy array to fill, memory-mapped, its space reserved; it gets its name when the block ends well."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
+    try:
+        try:
+            array = np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=shape)
+            with open(part, "r+b") as file:
+                if hasattr(os, "posix_fallocate"):  # a page written to a full disk would end the process
+                    os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
+        except OSError as error:
+            raise OSError(f"{path} can't be written ({error.strerror}); free some space or choose another place") from None
+        yield array
+        array.flush()
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_table(path, header, rows):

@@ -85,11 +85,11 @@ def find(dataset=None, loss=None, fold="all", model=None, checkpoint=None, weigh
     loss: names or slugs of losses.csv with commas, "None" (train.py's untrained network, else BN-Inception's
     ImageNet trunk and a random linear layer), or "all": what is there. fold: numbers with commas, or "all".
     model: a backbone without a loss ("bninception", "inception_v3", "efficientnet_lite0" or
-    "package.module:factory").
+    "package.module:factory"); beside loss or checkpoint the factory that their config.json may name.
     checkpoint: a folder with trunk and embedder. weights: file of ImageNet weights. folder: the checkpoints'.
     Raises ValueError (unknown name) or FileNotFoundError (no checkpoint), saying what was looked for where.
     """
-    if model and (loss or checkpoint):
+    if model and (loss or checkpoint) and ":" not in model:
         raise ValueError("a model is a backbone without a loss: give --model, or --loss, or --checkpoint")
     if checkpoint:
         specs = [checkpoint_spec(Path(checkpoint), loss, fold)]
@@ -99,7 +99,16 @@ def find(dataset=None, loss=None, fold="all", model=None, checkpoint=None, weigh
         return [backbone_spec(model, weights)]
     else:
         raise ValueError("which network? Give --model, --loss or --checkpoint")
+    for spec in specs:
+        allow_code(spec, model)
     return specs
+
+
+def allow_code(spec, model=None):
+    """Raise ValueError where a file names code and the command line does not: its sender would run it."""
+    if ":" in spec["backbone"] and spec["backbone"] != model:
+        raise ValueError(f"{spec['files'][0].parent}: its config.json names code, {spec['backbone']}; if you "
+                         f"trust it, name it too: --model {spec['backbone']}")
 
 
 def trained_specs(dataset, loss, fold, weights, seed, folder):
@@ -620,6 +629,7 @@ def checkpoint_state(row, fold, dataset, folder):
     try:
         spec, looked = trained_spec(row, fold, dataset, folder)
         if spec:
+            allow_code(spec)
             load(spec)
             return ("ok*" if "trained" in spec["files"][0].parts[-5:] else "ok"), spec["note"]
     except (ValueError, OSError, RuntimeError) as error:

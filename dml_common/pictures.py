@@ -442,12 +442,26 @@ def input_size(preprocessing):
     return tuple(preprocessing["resize"])
 
 
-def load_mask(path, preprocessing):
-    """Read a mask through its picture's geometry, nearest neighbour: bool (H, W), True on the object."""
+def load_mask(path, preprocessing, size=None):
+    """Read a mask through the picture's own geometry, nearest neighbour: bool (H, W), True where the object is.
+
+    preprocessing: {} or None leaves it as it is. size: then averaged to (size, size), what is more than half object.
+    """
     check_input(path, "a mask")
     with Image.open(path) as image:
-        mask = resize_and_crop(image.convert("L"), preprocessing, Image.Resampling.NEAREST)
+        mask = image.convert("L")
+        if preprocessing:
+            mask = resize_and_crop(mask, preprocessing, Image.Resampling.NEAREST)
+    if size:
+        mask = mask.point([0] * 128 + [255] * 128).resize((size, size), Image.Resampling.BOX)
     return np.asarray(mask) > 127
+
+
+def find_mask(folder, name):
+    """The mask of the picture a/b.jpg: folder/a/b.png, else folder/b.png; None where neither is there."""
+    parts = Path(name).with_suffix(".png").parts
+    places = [Path(folder, *parts[k:]) for k in range(len(parts))]
+    return next((place for place in places if place.is_file()), None)
 
 
 def read_rgb(path, draft=None):
@@ -521,6 +535,8 @@ def verify(name, root):
 
 def unpack(archive, folder):
     """Unpack a .tgz or .zip into the folder: whole and plain files alone, or not at all (ValueError)."""
+    archive, folder = Path(archive), Path(folder)
+
     def plain(member, place):
         refuse(member.name, member.isreg() or member.isdir())
         return tarfile.data_filter(member, place)

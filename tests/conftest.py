@@ -23,6 +23,26 @@ def run_script():
 
 
 @pytest.fixture
+def refused(capsys):
+    """refused(main, argument, …) -> why it refuses, having said and written nothing else in the current folder."""
+
+    def refuse(main, *arguments):
+        before = sorted(Path().iterdir())
+        with pytest.raises((ValueError, OSError, SystemExit)) as caught:
+            main([str(argument) for argument in arguments])
+        said = capsys.readouterr()
+        lines = [line for line in said.err.splitlines() if "_knn is not built" not in line]
+        assert said.out == "" and sorted(Path().iterdir()) == before
+        if isinstance(caught.value, SystemExit):  # the parser has said it
+            assert caught.value.code == 2 and len(lines) == 1
+            return lines[0]
+        assert not lines  # command.run() says it, in one line
+        return str(caught.value)
+
+    return refuse
+
+
+@pytest.fixture
 def renders():
     """../shared/renders: 600 rendered cars with masks and props.csv (development data, not shipped)."""
     folder = SHARED / "renders"

@@ -119,11 +119,99 @@ def test_tables(tmp_path, text):
     (b"a,b\n1,2\n3\n", "line 3 has 1 field, the header 2"), (b"a,b\n1,2,3\n", "line 2 has 3 fields"),
     (b'a,b\n1,"2\n', "line 2: "), (b'a,b\n1,"2"3\n', "line 2: "), (b"a,b\n1,\0\n", "line 2 has a NUL"),
     (b"a,b\n1,2\n3,\xe9\n", "line 3 is not UTF-8"), ("a,b\n1,2\n".encode("utf-16"), "line 1 is not UTF-8"),
-    (WHOLE, "is a .npy array"), (b",".join(b"c%d" % i for i in range(10**5)) + b"\n", "100,000 columns")])
+    (WHOLE, r"is an array \(4, 3\) of float32; expected a CSV"), (saved(GOOD[:, 0]), "expected a CSV file"),
+    (b",".join(b"c%d" % i for i in range(10**5)) + b"\n", "100,000 columns")])
 def test_bad_tables(tmp_path, content, message):
     (tmp_path / "t.csv").write_bytes(content)
     with pytest.raises(ValueError, match=f"t.csv.*{message}"):
         files.read_table(tmp_path / "t.csv")
+
+
+def test_labels_in_an_array_and_the_index_of_pandas(tmp_path):
+    for labels, values in [(np.array([2, 1]), ["2", "1"]), (np.array([True, False]), ["True", "False"]),
+                           (np.array(["ü ", "b"]), ["ü", "b"]), (np.array([b"x", b"y"]), ["x", "y"])]:
+        np.save(tmp_path / "mine.npy", labels)
+        assert files.read_table(tmp_path / "mine.npy") == {"mine": values}
+        assert files.read_properties(tmp_path / "mine.npy")["mine"].tolist() == values
+    for text in (",a\n0,x\n1,y\n", "Unnamed: 0,a\n0,x\n1,y\n", "index,a\n7,x\n3,y\n", ",a\n7,x\n3,y\n"):
+        (tmp_path / "t.csv").write_text(text)
+        assert list(files.read_properties(tmp_path / "t.csv")) == ["a"]
+    assert files.read_table(tmp_path / "t.csv") == {"index": ["7", "3"], "a": ["x", "y"]}  # was shuffled
+
+
+def test_missing_values_are_spelled_in_many_ways(tmp_path):
+    (tmp_path / "t.csv").write_text("frame,n,word\n1,1,None\n2,,a\n3,nan,NA\n4,None,N/A\n5,2.5,null\n"
+                                    "6,NaN,?\n")
+    read = files.read_properties(tmp_path / "t.csv", missing=files.MISSING)
+    assert read["n"].tolist() == ["1", "", "", "", "2.5", ""]
+    assert read["word"].tolist() == ["None", "a", "", "", "", "?"]
+    read = files.read_properties(tmp_path / "t.csv", ["word"], missing=["?"])
+    assert read["word"].tolist() == ["None", "a", "NA", "N/A", "null", ""]
+
+
+def test_numbers_spelled_in_several_ways_are_noted(tmp_path):
+    (tmp_path / "t.csv").write_text("frame,a,b,c\n1,1,x,0.5\n2,1.0,1,1\n3,01,1.0,2\n")
+    files.read_properties(tmp_path / "t.csv", pictures=["1", "2", "3"], notes=(notes := []))
+    assert len(notes) == 1 and "column 'a' spells one number in several ways" in notes[0]
+
+
+NAMED = ["images/000010.jpg", "images/000002.jpg", "images/000000.png"]
+
+
+@pytest.mark.parametrize("names, how", [
+    (["images/000002.jpg", "images/000000.png", "images/000010.jpg"], "path"),
+    ([r".\images\000002.jpg", "./images/000000.png", "images/000010.jpg"], "path"),
+    (["/home/me/000002.jpg", "000000.png", "x/000010.jpg"], "file name"),
+    (["000002", "000000", "000010"], "stem"), (["2", "0", "0010"], "number")])
+def test_rows_are_matched_by_name(tmp_path, names, how):
+    text = "".join(f"{name},{name.replace(chr(92), '/')[-6:]}\n" for name in [*names, "other/77.jpg"])
+    (tmp_path / "t.csv").write_text("frame,a\n" + text)
+    notes = []
+    read = files.read_properties(tmp_path / "t.csv", pictures=NAMED, notes=notes)
+    assert read["a"].tolist() == [names[row][-6:] for row in (2, 0, 1)]
+    assert f"3 rows matched by {how}; 3 were in another place, 1 belong to no picture" in notes[0]
+    files.rows_by_name(names, names, "t.csv", notes)
+    assert len(notes) == 1  # nothing to say where all is in place
+
+
+def test_names_that_do_not_fit_are_refused(tmp_path):
+    for names, message in [(["2", "0", "11"], "lacks 1 of the 3 pictures: images/000010.jpg; give"),
+                           (["2", "2", "0", "10"], "2 is the name of two"),
+                           (["x", "y", "z"], "lacks 3 of the 3")]:
+        with pytest.raises(ValueError, match=f"t.csv:? {message}"):
+            files.rows_by_name(NAMED, names, "t.csv")
+    with pytest.raises(ValueError, match="a.jpg is the name of two"):
+        files.rows_by_name(["a.jpg", "a.jpg"], ["a.jpg", "b.jpg"], "t.csv")
+    assert files.rows_by_name(["a.jpg", "b.jpg"], ["0", "1"], "t.csv").tolist() == [0, 1]  # an index
+    for pictures, text, why in [(None, "frame,a\n1,x\n", "the array's pictures"),
+                                (["1"], "b,a\n1,x\n", "its rows")]:
+        (tmp_path / "t.csv").write_text(text)
+        files.read_properties(tmp_path / "t.csv", ["a"], pictures, notes := [])
+        assert f"rows are taken in their order, because {why} are not known by name" in notes[0]
+
+
+def test_an_array_knows_its_pictures(tmp_path):
+    folder = tmp_path / "results" / "cars" / "triplet" / "fold0"
+    folder.mkdir(parents=True)
+    np.save(folder / "emb.npy", GOOD)
+    names = ["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg"]
+
+    def known(listed, part, **options):
+        about = {"pictures": {"sha256": files.pictures_sha256(part), **listed}, "options": options}
+        (folder / "emb.json").write_text(json.dumps(about))
+        return files.picture_names(folder / "emb.npy")
+
+    assert files.picture_names(folder / "emb.npy") is None
+    (tmp_path / "results/cars/labels.csv").write_text("path\n" + "\n".join(names))
+    assert known({}, names[:4], limit=4) == names[:4]
+    picked = ["e.jpg", "b.jpg", "a.jpg", "c.jpg"]
+    assert known({}, picked, pick=[4, 1, 0, 2]) == picked
+    assert known({"left_out": ["c.jpg"]}, names[:2] + names[3:]) == ["a.jpg", "b.jpg", "d.jpg", "e.jpg"]
+    assert known({}, names[1:]) is None  # of another list
+    (folder / "emb.labels.csv").write_text("path,class\n" + ",0\n".join(names[1:]) + ",0\n")
+    assert known({}, names[1:]) == names[1:] == files.picture_names(folder / "emb.npy", [names])
+    (folder / "emb.json").unlink()
+    assert files.picture_names(folder / "emb.npy") == names[1:]
 
 
 def test_properties_that_are_not_there(tmp_path):

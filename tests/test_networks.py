@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 
@@ -258,7 +259,7 @@ def test_to_input_is_normalise():
         torch.testing.assert_close(ours, torch.from_numpy(pictures.normalise(pixels, settings)))
 
 
-# ---------------------------------------------------------------- factories
+# ---------------------------------------------------------------- code is named on the command line alone
 
 NET = """
 import torch
@@ -332,6 +333,27 @@ def test_ours_and_theirs_of_one_name_stay_apart(tmp_path, monkeypatch):
         import pairs
         assert pairs.__file__ == str(files.ROOT / "pairs.py") and "pair_scores" in vars(pairs)
         assert sys.path[:len(paths)] == paths and list(networks.theirs) == ["pairs"]
+
+
+def test_a_file_names_no_code(tmp_path, monkeypatch, embedder):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.py").write_text("open('evil', 'w').close()\n" + NET.format(width=4))
+    linear = {"weight": torch.ones(2, 4), "bias": torch.ones(2)}
+    for number, backbone in enumerate(("os:abort", "evil:make", "sys:exit", "builtins:input")):
+        place = train(tmp_path / "m", {}, linear, {"backbone": backbone}, fold=number)
+        for more in ({"loss": "all"}, {"checkpoint": place}, {"loss": "all", "model": "other:make"}):
+            with pytest.raises(ValueError, match=f"names code, {backbone}; .* --model {backbone}"):
+                networks.find("cars196", folder=tmp_path / "m", fold=str(number), **more)
+    done = subprocess.run([sys.executable, "-m", "dml_common.networks", "--folder", tmp_path / "m"],
+                          env={**os.environ, "PYTHONPATH": str(files.ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("names code") == 4 and not (tmp_path / "evil").exists()
+    shutil.rmtree(tmp_path / "m")
+    state = networks.from_factory("evil:make").state_dict()  # trusted: the same name on the command line
+    config = {"backbone": "evil:make", "preprocessing": {"resize": 8, "crop": 8}}
+    place = train(tmp_path / "m", state, linear, config)
+    for more in ({"loss": "Triplet"}, {"checkpoint": place}):
+        spec, = networks.find("cars196", folder=tmp_path / "m", model="evil:make", **more)
+        assert networks.load(spec).module(torch.ones(1, 3, 8, 8)).shape == (1, 2)
 
 
 @pytest.mark.parametrize("config, message", [

@@ -432,6 +432,21 @@ def test_archives_are_unpacked_whole_or_not_at_all(tmp_path):
     assert [path.name for path in (out / "c").iterdir()] == ["1.txt"]
 
 
+def test_a_full_disk_leaves_nothing_unpacked(tmp_path):
+    archive = tgz(tmp_path / "car_ims.tgz", ["car_ims/a.jpg"] * 20)
+    with zipfile.ZipFile(tmp_path / "big.zip", "w", zipfile.ZIP_DEFLATED) as big:
+        big.writestr("small/a", b"x")
+        big.writestr("small/zeros", bytes(10**6))
+    code = ("import pathlib, resource, signal\nfrom dml_common import pictures\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5))\n"
+            f"try: pictures.unpack({str(tmp_path / 'big.zip')!r}, {str(tmp_path / 'out')!r})\n"
+            "except ValueError as error: print(error)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "nothing was unpacked: [Errno 27] File too large" in done.stdout, done.stderr
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "big.zip", archive]
+
+
 def test_unpack_checks_the_archive_first(tmp_path, monkeypatch, capsys):
     archive = tgz(tmp_path / "CUB_200_2011.tgz", ["CUB_200_2011/images.txt"])
     command = ["unpack", "--data-root"]
