@@ -1,11 +1,12 @@
-"""How fast is compare.py? All pairs of one picture's maps against the pair-by-pair way, in one run; asserts nothing.
+"""How fast is compare.py? All pairs of one picture's maps against the pair-by-pair way, in one run.
 
     python benchmarks/compare.py                           # 15 networks, 105 pairs, 227 × 227
     python benchmarks/compare.py --networks 4 --size 224 --pictures 400
 
-The straightforward way: numpy.corrcoef and the square of scipy.spatial.distance.jensenshannon for each pair, float64.
-Both start from float16 maps in memory; they take turns, and medians are printed. Then the whole command over
---pictures pictures, with intervals and one CSV, and its peak memory for that number and for a quarter of it.
+The straightforward way: numpy.corrcoef and the square of scipy.spatial.distance.jensenshannon for each pair,
+float64. Both start from float16 maps in memory; they take turns, and medians are printed. Then the whole
+command over --pictures pictures, with intervals and one CSV, and its peak memory for that number and for a
+quarter of it. Asserts nothing.
 """
 import argparse
 import itertools
@@ -35,7 +36,7 @@ finally:
 
 
 def made_up_maps(networks, size, rng):
-    """Maps (networks, size, size), float16: one field that all share, and each network's own noise, cut and scaled."""
+    """Maps (networks, size, size), float16: one field that all share, each one's noise; cut and scaled."""
     maps = rng.gamma(1, 1, (1, size, size)) * rng.gamma(2, 0.5, (networks, size, size))
     maps = np.minimum(maps, np.percentile(maps, 99, axis=(1, 2), keepdims=True))
     maps -= maps.min(axis=(1, 2), keepdims=True)
@@ -46,7 +47,8 @@ def straightforward(maps):
     """r and JSD, pair by pair."""
     flat = maps.reshape(len(maps), -1).astype(np.float64)
     pairs = list(itertools.combinations(flat, 2))
-    return np.array([[np.corrcoef(a, b)[0, 1] for a, b in pairs], [jensenshannon(a, b, base=2)**2 for a, b in pairs]])
+    correlations = [np.corrcoef(a, b)[0, 1] for a, b in pairs]
+    return np.array([correlations, [jensenshannon(a, b, base=2)**2 for a, b in pairs]])
 
 
 def clock(function):
@@ -60,12 +62,13 @@ def one_picture(args, rng):
     turns, differences = [], []
     with threadpool_limits(1):
         for _ in range(args.repeat):
-            fast, found = clock(lambda: compare.agreement(maps))
+            fast, values = clock(lambda: compare.agreement(maps))
             slow, expected = clock(lambda: straightforward(maps))
             turns.append((fast, slow))
-            differences.append(np.abs(np.array(found) - expected).max())
+            differences.append(np.abs(np.array(values) - expected).max())
     fast, slow = np.median(turns, axis=0)
-    print(f"{len(found[0])} pairs of {args.networks} networks at {args.size} × {args.size}, one thread, median of {args.repeat}")
+    print(f"{len(values[0])} pairs of {args.networks} networks at {args.size} × {args.size}, one thread, "
+          f"median of {args.repeat}")
     print(f"pair by pair  {1e3 * slow:.1f} ms a picture")
     print(f"agreement     {1e3 * fast:.2f} ms a picture")
     print(f"ratio         {slow / fast:.1f} ×; largest difference of r or JSD {max(differences):.1e}")
@@ -75,20 +78,24 @@ def whole_command(args, rng):
     with tempfile.TemporaryDirectory() as folder:
         for n in (max(1, args.pictures // 4), args.pictures):
             files = [Path(folder, f"{k}.npy") for k in range(args.networks)]
-            arrays = [np.lib.format.open_memmap(path, "w+", np.float16, (n, args.size, args.size)) for path in files]
+            shape = (n, args.size, args.size)
+            arrays = [np.lib.format.open_memmap(path, "w+", np.float16, shape) for path in files]
             for i in range(n):
                 for array, one in zip(arrays, made_up_maps(args.networks, args.size, rng)):
                     array[i] = one
             arrays = None
-            command = [sys.executable, "-c", MEASURE, str(ROOT / "compare.py"), *map(str, files), "--out", f"{folder}/out.csv"]
-            took, done = clock(lambda: subprocess.run(command, capture_output=True, text=True, cwd=ROOT))
-            peak = float(done.stderr.split()[-1])
-            print(f"the command   {took:.1f} s for {n:,} pictures ({1e3 * took / n:.1f} ms each with start and intervals, "
-                  f"{os.cpu_count()} threads), peak memory {peak:,.0f} MiB")
+            command = [sys.executable, "-c", MEASURE, str(ROOT / "compare.py"), *map(str, files)]
+            command += ["--out", f"{folder}/out.csv"]
+            start = time.perf_counter()
+            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+            took, peak = time.perf_counter() - start, float(done.stderr.split()[-1])
+            print(f"the command   {took:.1f} s for {n:,} pictures ({1e3 * took / n:.1f} ms each with start "
+                  f"and intervals, {os.cpu_count()} threads), peak memory {peak:,.0f} MiB")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_it_stands = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_stands)
     add = parser.add_argument
     add("--networks", type=int, default=15, help="number of networks (15)")
     add("--size", type=int, default=227, help="side of a map (227)")

@@ -1,12 +1,12 @@
-"""What does a frame of render_cars.py cost, how many samples does it need, and what does each property look like?
+"""What does a frame of render_cars.py cost, how many samples does it need, what does each property look like?
 
-    python benchmarks/render.py speed                                             # built once against built anew
-    python benchmarks/render.py sheets docs/cars.jpg                              # every value of every property
-    python benchmarks/render.py samples work --size 128 --embed .venv/bin/python  # NR-Prec of the same frames, 1 … 128 samples
+    python benchmarks/render.py speed                                # built once against built anew
+    python benchmarks/render.py sheets docs/cars.jpg                 # every value of every property
+    python benchmarks/render.py samples work --embed .venv/bin/python   # NR-Prec with 1 … 128 samples
 
-All three need bpy; samples also needs another environment's Python, in which embed.py runs, and continues what lies in its
-folder. A set is a number of samples, or SAMPLES:SEED with noise of another seed (128:1 says how far chance alone goes).
-Prints figures; asserts nothing.
+All three need bpy; samples also needs another environment's Python, in which embed.py runs, and continues
+what lies in its folder. A set is a number of samples, or SAMPLES:SEED with noise of another seed (128:1 says
+how far chance alone goes). Prints figures; asserts nothing.
 """
 import argparse
 import os
@@ -24,10 +24,12 @@ from PIL import Image, ImageDraw
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import render_cars  # noqa: E402
+from render_cars import PROPERTIES  # noqa: E402
 
 # Around this frame the contact sheet changes one property at a time.
-MIDDLE = {"model": "saloon", "rotation_z": 45, "color_hue": 0.0, "color_sat": 1.5, "color_val": 1.5, "bg_color_hue": 0.6, "bg_color_sat": 1.0,
-          "bg_color_val": 1.0, "camera_loc_z": 1.5, "sun_elevation": 45, "sun_rotation": 90}
+MIDDLE = {"model": "saloon", "rotation_z": 45, "color_hue": 0.0, "color_sat": 1.5, "color_val": 1.5,
+          "bg_color_hue": 0.6, "bg_color_sat": 1.0, "bg_color_val": 1.0, "camera_loc_z": 1.5,
+          "sun_elevation": 45, "sun_rotation": 90}
 
 
 def quiet(function, *arguments):
@@ -44,8 +46,9 @@ def quiet(function, *arguments):
 def settings(folder, size, samples, **more):
     for name in ("images", "masks"):
         (folder / name).mkdir(exist_ok=True)
-    return SimpleNamespace(**{"out": folder, "seed": 0, "size": size, "samples": samples, "denoise": True, "format": "png", "device": "cpu",
-                              "masks": True, "paint_material": None, "verbose": False} | more)
+    defaults = {"out": folder, "seed": 0, "size": size, "samples": samples, "denoise": True, "format": "png",
+                "device": "cpu", "masks": True, "paint_material": None, "verbose": False}
+    return SimpleNamespace(**defaults | more)
 
 
 def clock():
@@ -56,50 +59,53 @@ def clock():
 
 def speed(args):
     """Seconds a frame: the scene built once, built anew for each frame, and a process for each frame."""
-    rows = render_cars.in_order(render_cars.sample(render_cars.PROPERTIES, 0, range(args.frames)))
+    rows = render_cars.in_order(render_cars.sample(PROPERTIES, 0, range(args.frames)))
     took = {}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         options = settings(folder, args.size, args.samples)
         began = clock()
-        scene, models, _ = quiet(render_cars.build, options, None, render_cars.PROPERTIES)
+        scene, models, _ = quiet(render_cars.build, options, None, PROPERTIES)
         built = clock() - began
         for row in rows:
             quiet(render_cars.render_frame, scene, models, row, options, folder)
         took["built once and changed"] = (clock() - began - built) / len(rows)
         some = rows[::max(1, len(rows) // args.anew)][:args.anew]
-        for name, wanted in (("scene built anew for each frame", None), ("the same with the frame's car alone", 1)):
+        for name in ("scene built anew for each frame", "the same with the frame's car alone"):
             began = clock()
             for row in some:
-                scene, models, _ = quiet(render_cars.build, options, None, render_cars.PROPERTIES | ({"model": [row["model"]]} if wanted else {}))
+                properties = PROPERTIES | ({"model": [row["model"]]} if name.endswith("alone") else {})
+                scene, models, _ = quiet(render_cars.build, options, None, properties)
                 quiet(render_cars.render_frame, scene, models, row, options, folder)
             took[name] = (clock() - began) / len(some)
         began = clock()
         for row in some:
-            subprocess.run([sys.executable, str(ROOT / "render_cars.py"), "--out", str(folder / str(row["frame"])), "--masks", "--frames",
-                            f"{row['frame']}:{row['frame'] + 1}", "--size", str(args.size), "--samples", str(args.samples)],
-                           check=True, stderr=subprocess.DEVNULL)
+            frame = row["frame"]
+            command = [sys.executable, str(ROOT / "render_cars.py"), "--out", str(folder / str(frame)),
+                       "--masks", "--frames", f"{frame}:{frame + 1}", "--size", str(args.size)]
+            subprocess.run([*command, "--samples", str(args.samples)], check=True, stderr=subprocess.DEVNULL)
         took["a process for each frame"] = (clock() - began) / len(some)
     once = took["built once and changed"]
-    print(f"{args.size} x {args.size}, {args.samples} samples, {len(rows)} frames; six cars are built in {built[0]:.1f} s\n"
-          f"{'seconds a frame':38s} {'clock':>7}  ratio   {'processors':>10}  ratio")
+    print(f"{args.size} x {args.size}, {args.samples} samples, {len(rows)} frames; six cars are built in "
+          f"{built[0]:.1f} s\n{'seconds a frame':38s} {'clock':>7}  ratio   {'processors':>10}  ratio")
     for name, (wall, used) in took.items():
         print(f"{name:38s} {wall:7.2f}  {wall / once[0]:5.2f}   {used:10.2f}  {used / once[1]:5.2f}")
 
 
 def sheets(args):
-    """One row of pictures a property, its values from left to right; how much neighbours differ, what is black or burnt out."""
-    rows = [(name, value) for name, values in render_cars.PROPERTIES.items() for value in values]
-    widest, size, margin = max(map(len, render_cars.PROPERTIES.values())), args.size, 78
-    sheet = Image.new("RGB", (margin + widest * size, len(render_cars.PROPERTIES) * (size + 12)), "white")
+    """One row of pictures a property, its values from left to right; how much they differ, what clips."""
+    rows = [(name, value) for name, values in PROPERTIES.items() for value in values]
+    widest, size, margin = max(map(len, PROPERTIES.values())), args.size, 78
+    sheet = Image.new("RGB", (margin + widest * size, len(PROPERTIES) * (size + 12)), "white")
     draw, pictures = ImageDraw.Draw(sheet), {}
     with tempfile.TemporaryDirectory() as folder:
         options = settings(Path(folder), size, args.samples)
-        scene, models, _ = quiet(render_cars.build, options, None, render_cars.PROPERTIES)
+        scene, models, _ = quiet(render_cars.build, options, None, PROPERTIES)
         for name, value in rows:
-            quiet(render_cars.render_frame, scene, models, MIDDLE | {name: value, "frame": 0}, options, Path(folder))
+            row = MIDDLE | {name: value, "frame": 0}
+            quiet(render_cars.render_frame, scene, models, row, options, Path(folder))
             pictures[name, value] = Image.open(Path(folder) / "images/000000.png").convert("RGB")
-    for line, (name, values) in enumerate(render_cars.PROPERTIES.items()):
+    for line, (name, values) in enumerate(PROPERTIES.items()):
         draw.text((2, line * (size + 12) + size // 2), name.replace("_color", ""), "black")
         for column, value in enumerate(values):
             at = (margin + column * size, line * (size + 12))
@@ -107,19 +113,21 @@ def sheets(args):
             draw.text((at[0] + 2, at[1] + size), str(value), "black")
         arrays = [np.asarray(pictures[name, value], float) for value in values]
         steps = [np.abs(a - b).mean() for a, b in zip(arrays, arrays[1:])]
-        burnt, black = max((a.min(2) >= 254).mean() for a in arrays), max((a.max(2) <= 2).mean() for a in arrays)
-        print(f"{name:14s} neighbours differ by {min(steps):5.2f} to {max(steps):5.2f} of 255; white {burnt:.1%}, black {black:.1%} at most")
+        burnt = max((a.min(2) >= 254).mean() for a in arrays)
+        black = max((a.max(2) <= 2).mean() for a in arrays)
+        print(f"{name:14s} neighbours differ by {min(steps):5.2f} to {max(steps):5.2f} of 255; "
+              f"white {burnt:.1%}, black {black:.1%} at most")
     sheet.save(args.file, quality=88)
 
 
 def nr_prec(near, labels, queries, candidates):
-    """NR-Prec (Eq. 5) with so many copies of each frame as query, and as candidate; a copy is not its frame's neighbour.
+    """NR-Prec (Eq. 5) with so many copies of each frame as query, and as candidate; no copy is a neighbour.
 
     near (n, n - 1): every frame's others, the nearest first.
     """
     copies, same = candidates[near], labels[near] == labels[:, None]
     r = (copies * same).sum(1)
-    taken = np.clip(r[:, None] - (copies.cumsum(1) - copies), 0, copies)  # of each candidate, until r are retrieved
+    taken = np.clip(r[:, None] - (copies.cumsum(1) - copies), 0, copies)  # until r are retrieved
     p = (r + 1) / (copies.sum(1) + 1)
     keep = (r > 0) & (p < 1)
     hits, r, p = (taken * same).sum(1)[keep], r[keep], p[keep]
@@ -127,15 +135,15 @@ def nr_prec(near, labels, queries, candidates):
 
 
 def samples(args):
-    """NR-Prec of the same frames rendered with more and fewer samples, with paired bootstrap intervals of the difference.
+    """NR-Prec of the same frames rendered with more and fewer samples, paired intervals of the difference.
 
-    Two bootstraps. Of frames: other frames might have been drawn (a copy as its original's neighbour, which plain
-    resampling makes, is left out). Of queries: their neighbours stay what they are; narrower, and nothing about other
-    frames. * marks an interval of 95 % without 0. Of eleven such intervals one or more misses 0 in up to 43 % of cases
-    where nothing differs; ** marks those still without 0 when all eleven hold at once in 95 %.
+    Two bootstraps. Of frames: other frames might have been drawn (a copy as its original's neighbour, which
+    plain resampling makes, is left out). Of queries: their neighbours stay; narrower, and nothing about other
+    frames. * marks an interval of 95 % without 0. Of eleven such intervals one or more misses 0 in up to 43 %
+    of cases where nothing differs; ** marks those still without 0 when all eleven hold at once in 95 %.
     """
-    rows = render_cars.sample(render_cars.PROPERTIES, 0, range(args.frames))
-    names, n = list(render_cars.PROPERTIES), args.frames
+    rows = render_cars.sample(PROPERTIES, 0, range(args.frames))
+    names, n = list(PROPERTIES), args.frames
     labels = [np.unique([str(row[name]) for row in rows], return_inverse=True)[1] for name in names]
     drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=args.resamples)
     table = {}
@@ -147,18 +155,21 @@ def samples(args):
         if name == args.reference:
             continue
         change, *resampled = [few - many for few, many in zip(table[name], table[args.reference])]
-        print(f"\n{n} frames, {args.size} x {args.size}: {name} samples against {args.reference}; root mean square difference {np.sqrt((change ** 2).mean()):.3f}"
-              f"\n{'property':14s} {name:>7} {args.reference:>7}   difference, frames drawn again   queries drawn again")
-        lines = [f"{prop:14s} {table[name][0][0, k]:7.2f} {table[args.reference][0][0, k]:7.2f}   {change[0, k]:+6.3f}" for k, prop in enumerate(names)]
+        print(f"\n{n} frames, {args.size} x {args.size}: {name} samples against {args.reference}; root mean "
+              f"square difference {np.sqrt((change ** 2).mean()):.3f}\n{'property':14s} {name:>7} "
+              f"{args.reference:>7}   difference, frames drawn again   queries drawn again")
+        lines = [f"{prop:14s} {few:7.2f} {many:7.2f}   {few - many:+6.3f}"
+                 for prop, few, many in zip(names, table[name][0][0], table[args.reference][0][0])]
         for part in resampled:
             error, level = part.std(0), np.percentile(np.abs((part - change) / part.std(0)).max(1), 95)
-            lines = [f"{line}  [{mean - 1.96 * e:+.3f}, {mean + 1.96 * e:+.3f}] {'**' if abs(mean) > level * e else '*' if abs(mean) > 1.96 * e else '':2s}"
-                     for line, mean, e in zip(lines, change[0], error)]
+            for k, (mean, e) in enumerate(zip(change[0], error)):
+                mark = "**" if abs(mean) > level * e else "*" if abs(mean) > 1.96 * e else ""
+                lines[k] += f"  [{mean - 1.96 * e:+.3f}, {mean + 1.96 * e:+.3f}] {mark:2s}"
         print(*lines, sep="\n", flush=True)
 
 
 def neighbours(args, name, rows):
-    """Render and embed one set, as far as it is not there -> every frame's others, the nearest first (n, n - 1)."""
+    """Render and embed a set, as far as it isn't there -> every frame's others, nearest first (n, n - 1)."""
     folder = args.folder / f"{args.size}-{name.replace(':', '-')}"
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"images/{row['frame']:06d}.jpg" for row in rows]
@@ -166,14 +177,14 @@ def neighbours(args, name, rows):
     if missing:
         number, _, seed = name.partition(":")
         options = settings(folder, args.size, int(number), seed=int(seed or 0), format="jpg", masks=False)
-        scene, models, _ = quiet(render_cars.build, options, None, render_cars.PROPERTIES)
+        scene, models, _ = quiet(render_cars.build, options, None, PROPERTIES)
         for row in render_cars.in_order(missing):
             quiet(render_cars.render_frame, scene, models, row, options, folder)
         (folder / "emb.npy").unlink(missing_ok=True)
     if not (folder / "emb.npy").exists():
         (folder / "props.csv").write_bytes(render_cars.table(rows))
-        subprocess.run([args.embed, str(ROOT / "embed.py"), "--dataset", str(folder), "--model", "efficientnet_lite0",
-                        "--out", str(folder / "emb.npy")], check=True, stdout=subprocess.DEVNULL)
+        command = [args.embed, ROOT / "embed.py", "--dataset", folder, "--out", folder / "emb.npy"]
+        subprocess.run([*command, "--model", "efficientnet_lite0"], check=True, stdout=subprocess.DEVNULL)
     emb = np.load(folder / "emb.npy").astype(float)
     distance = ((emb[:, None] - emb[None]) ** 2).sum(2)
     np.fill_diagonal(distance, np.inf)
@@ -181,22 +192,24 @@ def neighbours(args, name, rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_it_stands = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_stands)
     commands = parser.add_subparsers(required=True)
     for function in (speed, sheets, samples):
         command = commands.add_parser(function.__name__, help=function.__doc__.splitlines()[0])
         command.set_defaults(run=function)
         command.add_argument("--size", type=int, default=96 if function is sheets else 256)
         if function is speed:
-            command.add_argument("--frames", type=int, default=96, help="rendered with the scene built once (96)")
+            command.add_argument("--frames", type=int, default=96, help="with the scene built once (96)")
             command.add_argument("--anew", type=int, default=8, help="rendered each of the other ways (8)")
         if function is sheets:
             command.add_argument("file", type=Path)
         if function is samples:
             command.add_argument("folder", type=Path)
-            command.add_argument("--embed", required=True, metavar="PYTHON", help="the interpreter that runs embed.py")
+            command.add_argument("--embed", required=True, metavar="PYTHON", help="that runs embed.py")
             command.add_argument("--frames", type=int, default=150)
-            command.add_argument("--sets", nargs="+", default=["1", "2", "4", "8", "16", "32", "64", "128:1"], metavar="SAMPLES[:SEED]")
+            command.add_argument("--sets", nargs="+", metavar="SAMPLES[:SEED]",
+                                 default=["1", "2", "4", "8", "16", "32", "64", "128:1"])
             command.add_argument("--reference", default="128", metavar="SAMPLES[:SEED]")
             command.add_argument("--resamples", type=int, default=1000)
         else:

@@ -1,5 +1,5 @@
-"""The kernel's counts and lists equal float64 brute force with ties by index: for every distance, cardinality,
-kind of input, block, thread count and instruction set."""
+"""The kernel's counts and lists equal float64 brute force with ties by index: for every distance,
+cardinality, kind of input, block, thread count and instruction set."""
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,7 +11,7 @@ _knn = pytest.importorskip("_knn", reason="the extension is not built: pip insta
 
 
 def brute_force_lists(x, distance):
-    """The literal definition, independent of nrprec.py: every other row in order, nearest first, ties by index."""
+    """The literal definition, independent of nrprec.py: every other row, nearest first, ties by index."""
     x, lists = x.astype(np.float64), []
     for q in range(len(x)):
         if distance in ("euclidean", "squared_euclidean"):
@@ -59,12 +59,12 @@ def embeddings_of(kind, n, m, rng):
         "integers": lambda: np.round(x),                                       # many ties
         "duplicates": lambda: x[rng.integers(0, max(1, n // 6), n)],           # duplicates of the query
         "identical": lambda: np.tile(x[:1] + 1, (n, 1)),                       # nothing but ties
-        "signs": lambda: np.where(x > 0, np.float32(0.1), np.float32(-0.1)),   # ties that float32 can't represent
+        "signs": lambda: np.where(x > 0, np.float32(0.1), np.float32(-0.1)),   # ties not exact in float32
         "tiny": lambda: x * np.float32(1e-38),                                 # denormal
         "huge": lambda: np.clip(x, -3, 3) * np.float32(1e38),                  # squares overflow float32
         "far": lambda: x + np.float32(10000),                                  # cancellation
         "outlier": lambda: np.concatenate([x[:-1], x[-1:] * np.float32(1e6)]),  # wide error bounds
-        "nearly": lambda: (1 + np.arange(n) % 3 * 2.0 ** -23)[:, None] * np.ones((n, m), np.float32),  # last bit
+        "nearly": lambda: (1 + np.arange(n) % 3 * 2.0 ** -23)[:, None] * np.ones((n, m)),          # last bit
     }[kind]().astype(np.float32)
 
 
@@ -79,9 +79,9 @@ def test_counts_equal_brute_force(kind, distance):
         x = embeddings_of(kind, n, m, rng)
         labels = [rng.integers(0, v, n) for v in (1, 2, 3, 10, max(2, n // 3), n)] + [np.arange(n)]
         try:
-            nrprec.prepare(x, distance)
+            nrprec.as_embeddings(x, distance)
         except ValueError:
-            assert distance in ("cosine", "snr")                # zero or constant vectors have no such distance
+            assert distance in ("cosine", "snr")                # of zero or constant vectors
             continue
         lists = brute_force_lists(x, distance)
         twin = nrprec.count_hits_numpy(nrprec.prepare(x, distance), nrprec.make_columns(labels), np.arange(n))
@@ -97,7 +97,7 @@ def test_counts_equal_brute_force(kind, distance):
 
 
 def test_many_candidates_and_a_class_column():
-    """n that no block divides, more candidates than 32,768-item parts, 20,000 classes beside one of half of all."""
+    """n that no block divides, more candidates than 32,768-item parts, 20,000 classes beside one of half."""
     rng = np.random.default_rng(5)
     n = 40_007
     x = np.round(rng.standard_normal((n, 6)) * 4).astype(np.float32) / 4      # ties across the whole range
@@ -116,7 +116,7 @@ def test_many_candidates_and_a_class_column():
 
 
 def test_a_sample_that_misleads():
-    """The kernel looks at runs of 16 items, n // 64 apart, to choose the keys' range: here just these are near."""
+    """The kernel looks at runs of 16 items, n // 64 apart, to choose the keys' range: just these are near."""
     rng = np.random.default_rng(11)
     n = 20_000
     x = rng.standard_normal((n, 4)).astype(np.float32) + 50
@@ -162,7 +162,7 @@ def test_products_may_be_as_wrong_as_their_bound():
     """Whatever the BLAS: similarities disturbed by up to the stated bound give the same counts."""
     rng = np.random.default_rng(8)
     x = np.round(rng.standard_normal((400, 12)) * 8).astype(np.float32) / 8
-    x[200:] = x[:200] * (1 + rng.integers(-1, 2, (200, 1)) * np.float32(2.0 ** -20))   # near ties beside exact ones
+    x[200:] = x[:200] * (1 + rng.integers(-1, 2, (200, 1)) * np.float32(2.0 ** -20))   # near ties
     labels = [rng.integers(0, v, 400) for v in (2, 6, 80)]
     space, columns, q = nrprec.prepare(x, "euclidean"), nrprec.make_columns(labels), np.arange(400)
     exact = (space.working.T.astype(np.float64) @ space.working).astype(np.float32)
@@ -181,12 +181,13 @@ def test_products_may_be_as_wrong_as_their_bound():
 @given(st.data())
 def test_any_small_input(data):
     n, m = data.draw(st.integers(2, 30)), data.draw(st.integers(1, 10))
-    value = st.one_of(st.integers(-2, 2).map(float), st.floats(width=32, allow_nan=False, allow_infinity=False))
+    finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
+    value = st.one_of(st.integers(-2, 2).map(float), finite)
     x = np.array(data.draw(st.lists(value, min_size=n * m, max_size=n * m)), np.float32).reshape(n, m)
     labels = [np.array(data.draw(st.lists(st.integers(0, 4), min_size=n, max_size=n)))]
     distance = data.draw(st.sampled_from(nrprec.DISTANCES))
     try:
-        space = nrprec.prepare(x, distance)
+        space = nrprec.prepare(nrprec.as_embeddings(x, distance), distance)
     except ValueError:
         return
     twin = nrprec.count_hits_numpy(space, nrprec.make_columns(labels), np.arange(n))

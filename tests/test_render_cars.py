@@ -1,4 +1,4 @@
-"""render_cars.py: sampling, files and bad input need no Blender; pictures are rendered at 64 × 64 where bpy is."""
+"""render_cars.py: sampling, files and bad input need no Blender; small pictures are rendered where bpy is."""
 import csv
 import importlib.util
 import io
@@ -14,22 +14,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import render_cars
+from render_cars import PROPERTIES, RECYCLE, sample
 
-ROOT = Path(__file__).resolve().parent.parent
-blender = pytest.mark.skipif(importlib.util.find_spec("bpy") is None, reason="needs Blender's module bpy (extra render, Python 3.11)")
-TINY = ("--size", 64, "--samples", 2)
-FIXED = {"model": "saloon", "rotation_z": 45, "color_hue": 0.0, "color_sat": 2.0, "color_val": 1.5, "bg_color_hue": 0.6, "bg_color_sat": 1.0,
-         "bg_color_val": 1.0, "camera_loc_z": 1.5, "sun_elevation": 45, "sun_rotation": 90}
+SCRIPT = str(Path(render_cars.__file__))
+HERE = importlib.util.find_spec("bpy") is not None
+blender = pytest.mark.skipif(not HERE, reason="needs Blender's module bpy (extra render, Python 3.11)")
+TINY = ("--size", "64", "--samples", "2")
+FIXED = {"model": "saloon", "rotation_z": 45, "color_hue": 0.0, "color_sat": 2.0, "color_val": 1.5,
+         "bg_color_hue": 0.6, "bg_color_sat": 1.0, "bg_color_val": 1.0, "camera_loc_z": 1.5,
+         "sun_elevation": 45, "sun_rotation": 90}
+
+
+@pytest.fixture
+def render(run_script):
+    """render(folder, option, …) -> CompletedProcess."""
+    return lambda folder, *options: run_script("render_cars.py", "--out", folder, *options)
 
 
 def failed(done, *words):
     """Exit status 2 and one line on stderr that opens with the script's name and holds the words."""
     assert done.returncode == 2, done
     assert done.stderr.startswith("render_cars.py: ") and done.stderr.count("\n") == 1, done.stderr
-    for word in words:
-        assert str(word) in done.stderr, done.stderr
+    assert all(str(word) in done.stderr for word in words), done.stderr
 
 
 def read_props(folder):
@@ -47,8 +56,8 @@ def write_json(path, content):
 @pytest.fixture(scope="module")
 def draws():
     """Table 5's values as indices, (11, 100,000)."""
-    rows = render_cars.sample(render_cars.PROPERTIES, 0, range(100_000))
-    return {name: np.array([values.index(row[name]) for row in rows]) for name, values in render_cars.PROPERTIES.items()}
+    rows = sample(PROPERTIES, 0, range(100_000))
+    return {name: np.array([values.index(row[name]) for row in rows]) for name, values in PROPERTIES.items()}
 
 
 def deviation(counts, expected, freedom):
@@ -57,158 +66,155 @@ def deviation(counts, expected, freedom):
 
 
 def test_values_are_table_5s():
-    sizes = {name: len(values) for name, values in render_cars.PROPERTIES.items()}
-    assert sizes == {"model": 6, "rotation_z": 8, "color_hue": 10, "color_sat": 9, "color_val": 9, "bg_color_hue": 10, "bg_color_sat": 9,
-                     "bg_color_val": 9, "camera_loc_z": 4, "sun_elevation": 3, "sun_rotation": 8}
+    assert [len(values) for values in PROPERTIES.values()] == [6, 8, 10, 9, 9, 10, 9, 9, 4, 3, 8]
 
 
-def test_every_value_is_equally_frequent(draws):
-    for name, values in render_cars.PROPERTIES.items():
+def test_every_value_is_equally_frequent_and_every_pair_independent(draws):
+    for name, values in PROPERTIES.items():
         counts = np.bincount(draws[name], minlength=len(values))
         assert abs(deviation(counts, 100_000 / len(values), len(values) - 1)) < 5, name
-
-
-def test_every_pair_is_independent(draws):
-    for a, b in combinations(render_cars.PROPERTIES, 2):
-        i, j = len(render_cars.PROPERTIES[a]), len(render_cars.PROPERTIES[b])
+    for a, b in combinations(PROPERTIES, 2):
+        i, j = len(PROPERTIES[a]), len(PROPERTIES[b])
         counts = np.bincount(draws[a] * j + draws[b], minlength=i * j).reshape(i, j)
         expected = counts.sum(1, keepdims=True) * counts.sum(0) / counts.sum()
         assert abs(deviation(counts, expected, (i - 1) * (j - 1))) < 5, (a, b)
 
 
 def test_a_frame_depends_on_seed_and_number_alone():
-    rows = render_cars.sample(render_cars.PROPERTIES, 3, range(100))
-    assert render_cars.sample(render_cars.PROPERTIES, 3, range(40, 60)) == rows[40:60]
-    assert render_cars.sample(render_cars.PROPERTIES, 3, [7, 99, 0]) == [rows[7], rows[99], rows[0]]
-    assert render_cars.sample(render_cars.PROPERTIES, 4, range(100)) != rows
-
-
-def test_fixing_a_property_leaves_the_others():
-    free = render_cars.sample(render_cars.PROPERTIES, 0, range(50))
-    held = render_cars.sample(render_cars.PROPERTIES | {"color_sat": [1.0]}, 0, range(50))
-    assert [row | {"color_sat": 1.0} for row in free] == held
+    rows = sample(PROPERTIES, 3, range(100))
+    assert sample(PROPERTIES, 3, range(40, 60)) == rows[40:60]
+    assert sample(PROPERTIES, 3, [7, 99, 0]) == [rows[7], rows[99], rows[0]]
+    assert sample(PROPERTIES, 4, range(100)) != rows
+    held = sample(PROPERTIES | {"color_sat": [1.0]}, 3, range(100))  # the other properties stay what they are
+    assert [row | {"color_sat": 1.0} for row in rows] == held
 
 
 def test_frames_are_rendered_sun_by_sun():
-    rows = render_cars.sample(render_cars.PROPERTIES, 0, range(1000))
+    rows = sample(PROPERTIES, 0, range(1000))
     order = render_cars.in_order(rows)
-    for part in range(0, 1000, render_cars.RECYCLE):  # a worker's frames stay together: what is there after a stop is no odd sample
-        there, sun = order[part:part + render_cars.RECYCLE], [(row["sun_elevation"], row["sun_rotation"]) for row in order[part:part + render_cars.RECYCLE]]
-        assert sorted(row["frame"] for row in there) == [row["frame"] for row in rows[part:part + render_cars.RECYCLE]]
+    for k in range(0, 1000, RECYCLE):  # a worker's frames stay together: a stop leaves no odd sample
+        part = order[k:k + RECYCLE]
+        sun = [(row["sun_elevation"], row["sun_rotation"]) for row in part]
+        assert sorted(row["frame"] for row in part) == list(range(1000))[k:k + RECYCLE]
         assert sum(a != b for a, b in zip(sun, sun[1:])) == len(set(sun)) - 1
 
 
-def test_share_of_torchrun_and_slurm():
-    assert render_cars.my_share({}) == (0, 1)
-    assert render_cars.my_share({"RANK": "2", "WORLD_SIZE": "8"}) == (2, 8)
-    array = {f"SLURM_ARRAY_TASK_{name}": str(number) for name, number in dict(ID=14, MIN=10, MAX=16, STEP=2, COUNT=4).items()}
-    assert render_cars.my_share(array) == (2, 4)
-    one = {f"SLURM_ARRAY_TASK_{name}": str(number) for name, number in dict(ID=3, MIN=3, MAX=3, STEP=1, COUNT=1).items()}  # run again alone
-    assert render_cars.my_share(one) == (0, 1)
+def array(*numbers):
+    names = ("ID", "MIN", "MAX", "STEP", "COUNT")
+    return {f"SLURM_ARRAY_TASK_{name}": str(number) for name, number in zip(names, numbers)}
 
 
-@pytest.mark.parametrize("environment", [
-    {"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": "0"}, {"SLURM_ARRAY_TASK_ID": "1"},
-    {f"SLURM_ARRAY_TASK_{name}": str(number) for name, number in dict(ID=4, MIN=1, MAX=5, STEP=1, COUNT=3).items()}])
-def test_no_share_follows(environment):
-    with pytest.raises(ValueError, match="--shard I/N"):
-        render_cars.my_share(environment)
+@pytest.mark.parametrize("environment, share", [
+    ({}, (0, 1)), ({"RANK": "2", "WORLD_SIZE": "8"}, (2, 8)), (array(14, 10, 16, 2, 4), (2, 4)),
+    (array(3, 3, 3, 1, 1), (0, 1)),  # the last one: a task run again alone
+    ({"RANK": "2", "WORLD_SIZE": "2"}, None), ({"RANK": "x", "WORLD_SIZE": "2"}, None), ({"RANK": "0"}, None),
+    (array(1), None), (array(4, 1, 5, 1, 3), None)])
+def test_share_of_torchrun_and_slurm(environment, share):
+    if share:
+        assert render_cars.my_share(environment) == share
+    else:
+        with pytest.raises(ValueError, match="--shard I/N"):
+            render_cars.my_share(environment)
 
 
 # ---------------------------------------------------------------- the command line, without Blender
 
-def test_help(run_script):
-    done = run_script("render_cars.py", "--help")
+def test_dry_run(render, tmp_path):
+    done = render(tmp_path / "set", "--frames", "0:30", "--seed", 5, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    rows = read_props(tmp_path / "set")
+    assert list(rows[0]) == ["frame", *PROPERTIES]
+    for row, drawn in zip(rows, sample(PROPERTIES, 5, range(30)), strict=True):
+        assert row == {name: str(value) for name, value in drawn.items()}
+    assert json.loads((tmp_path / "set/render.json").read_text())["seed"] == 5
+    assert sorted(path.name for path in (tmp_path / "set").glob("[!.]*")) == ["props.csv", "render.json"]
+    done = render("x", "--help")
     assert done.returncode == 0 and "blender -b -P render_cars.py -- " in done.stdout
 
 
-def test_dry_run(run_script, tmp_path):
-    done = run_script("render_cars.py", "--out", tmp_path / "set", "--frames", "0:30", "--seed", 5, "--dry-run")
-    assert done.returncode == 0, done.stderr
-    rows = read_props(tmp_path / "set")
-    assert list(rows[0]) == ["frame", *render_cars.PROPERTIES] and [row["frame"] for row in rows] == [str(i) for i in range(30)]
-    assert rows == [{name: str(value) for name, value in row.items()} for row in render_cars.sample(render_cars.PROPERTIES, 5, range(30))]
-    assert json.loads((tmp_path / "set/render.json").read_text())["seed"] == 5
-    assert sorted(path.name for path in (tmp_path / "set").glob("[!.]*")) == ["props.csv", "render.json"]
-
-
-def test_ranges_join_and_shards_agree(run_script, tmp_path):
+def test_ranges_join_and_shards_agree(render, tmp_path):
     for frames in ("20:30", "0:10", "5:25"):
-        assert run_script("render_cars.py", "--out", tmp_path / "parts", "--frames", frames, "--dry-run").returncode == 0
+        assert render(tmp_path / "parts", "--frames", frames, "--dry-run").returncode == 0
     for shard in ("0/3", "2/3"):
-        assert run_script("render_cars.py", "--out", tmp_path / "whole", "--frames", "0:30", "--shard", shard, "--dry-run").returncode == 0
+        assert render(tmp_path / "whole", "--frames", "0:30", "--shard", shard, "--dry-run").returncode == 0
     assert (tmp_path / "parts/props.csv").read_bytes() == (tmp_path / "whole/props.csv").read_bytes()
 
 
 def test_processes_that_start_together(tmp_path):
-    command = [sys.executable, str(ROOT / "render_cars.py"), "--out", str(tmp_path), "--dry-run", "--frames"]
+    command = [sys.executable, SCRIPT, "--out", str(tmp_path), "--dry-run", "--frames"]
     processes = [subprocess.Popen([*command, f"{k}000:{k + 1}000"]) for k in range(4)]
     assert [process.wait() for process in processes] == [0] * 4
-    assert [row["frame"] for row in read_props(tmp_path)] == [str(i) for i in range(4000)] and not list(tmp_path.glob(".*.part"))
+    assert [row["frame"] for row in read_props(tmp_path)] == [str(i) for i in range(4000)]
+    assert not list(tmp_path.glob(".*.part"))
 
 
-def test_arguments_inside_blender(tmp_path):
+def test_arguments_inside_blender(run_script, tmp_path):
     """blender -b -P render_cars.py -- …: what stands before -- is Blender's."""
-    command = [sys.executable, str(ROOT / "render_cars.py"), "-b", "-P", "render_cars.py", "--", "--out", str(tmp_path), "--frames", "0:2", "--dry-run"]
-    assert subprocess.run(command).returncode == 0 and len(read_props(tmp_path)) == 2
+    options = ["--out", tmp_path, "--frames", "0:2", "--dry-run"]
+    done = run_script("render_cars.py", "-b", "-P", "render_cars.py", "--", *options)
+    assert done.returncode == 0 and len(read_props(tmp_path)) == 2
 
 
-def test_properties_file(run_script, tmp_path):
-    given = write_json(tmp_path / "p.json", {"model": ["van", "suv"], "rotation_z": [0, 30.5], "sun_elevation": 45})
-    assert run_script("render_cars.py", "--out", tmp_path / "set", "--frames", "0:40", "--properties", given, "--dry-run").returncode == 0
+def test_properties_file(render, tmp_path):
+    given = {"model": ["van", "suv"], "rotation_z": [0, 30.5], "sun_elevation": 45}
+    given = write_json(tmp_path / "p.json", given)
+    assert render(tmp_path / "set", "--frames", "0:40", "--properties", given, "--dry-run").returncode == 0
     rows = read_props(tmp_path / "set")
-    seen = {name: {row[name] for row in rows} for name in rows[0]}
-    assert seen["model"] == {"van", "suv"} and seen["rotation_z"] == {"0", "30.5"} and seen["sun_elevation"] == {"45"}
+    seen = [{row[name] for row in rows} for name in ("model", "rotation_z", "sun_elevation")]
+    assert seen == [{"van", "suv"}, {"0", "30.5"}, {"45"}]
 
 
 @pytest.mark.parametrize("content, word", [
-    ("{", "not JSON"), ("[1]", "list"), ('{"colour": [1]}', "colour"), ('{"rotation_z": []}', "empty"), ('{"rotation_z": ["a"]}', '"a"'),
-    ('{"color_val": [true]}', "true"), ('{"color_val": [3]}', "0 to 2"), ('{"color_val": [NaN]}', "NaN"), ('{"model": ["tank"]}', "tank"),
-    ('{"model": [["van"]]}', "van"), ('{"rotation_z": {"a": 1}}', "finite"), ('{"rotation_z": [0, 0.0]}', "twice"), ('{"sun_elevation": -5}', "0 to 90")])
-def test_bad_properties(run_script, tmp_path, content, word):
+    ("{", "not JSON"), ("[1]", "list"), ('{"colour": [1]}', "colour"), ('{"rotation_z": []}', "empty"),
+    ('{"rotation_z": ["a"]}', '"a"'), ('{"color_val": [true]}', "true"), ('{"color_val": [3]}', "0 to 2"),
+    ('{"color_val": [NaN]}', "NaN"), ('{"model": ["tank"]}', "tank"), ('{"model": [["van"]]}', "van"),
+    ('{"rotation_z": {"a": 1}}', "finite"), ('{"rotation_z": [0, 0.0]}', "twice"),
+    ('{"sun_elevation": -5}', "0 to 90")])
+def test_bad_properties(render, tmp_path, content, word):
     (tmp_path / "p.json").write_text(content)
-    failed(run_script("render_cars.py", "--out", tmp_path / "set", "--properties", tmp_path / "p.json", "--dry-run"), "p.json", word)
+    failed(render(tmp_path / "set", "--properties", tmp_path / "p.json", "--dry-run"), "p.json", word)
     assert not (tmp_path / "set").exists()
 
 
 @pytest.mark.parametrize("arguments, word", [
-    (["--frames", "5:3"], "5:3"), (["--frames=-2:3"], "-2:3"), (["--frames", "x"], "'x'"), (["--frames", "3:3"], "3:3"), (["--shard", "2/2"], "2/2"),
-    (["--seed", "-1"], "-1"), (["--size", "0"], "--size 0"), (["--samples", "0"], "--samples 0"), (["--device", "tpu"], "tpu"),
-    (["--properties", "nowhere.json"], "nowhere.json"), (["--cars", "nowhere"], "no such folder")])
-def test_bad_arguments(run_script, tmp_path, arguments, word):
-    failed(run_script("render_cars.py", "--out", tmp_path / "set", "--dry-run", *arguments), word)
+    ("--frames=5:3", "5:3"), ("--frames=-2:3", "-2:3"), ("--frames=x", "'x'"), ("--frames=3:3", "3:3"),
+    ("--shard=2/2", "2/2"), ("--seed=-1", "-1"), ("--size=0", "--size 0"), ("--samples=0", "--samples 0"),
+    ("--device=tpu", "tpu"), ("--cars=nowhere", "no car in it"), ("--properties=none.json", "none.json")])
+def test_bad_arguments(render, tmp_path, arguments, word):
+    failed(render(tmp_path / "set", "--dry-run", arguments), word)
     assert not (tmp_path / "set").exists()
 
 
-def test_no_cars_and_two_of_one_name(run_script, tmp_path):
-    failed(run_script("render_cars.py", "--out", tmp_path / "set", "--cars", tmp_path, "--dry-run"), "no car in it")
+def test_no_cars_and_two_of_one_name(render, tmp_path):
+    failed(render(tmp_path / "set", "--cars", tmp_path, "--dry-run"), "no car in it")
     for name in ("a.obj", "a.glb"):
         (tmp_path / name).write_bytes(b"x")
-    failed(run_script("render_cars.py", "--out", tmp_path / "set", "--cars", tmp_path, "--dry-run"), "several files are called a")
+    failed(render(tmp_path / "set", "--cars", tmp_path, "--dry-run"), "several files are called a")
 
 
-def test_an_existing_set_made_otherwise(run_script, tmp_path):
-    make = lambda *more: run_script("render_cars.py", "--out", tmp_path / "set", "--frames", "0:5", "--dry-run", *more)
-    assert make().returncode == 0
+def test_an_existing_set_made_otherwise(render, tmp_path):
+    command = (tmp_path / "set", "--frames", "0:5", "--dry-run")
+    assert render(*command).returncode == 0
     before = (tmp_path / "set/props.csv").read_bytes()
-    failed(make("--seed", 1), "seed 0, not 1")
-    failed(make("--size", 128), "size 256, not 128")
-    failed(make("--properties", write_json(tmp_path / "p.json", {"sun_elevation": 90})), "properties: sun_elevation [0, 45, 90], not [90]")
+    given = write_json(tmp_path / "p.json", {"sun_elevation": 90})
+    failed(render(*command, "--seed", 1), "seed 0, not 1")
+    failed(render(*command, "--size", 128), "size 256, not 128")
+    failed(render(*command, "--properties", given), "properties: sun_elevation [0, 45, 90], not [90]")
     assert (tmp_path / "set/props.csv").read_bytes() == before
     (tmp_path / "set/render.json").write_text("[]")
-    failed(make(), "render.json")
+    failed(render(*command), "render.json")
     (tmp_path / "set/render.json").unlink()
-    failed(make(), "no render.json")
+    failed(render(*command), "no render.json")
 
 
-def test_output_not_writable(run_script, tmp_path):
+def test_output_not_writable(render, tmp_path):
     (tmp_path / "file").write_text("")
-    failed(run_script("render_cars.py", "--out", tmp_path / "file" / "set", "--dry-run"), "can't be written", "--out")
+    failed(render(tmp_path / "file" / "set", "--dry-run"), "can't be written", "--out")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bpy") is not None, reason="bpy is here")
-def test_without_blender_both_ways_are_named(run_script, tmp_path):
-    failed(run_script("render_cars.py", "--out", tmp_path / "set"), "pip install", "blender -b -P render_cars.py")
+@pytest.mark.skipif(HERE, reason="bpy is here")
+def test_without_blender_both_ways_are_named(render, tmp_path):
+    failed(render(tmp_path / "set"), "pip install", "blender -b -P render_cars.py")
     assert not (tmp_path / "set").exists()
 
 
@@ -216,12 +222,9 @@ def test_without_blender_both_ways_are_named(run_script, tmp_path):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_metadata_goes_pixels_stay(tmp_path, kind):
-    picture, noted = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)), {"comment": b"rendered in 3 s"}
-    if kind == "PNG":
-        from PIL.PngImagePlugin import PngInfo
-        info = PngInfo()
-        info.add_text("RenderTime", "00:03")
-        noted = {"pnginfo": info}
+    picture, info = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)), PngInfo()
+    info.add_text("RenderTime", "00:03")
+    noted = {"JPEG": {"comment": b"rendered in 3 s"}, "PNG": {"pnginfo": info}}[kind]
     for name, more in (("plain", {}), ("noted", noted)):
         picture.save(tmp_path / name, kind, **more)
     assert (tmp_path / "plain").read_bytes() != (tmp_path / "noted").read_bytes()
@@ -256,25 +259,25 @@ def files(folder):
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory):
-    """24 frames of all six bodies and every other property's extremes."""
+    """(folder, options): 24 frames of all six bodies and every other property's extremes."""
     folder = tmp_path_factory.mktemp("cars")
-    extremes = {name: [values[0], values[-1]] for name, values in render_cars.PROPERTIES.items() if name != "model"}
-    extremes["rotation_z"] = [0, 45, 90]
-    given = write_json(folder / "p.json", extremes)
-    done = subprocess.run([sys.executable, str(ROOT / "render_cars.py"), "--out", str(folder / "set"), "--frames", "0:24", "--seed", "6", "--masks",
-                           "--properties", str(given), *map(str, TINY)], capture_output=True, text=True)
+    extremes = {name: [values[0], values[-1]] for name, values in PROPERTIES.items() if name != "model"}
+    given = write_json(folder / "p.json", extremes | {"rotation_z": [0, 45, 90]})
+    options = ["--seed", "6", "--masks", "--properties", str(given), *TINY]
+    command = [sys.executable, SCRIPT, "--out", str(folder / "set"), "--frames", "0:24", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "24/24 frames" in done.stderr and "frames a minute" in done.stderr and "Saved" not in done.stdout + done.stderr
-    return folder / "set", given
+    assert "24/24 frames, " in done.stderr and " frames a minute" in done.stderr
+    assert "Saved" not in done.stdout + done.stderr
+    return folder / "set", options
 
 
 @blender
-def test_every_car_is_in_frame(rendered):
+def test_every_car_is_in_frame_and_settings_are_beside(rendered):
     folder, _ = rendered
     rows = read_props(folder)
-    for name in rows[0]:
-        if name != "frame":
-            assert len({row[name] for row in rows}) == {"model": 6, "rotation_z": 3}.get(name, 2)
+    for name in PROPERTIES:
+        assert len({row[name] for row in rows}) == {"model": 6, "rotation_z": 3}.get(name, 2)
     for i in range(24):
         mask = picture(folder, i, "masks", "png")
         assert mask.shape == (64, 64) and set(np.unique(mask)) == {0, 255}
@@ -282,60 +285,56 @@ def test_every_car_is_in_frame(rendered):
         edge = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
         assert not edge.any(), f"frame {i} ({rows[i]}): the car touches the picture's edge"
         assert picture(folder, i).shape == (64, 64, 3)
-
-
-@blender
-def test_settings_are_beside_the_pictures(rendered):
-    about = json.loads((rendered[0] / "render.json").read_text())
+    about = json.loads((folder / "render.json").read_text())
     assert (about["seed"], about["samples"], about["size"], about["engine"]) == (6, 2, 64, "CYCLES")
-    assert about["blender"] and sorted(about["meshes"]) == sorted(render_cars.PROPERTIES["model"])
+    assert about["blender"] and sorted(about["meshes"]) == sorted(PROPERTIES["model"])
 
 
 @blender
-def test_shards_in_another_order_give_the_same_bytes(rendered, run_script, tmp_path):
-    folder, given = rendered
-    again = lambda frames, shard: run_script("render_cars.py", "--out", tmp_path / "set", "--frames", frames, "--seed", 6, "--masks", "--properties", given, "--shard", shard, *TINY)
-    assert again("12:16", "1/2").returncode == again("8:12", "0/2").returncode == 0
+def test_shards_in_another_order_give_the_same_bytes(rendered, render, tmp_path):
+    folder, options = rendered
+    for frames, shard in ("12:16", "1/2"), ("8:12", "0/2"):
+        assert render(tmp_path / "set", "--frames", frames, "--shard", shard, *options).returncode == 0
     some = files(tmp_path / "set")
     assert len(some) == 8 and all(files(folder)[name] == content for name, content in some.items())
 
 
-def two_frames(run_script, folder, **free):
-    """Two frames that differ in one property alone."""
+def two_frames(render, folder, **free):
+    """How much two frames that differ in one property alone differ inside the car's mask, and outside."""
     folder.mkdir()
     given = write_json(folder / "p.json", FIXED | free)
-    done = run_script("render_cars.py", "--out", folder / "set", "--frames", "0:6", "--masks", "--properties", given, "--size", 64, "--samples", 16)
+    folder = folder / "set"
+    done = render(folder, "--frames", "0:6", "--masks", "--properties", given, "--size", 64, "--samples", 16)
     assert done.returncode == 0, done.stderr
     name = next(iter(free))
-    first = read_props(folder / "set")[0][name]
-    other = next(int(row["frame"]) for row in read_props(folder / "set") if row[name] != first)
-    inside = picture(folder / "set", 0, "masks", "png") > 0
-    assert (inside == (picture(folder / "set", other, "masks", "png") > 0)).mean() > 0.98
-    change = np.abs(picture(folder / "set", 0) - picture(folder / "set", other)).mean(2)
-    near = np.array(Image.fromarray(inside).resize((16, 16))).repeat(4, 0).repeat(4, 1)  # keeps clear of the outline
+    first = read_props(folder)[0][name]
+    other = next(int(row["frame"]) for row in read_props(folder) if row[name] != first)
+    inside = picture(folder, 0, "masks", "png") > 0
+    assert (inside == (picture(folder, other, "masks", "png") > 0)).mean() > 0.98
+    change = np.abs(picture(folder, 0) - picture(folder, other)).mean(2)
+    near = np.array(Image.fromarray(inside).resize((16, 16))).repeat(4, 0).repeat(4, 1)  # and the outline
     return change[inside].mean(), change[~inside & ~near].mean()
 
 
 @blender
-def test_paint_changes_the_car_and_background_the_rest(run_script, tmp_path):
-    inside, outside = two_frames(run_script, tmp_path / "paint", color_hue=[0.0, 0.4])
+def test_paint_changes_the_car_and_background_the_rest(render, tmp_path):
+    inside, outside = two_frames(render, tmp_path / "paint", color_hue=[0.0, 0.4])
     assert inside > 15 and outside < 0.25 * inside
-    inside, outside = two_frames(run_script, tmp_path / "ground", bg_color_val=[0.5, 2.0])
+    inside, outside = two_frames(render, tmp_path / "ground", bg_color_val=[0.5, 2.0])
     assert outside > 15 and inside < 0.5 * outside
 
 
 @blender
-def test_kill_and_run_again(rendered, run_script, tmp_path):
-    folder, given = rendered
-    command = [sys.executable, str(ROOT / "render_cars.py"), "--out", str(tmp_path / "set"), "--frames", "0:9", "--seed", "6", "--masks",
-               "--properties", str(given), *map(str, TINY)]
+def test_kill_and_run_again(rendered, tmp_path):
+    folder, options = rendered
+    command = [sys.executable, SCRIPT, "--out", str(tmp_path / "set"), "--frames", "0:9", *options]
+    images, began = tmp_path / "set/images", time.monotonic()
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    began = time.monotonic()
-    while len(list((tmp_path / "set" / "images").glob("0*.jpg"))) < 3 and time.monotonic() - began < 120:
+    while len(list(images.glob("0*.jpg"))) < 3 and time.monotonic() - began < 120:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    there = len(list((tmp_path / "set" / "images").glob("0*.jpg")))
+    there = len(list(images.glob("0*.jpg")))
     assert 3 <= there < 9
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -343,78 +342,83 @@ def test_kill_and_run_again(rendered, run_script, tmp_path):
     assert 9 - there - 1 <= left <= 9 - there
     again = files(tmp_path / "set")
     assert len(again) == 18 and all(files(folder)[name] == content for name, content in again.items())
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "set/images").iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in images.iterdir()}
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "all frames are there already" in done.stderr
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "set/images").iterdir()}
+    assert before == {path: path.stat().st_mtime_ns for path in images.iterdir()}
 
 
 BOX = [(x, y, z) for x in (-1, 1) for y in (-3, 3) for z in (0, 1)]
 BOX_FACES = [(0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (1, 5, 7, 3)]
 
 
-def write_obj(path, paint="CarPaint", faces=BOX_FACES):
+def write_obj(path, paint="CarPaint"):
     """A box in two materials: its paint and black."""
     path.with_suffix(".mtl").write_text(f"newmtl {paint}\nKd 0.5 0.5 0.5\nnewmtl black\nKd 0 0 0\n")
-    lines = [f"mtllib {path.with_suffix('.mtl').name}", *(f"v {x} {z} {-y}" for x, y, z in BOX), f"usemtl {paint}"]
-    lines += ["f " + " ".join(str(i + 1) for i in face) for face in faces[:4]] + ["usemtl black"]
-    path.write_text("\n".join(lines + ["f " + " ".join(str(i + 1) for i in face) for face in faces[4:]]) + "\n")
+    faces = ["f " + " ".join(str(i + 1) for i in face) for face in BOX_FACES]
+    lines = [f"mtllib {path.with_suffix('.mtl').name}", *(f"v {x} {z} {-y}" for x, y, z in BOX)]
+    path.write_text("\n".join([*lines, f"usemtl {paint}", *faces[:4], "usemtl black", *faces[4:]]) + "\n")
 
 
 def write_glb(path, paint="body"):
     """The same box as binary glTF, y up, in one material."""
     points = np.array([(x, z, -y) for x, y, z in BOX], "<f4")
     corners = np.array([(f[0], f[i], f[i + 1]) for f in BOX_FACES for i in (1, 2)], "<u2")
-    content = {"asset": {"version": "2.0"}, "scene": 0, "scenes": [{"nodes": [0]}], "nodes": [{"mesh": 0}], "materials": [{"name": paint}],
-               "meshes": [{"primitives": [{"attributes": {"POSITION": 0}, "indices": 1, "material": 0}]}], "buffers": [{"byteLength": 168}],
-               "bufferViews": [{"buffer": 0, "byteOffset": 0, "byteLength": 96}, {"buffer": 0, "byteOffset": 96, "byteLength": 72}],
-               "accessors": [{"bufferView": 0, "componentType": 5126, "count": 8, "type": "VEC3", "min": points.min(0).tolist(), "max": points.max(0).tolist()},
+    mesh = {"attributes": {"POSITION": 0}, "indices": 1, "material": 0}
+    content = {"asset": {"version": "2.0"}, "scene": 0, "scenes": [{"nodes": [0]}], "nodes": [{"mesh": 0}],
+               "materials": [{"name": paint}], "meshes": [{"primitives": [mesh]}],
+               "buffers": [{"byteLength": 168}],
+               "bufferViews": [{"buffer": 0, "byteOffset": 0, "byteLength": 96},
+                               {"buffer": 0, "byteOffset": 96, "byteLength": 72}],
+               "accessors": [{"bufferView": 0, "componentType": 5126, "count": 8, "type": "VEC3",
+                              "min": points.min(0).tolist(), "max": points.max(0).tolist()},
                              {"bufferView": 1, "componentType": 5123, "count": 36, "type": "SCALAR"}]}
     text = json.dumps(content).encode()
     text += b" " * (-len(text) % 4)
     binary = points.tobytes() + corners.tobytes()
-    path.write_bytes(struct.pack("<4sII", b"glTF", 2, 28 + len(text) + len(binary)) + struct.pack("<I4s", len(text), b"JSON") + text
-                     + struct.pack("<I4s", len(binary), b"BIN\0") + binary)
+    chunks = struct.pack("<I4s", len(text), b"JSON") + text
+    chunks += struct.pack("<I4s", len(binary), b"BIN\0") + binary
+    path.write_bytes(struct.pack("<4sII", b"glTF", 2, 12 + len(chunks)) + chunks)
 
 
 @blender
-def test_a_users_cars(run_script, tmp_path):
-    cars = tmp_path / "cars"
+def test_a_users_cars(render, tmp_path):
+    cars, folder = tmp_path / "cars", tmp_path / "set"
     cars.mkdir()
     write_obj(cars / "first.obj")
     write_glb(cars / "second.glb")
-    given = write_json(tmp_path / "p.json", {name: value for name, value in FIXED.items() if name != "model"} | {"rotation_z": 0})
-    done = run_script("render_cars.py", "--out", tmp_path / "set", "--frames", "0:8", "--masks", "--cars", cars, "--properties", given, *TINY)
+    fixed = {name: value for name, value in FIXED.items() if name != "model"}
+    given = write_json(tmp_path / "p.json", fixed | {"rotation_z": 0})
+    done = render(folder, "--frames", "0:8", "--masks", "--cars", cars, "--properties", given, *TINY)
     assert done.returncode == 0, done.stderr
-    assert "first.obj: 6 faces; recoloured: CarPaint; left: black" in done.stderr and "second.glb: 12 faces; recoloured: body; left: nothing" in done.stderr
-    rows = read_props(tmp_path / "set")
-    assert {row["model"] for row in rows} == {"first", "second"}
-    masks = [picture(tmp_path / "set", i, "masks", "png") > 0 for i in range(8)]
+    assert "first.obj: 6 faces; recoloured: CarPaint; left: black" in done.stderr
+    assert "second.glb: 12 faces; recoloured: body; left: nothing" in done.stderr
+    assert {row["model"] for row in read_props(folder)} == {"first", "second"}
+    masks = [picture(folder, i, "masks", "png") > 0 for i in range(8)]
     # a box 6 long and 2 wide becomes 4.5 long, 1.5 wide, 0.75 high, and shows its long side at rotation 0
     wide, high = np.ptp(np.nonzero(masks[0])[1]), np.ptp(np.nonzero(masks[0])[0])
     assert 45 < wide < 62 and high < wide / 3 and all((mask == masks[0]).mean() > 0.98 for mask in masks)
-    red = picture(tmp_path / "set", 0)[masks[0]].mean(0)
+    red = picture(folder, 0)[masks[0]].mean(0)
     assert red[0] > 1.5 * red[1]
-    assert sorted(json.loads((tmp_path / "set/render.json").read_text())["meshes"]) == ["first", "second"]
+    assert sorted(json.loads((folder / "render.json").read_text())["meshes"]) == ["first", "second"]
 
 
 @blender
-@pytest.mark.parametrize("make, words", [
-    (lambda folder: (folder / "bad.glb").write_bytes(b"not a mesh"), ["bad.glb"]),
-    (lambda folder: (folder / "bad.blend").write_bytes(b"not a mesh"), ["bad.blend"]),
-    (lambda folder: (folder / "empty.obj").write_text("v 0 0 0\n"), ["empty.obj", "no faces"]),
-    (lambda folder: write_obj(folder / "grey.obj", paint="grey"), ["grey.obj", "grey, black", "--paint-material"])])
-def test_bad_meshes(run_script, tmp_path, make, words):
+@pytest.mark.parametrize("name, content, words", [
+    ("bad.glb", "not a mesh", []), ("bad.blend", "not a mesh", []), ("empty.obj", "v 0 0 0\n", ["no faces"]),
+    ("grey.obj", None, ["grey, black", "--paint-material"])])
+def test_bad_meshes(render, tmp_path, name, content, words):
     (tmp_path / "cars").mkdir()
-    make(tmp_path / "cars")
-    failed(run_script("render_cars.py", "--out", tmp_path / "set", "--frames", "0:2", "--cars", tmp_path / "cars", *TINY), *words)
+    if content:
+        (tmp_path / "cars" / name).write_text(content)
+    else:
+        write_obj(tmp_path / "cars" / name, paint="grey")
+    failed(render(tmp_path / "set", "--frames", "0:2", "--cars", tmp_path / "cars", *TINY), name, *words)
     assert not (tmp_path / "set").exists()
 
 
 @blender
-def test_a_device_that_is_not_there(run_script, tmp_path):
-    done = run_script("render_cars.py", "--out", tmp_path / "set", "--frames", "0:1", "--device", "metal", *TINY)
-    if sys.platform == "darwin":
-        pytest.skip("Metal may be here")
-    failed(done, "--device metal", "cpu")
+@pytest.mark.skipif(sys.platform == "darwin", reason="Metal may be here")
+def test_a_device_that_is_not_there(render, tmp_path):
+    failed(render(tmp_path / "set", "--frames", "0:1", "--device", "metal", *TINY), "--device metal", "cpu")
     assert not (tmp_path / "set").exists()
