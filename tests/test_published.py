@@ -131,7 +131,7 @@ def test_a_published_data_set_from_its_archives_to_the_page(home, run_script, da
         return done.stdout
 
     chosen = ["--dataset", dataset, "--data-root", home / "data", "--models", home / "models"]
-    maps = ["--samples", 2, "--limit", 6, "--map-size", 28, "--out", "results"]
+    maps = ["--samples", 2, "--limit", 6, "--map-size", 28, "--shared-noise", "--out", "results"]
     run("saliency.py", *chosen, *maps, "--ceiling")
     run("embed.py", *chosen, "--out", "results")
     embeddings = sorted(results.glob("*/fold*/emb.npy"))
