@@ -179,6 +179,9 @@ def picture_names(about, n, dataset=None):
     if dataset is not None:  # rows: held out when the network was trained
         rows = [row for row in about.get("rows") or [] if row < len(dataset.relative)]
         lists += [dataset.relative, [dataset.relative[row] for row in rows]]
+        if dataset.splits is not None:
+            rows = (dataset.splits == about.get("split")).nonzero()[0]
+            lists.append([dataset.relative[row] for row in rows])
     return files.listed_names(about, n, lists)
 
 

@@ -84,6 +84,7 @@ class Dataset(NamedTuple):
     masks: list | None = None  # of Path or None, n
     notes: list = []  # of str: what a user should know (a size that differs from the published one, …)
     properties: dict | None = None  # of a rendered set: props.csv's columns, lists of n str
+    splits: np.ndarray | None = None  # str (n,): which split a published data set's picture belongs to
 
 
 def listed(name, folder, relative, **more):
@@ -98,7 +99,7 @@ def rows_of(dataset, rows, split):
         return [values[row] for row in rows]
 
     columns = {name: take(getattr(dataset, name))
-               for name in ("paths", "relative", "labels", "super_labels", "masks")}
+               for name in ("paths", "relative", "labels", "super_labels", "masks", "splits")}
     properties = dataset.properties and {name: take(values) for name, values in dataset.properties.items()}
     return dataset._replace(split=split, properties=properties, **columns)
 
@@ -352,6 +353,7 @@ def open_published(name, root, split, check=True):
                                 f"{PUBLISHED[name]['layout']}; from the archives {archives}; see also "
                                 "--data-root")
     dataset, training, source = found
+    dataset = dataset._replace(splits=np.where(training, "train", "test"))
     rows = np.flatnonzero((training == (split == "train")) | (split == "all"))
     dataset = rows_of(dataset, rows, split)
     if check:

@@ -6,8 +6,8 @@
     for row in results.select("nr_precision", fold="mean"):
         print(row.network, row.key, row.value, row.low, row.high, row.mark)
 
-tables.py, figures.py and report.py lay out what stands in Results.rows. Averages are over the seeds of a
-fold, then over folds; correlations are averaged through Fisher's z. The unit of the tests is the loss.
+tables.py, figures.py and report.py lay out Results.rows. Averages are over the seeds of a fold, then over
+folds; correlations are averaged through Fisher's z. The unit of the tests is the loss.
 """
 import math
 from collections import defaultdict, namedtuple
@@ -40,8 +40,7 @@ POOLED = ("correlation", "jsd", "sanity")      # their spread is over pictures
 #     nr_precision, r_precision   key: the property
 #     correlation, jsd, ceiling, corrected, cka, overlap, overlap_chance: of two, `network` and `other`
 #     masks      key: share, area, other, excess, pointing, pointing_other
-#     sanity     key: "25 of 50" layers randomised
-#     pairs      key: one of SCORES
+#     sanity, pairs              key: "25 of 50" layers randomised; one of SCORES
 #     training   key: one of CURVES; part: train, validation or test; epoch: 0, 1, …; of test 0 and "best"
 #     order, same type, same distance: the other tests (level "test")
 # level:
@@ -50,9 +49,9 @@ POOLED = ("correlation", "jsd", "sanity")      # their spread is over pictures
 #                the range over folds, of one fold its interval, of masks the 95 % interval over all pictures.
 #                spread: as read ± over pictures; of "mean" over all folds' pictures (correlation, jsd,
 #                sanity), else the folds' standard deviation; of masks always the standard error
-#     type       mean over a type's networks, `network`: the type; spread: their standard deviation; low,
-#                high: Student's 95 % interval over them. Of pairs: over those of two different networks,
-#                `network` and `other`: the types; spread: a pair's typical ±; low, high: the pairs' range
+#     type       mean over a type's networks (network: the type); spread: their standard deviation; low, high:
+#                Student's 95 % interval over them. Of pairs: over those of two different networks (network,
+#                other: the types); spread: a pair's typical ±; low, high: the pairs' range
 #     distance   the same by the losses' distances
 #     all        the same over all networks with a loss, or over all where none has one
 #     test       ranking against classification losses: rank-biserial correlation, p, p_holm; low: the
@@ -167,13 +166,16 @@ def read_rows(path, script, required):
 
 
 def ends_of(row, networks):
-    """Whose a table's row is: [(network, fold, seed)], of two networks two."""
+    """Whose a table's row is: [(network, fold, seed)], of two networks two. ValueError: it is no fold."""
+    ends = [(row.get("loss") or row.get("model"), row.get("fold", ""))]  # loss: in tables of older versions
     if "model_a" in row:
-        return [(row[f"model_{end}"], *folders.fold_and_seed(row[f"fold_{end}"])) for end in "ab"]
-    name = row.get("loss") or row.get("model")  # loss: in tables of older versions
-    if name:
-        return [(name, *folders.fold_and_seed(row.get("fold", "")))]
-    return [whose(row["embeddings"], networks)]
+        ends = [(row[f"model_{end}"], row[f"fold_{end}"]) for end in "ab"]
+    elif not ends[0][0]:
+        return [whose(row["embeddings"], networks)]
+    for name, fold in ends:
+        if fold and folders.fold_and_seed(fold)[0] is None:
+            raise ValueError(f"a table's row of {name} has the fold {fold!r}; expected 0, or 0.seed2")
+    return [(name, *folders.fold_and_seed(fold)) for name, fold in ends]
 
 
 def whose(path, networks):
@@ -267,7 +269,10 @@ def table_facts(results):
         for line in lines:
             ends = sorted(line["ends"], key=lambda end: (order.index(end[0]), end[1] or 0))
             names, folds, seeds = zip(*ends)
-            facts = {"network": names[0], "fold": joined(folds), "seed": joined(seeds), "n": line.get("n")}
+            folds = dict.fromkeys(fold for fold in folds if fold is not None)  # "0/1" of two folds
+            facts = {"network": names[0], "n": line.get("n"),
+                     "fold": "/".join(map(str, folds)) if len(folds) > 1 else next(iter(folds), None),
+                     "seed": seeds[0] if len({*seeds}) == 1 else "/".join(map(str, seeds))}
             if len(names) == 1:
                 facts["type"] = results.types[names[0]]
             if table == "nrprec":
@@ -277,7 +282,7 @@ def table_facts(results):
                        "p_holm": line.get("p_holm"),
                        **around(line["nr_precision"], line.get("nr_precision_se"))}
             elif table == "masks":
-                known = line["std"] is not None and line["n"] > 1
+                known = line["std"] is not None and (line["n"] or 0) > 1
                 yield {**facts, "measure": "masks", "key": line["measure"], "value": line["mean"],
                        "spread": line["std"] / math.sqrt(line["n"] - 1) if known else None,
                        "low": line["low"], "high": line["high"]}
@@ -303,18 +308,13 @@ def training_facts(results):
                  "fold": network["fold"], "seed": network["seed"],
                  "split": split.get("kind") if isinstance(split, dict) else split}
         lines = read_rows(network["history"], "train.py", ["epoch", "split", *CURVES[3:]])
+        lines = [line for line in lines if line["epoch"] is not None]
         best = max((line["epoch"] for line in lines if line["split"] == "test"), default=0)
         for line, key in product(lines, CURVES):
             part, epoch = line["split"], int(line["epoch"])
             if part != "test" or epoch in (0, best):
                 epoch = "best" if part == "test" and epoch else epoch
                 yield {**facts, "key": key, "part": part, "epoch": epoch, "value": line.get(key)}
-
-
-def joined(numbers):
-    """The fold (or seed) of one network or of two: theirs, of the one that has one, or "0/1"."""
-    known = list(dict.fromkeys(number for number in numbers if number is not None))
-    return "/".join(map(str, known)) if len(known) > 1 else next(iter(known), None)
 
 
 def around(value, error):
@@ -371,16 +371,10 @@ def fold_means(results, rows):
     for folds in groups.values():
         parts = [mean_row(list(seeds.values()), "folds") for seeds in folds.values()]
         mean = mean_row(parts, "folds", fold="mean", seed=None)
-        if mean.measure == "nr_precision":
-            above = above_chance(mean, tested)
+        if mean.measure == "nr_precision":  # above chance in every fold; p_holm is two-sided
+            above = mean.p_holm < SIGNIFICANCE and mean.value > 0 if tested else mean.value > MARK
             mean = mean._replace(mark="*" if above else "", note="tested" if tested else "published mark")
         yield mean
-
-
-def above_chance(mean, tested):
-    """Is a network's mean NR-Prec above chance? tested: every NR-Prec has a p_holm, which counts in every
-    fold (two-sided, it may also tell of fewer neighbours than by chance); else the published mark counts."""
-    return mean.p_holm < SIGNIFICANCE and mean.value > 0 if tested else mean.value > MARK
 
 
 def group_means(results, means):
@@ -442,33 +436,29 @@ def type_tests(rows, means, measure, keys=None):
 
     The unit is the loss, its mean over folds; the released way takes all folds for independent.
     """
-    def sides(rows, key):
-        return [[row.value for row in rows if (row.measure, row.key, row.type) == (measure, key, kind)]
-                for kind in TYPES[:2]]
-
+    values = defaultdict(list)
+    for row in rows + means:
+        if row.measure == measure:
+            values[row.key, row.type, row.fold == "mean"].append(row.value)
     tests, released = [], []
-    for key in keys or dict.fromkeys(row.key for row in means if row.measure == measure):
-        (x, y), pooled = sides(means, key), sides(rows, key)
+    for key in keys or dict.fromkeys(key for key, _, _ in values):
+        x, y = values[key, "ranking", True], values[key, "classification", True]
         if min(len(x), len(y)) > 1:
+            pooled = values[key, "ranking", False], values[key, "classification", False]
             facts = {"measure": measure, "key": key, "network": "ranking", "other": "classification"}
             (u, p), ways = mann_whitney(x, y), math.comb(len(x + y), len(x))
+            note = "exact" if ways <= MOST else f"{MOST:,} random ways"
             tests.append({**facts, "level": "test", "value": 2 * u / (len(x) * len(y)) - 1, "p": p,
-                          "n": len(x + y), "low": 2 / ways,
-                          "note": "exact" if ways <= MOST else f"{MOST:,} random ways"})
-            difference, p = float(np.mean(x) - np.mean(y)), released_p(*pooled)
-            released.append({**facts, "level": "released", "value": difference, "p": p,
-                             "mark": larger(difference, p < SIGNIFICANCE),
-                             "note": f"{len(pooled[0])} against {len(pooled[1])} fold values"})
+                          "n": len(x + y), "low": 2 / ways, "note": note})
+            note = f"{len(pooled[0])} against {len(pooled[1])} fold values"
+            released.append({**facts, "level": "released", "value": float(np.mean(x) - np.mean(y)),
+                             "p": released_p(*pooled), "note": note})
     for test, p in zip(tests, holm([test["p"] for test in tests])):
-        test |= {"p_holm": float(p), "mark": larger(test["value"], p < LEVEL)}
+        test["p_holm"] = float(p)
+    for test in tests + released:
+        shown = test["p_holm"] < LEVEL if test["level"] == "test" else test["p"] < SIGNIFICANCE
+        test["mark"] = ("ranking" if test["value"] > 0 else "classification") if shown else ""
     return tests + released
-
-
-def larger(difference, shown):
-    """The type that a test has shown to be larger, or ""."""
-    if not shown:
-        return ""
-    return "ranking" if difference > 0 else "classification"
 
 
 def other_tests(results, means, groups):
