@@ -9,7 +9,11 @@ For each query the kernel
 3. counts ``key > threshold and label == value`` in straight loops that vectorise, or walks the members of
    the query's class where that is shorter;
 4. resolves what lies near the threshold exactly: by the float32 values as far as their error bound allows,
-   then by float64 distances, then by index. No row is sorted, no list of R neighbours is kept.
+   then by float64 distances. No row is sorted, no list of R neighbours is kept.
+
+Candidates at the same distance from the query are tied. Where the cut at R goes through a tied group, each of
+it is retrieved with the probability (places left) / (number tied): the mean over all orders of the rows. Or,
+as released, the smaller index goes first.
 
 Float64 distances are NumPy's to the last bit (its pairwise summation is repeated here), so that the counts
 equal this brute force, for every input:
@@ -17,6 +21,8 @@ equal this brute force, for every input:
     d = np.sqrt(((x[q] - x) ** 2).sum(1))       # x float64; the other distances are in distance64()
     d[q] = np.inf                               # the query is left out by its index
     nearest = np.argsort(d, kind="stable")[:R]  # smaller distance first, equal ones by smaller index
+    cut = d[nearest[-1]]
+    hits = (d < cut) @ same + (d == cut) @ same * (R - (d < cut).sum()) / (d == cut).sum()
 
 Python validates and allocates (nrprec.py); everything here trusts its arguments.
 """
@@ -34,7 +40,7 @@ cdef extern from *:
     #include <stddef.h>
     #include <string.h>
 
-    /* Plain loops, compiled for several x86-64 levels and chosen at load time where the compiler can do it. */
+    /* Plain loops, compiled for several x86-64 levels, chosen at load time where the compiler can do it. */
     #ifdef KNN_CLONES
     #define CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
     #else
@@ -46,7 +52,7 @@ cdef extern from *:
     #define PREFETCH(address) ((void)(address))
     #endif
 
-    #define BINS 16384         /* of the histogram: 64 KiB of counts, of which a row's bulk touches about half */
+    #define BINS 16384         /* of the histogram: 64 KiB of counts; a row's bulk touches about half */
     #define BIN_SHIFT 2        /* 65,536 keys / BINS = 4 keys a bin */
 
     /* similarity = product + offset -> key in -32767 .. 32766; monotone, as every rounded step is.
@@ -78,7 +84,8 @@ cdef extern from *:
             histogram[(uint16_t)(key[i] ^ (int16_t)0x8000) >> BIN_SHIFT]++;
     }
 
-    /* The same for keys >= least alone, which AVX-512's compression puts side by side first; chunks of up to CHUNK. */
+    /* The same for keys >= least alone, which AVX-512's compression puts side by side first; chunks of up to
+       CHUNK. */
     #define CHUNK 4096
     #ifdef KNN_AVX512
     #include <immintrin.h>
@@ -96,7 +103,10 @@ cdef extern from *:
         }
         add_histogram(kept, count, histogram);
     }
-    static int has_vbmi2(void) { return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi2"); }
+    static int has_vbmi2(void)
+    {
+        return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi2");
+    }
     #else
     #define add_histogram_above(key, n, least, histogram) add_histogram(key, n, histogram)
     static int has_vbmi2(void) { return 0; }
@@ -118,7 +128,8 @@ cdef extern from *:
     }
 
     /* Indices of low <= key <= high, in ascending order. Few items are: whole blocks are tested first. */
-    CLONES static ptrdiff_t collect(const int16_t *key, ptrdiff_t n, int16_t low, int16_t high, int32_t *index)
+    CLONES static ptrdiff_t collect(const int16_t *key, ptrdiff_t n, int16_t low, int16_t high,
+                                    int32_t *index)
     {
         const uint16_t width = (uint16_t)(high - low);
         ptrdiff_t found = 0, i = 0;
@@ -143,7 +154,7 @@ cdef extern from *:
         return found;
     }
 
-    /* Both in one pass, by AVX-512 masks: a third of the time of the two loops above, which stay as its plain twin.
+    /* Both in one pass, by AVX-512 masks: a third of the time of the two loops above, its plain twin.
        A frequent value also has its pictures as a bit plane, an eighth of the bytes of the codes. */
     #ifdef KNN_AVX512
     __attribute__((target("avx512bw,avx512vl,popcnt,bmi")))
@@ -166,7 +177,8 @@ cdef extern from *:
                 hits += __builtin_popcountll(above & plane[i / 64]);
             else if (code)
                 hits += __builtin_popcountll(
-                    above & _mm512_mask_cmpeq_epi8_mask(valid, _mm512_maskz_loadu_epi8(valid, code + i), values));
+                    above & _mm512_mask_cmpeq_epi8_mask(
+                        valid, _mm512_maskz_loadu_epi8(valid, code + i), values));
             for (near &= valid; near; near &= near - 1)
                 index[kept++] = (int32_t)(i + __builtin_ctzll(near));
         }
@@ -181,14 +193,18 @@ cdef extern from *:
         ptrdiff_t i = 0;
         for (; i + 64 <= n; i += 64) {
             const uint64_t above = _mm512_cmpgt_epi16_mask(_mm512_loadu_si512(key + i), thresholds)
-                                 | (uint64_t)_mm512_cmpgt_epi16_mask(_mm512_loadu_si512(key + i + 32), thresholds) << 32;
+                                 | (uint64_t)_mm512_cmpgt_epi16_mask(
+                                       _mm512_loadu_si512(key + i + 32), thresholds) << 32;
             hits += __builtin_popcountll(above & plane[i / 64]);
         }
         for (; i < n; i++)
             hits += (key[i] > threshold) & (plane[i / 64] >> (i % 64) & 1);
         return hits;
     }
-    static int has_avx512(void) { return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"); }
+    static int has_avx512(void)
+    {
+        return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    }
     #else
     #define scan_avx512(key, code, plane, n, low, high, value, index, found) 0
     #define count_avx512(key, plane, n, threshold) 0
@@ -205,8 +221,9 @@ cdef extern from *:
 
     /* Number of items with key > high and the given code (none counted without codes), and the indices of
        low <= key <= high in ascending order. */
-    static int64_t scan(const int16_t *key, const uint8_t *code, const uint64_t *plane, ptrdiff_t n, int16_t low,
-                        int16_t high, uint8_t value, int32_t *index, ptrdiff_t *found, int avx512)
+    static int64_t scan(const int16_t *key, const uint8_t *code, const uint64_t *plane, ptrdiff_t n,
+                        int16_t low, int16_t high, uint8_t value, int32_t *index, ptrdiff_t *found,
+                        int avx512)
     {
         if (avx512) return scan_avx512(key, code, plane, n, low, high, value, index, found);
         *found = collect(key, n, low, high, index);
@@ -247,8 +264,9 @@ cdef extern from *:
         }
     }
 
-    /* Inner products in -1 .. 1 -> bins 0 .. bins - 1 of equal width, 1 in the last; `bins` itself where the rounding
-       error (margin, in bins) leaves two of them open. half = bins / 2; beyond the outermost edges nothing is open. */
+    /* Inner products in -1 .. 1 -> bins 0 .. bins - 1 of equal width, 1 in the last; `bins` itself where the
+       rounding error (margin, in bins) leaves two of them open. half = bins / 2; beyond the outermost edges
+       nothing is open. */
     CLONES static void to_bins(const float *product, ptrdiff_t n, float half, float margin, int16_t *key)
     {
         const float top = 2.0f * half - 0.5f, other = 1.0f - margin;
@@ -263,7 +281,7 @@ cdef extern from *:
         }
     }
 
-    /* Few bins are hit again and again: eight histograms side by side, so that no store waits for the one before. */
+    /* Few bins are hit again and again: eight histograms side by side, so that no store waits for another. */
     #define COPIES 8
     static void add_bins(const int16_t *key, ptrdiff_t n, uint32_t *histogram, ptrdiff_t stride)
     {
@@ -287,7 +305,8 @@ cdef extern from *:
     }
 
     /* The summands of an inner product of normalised rows; unit is the first row, normalised already. */
-    CLONES static void unit_products(const double *unit, const float *b, double norm, ptrdiff_t m, double *term)
+    CLONES static void unit_products(const double *unit, const float *b, double norm, ptrdiff_t m,
+                                     double *term)
     {
         for (ptrdiff_t j = 0; j < m; j++) term[j] = unit[j] * ((double)b[j] / norm);
     }
@@ -314,7 +333,8 @@ cdef extern from *:
     void to_keys(const float *product, const float *offset, ptrdiff_t n, float low, float scale,
                  int16_t *key) noexcept nogil
     void add_histogram(const int16_t *key, ptrdiff_t n, uint32_t *histogram) noexcept nogil
-    void add_histogram_above(const int16_t *key, ptrdiff_t n, int16_t least, uint32_t *histogram) noexcept nogil
+    void add_histogram_above(const int16_t *key, ptrdiff_t n, int16_t least,
+                             uint32_t *histogram) noexcept nogil
     bint has_vbmi2() noexcept nogil
     const int CHUNK
     int64_t count_codes(const int16_t *key, const uint8_t *code, const uint64_t *plane, ptrdiff_t n,
@@ -327,7 +347,8 @@ cdef extern from *:
     const int COPIES
     void to_bins(const float *product, ptrdiff_t n, float half, float margin, int16_t *key) noexcept nogil
     void add_bins(const int16_t *key, ptrdiff_t n, uint32_t *histogram, ptrdiff_t stride) noexcept nogil
-    void unit_products(const double *unit, const float *b, double norm, ptrdiff_t m, double *term) noexcept nogil
+    void unit_products(const double *unit, const float *b, double norm, ptrdiff_t m,
+                       double *term) noexcept nogil
     bint item_less(item_t a, item_t b) noexcept nogil
     int compare_items(const void *a, const void *b) noexcept nogil
 
@@ -354,13 +375,16 @@ cdef struct Row:                # one query at work: its thread's scratch and wh
     int16_t *key                # (n,)
     uint32_t *above             # (BINS,) histogram, then the number of items in higher bins
     ptrdiff_t lowest            # bin from which on `above` is known
-    int32_t *index              # (n,) items near a threshold; after resolve() the chosen ones
+    int32_t *index              # (n,) items near a threshold; after resolve() the chosen ones, then the tied
     item_t *item                # (n,)
     double *term                # (m,)
+    bint by_index               # ties go to the smaller index
+    ptrdiff_t tied              # candidates tied at the threshold, 0 where it goes through no group
+    ptrdiff_t places            # how many of them are retrieved
 
 
 cdef double distance64(const Space *space, ptrdiff_t q, ptrdiff_t i, double *term) noexcept nogil:
-    """The float64 distance of candidate i from query q, as the NumPy expressions in nrprec.distances64() give it."""
+    """The float64 distance of candidate i from query q, as nrprec.distances64()'s NumPy gives it."""
     cdef const float *a = space.x + q * space.m
     cdef const float *b = space.x + i * space.m
     cdef ptrdiff_t j, m = space.m
@@ -449,7 +473,8 @@ cdef int16_t choose_keys(const Space *space, Row *row, uint32_t deepest) noexcep
     i = 0
     while i < n:
         if i % step < 16 and i != row.query:
-            coarse[<ptrdiff_t>min((row.product[i] + space.offset[i] - row.low) * row.scale, <float>65534.0) >> 8] += 1
+            coarse[<ptrdiff_t>min((row.product[i] + space.offset[i] - row.low) * row.scale,
+                                  <float>65534.0) >> 8] += 1
         i += 1 if i % step < 15 else step - 15
     i = 256
     while i > 0 and needed > 0:
@@ -459,13 +484,14 @@ cdef int16_t choose_keys(const Space *space, Row *row, uint32_t deepest) noexcep
 
 
 cdef void start(const Space *space, Row *row, uint32_t deepest) noexcept nogil:
-    """Keys and, down to the rank `deepest`, the number of items above each bin; the query itself is left out."""
+    """Keys and, down to the rank `deepest`, the number of items above each bin; the query itself is left out.
+    """
     cdef ptrdiff_t n = space.n, i, part
     cdef int16_t least = choose_keys(space, row, deepest)
     cdef uint32_t total, here
     memset(row.above, 0, BINS * sizeof(uint32_t))
     i = 0
-    while i < n:                              # keys of a chunk are still in the first-level cache when counted
+    while i < n:                              # a chunk's keys are still in the first-level cache when counted
         part = min(CHUNK, n - i)
         to_keys(row.product + i, space.offset + i, part, row.low, row.scale, row.key + i)
         if least > -32768:
@@ -486,21 +512,23 @@ cdef void start(const Space *space, Row *row, uint32_t deepest) noexcept nogil:
         row.lowest = i + 1
         if total >= deepest:
             return
-        memset(row.above, 0, BINS * sizeof(uint32_t))             # an unlucky sample: once more, with every key
+        memset(row.above, 0, BINS * sizeof(uint32_t))             # an unlucky sample: again, with every key
         add_histogram(row.key, n, row.above)
         row.above[0] -= 1                                         # the query
 
 
 cdef ptrdiff_t resolve(const Space *space, Row *row, int64_t rank, const uint8_t *code,
-                       const uint64_t *plane, uint8_t value, int16_t *threshold, int64_t *hits) noexcept nogil:
-    """The `rank` nearest candidates, ties by index, are those with key > threshold and row.index[:returned].
+                       const uint64_t *plane, uint8_t value, int16_t *threshold,
+                       int64_t *hits) noexcept nogil:
+    """The `rank` nearest candidates: those with key > threshold, row.index[:returned] and row.places of the
+    row.tied ones that follow there, which by index are among those returned.
 
-    In the same pass, `hits` becomes the number of the former that have the code (where codes are given).
+    In the same pass, `hits` becomes the number of the first that have the code (where codes are given).
     """
-    cdef ptrdiff_t low = row.lowest, high = BINS - 1, middle, near, i, j, certain, unsure, need
+    cdef ptrdiff_t low = row.lowest, high = BINS - 1, middle, near, i, j, certain, unsure, need, nearer = 0
     cdef int32_t margin, key_low, key_high, top
     cdef double cut
-    while low < high:                         # the bin of the rank-th: the lowest bin with fewer than `rank` above it
+    while low < high:                         # the rank-th's bin: the lowest with fewer than `rank` above it
         middle = (low + high) // 2
         if <int64_t>row.above[middle] < rank:
             high = middle
@@ -512,8 +540,8 @@ cdef ptrdiff_t resolve(const Space *space, Row *row, int64_t rank, const uint8_t
     key_low = max((<int32_t>low << BIN_SHIFT) - margin - 32768, -32767)
     key_high = min(top + margin, 32766)
     near = 0
-    hits[0] = scan(row.key, code, plane, space.n, <int16_t>key_low, <int16_t>key_high, value, row.index, &near,
-                   space.avx512)
+    hits[0] = scan(row.key, code, plane, space.n, <int16_t>key_low, <int16_t>key_high, value, row.index,
+                   &near, space.avx512)
     need = rank - row.above[low]
     for i in range(near):
         j = row.index[i]
@@ -521,6 +549,7 @@ cdef ptrdiff_t resolve(const Space *space, Row *row, int64_t rank, const uint8_t
         row.item[i].distance = -<double>(row.product[j] + space.offset[j])
         need += row.key[j] > top
     threshold[0] = <int16_t>key_high
+    row.tied = row.places = 0
     if need < near:
         select(row.item, near, need)
         cut = row.item[need - 1].distance
@@ -540,16 +569,35 @@ cdef ptrdiff_t resolve(const Space *space, Row *row, int64_t rank, const uint8_t
             for i in range(unsure):
                 row.item[i].distance = distance64(space, row.query, row.item[i].index, row.term)
             select(row.item, unsure, need)
+            cut = row.item[need - 1].distance
+            for i in range(unsure):
+                nearer += row.item[i].distance < cut
+                row.tied += row.item[i].distance == cut
+            row.places = need - nearer
+            if row.tied == row.places:
+                row.tied = row.places = 0
+            elif not row.by_index:
+                j = certain
+                for i in range(unsure):
+                    if row.item[i].distance < cut:
+                        row.index[j] = <int32_t>row.item[i].index
+                        j += 1
+                for i in range(unsure):
+                    if row.item[i].distance == cut:
+                        row.index[j] = <int32_t>row.item[i].index
+                        j += 1
+                return certain + nearer
         for i in range(need):
             row.index[certain + i] = <int32_t>row.item[i].index
         return certain + need
     return need
 
 
-cdef int64_t hits_chosen(const Row *row, const uint8_t *code, uint8_t value, ptrdiff_t chosen) noexcept nogil:
+cdef int64_t hits_chosen(const Row *row, const uint8_t *code, uint8_t value, ptrdiff_t first,
+                         ptrdiff_t last) noexcept nogil:
     cdef int64_t hits = 0
     cdef ptrdiff_t i
-    for i in range(chosen):
+    for i in range(first, last):
         hits += code[row.index[i]] == value
     return hits
 
@@ -580,23 +628,26 @@ cdef Space make_space(const float[:, ::1] x, const double[::1] aux, const float[
 
 def count_hits(const float[:, ::1] products, const int64_t[::1] queries, const double[::1] bounds,
                const float[:, ::1] x, const double[::1] aux, const float[::1] offset, int distance,
-               const uint8_t[:, ::1] codes, const uint64_t[:, :, ::1] planes, const int32_t[:, ::1] members, const int32_t[::1] member_row,
+               const uint8_t[:, ::1] codes, const uint64_t[:, :, ::1] planes,
+               const int32_t[:, ::1] members, const int32_t[::1] member_row,
                const int32_t[:, ::1] entry, const uint8_t[::1] entry_code, const int32_t[::1] entry_rank,
                const int32_t[::1] entry_start, const int32_t[::1] entry_count, const int64_t[::1] ranks,
-               int32_t[:, ::1] hits, int threads=1):
+               int32_t[:, :, ::1] hits, bint by_index=False, int threads=1):
     """Among each query's R nearest candidates, how many carry its label: for every label column at once.
 
     products   (B, n) float32   working rows · working rows of the queries, any BLAS
     queries    (B,)   int64     the queries' own indices
     bounds     (B,)   float64   bound of |products + offset − true similarity|
-    x          (n, m) float32   the embeddings; aux (n,) float64, offset (n,) float32, distance as nrprec.prepare()
+    x          (n, m) float32   embeddings; aux (n,) float64, offset (n,) float32, distance: nrprec.prepare()
     codes      (k, n) uint8     labels of the columns' frequent values (1 … 255; 0: any other value)
     planes     (p, k, ⌈n/64⌉) uint64  bit i of planes[c − 1, k]: codes[k, i] == c, for c <= p; p may be 0
     members    (w, n) int32     indices sorted by value; member_row (k,) int32 gives a column's row (−1: none)
     entry      (k, B) int32     the queries' values as rows of the table entry_*:
       entry_code  its code, 0: walk the members · entry_start, entry_count: where they stand
       entry_rank  which of `ranks` (int64, 1 … n − 1) is its R, −1: R = 0, no hits
-    hits       (k, B) int32     the result
+    hits       (4, k, B) int32  the result, zeros before: hits retrieved for sure · tied at the cut ·
+                                hits among these · how many of these are retrieved
+    by_index                    the smaller indices of these: all hits are sure; ties are told all the same
     """
     cdef Space space = make_space(x, aux, offset, distance)
     cdef ptrdiff_t n = space.n, block = products.shape[0], columns = entry.shape[0], slots = ranks.shape[0]
@@ -605,36 +656,38 @@ def count_hits(const float[:, ::1] products, const int64_t[::1] queries, const d
     cdef int16_t[:, ::1] key = np.empty((threads, n), np.int16)
     cdef uint32_t[:, ::1] above = np.empty((threads, BINS), np.uint32)
     cdef int32_t[:, ::1] index = np.empty((threads, n + 64), np.int32)
-    cdef double[:, ::1] item = np.empty((threads, 2 * n), np.float64)        # item_t is two words of eight bytes
+    cdef double[:, ::1] item = np.empty((threads, 2 * n), np.float64)     # item_t is two words of eight bytes
     cdef double[:, ::1] term = np.empty((threads, space.m), np.float64)
     cdef int32_t[:, ::1] first = np.empty((threads, slots + 1), np.int32)
     cdef int32_t[:, ::1] order = np.empty((threads, columns), np.int32)
     for b in prange(block, nogil=True, num_threads=threads, schedule="dynamic"):
         t = threadid()
         count_row(&space, &products[b, 0], queries[b], bounds[b], &key[t, 0], &above[t, 0], &index[t, 0],
-                  <item_t *>&item[t, 0], &term[t, 0], &first[t, 0], &order[t, 0], codes, planes, members, member_row,
-                  entry, entry_code, entry_rank, entry_start, entry_count, ranks, hits, b)
+                  <item_t *>&item[t, 0], &term[t, 0], &first[t, 0], &order[t, 0], codes, planes, members,
+                  member_row, entry, entry_code, entry_rank, entry_start, entry_count, ranks, hits, by_index,
+                  b)
 
 
 cdef void count_row(const Space *space, const float *product, ptrdiff_t query, double bound, int16_t *key,
-                    uint32_t *above, int32_t *index, item_t *item, double *term, int32_t *first, int32_t *order,
-                    const uint8_t[:, ::1] codes, const uint64_t[:, :, ::1] planes, const int32_t[:, ::1] members, const int32_t[::1] member_row,
+                    uint32_t *above, int32_t *index, item_t *item, double *term, int32_t *first,
+                    int32_t *order, const uint8_t[:, ::1] codes, const uint64_t[:, :, ::1] planes,
+                    const int32_t[:, ::1] members, const int32_t[::1] member_row,
                     const int32_t[:, ::1] entry, const uint8_t[::1] entry_code, const int32_t[::1] entry_rank,
                     const int32_t[::1] entry_start, const int32_t[::1] entry_count, const int64_t[::1] ranks,
-                    int32_t[:, ::1] hits, ptrdiff_t b) noexcept nogil:
+                    int32_t[:, :, ::1] hits, bint by_index, ptrdiff_t b) noexcept nogil:
     cdef Row row
-    cdef ptrdiff_t columns = entry.shape[0], slots = ranks.shape[0], k, i, slot, chosen
-    cdef int64_t found = 0
+    cdef ptrdiff_t columns = entry.shape[0], slots = ranks.shape[0], k, i, slot, chosen, last
+    cdef int64_t found = 0, tied
     cdef int32_t e
     cdef uint8_t value
     cdef int16_t threshold = 0
     row.product, row.query, row.bound = product, query, bound
     row.key, row.above, row.index, row.item, row.term = key, above, index, item, term
+    row.by_index = by_index
     # Columns in the order of their rank, so that each threshold is resolved once (counting sort).
     for slot in range(slots + 1):
         first[slot] = 0
     for k in range(columns):
-        hits[k, b] = 0
         slot = entry_rank[entry[k, b]]
         if slot >= 0:
             first[slot + 1] += 1
@@ -656,14 +709,25 @@ cdef void count_row(const Space *space, const float *product, ptrdiff_t query, d
         k = order[i]
         value = entry_code[entry[k, b]]
         chosen = resolve(space, &row, ranks[slot], &codes[k, 0] if value else NULL,
-                         &planes[value - 1, k, 0] if 0 < value <= planes.shape[0] else NULL, value, &threshold, &found)
+                         &planes[value - 1, k, 0] if 0 < value <= planes.shape[0] else NULL, value,
+                         &threshold, &found)
+        last = chosen if by_index else chosen + row.tied
         while True:
             if value:
-                found += hits_chosen(&row, &codes[k, 0], value, chosen)
+                found += hits_chosen(&row, &codes[k, 0], value, 0, chosen)
+                tied = hits_chosen(&row, &codes[k, 0], value, chosen, last)
             else:
                 e = entry[k, b]
-                found = hits_walked(&row, &members[member_row[k], entry_start[e]], entry_count[e], threshold, chosen)
-            hits[k, b] = <int32_t>found
+                found = hits_walked(&row, &members[member_row[k], entry_start[e]], entry_count[e], threshold,
+                                    chosen)
+                tied = 0
+                if last > chosen:
+                    tied = hits_walked(&row, &members[member_row[k], entry_start[e]], entry_count[e],
+                                       threshold, last) - found
+            hits[0, k, b] = <int32_t>found
+            if row.tied:
+                hits[1, k, b], hits[2, k, b] = <int32_t>row.tied, <int32_t>tied
+                hits[3, k, b] = <int32_t>row.places
             i += 1
             if i == first[slot]:
                 break
@@ -671,14 +735,14 @@ cdef void count_row(const Space *space, const float *product, ptrdiff_t query, d
             value = entry_code[entry[k, b]]
             if value:
                 found = count_codes(row.key, &codes[k, 0],
-                                    &planes[value - 1, k, 0] if value <= planes.shape[0] else NULL, space.n, threshold,
-                                    value, space.avx512)
+                                    &planes[value - 1, k, 0] if value <= planes.shape[0] else NULL, space.n,
+                                    threshold, value, space.avx512)
 
 
 def nearest(const float[:, ::1] products, const int64_t[::1] queries, const double[::1] bounds,
             const float[:, ::1] x, const double[::1] aux, const float[::1] offset, int distance,
             int64_t[:, ::1] indices, double[:, ::1] distances, int threads=1):
-    """The R nearest candidates of each query in order, R = indices.shape[1] <= n − 1, and their float64 distances.
+    """Each query's R nearest candidates in order, R = indices.shape[1] <= n − 1, and their float64 distances.
 
     Arguments as count_hits(); indices (B, R) int64 and distances (B, R) float64 are the result.
     """
@@ -705,6 +769,7 @@ cdef void nearest_row(const Space *space, const float *product, ptrdiff_t query,
     cdef int16_t threshold = 0
     row.product, row.query, row.bound = product, query, bound
     row.key, row.above, row.index, row.item, row.term = key, above, index, item, term
+    row.by_index = True
     start(space, &row, <uint32_t>rank)
     chosen = resolve(space, &row, rank, NULL, NULL, 0, &threshold, &unused)
     for i in range(chosen):
@@ -730,19 +795,21 @@ def pair_histogram(const float[:, ::1] products, ptrdiff_t first_row, ptrdiff_t 
     """Add one tile of pairs to histograms of their inner products, exactly.
 
     The bin of rows a and b is min(floor((s + 1) · (bins / 2)), bins − 1), at least 0, with s NumPy's float64
-    ((a / ‖a‖) * (b / ‖b‖)).sum(): what the float32 product leaves open within its error bound is evaluated so.
+    ((a / ‖a‖) * (b / ‖b‖)).sum(): what float32 products leave open within their error bound is evaluated so.
 
     products   (B, T) float32   normalised rows at positions first_row … · those at first_column …
-    ranges     (3, n) int64     of a position p: begin, split, end; columns begin <= q < split go to counts[:, 0],
-                                split <= q < end to counts[:, 1]
+    ranges     (3, n) int64     of a position p: begin, split, end; columns begin <= q < split go to
+                                counts[:, 0], split <= q < end to counts[:, 1]
     groups     (n,)   int64     ascending: position p counts in counts[groups[p] − groups[first_row]]
     order      (n,)   int64     position p holds row order[p] of
     x          (n, m) float32   the embeddings as they came; norms (n,) float64
     bound      |float32 product − s| is at most this
     bins       (k,)   int64     1 … 32,000 each; counts (groups of the tile, 2, sum of bins) int64, added to
     """
-    cdef ptrdiff_t rows = products.shape[0], columns = products.shape[1], m = x.shape[1], kinds = bins.shape[0]
-    cdef ptrdiff_t slots = 0, width = 0, r, p, k, i, j, low, high, split, found = 0, group = groups[first_row], at
+    cdef ptrdiff_t rows = products.shape[0], columns = products.shape[1], m = x.shape[1]
+    cdef ptrdiff_t kinds = bins.shape[0]
+    cdef ptrdiff_t slots = 0, width = 0, r, p, k, i, j, low, high, split, found = 0
+    cdef ptrdiff_t group = groups[first_row], at
     cdef bint avx512 = AVX512, ready
     cdef double s
     for k in range(kinds):
@@ -765,10 +832,12 @@ def pair_histogram(const float[:, ::1] products, ptrdiff_t first_row, ptrdiff_t 
                 continue
             ready, at = False, 0
             for k in range(kinds):
-                to_bins(&products[r, low], high - low, <float>(0.5 * bins[k]), margin_of(bound, bins[k]), &key[0])
+                to_bins(&products[r, low], high - low, <float>(0.5 * bins[k]), margin_of(bound, bins[k]),
+                        &key[0])
                 add_bins(&key[0], split - low, &histogram[0, 0, at], slots)
                 add_bins(&key[split - low], high - split, &histogram[1, 0, at], slots)
-                scan(&key[0], NULL, NULL, high - low, <int16_t>bins[k], <int16_t>bins[k], 0, &index[0], &found, avx512)
+                scan(&key[0], NULL, NULL, high - low, <int16_t>bins[k], <int16_t>bins[k], 0, &index[0],
+                     &found, avx512)
                 for i in range(found):
                     for j in range(0, m, 16):
                         PREFETCH(&x[order[first_column + low + index[i]], j])
@@ -780,7 +849,7 @@ def pair_histogram(const float[:, ::1] products, ptrdiff_t first_row, ptrdiff_t 
                     j = order[first_column + low + index[i]]
                     unit_products(&unit[0], &x[j, 0], norms[j], m, &term[0])
                     s = (pairwise_sum(&term[0], m) + 1.0) * (0.5 * bins[k])
-                    j = min(max(<ptrdiff_t>s, 0), bins[k] - 1)            # s > −1: truncation is floor after clipping
+                    j = min(max(<ptrdiff_t>s, 0), bins[k] - 1)    # s > −1: truncation is floor after clipping
                     histogram[0 if index[i] < split - low else 1, 0, at + j] += 1
                 at += bins[k] + 1
         flush(histogram, bins, &counts[group - groups[first_row], 0, 0], width)
@@ -807,16 +876,18 @@ cdef void flush(uint32_t[:, :, ::1] histogram, const int64_t[::1] bins, int64_t 
 
 
 def rank_hits(const float[:, ::1] products, const int64_t[::1] queries, const double[::1] bounds,
-              const float[:, ::1] x, const double[::1] norms, const float[::1] offset, const int32_t[::1] values,
-              const int64_t[::1] relevant, int64_t neighbours,
-              int64_t[::1] first, int64_t[::1] hits, double[::1] precision):
-    """Each query's candidates in order of cosine distance (ties by index): where those of its value stand.
+              const float[:, ::1] x, const double[::1] norms, const float[::1] offset,
+              const int32_t[::1] values, const int64_t[::1] relevant, int64_t neighbours,
+              int64_t[:, ::1] counts, double[::1] precision, bint by_index=False):
+    """Each query's candidates in order of cosine distance: where those of its value stand.
 
+    Candidates at the same distance form a group, or, by index, each a group of its own.
     values     (n,) int32     classes; relevant (B,) int64: R, the other rows of the query's class
     neighbours                look at max(R, neighbours) candidates at least
-    first      (B,) int64     rank of the nearest hit among these, from 1; 0: none
-    hits       (B,) int64     among the R nearest
-    precision  (B,) float64   Σ_{k=1..R} Precision@k · p(k), not yet divided by R
+    counts     (B, 7) int64   of the first group of these with hits: where it begins, candidates, hits (1, 1
+                              where all are hits; 0 without a hit) · hits among the R nearest for sure · of a
+                              group of hits and others that the cut at R divides: candidates, hits, places
+    precision  (B,) float64   Σ_{k=1..R} E[Precision@k · p(k)] over all orders of the groups, not divided by R
     Other arguments as count_hits(). No list is kept: memory does not grow with R.
     """
     cdef Space space = make_space(x, norms, offset, 2)
@@ -826,44 +897,52 @@ def rank_hits(const float[:, ::1] products, const int64_t[::1] queries, const do
     cdef int32_t[::1] index = np.empty(n + 64, np.int32)
     cdef double[::1] item = np.empty(2 * n, np.float64), term = np.empty(m), unit = np.empty(m)
     cdef Row row
-    row.key, row.above, row.index, row.item, row.term = &key[0], &above[0], &index[0], <item_t *>&item[0], &term[0]
+    row.key, row.above, row.index = &key[0], &above[0], &index[0]
+    row.item, row.term = <item_t *>&item[0], &term[0]
+    row.by_index = by_index
+    counts[:, :], precision[:] = 0, 0.0
     with nogil:
         for b in range(products.shape[0]):
-            first[b], hits[b], precision[b] = 0, 0, 0.0
             if relevant[b] == 0:
                 continue
             row.product, row.query, row.bound = &products[b, 0], queries[b], bounds[b]
-            rank_row(&space, &row, min(max(relevant[b], neighbours), n - 1), relevant[b], &values[0], &unit[0],
-                     &first[b], &hits[b], &precision[b])
+            rank_row(&space, &row, min(max(relevant[b], neighbours), n - 1), relevant[b], &values[0],
+                     &unit[0], &counts[b, 0], &precision[b])
 
 
-cdef void rank_row(const Space *space, Row *row, int64_t depth, int64_t relevant, const int32_t *values, double *unit,
-                   int64_t *first, int64_t *hits, double *precision) noexcept nogil:
-    cdef ptrdiff_t certain, found = 0, i, j, begin, m = space.m
-    cdef int64_t unused = 0, right = 0
+cdef void rank_row(const Space *space, Row *row, int64_t depth, int64_t relevant, const int32_t *values,
+                   double *unit, int64_t *counts, double *precision) noexcept nogil:
+    cdef ptrdiff_t certain, near, total, found = 0, i, j, begin, end, m = space.m
+    cdef int64_t unused = 0, right, before = 0
     cdef int16_t threshold = 0
     cdef bint mixed, ready = False
     cdef int32_t value = values[row.query]
     start(space, row, <uint32_t>depth)
-    certain = depth - resolve(space, row, depth, NULL, NULL, 0, &threshold, &unused)
-    for i in range(depth - certain):
+    near = resolve(space, row, depth, NULL, NULL, 0, &threshold, &unused)
+    certain = depth - near
+    if row.tied and not row.by_index:         # the whole group is looked at
+        certain -= row.places
+        near += row.tied
+    total = certain + near
+    for i in range(near):
         j = row.index[i]
         row.item[certain + i].index = j
         row.item[certain + i].distance = -<double>(row.product[j] + space.offset[j])
     if certain:                               # a counting sort: `above` says where a bin's items begin
-        scan(row.key, NULL, NULL, space.n, <int16_t>(threshold + 1), 32766, 0, row.index, &found, space.avx512)
+        scan(row.key, NULL, NULL, space.n, <int16_t>(threshold + 1), 32766, 0, row.index, &found,
+             space.avx512)
         for i in range(found):
             j = row.index[i]
             begin = row.above[(row.key[j] + 32768) >> BIN_SHIFT]
             row.above[(row.key[j] + 32768) >> BIN_SHIFT] += 1
             row.item[begin].index = j
             row.item[begin].distance = -<double>(row.product[j] + space.offset[j])
-    order_items(row.item, depth)
+    order_items(row.item, total)
     begin = 0
-    while begin < depth:                      # runs that float32 can't tell apart; their order matters if they mix
+    while begin < total:                      # runs that float32 can't tell apart: matters where they mix
         i = begin + 1
         mixed = False
-        while i < depth and row.item[i].distance - row.item[i - 1].distance <= 2.0 * row.bound:
+        while i < total and row.item[i].distance - row.item[i - 1].distance <= 2.0 * row.bound:
             mixed |= (values[row.item[i].index] == value) != (values[row.item[begin].index] == value)
             i += 1
         if mixed:
@@ -876,15 +955,39 @@ cdef void rank_row(const Space *space, Row *row, int64_t depth, int64_t relevant
                 unit_products(unit, space.x + found * m, space.aux[found], m, row.term)
                 row.item[j].distance = 1.0 - pairwise_sum(row.term, m)
             order_items(row.item + begin, i - begin)
-        for j in range(begin, i):
-            if values[row.item[j].index] == value:
-                right += 1
-                if right == 1:
-                    first[0] = j + 1
-                if j < relevant:
-                    hits[0] += 1
-                    precision[0] += <double>right / (j + 1)
-        begin = i
+        while begin < i:                      # a run of hits alone, or of none, is one group in any order
+            end = begin + 1 if mixed else i
+            while not row.by_index and end < i and row.item[end].distance == row.item[begin].distance:
+                end += 1
+            right = 0
+            for j in range(begin, end):
+                right += values[row.item[j].index] == value
+            if right:
+                count_group(begin, end - begin, right, before, relevant, counts, precision)
+            before += right
+            begin = end
+
+
+cdef void count_group(int64_t begin, int64_t tied, int64_t right, int64_t before, int64_t relevant,
+                      int64_t *counts, double *precision) noexcept nogil:
+    """Candidates at places begin + 1 … begin + tied in any order, `right` of them hits, after `before` hits.
+
+    E[Precision@k · p(k)] of McSherry and Najork (2008).
+    """
+    cdef int64_t places = min(tied, relevant - begin), j
+    cdef double share = <double>right / tied, others = <double>(right - 1) / max(tied - 1, 1)
+    if counts[2] == 0:
+        counts[0], counts[1], counts[2] = begin, tied, right
+        if right == tied:
+            counts[1] = counts[2] = 1
+    if places <= 0:
+        return
+    if right == tied or places == tied:
+        counts[3] += min(right, places)
+    else:
+        counts[4], counts[5], counts[6] = tied, right, places
+    for j in range(places):
+        precision[0] += share * (before + 1 + j * others) / (begin + j + 1)
 
 
 cdef void order_items(item_t *item, ptrdiff_t n) noexcept nogil:

@@ -593,10 +593,9 @@ def main(argv=None):
     out = args.out or (Path() if args.maps else networks[0].path.parents[2]) / "compare.csv"
     tables = {"compare": out if groups else None, "masks": out.with_name("masks.csv") if args.masks else None,
               "embeddings": out.with_name("embeddings.csv") if args.embeddings else None}
-    taken = [network.path for network in networks]
-    for path in filter(None, [*tables.values(), args.per_picture, args.figure]):
-        files.check_output(path, taken)
-        taken.append(path)
+    outputs = list(filter(None, [*tables.values(), args.per_picture, args.figure]))
+    for number, path in enumerate(outputs):
+        files.check_output(path, [network.path for network in networks], outputs[:number])
     figures = command.import_figures() if args.figure else None
     for some in [group for group, _ in groups] + list(parts.values()):
         check_alike(networks if args.per_picture else some)

@@ -7,58 +7,59 @@ Output: maps.npy, float16 (n, H, W), values in [0, 1], row i is picture i, at th
 
     python saliency.py --dataset pictures/ --model efficientnet_lite0 --out maps.npy
     python saliency.py --dataset cars196 --loss all --fold 0 --limit 500 --out results
-    python saliency.py --dataset pictures/ --model efficientnet_lite0 --pick 0,7,21 --out three.npy --gallery three.png
+    python saliency.py --dataset pictures/ --model efficientnet_lite0 --limit 8 --out 8.npy --gallery 8.png
     torchrun --nproc-per-node 2 saliency.py --dataset cars196 --loss all --out results
 
-An interrupted run goes on where it stopped when the same command runs again.
+The same command continues an interrupted run. A map depends on the picture, the network, the options and the
+seed, not on batch, order, process or restart: the noise of picture i comes from (seed, name of the network,
+i) alone. What remains is the order of float32 sums. Measured, EfficientNet-Lite0, 50 copies: another batch
+size moves no value by more than 1e-6; another number of threads moves single ones by up to 0.008 (where a
+unit sits on the kink of its ReLU, rounding decides the gradient), at a correlation of 0.9999997. CPU and
+CUDA draw other noise.
 
-A map depends on the picture, the network, the options and the seed, not on batch size, order, process or restart:
-the noise of picture i comes from (seed, name of the network, i) alone. What remains is the order of float32 sums.
-Measured, EfficientNet-Lite0, 50 copies: another batch size moves no value of a map by more than 1e-6; another number
-of threads moves single values by up to 0.008 (where a unit sits on the kink of its ReLU, rounding decides the
-gradient), at a correlation of 0.9999997. CPU and CUDA draw different noise.
-
-The paper says: absolute value of the averaged gradient, then the mean over channels (--order paper).
-The authors' code says: mean over channels, absolute value of every copy, then the sum (--order released).
-The two give different maps (README); the default is the paper's.
+The paper says: absolute value of the averaged gradient, then the mean over channels (--order paper). Its
+code: mean over channels, absolute value of every copy, then the sum (--order released). The maps differ
+(README).
 """
-import argparse
+if __name__ == "__main__":  # before torch is imported: Ctrl-C ends in one line from here on
+    import sys
+    try:
+        from dml_common import command
+    except ModuleNotFoundError:
+        print("saliency.py: the command needs the folder dml_common/ beside it; copy that too",
+              file=sys.stderr)
+        sys.exit(2)
+    command.begin()
+
+import contextlib
 import copy
 import hashlib
 import io
 import itertools
-import os
-import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import PIL
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import nn
+from torch.nn.functional import adaptive_avg_pool2d
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from tqdm import tqdm
-
-from dml_common import files
-from dml_common import pictures as data
-from dml_common import networks as models
-from dml_common import rowfile
 
 # ---------------------------------------------------------------- SmoothGrad
 
 
-def smoothgrad(network, pictures, baseline, distance, *, samples=50, noise=0.15, order="paper", percentile=99.0,
-               seeds=None, antithetic=False, batch=10, autocast=None, stem=None):
-    """SmoothGrad maps of the distance between each picture's embedding and its baseline's (Kobs et al. 2021, Eq. 1-2).
+def smoothgrad(network, pictures, baseline, distance, *, samples=50, noise=0.15, order="paper",
+               percentile=99.0, seeds=None, antithetic=False, batch=10, autocast=None, stem=None):
+    """SmoothGrad maps of each picture's distance from its baseline (Kobs et al. 2021, Eq. 1-2).
 
     network: callable, pictures (B, C, H, W) -> embeddings (B, m), in eval mode; needs no preparation, but
         fold_batchnorm and requires_grad_(False) make it faster
-    pictures: floating (n, C, H, W), as the network takes them; baseline: (C, H, W), or (n, C, H, W) for one each
-    distance: callable, embeddings a (B, m) of pictures and b (B, m) of baselines -> (B,); differentiable. Or a list of
-        k such callables, for networks that share a trunk: the network is the trunk, each callable applies its own
-        head to both sides, and the trunk's forward passes are made once for all
+    pictures: floating (n, C, H, W), as the network takes them; baseline: (C, H, W) or one each (n, C, H, W)
+    distance: callable, embeddings a (B, m) of pictures, b (B, m) of baselines -> (B,), differentiable. Or k
+        of them, for networks that share a trunk: the network is the trunk, each callable applies its own head
+        to both sides, and the trunk's forward passes are made once for all
     samples: noisy copies of a picture, l in Eq. 2
     noise: standard deviation of the noise as a share of max - min of each picture
     order: "paper" (mean over copies, absolute value, mean over channels) or "released" (mean over channels,
@@ -71,17 +72,16 @@ def smoothgrad(network, pictures, baseline, distance, *, samples=50, noise=0.15,
     stem: the network's first convolution where the picture enters through it alone (linear_stem finds it):
         with order "paper" its backward pass, linear, runs once a picture instead of once a copy
 
-    Returns maps (n, H, W), or (k, n, H, W), of the pictures' dtype, in [0, 1]: all zeros where a map is constant, all
-    nan where a gradient is not finite. A constant picture that equals its baseline has distance 0 and no gradient: zeros.
-    Raises ValueError for options out of range, when the network returns no 2-D embeddings, and when no gradient
-    reaches the pictures.
+    Returns maps (n, H, W) or (k, n, H, W), of the pictures' dtype, in [0, 1]: zeros where a map is constant
+    (of a picture that equals its constant baseline too: no gradient), nan where a gradient is not finite.
+    Raises ValueError for options out of range, a network without 2-D embeddings or without a gradient.
     """
     check_options(samples, noise, order, percentile, batch)
     n = len(pictures)
     baseline = baseline[None] if baseline.ndim == 3 else baseline  # one for all is embedded once
     with torch.no_grad():
-        origins = torch.cat([embed(network, part, autocast) for part in baseline.split(batch)])  # (n, m) or (1, m)
-        origins = origins.expand(n, -1)
+        origins = torch.cat([embed(network, part, autocast) for part in baseline.split(batch)])
+        origins = origins.expand(n, -1)  # (n, m)
     spans = pictures.amax(dim=(1, 2, 3)) - pictures.amin(dim=(1, 2, 3))  # (n,)
     copies = noisy_copies(pictures, noise * spans, range(n) if seeds is None else seeds, samples, antithetic)
     through = stem if order == "paper" else None
@@ -89,9 +89,10 @@ def smoothgrad(network, pictures, baseline, distance, *, samples=50, noise=0.15,
     totals = [[0] * n for _ in distances]
     while chunk := list(itertools.islice(copies, batch)):
         which, noisy = zip(*chunk)
-        found = distance_gradients(network, torch.stack(noisy), origins[list(which)], distances, autocast, through)
-        for total, gradients in zip(totals, found):
-            gradients = gradients.to(pictures.dtype)  # a stem's are bfloat16 under autocast: too coarse to be summed
+        noisy, there = torch.stack(noisy), origins[list(which)]
+        of_each = distance_gradients(network, noisy, there, distances, autocast, through)
+        for total, gradients in zip(totals, of_each):
+            gradients = gradients.to(pictures.dtype)  # under autocast a stem's are too coarse to be summed
             if order == "released":
                 gradients = gradients.mean(dim=1).abs()  # (B, H, W)
             for i in dict.fromkeys(which):
@@ -111,7 +112,7 @@ def smoothgrad(network, pictures, baseline, distance, *, samples=50, noise=0.15,
 
 
 def sum_copies(gradients):
-    """Sum over dim 0, in the order of memory: torch's own sum is 18 times as slow on channels-last tensors."""
+    """Sum over dim 0, in the order of memory: torch's own is 18 times as slow on channels-last tensors."""
     if gradients.ndim == 4 and gradients.is_contiguous(memory_format=torch.channels_last):
         return gradients.permute(0, 2, 3, 1).sum(dim=0).permute(2, 0, 1)
     return gradients.sum(dim=0)
@@ -122,7 +123,7 @@ def check_options(samples, noise, order, percentile, batch):
     if samples < 1:
         raise ValueError(f"samples is {samples}; expected at least 1 noisy copy")
     if not 0 <= noise < float("inf"):
-        raise ValueError(f"noise is {noise}; expected a standard deviation of 0 or more, as a share of max - min (0.15)")
+        raise ValueError(f"noise is {noise}; expected 0 or more: a deviation, as a share of max - min (0.15)")
     if order not in ("paper", "released"):
         raise ValueError(f"order is {order!r}; expected 'paper' or 'released'")
     if not 0 < percentile <= 100:
@@ -140,7 +141,8 @@ def noisy_copies(pictures, sigmas, seeds, samples, antithetic=False):
         generator = torch.Generator(pictures.device).manual_seed(int(seed))
         for j in range(samples):
             if not (antithetic and j % 2):
-                drawn = torch.randn(pictures.shape[1:], generator=generator, device=pictures.device, dtype=pictures.dtype)
+                drawn = torch.randn(pictures.shape[1:], generator=generator, device=pictures.device,
+                                    dtype=pictures.dtype)
             else:
                 drawn = -drawn
             yield i, pictures[i] + sigmas[i] * drawn
@@ -153,18 +155,18 @@ def noise_seed(seed, name, index):
 
 
 def embed(network, pictures, autocast=None):
-    """Embeddings (B, m) of pictures (B, C, H, W), in float32 at least. Raises ValueError when they are not 2-D."""
+    """Embeddings (B, m) of pictures (B, C, H, W), in float32 at least. Raises ValueError when not 2-D."""
     with torch.autocast(pictures.device.type, dtype=autocast, enabled=autocast is not None):
         embeddings = network(pictures)
     if not isinstance(embeddings, torch.Tensor) or embeddings.ndim != 2 or len(embeddings) != len(pictures):
         shape = tuple(embeddings.shape) if isinstance(embeddings, torch.Tensor) else type(embeddings).__name__
-        raise ValueError(f"the network returned {shape} for {len(pictures)} pictures; expected embeddings of shape "
-                         f"({len(pictures)}, m): take the output of its last pooled or linear layer")
+        raise ValueError(f"the network returned {shape} for {len(pictures)} pictures; expected embeddings of "
+                         f"shape ({len(pictures)}, m): take the output of its last pooled or linear layer")
     return embeddings if autocast is None else embeddings.float()
 
 
 def distance_gradients(network, pictures, origins, distances, autocast=None, stem=None):
-    """Yield each distance's gradient with respect to the pictures (B, C, H, W) or, with a stem, to the stem's output."""
+    """Yield each distance's gradient with respect to the pictures (B, C, H, W), or to the stem's output."""
     held = []
 
     def hold(module, given, output):
@@ -185,8 +187,9 @@ def distance_gradients(network, pictures, origins, distances, autocast=None, ste
         if values.requires_grad:
             gradient, = torch.autograd.grad(values.sum(), held[0], allow_unused=True, retain_graph=left > 0)
         if gradient is None:
-            raise ValueError("no gradient reaches the pictures: the network detaches, quantises or leaves torch "
-                             + gradient_break(network, pictures.detach()))
+            where = gradient_break(network, pictures.detach())
+            raise ValueError("no gradient reaches the pictures: the network detaches, quantises or leaves "
+                             f"torch {where}")
         yield gradient
 
 
@@ -217,7 +220,7 @@ def scale_maps(saliency, percentile=99.0):
 
 
 def module_calls(network, picture):
-    """[(name, module, input, output, versions)] of one forward pass of picture (1, C, H, W), in the order they end.
+    """[(name, module, input, output, versions)] of a picture's forward pass (1, C, H, W), as modules end.
 
     versions: of the input and output tensors then (they change when something writes into them in place).
     """
@@ -236,10 +239,10 @@ def module_calls(network, picture):
 
 
 def fold_batchnorm(network, picture):
-    """A copy of the network in eval mode, each batch norm folded into the convolution before it where there is one.
+    """A copy of the network in eval mode, with each batch norm folded into a convolution before it.
 
-    The pairs are found by following picture (1, C, H, W) through the network; the folded copy must return the same
-    embedding (to 1e-4 of its norm), else a copy that is not folded is returned.
+    The pairs are found by following picture (1, C, H, W) through the network; the folded copy must return the
+    same embedding (to 1e-4 of its norm), else a copy that is not folded is returned.
     """
     plain = copy.deepcopy(network).eval()
     folded = copy.deepcopy(plain)
@@ -253,7 +256,8 @@ def fold_batchnorm(network, picture):
             if isinstance(module, nn.BatchNorm2d) and count[id(module)] == 1 and source:
                 replace(folded, source[0], fuse_conv_bn_eval(source[1], module))
                 replace(folded, name, nn.Identity())
-        same = isinstance(expected, torch.Tensor) and (folded(picture) - expected).norm() <= 1e-4 * expected.norm()
+        is_tensor = isinstance(expected, torch.Tensor)
+        same = is_tensor and (folded(picture) - expected).norm() <= 1e-4 * expected.norm()
     return folded if same else plain
 
 
@@ -269,31 +273,47 @@ def linear_stem(network, picture):
     """
     with torch.no_grad():
         calls, output = module_calls(network, picture)
-    stem = next((module for _, module, given, *_ in calls if given is picture and isinstance(module, nn.Conv2d)), None)
-    if stem is None:
+    stems = [module for _, module, given, *_ in calls if given is picture and isinstance(module, nn.Conv2d)]
+    if not stems:
         return None
+    stem, total = stems[0], [lambda a, b: a.sum(dim=1)]
     try:
-        whole = next(distance_gradients(network, picture.clone(), output, [lambda a, b: a.sum(dim=1)]))[0]
-        held = next(distance_gradients(network, picture.clone(), output, [lambda a, b: a.sum(dim=1)], stem=stem))[0]
+        whole = next(distance_gradients(network, picture.clone(), output, total))[0]
+        held = next(distance_gradients(network, picture.clone(), output, total, stem=stem))[0]
     except ValueError:  # no gradient at all: smoothgrad says so
         return None
     return stem if (pull_back(stem, held, picture[0]) - whole).norm() <= 1e-4 * whole.norm() else None
 
 
 def gradient_break(network, picture):
-    """Where the gradient of a picture (1, C, H, W) stops: "inside layer X", "before layer X" or "after layer X"."""
-    picture = picture[:1].clone().requires_grad_()
-    last = None
-    if isinstance(network, nn.Module):
-        for name, module, given, output, _ in module_calls(network, picture)[0]:
-            if any(module.children()):
-                continue
-            if not given.requires_grad:
-                return f"before layer {name} ({type(module).__name__})"
-            if not output.requires_grad:
-                return f"inside layer {name} ({type(module).__name__})"
-            last = f"after layer {name} ({type(module).__name__})"
-    return last or "(no layer can be named)"
+    """Where a picture's gradient (1, C, H, W) stops: "inside", "before" or "after layer X"."""
+    if not isinstance(network, nn.Module):
+        return "(no layer can be named)"
+    picture, place = picture[:1].clone().requires_grad_(), "(no layer can be named)"
+    for name, module, given, output, _ in module_calls(network, picture)[0]:
+        if any(module.children()):
+            continue
+        where = "before" if not given.requires_grad else "after" if output.requires_grad else "inside"
+        place = f"{where} layer {name} ({type(module).__name__})"
+        if where != "after":
+            break
+    return place
+
+
+def prepare(network, example):
+    """(network folded, frozen, channels-last; its linear stem or None); example: a picture on its device."""
+    ready = fold_batchnorm(network.to(example.device), example).requires_grad_(False)
+    ready = ready.to(memory_format=torch.channels_last)
+    return ready, linear_stem(ready, example)
+
+
+def baseline_of(pixels, kind):
+    """A picture's, uint8 (H, W, 3), of a kind: "black", its "mean" colour or its "blur" (side / 16)."""
+    if kind == "black":
+        return np.zeros_like(pixels)
+    if kind == "mean":
+        return np.broadcast_to(pixels.mean(axis=(0, 1)).round().astype(np.uint8), pixels.shape)
+    return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(min(pixels.shape[:2]) / 16)))
 
 
 # ---------------------------------------------------------------- the sanity check: randomised layers
@@ -303,16 +323,15 @@ def weighted_layers(network, picture):
     """Names of the layers with parameters of their own, in the order a picture (1, C, H, W) passes them."""
     with torch.no_grad():
         calls, _ = module_calls(network, picture)
-    return list(dict.fromkeys(name for name, module, *_ in calls if any(True for _ in module.parameters(recurse=False))))
+    return list(dict.fromkeys(name for name, module, *_ in calls if list(module.parameters(recurse=False))))
 
 
 def randomise(network, layers, pictures, seed):
-    """A copy of the network whose `layers` are as before any training (Adebayo et al. 2018, cascading when layers
-    are the topmost ones).
+    """A copy of the network with untrained `layers` (Adebayo et al. 2018; cascading for the topmost layers).
 
-    Convolutions and linear layers draw He-normal weights and zero biases, from (seed, layer) alone; batch norms get
-    weight 1 and bias 0 and take their statistics from one pass of pictures (B, C, H, W): with those of the trained
-    network, which no longer fit, activations would die or explode. Other layers use their own reset_parameters.
+    Convolutions and linear layers draw He-normal weights from (seed, layer) alone, biases are 0; batch norms
+    get weight 1 and bias 0 and take their statistics from one pass of pictures (B, C, H, W): with the trained
+    network's, which no longer fit, activations would die or explode. Others use their own reset_parameters.
     """
     network = copy.deepcopy(network).eval()
     fresh = []
@@ -339,149 +358,95 @@ def randomise(network, layers, pictures, seed):
 
 # ---------------------------------------------------------------- the gallery
 
-# Dark violet over red to light yellow: lightness grows evenly, so it survives colour blindness and grey printing.
-HEAT = np.array([[0, 0, 4], [31, 12, 72], [85, 15, 109], [136, 34, 106], [186, 54, 85], [227, 89, 51], [249, 142, 9],
-                 [249, 203, 53], [252, 255, 164]], dtype=np.float64)
+# Dark violet over red to light yellow: lightness grows evenly, also for the colour-blind and in grey print.
+HEAT = np.array([[0, 0, 4], [31, 12, 72], [85, 15, 109], [136, 34, 106], [186, 54, 85], [227, 89, 51],
+                 [249, 142, 9], [249, 203, 53], [252, 255, 164]], dtype=np.float64)
 
 
 def heat(saliency_map, picture=None):
-    """Map (H, W) in [0, 1] in colour, uint8 (H, W, 3); over the grey picture (H, W, 3) if one is given. nan is grey."""
+    """Map (H, W) in [0, 1] -> uint8 (H, W, 3), over the picture (H, W, 3) made grey if given; nan is grey."""
     known = np.isfinite(saliency_map)
-    position = np.where(known, saliency_map, 0).astype(np.float64) * (len(HEAT) - 1)
-    colours = np.stack([np.interp(position, range(len(HEAT)), channel) for channel in HEAT.T], axis=-1)
+    values = np.where(known, saliency_map, 0).astype(np.float64)
+    colours = np.stack([np.interp(values, np.linspace(0, 1, len(HEAT)), ramp) for ramp in HEAT.T], axis=-1)
     colours[~known] = 128
     if picture is not None:
-        strength = (0.25 + 0.75 * np.where(known, saliency_map, 0).astype(np.float64))[..., None]
+        strength = 0.25 + 0.75 * values[..., None]
         colours = strength * colours + (1 - strength) * picture.mean(axis=2, keepdims=True)
     return colours.round().astype(np.uint8)
 
 
-def draw_gallery(rows, names, titles, cell=168, across=8):
-    """Figure 2 for several pictures, as one PIL image: each picture's cells under their names, its title below.
+def draw_gallery(columns, names, titles, side=168, gap=8):
+    """Pictures × networks as one PIL image: a column for each picture under its title, a row for each name.
 
-    rows: for each picture the list of its cells, uint8 (H, W, 3): the picture, then a map for each network;
-    names: of the cells; titles: of the pictures. Lines have up to `across` cells: a longer row is broken, and
-    several short rows stand side by side.
+    columns: each picture's cells, uint8 (H, W, 3): itself, then a map of each network; names: of the cells.
     """
-    strips = [draw_strip(cells, names, title, cell, across) for cells, title in zip(rows, titles)]
-    width, height = strips[0].size
-    beside = min(max(1, across // len(names)), len(strips))
-    lines = -(-len(strips) // beside)
-    sheet = Image.new("RGB", (beside * width, lines * height), "white")
-    for number, strip in enumerate(strips):
-        sheet.paste(strip, (number % beside * width, number // beside * height))
+    font = ImageFont.load_default(size=13)
+    left, top, step = 2 * gap + int(max(map(font.getlength, names))), 24, side + gap
+    sheet = Image.new("RGB", (left + len(columns) * step, top + len(names) * step), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, name in enumerate(names):
+        draw.text((gap, top + row * step + side / 2), name, fill="black", font=font, anchor="lm")
+    for column, (cells, title) in enumerate(zip(columns, titles)):
+        while font.getlength(title) > side:
+            title = "…" + title[2:]
+        draw.text((left + column * step, top / 2), title, fill="black", font=font, anchor="lm")
+        for row, pixels in enumerate(cells):
+            cell = Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS)
+            sheet.paste(cell, (left + column * step, top + row * step))
     return sheet
-
-
-def draw_strip(cells, names, title, cell, across, gap=8, text=18):
-    """One picture's part of the gallery."""
-    font, small = ImageFont.load_default(size=15), ImageFont.load_default(size=12)
-    wrapped = [wrap(name, font, cell) for name in names]
-    head = text * max(len(lines) for lines in wrapped) + 4
-    columns, lines = min(across, len(cells)), -(-len(cells) // across)
-    strip = Image.new("RGB", (columns * (cell + gap) + 2 * gap, lines * (head + cell + gap) + text + 2 * gap), "white")
-    draw = ImageDraw.Draw(strip)
-    for i, pixels in enumerate(cells):
-        x, y = 2 * gap + i % across * (cell + gap), gap + i // across * (head + cell + gap) + head
-        strip.paste(Image.fromarray(pixels).resize((cell, cell), Image.Resampling.LANCZOS), (x, y))
-        for number, line in enumerate(reversed(wrapped[i])):
-            draw.text((x + cell / 2, y - 5 - number * text), line, fill="black", font=font, anchor="ms")
-    draw.text((2 * gap, strip.height - 2 * gap), shorten(title, small, cell * columns), fill=(90, 90, 90), font=small, anchor="ls")
-    return strip
-
-
-def wrap(text, font, width):
-    """Words in lines no wider than width pixels; a word that is too long is shortened."""
-    lines = [""]
-    for word in text.replace("_", " ").split():
-        if lines[-1] and font.getlength(f"{lines[-1]} {word}") > width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return [shorten(line, font, width) for line in lines]
-
-
-def shorten(text, font, width):
-    while font.getlength(text) > width:
-        text = "…" + text[2:]
-    return text
 
 
 # ---------------------------------------------------------------- the command
 
 
-def say(text):
-    print(f"saliency.py: {text}", file=sys.stderr)
+class Mapper:
+    """smoothgrad with the command's options, and half the batch when the device's memory does not suffice."""
 
+    def __init__(self, device, args):
+        self.device, self.map_size, self.halved = device, args.map_size, False
+        self.batch = (10 if device.type == "cpu" else 250) if args.batch is None else args.batch
+        check_options(args.samples, args.noise, args.order, args.percentile, self.batch)
+        self.options = {"samples": args.samples, "noise": args.noise, "order": args.order,
+                        "percentile": args.percentile, "antithetic": args.antithetic,
+                        "autocast": torch.bfloat16 if args.precision == "bf16" else None}
 
-def out_of_memory(error):
-    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+    def __call__(self, ready, pictures, baselines, distance, seeds):
+        """Maps of what prepare gave -> float16 array (b, H, W), or (k, b, H, W) of k distances."""
+        from dml_common import command
 
-
-def maps_of(ready, stem, pictures, baselines, distance, seeds, args):
-    """smoothgrad on the device, with half the batch when its memory does not suffice -> float16 array (b, H, W)."""
-    while True:
+        (network, stem), on_device = ready, (pictures.to(self.device), baselines.to(self.device))
         try:
-            maps = smoothgrad(ready, pictures.to(args.device), baselines.to(args.device), distance, samples=args.samples,
-                              noise=args.noise, order=args.order, percentile=args.percentile, seeds=seeds,
-                              antithetic=args.antithetic, batch=args.batch, stem=stem,
-                              autocast=torch.bfloat16 if args.precision == "bf16" else None)
-            if args.map_size:
-                maps = torch.nn.functional.adaptive_avg_pool2d(maps, args.map_size)  # of finished maps: still in [0, 1]
+            maps = smoothgrad(network, *on_device, distance, seeds=seeds, stem=stem, batch=self.batch,
+                              **self.options)
+            if self.map_size:
+                maps = adaptive_avg_pool2d(maps, self.map_size)  # of finished maps: still in [0, 1]
             return maps.half().cpu().numpy()
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
+            if not command.out_of_memory(error):
                 raise
-        if args.batch == 1:
-            raise ValueError(f"out of memory on {args.device} with a single copy; use a smaller network or another --device")
-        if not args.halved:
-            say(f"out of memory with {args.batch} copies at a time: going on with {args.batch // 2} (--batch), or fewer")
-        args.batch, args.halved = args.batch // 2, True
-        if args.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if self.batch == 1:
+            raise ValueError(f"out of memory on {self.device} with a single copy; take a smaller network")
+        if not self.halved:
+            command.say(f"out of memory with {self.batch} copies at a time: going on with half, or fewer")
+        self.batch, self.halved = self.batch // 2, True
+        torch.cuda.empty_cache()
+        return self(ready, pictures, baselines, distance, seeds)
 
 
-def prepare(module, preprocessing, device):
-    """The network on the device, folded, frozen, channels-last, and its linear stem (None where it has none)."""
-    pixels = np.random.default_rng(0).integers(0, 256, (1, *data.input_size(preprocessing), 3), dtype=np.uint8)
-    example = torch.from_numpy(data.normalise(pixels, preprocessing)).to(device)
-    ready = fold_batchnorm(module.to(device), example).requires_grad_(False).to(memory_format=torch.channels_last)
-    return ready, linear_stem(ready, example)
+def reader(preprocessing, kind, device):
+    """load: path -> a picture and its baseline (2, 3, H, W); stack: these -> (2, B, 3, H, W); an example."""
+    from dml_common import pictures
 
+    def load(path):
+        pixels = pictures.load_pixels(path, preprocessing)
+        return pictures.normalise(np.stack([pixels, baseline_of(pixels, kind)]), preprocessing)
 
-def load(path, preprocessing, baseline):
-    """A picture and its baseline as the network's input, float32 (3, H, W) each; or the error of one that can't be read.
+    def stack(pairs):
+        return torch.from_numpy(np.stack(pairs, axis=1))
 
-    baseline: "black"; "mean", the picture's own mean colour; "blur", the picture under a Gaussian of 1/16 of its side.
-    """
-    try:
-        pixels = data.load_pixels(path, preprocessing)
-    except (ValueError, OSError) as error:
-        return error
-    if baseline == "black":
-        start = np.zeros_like(pixels)
-    elif baseline == "mean":
-        start = np.broadcast_to(pixels.mean(axis=(0, 1)).round().astype(np.uint8), pixels.shape)
-    else:
-        start = np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(min(pixels.shape[:2]) / 16)))
-    return torch.from_numpy(data.normalise(pixels, preprocessing)), torch.from_numpy(data.normalise(start, preprocessing))
-
-
-def claimed(files, shares, paths, preprocessing, baseline, workers):
-    """Yield (rows, for each the numbers of the files that lack it, what load returns for each); the next block is decoded meanwhile."""
-    with ThreadPoolExecutor(workers) as pool:
-        blocks = []
-        for start, stop in shares:
-            lacking = {}
-            for number, file in enumerate(files):
-                for row in file.claim(start, stop).tolist():
-                    lacking.setdefault(row, []).append(number)
-            rows = sorted(lacking)
-            blocks.append((rows, lacking, [pool.submit(load, paths[row], preprocessing, baseline) for row in rows]))
-            if len(blocks) == 2:
-                rows, lacking, futures = blocks.pop(0)
-                yield rows, lacking, [future.result() for future in futures]
-        for rows, lacking, futures in blocks:
-            yield rows, lacking, [future.result() for future in futures]
+    size = pictures.input_size(preprocessing)
+    pixels = np.random.default_rng(0).integers(0, 256, (1, *size, 3), dtype=np.uint8)
+    return load, stack, torch.from_numpy(pictures.normalise(pixels, preprocessing)).to(device)
 
 
 def with_head(head, distance):
@@ -489,159 +454,113 @@ def with_head(head, distance):
     return lambda a, b: distance(head(a), head(b))
 
 
-def fill(files, specs, pictures, distances, name, seed, args, share):
-    """Compute the maps missing in RowFiles of the same pictures: one network's, or those of several that share trunk and noise.
+def make_maps(jobs, mapper, args):
+    """The maps of one network, or of several that share their pictures, their trunk and the noise."""
+    from dml_common import command, networks, rowfile
 
-    pictures: [(number in the data set, path)] of the rows.
-    """
-    paths, trunks = [path for _, path in pictures], {}
-    networks = [models.load(spec, trunks) for spec in specs]
-    preprocessing, module = networks[0].preprocessing, networks[0].module
-    if len(networks) > 1:
-        module = networks[0].module[0]
-        heads = [network.module[1].to(args.device).requires_grad_(False) for network in networks]
+    trunks, options, counts = {}, jobs[0].about["options"], Counter()
+    loaded = [networks.load(job.spec, trunks) for job in jobs]
+    distances = [networks.distance(job.about["distance"]) for job in jobs]
+    module, what = loaded[0].module, loaded[0].name
+    if len(jobs) > 1:
+        heads = [network.module[1].to(mapper.device).requires_grad_(False) for network in loaded]
         distances = [with_head(head, distance) for head, distance in zip(heads, distances)]
-    ready, stem = prepare(module, preprocessing, args.device)
-    together = max(1, round(4 * args.batch / args.samples))  # pictures in one call
-    nans, zeros, what = 0, 0, networks[0].name if len(networks) == 1 else f"{len(networks)} networks"
-    bar = tqdm(total=sum(file.missing() for file in files), desc=what, delay=2, unit=" maps",
-               disable=share[0] > 0 or not sys.stderr.isatty())
-    shares = rowfile.shares(len(paths), *share, block=max(4, together))  # small: maps are slow, ranks end together
-    with bar:
-        for rows, lacking, loaded in claimed(files, shares, paths, preprocessing, args.baseline, args.workers):
-            for row, error in [item for item in zip(rows, loaded) if isinstance(item[1], Exception)]:
-                if not args.skip_unreadable:
-                    raise ValueError(f"{error}, or leave it out with --skip-unreadable")
-                say(f"left out: {error}")
-                for number in lacking[row]:
-                    files[number].leave_out([row])
-            good = [item for item in zip(rows, loaded) if not isinstance(item[1], Exception)]
-            for numbers, group in itertools.groupby(good, key=lambda item: lacking[item[0]]):
-                group = list(group)
-                wanted = [distances[number] for number in numbers] if len(networks) > 1 else distances[0]
-                for part in [group[start:start + together] for start in range(0, len(group), together)]:
-                    inputs, baselines = (torch.stack(tensors) for tensors in zip(*(pair for _, pair in part)))
-                    part = [row for row, _ in part]
-                    seeds = [noise_seed(seed, name, pictures[row][0]) for row in part]
-                    try:
-                        maps = maps_of(ready, stem, inputs, baselines, wanted, seeds, args)
-                    except ValueError as error:
-                        raise ValueError(f"{what}: {error}") from None
-                    for number, of_one in zip(numbers, maps if len(networks) > 1 else [maps]):
-                        for row, found in zip(part, of_one):
-                            if np.isnan(found).any():
-                                say(f"{networks[number].name}: {paths[row]}: a gradient is not finite; its map is nan, compare.py leaves it out")
-                                nans += 1
-                            zeros += not found.any()
-                        files[number].write(part, of_one)
-                        bar.update(len(part))
-    for count, kind in (nans, "nan (a gradient is not finite)"), (zeros, "all zeros (a constant map)"):
-        if count:
-            say(f"{what}: {count:,} maps are {kind}")
+        module, what = module[0], f"{len(jobs)} networks"
+    load, stack, example = reader(loaded[0].preprocessing, args.baseline, mapper.device)
+    ready = prepare(module, example)
+    seed = f"{args.seed} ceiling" if options["ceiling"] else args.seed
+
+    def compute(which, rows, both):
+        numbers = [jobs[0].numbers[row] for row in rows]
+        seeds = [noise_seed(seed, options["noise_of"], number) for number in numbers]
+        try:
+            maps = mapper(ready, *both, [distances[k] for k in which], seeds)
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}") from None
+        for k, of_network in zip(which, maps):
+            for number, one in zip(numbers, of_network):
+                if np.isnan(one).any():
+                    path = jobs[0].dataset.paths[number]
+                    command.say(f"{loaded[k].name}: {path}: a gradient is not finite; its map is nan")
+                    counts["nan (a gradient is not finite)"] += 1
+                elif not one.any():
+                    counts["all zeros (a constant map)"] += 1
+        return maps
+
+    size = (args.map_size, args.map_size) if args.map_size else tuple(example.shape[2:])
+    together = max(1, round(4 * mapper.batch / args.samples))  # pictures in one call
+    # few are claimed at a time: maps are slow, and processes shall end together
+    rowfile.fill(jobs, [size] * len(jobs), np.float16, load, stack, compute, together, 4, args, "maps")
+    for kind, count in sorted(counts.items(), reverse=True):
+        command.say(f"{what}: {count:,} maps are {kind}")
 
 
-def listed(relative):
-    return {"number": len(relative), "sha256": data.pictures_sha256(relative)}
+def sanity(job, mapper, args, most=16):
+    """Rows of sanity.csv: how the maps' correlation with the trained one's falls with randomised layers."""
+    from dml_common import command, networks
+
+    network, distance = networks.load(job.spec), networks.distance(job.about["distance"])
+    load, stack, example = reader(network.preprocessing, args.baseline, mapper.device)
+    loaded, rows = {}, []
+    for number in job.numbers[:most]:
+        with contextlib.suppress(ValueError, OSError):  # left out with --skip-unreadable
+            loaded[number] = load(job.dataset.paths[number])
+    inputs, baselines = stack(list(loaded.values()))
+    layers = weighted_layers(network.module, inputs[:1])
+    counts = np.unique(np.linspace(0, len(layers), args.randomise + 1).round().astype(int)).tolist()
+
+    def maps(count, seed):
+        module = randomise(network.module, layers[len(layers) - count:], inputs, args.seed)
+        seeds = [noise_seed(seed, network.name, number) for number in loaded]
+        made = mapper(prepare(module, example), inputs, baselines, distance, seeds)
+        bar.update()
+        return made.reshape(len(inputs), -1).astype(np.float64)
+
+    with command.bar(len(counts) + 1, f"{network.name}, randomised", " steps") as bar:
+        # the trained map has other noise than all that it is compared with: 0 layers gives the noise ceiling
+        trained = maps(0, f"{args.seed} ceiling")
+        for count in counts:
+            with np.errstate(invalid="ignore"):
+                r = np.array([np.corrcoef(a, b)[0, 1] for a, b in zip(maps(count, args.seed), trained)])
+            z = np.arctanh(np.clip(r[np.isfinite(r)], -0.999999, 0.999999))
+            mean = [float(np.tanh(z.mean())), float(np.tanh(z.std()))] if len(z) else [None, None]
+            rows.append([job.spec["loss"] or job.spec["name"], job.spec["fold"], count, len(layers),
+                         layers[-count] if count else None, len(z), *mean])
+    return rows
 
 
-def finish(file, relative):
-    """Rename the complete array; pictures that could not be read are left out of array and JSON alike."""
-    left_out = set(file.left_out().tolist())
-    if not left_out:
-        return file.finish()
-    keep = [name for row, name in enumerate(relative) if row not in left_out]
-    pictures = {**listed(keep), "left_out": [relative[row] for row in sorted(left_out)], "listed": listed(relative)}
-    return file.finish({**file.about, "pictures": pictures})
+def make_gallery(jobs, args):
+    """Write the gallery of the first eight pictures, or of all of --pick, eight on a page."""
+    from dml_common import files, pictures
+
+    dataset, arrays, columns = jobs[0].dataset, [], {}
+    for job in jobs:
+        left_out = files.read_sidecar(job.path)["pictures"].get("left_out", [])
+        there = [number for number in job.numbers if dataset.relative[number] not in left_out]
+        arrays.append((files.read_array(job.path), there, job.about["preprocessing"]))
+    for number in jobs[0].numbers[:None if args.pick else 8]:
+        cells = []
+        for array, there, preprocessing in arrays if all(number in there for _, there, _ in arrays) else []:
+            pixels = pictures.load_pixels(dataset.paths[number], preprocessing)
+            one = Image.fromarray(np.float32(array[there.index(number)]))
+            one = np.asarray(one.resize(pixels.shape[1::-1], Image.Resampling.BILINEAR))
+            cells = (cells or [pixels]) + [heat(one, pixels if args.overlay else None)]
+            columns[dataset.relative[number]] = cells
+    one_fold = len({job.spec["fold"] for job in jobs}) == 1
+    names = ["Picture", *(one_fold and job.spec["loss"] or job.spec["name"] for job in jobs)]
+    for page, start in enumerate(range(0, len(columns), 8), 1):
+        png, titles = io.BytesIO(), list(columns)[start:start + 8]
+        draw_gallery([columns[title] for title in titles], names, titles).save(png, "PNG")
+        path = args.gallery.with_stem(f"{args.gallery.stem}_{page}") if page > 1 else args.gallery
+        files.write_file(path, png.getvalue())
 
 
-def about(dataset, spec, chosen, relative, distance, ceiling, args):
-    """The JSON beside the array."""
-    rows = {"rows": [spec["config"]["split"]["test"][i] for i in chosen]} if dataset.split == "held out" else {}  # of the whole
-    options = {key: getattr(args, key) for key in ("samples", "noise", "order", "baseline", "percentile", "seed", "shared_noise",
-                                                   "antithetic", "precision", "limit", "pick", "map_size")}
-    return {"dataset": dataset.name, "split": dataset.split, **rows, **models.describe(spec), "distance": distance,
-            "options": {**options, "ceiling": ceiling, "noise_of": "" if args.shared_noise else spec["name"]},
-            "versions": {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__},
-            "pictures": listed(relative)}
-
-
-def chosen_rows(n, limit, pick):
+def chosen(limit, pick, n):
     """Numbers of the pictures asked for. Raises ValueError for numbers that are not there."""
-    if pick is None:
-        return list(range(n if limit is None else min(limit, n)))
-    bad = [i for i in pick if not 0 <= i < n]
+    bad = [i for i in pick or [] if not 0 <= i < n]
     if bad:
         raise ValueError(f"--pick {bad[0]}: there are {n:,} pictures; expected numbers from 0 to {n - 1}")
-    return list(dict.fromkeys(pick))
-
-
-def make_gallery(path, arrays, preprocessings, names, pictures, relative, overlay, most):
-    """Write the gallery of the first `most` pictures as one PNG or, eight pictures each, several."""
-    rows = []
-    for i in range(min(most, len(pictures))):
-        cells = []
-        for array, preprocessing in zip(arrays, preprocessings):
-            kept = files.read_sidecar(array)["pictures"].get("left_out", [])
-            if relative[i] in kept:
-                break
-            row = i - sum(name in kept for name in relative[:i])
-            pixels = data.load_pixels(pictures[i][1], preprocessing)
-            cells = cells or [pixels]
-            found = Image.fromarray(np.float32(files.read_array(array)[row])).resize(pixels.shape[1::-1], Image.Resampling.BILINEAR)
-            cells.append(heat(np.asarray(found), pixels if overlay else None))
-        else:
-            rows.append((cells, relative[i]))
-    for page, start in enumerate(range(0, len(rows), 8)):
-        cells, titles = zip(*rows[start:start + 8])
-        png = io.BytesIO()
-        draw_gallery(cells, ["Picture", *names], titles).save(png, "PNG")
-        files.write_file(path if page == 0 else path.with_name(f"{path.stem}_{page + 1}{path.suffix}"), png.getvalue())
-
-
-def sanity(spec, pictures, distance, args, most=16):
-    """Rows of sanity.csv: how the maps' correlation with the trained network's falls as layers are randomised."""
-    network = models.load(spec)
-    loaded = [(number, load(path, network.preprocessing, args.baseline)) for number, path in pictures[:most]]
-    loaded = [(number, pair) for number, pair in loaded if not isinstance(pair, Exception)]
-    inputs, baselines = (torch.stack(tensors) for tensors in zip(*(pair for _, pair in loaded)))
-    layers = weighted_layers(network.module, inputs[:1])
-    counts = np.unique(np.linspace(0, len(layers), args.randomise + 1).round().astype(int))
-    found = []
-    for step in tqdm([None, *counts.tolist()], desc=f"{network.name}, randomised", delay=2, disable=not sys.stderr.isatty()):
-        module = randomise(network.module, layers[len(layers) - (step or 0):], inputs, args.seed)
-        ready, stem = prepare(module, network.preprocessing, args.device)
-        # the trained map has other noise than all that it is compared with: 0 layers gives the noise ceiling
-        seeds = [noise_seed(f"{args.seed} ceiling" if step is None else args.seed, network.name, number) for number, _ in loaded]
-        maps = maps_of(ready, stem, inputs, baselines, distance, seeds, args).reshape(len(inputs), -1).astype(np.float64)
-        if step is None:
-            trained = maps
-            continue
-        with np.errstate(invalid="ignore"):
-            r = np.array([np.corrcoef(a, b)[0, 1] for a, b in zip(maps, trained)])
-        z = np.arctanh(np.clip(r[np.isfinite(r)], -0.999999, 0.999999))
-        found.append([spec["loss"] or spec["name"], spec["fold"], step, len(layers), layers[-step] if step else None, len(z),
-                      *([float(np.tanh(z.mean())), float(np.tanh(z.std()))] if len(z) else [None, None])])
-    return found
-
-
-def torch_device(name):
-    """torch.device from --device; each rank of a machine takes its own GPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no GPU that torch can use; give --device cpu")
-    if name == "cuda":
-        local = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
-        name = f"cuda:{local % torch.cuda.device_count()}"
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device {name}: unknown; expected auto, cpu, cuda or cuda:N") from None
-
-
-def fail(message):
-    say(" ".join(str(message).split()))
-    sys.exit(2)
+    return range(n)[:limit] if pick is None else dict.fromkeys(pick)
 
 
 def integers(text):
@@ -649,152 +568,88 @@ def integers(text):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.error = fail
+    from dml_common import command, networks, rowfile
+
+    parser = command.parser(__doc__)
     add = parser.add_argument_group("pictures and networks, as embed.py names them").add_argument
-    add("--dataset", required=True, metavar="NAME|FOLDER|CSV", help="cars196, cub200, sop, a folder or a CSV with a path column")
-    add("--split", default="test", choices=["train", "test", "all"], help="of a data set with splits (test)")
-    add("--data-root", metavar="DIR", help="folder of the published data sets (DML_DATA_ROOT, else data/)")
-    add("--model", help="a network without a loss: bninception, inception_v3, efficientnet_lite0 or package.module:factory")
-    add("--loss", help="a loss of models/losses.csv (name or slug), several with commas, None, or all: what is there (all)")
-    add("--fold", default="all", help="0, 1, 2, 3, several with commas, or all (all)")
-    add("--trained-on", metavar="DATASET", help="the data set whose checkpoints are taken (--dataset)")
-    add("--checkpoint", metavar="DIR", help="a folder with trunk_best.pth and embedder_best.pth")
-    add("--models", default=models.MODELS, metavar="DIR", help="folder of the checkpoints (models/)")
-    add("--weights", metavar="FILE", help="ImageNet weights of the backbone (torch's hub cache)")
-    add("--network-seed", type=int, default=0, metavar="N", help="of the random layer of --loss None: embed.py's --seed (0)")
-    add("--out", type=Path, default=Path("results"), metavar="FILE.npy|DIR",
-        help="one network's array, or the folder of all: DIR/<dataset>/<slug>/fold<k>/maps.npy (results)")
-    add("--skip-unreadable", action="store_true", help="leave pictures out that can't be read, and name them (stop there)")
+    command.add_pictures(add)
+    command.add_networks(add, networks.MODELS)
+    add("--network-seed", type=int, default=0, metavar="N", help="embed.py's --seed, of --loss None (0)")
+    rowfile.add_output(add, "maps.npy")
     add("--limit", type=int, metavar="N", help="only the first N pictures")
     add("--pick", type=integers, metavar="I,J,K", help="only the pictures of these numbers, counted from 0")
     add = parser.add_argument_group("maps").add_argument
     add("--samples", type=int, default=50, metavar="L", help="noisy copies of a picture (50)")
-    add("--noise", type=float, default=0.15, metavar="S", help="standard deviation, as a share of the picture's max - min (0.15)")
-    add("--order", default="paper", choices=["paper", "released"], help="of absolute value and averages, see above (paper)")
-    add("--distance", choices=list(models.DISTANCES), help="of l2-normalised embeddings (the loss's own)")
+    add("--noise", type=float, default=0.15, metavar="S", help="deviation, as a share of max - min (0.15)")
+    add("--order", default="paper", choices=["paper", "released"], help="of mean and abs, see above (paper)")
+    add("--distance", choices=list(networks.DISTANCES), help="of l2-normalised embeddings (the loss's own)")
     add("--baseline", default="black", choices=["black", "mean", "blur"],
-        help="whose embedding the distance is to: a black picture, the picture's mean colour, the picture blurred (black)")
-    add("--map-size", type=int, metavar="N", help="store maps averaged to N × N pixels: 57 instead of 227 takes a 16th of the "
-        "space (the network's input size)")
+        help="whose embedding the distance is to: the picture all black, its mean colour, or blurred (black)")
+    add("--map-size", type=int, metavar="N", help="average maps to N × N pixels (the network's input size)")
     add("--percentile", type=float, default=99.0, metavar="P", help="values above it are cut to it (99)")
     add("--seed", type=int, default=0, metavar="N", help="of the noise (0)")
-    add("--shared-noise", action="store_true", help="the same noise for all networks: networks of one trunk (train.py --freeze-trunk) then share "
-        "its passes; raises correlations, but with --ceiling compare.py takes one map of each noise (independent)")
-    add("--antithetic", action="store_true", help="every second copy takes the negative noise of the one before: in the paper's order "
-        "50 copies then serve like 62, in the released order there is nothing to gain (independent noise)")
+    add("--shared-noise", action="store_true", help="the same noise for all networks: those of one trunk "
+        "then share its passes; with --ceiling compare.py takes one map of each noise (independent)")
+    add("--antithetic", action="store_true",
+        help="every second copy takes the noise before it, negative: 50 serve like 62 (paper's order)")
     add = parser.add_argument_group("can the maps be trusted").add_argument
-    add("--ceiling", action="store_true", help="also maps_ceiling.npy, with other noise: compare.py then gives the noise ceiling")
+    add("--ceiling", action="store_true", help="also maps_ceiling.npy, with other noise, for compare.py")
     add("--randomise", type=int, nargs="?", const=8, metavar="STEPS",
-        help="also sanity.csv: the first 16 pictures' maps after re-initialising ever more layers from the top (8 steps)")
+        help="also sanity.csv: the first 16 maps with ever more layers re-initialised from the top (8 steps)")
     add = parser.add_argument_group("picture × network").add_argument
-    add("--gallery", type=Path, metavar="FILE.png", help="the first 8 pictures, or all of --pick; 8 on a page, further pages FILE_2.png …")
+    add("--gallery", type=Path, metavar="FILE.png", help="the first 8 pictures or all of --pick: FILE_2 …")
     add("--overlay", action="store_true", help="the maps over the grey pictures")
     add = parser.add_argument_group("speed").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
-    add("--precision", default="fp32", choices=["fp32", "tf32", "bf16"], help="of the network's arithmetic (fp32)")
-    add("--batch", type=int, metavar="N", help="copies at a time (10 on a CPU, 250 on a GPU; halved when memory runs out)")
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    add("--workers", type=int, default=min(16, cpus), metavar="N", help="threads that decode (CPUs this process may use, at most 16)")
-    return parser.parse_args(argv)
-
-
-def check(args):
-    """Settle the arguments that depend on each other; raises ValueError before anything is read or written."""
-    args.device = torch_device(args.device)
-    args.halved = False
-    if args.batch is None:
-        args.batch = 10 if args.device.type == "cpu" else 250
-    check_options(args.samples, args.noise, args.order, args.percentile, args.batch)
+    command.add_speed(add)
+    add("--batch", type=int, metavar="N", help="copies at a time (10, on a GPU 250; fewer if memory ends)")
+    args = parser.parse_args(argv)
     for name in ("limit", "randomise", "workers", "map_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
-    if args.gallery:
-        files.check_output(args.gallery)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+        command.at_least(name.replace("_", "-"), getattr(args, name))
+    return args
 
 
 def main(argv=None):
+    from dml_common import command, files, pictures, rowfile
+
     args = parse(argv)
-    check(args)
-    rank, ranks = rowfile.my_share()
-    dataset = data.open_dataset(args.dataset, args.data_root, args.split)
-    loss = args.loss or (None if args.model or args.checkpoint else "all")
-    specs = models.find(args.trained_on or dataset.name, loss, args.fold, args.model, args.checkpoint,
-                        args.weights, args.network_seed, args.models)
-    for note in [*dataset.notes, *(spec["note"] for spec in specs)]:
-        if note and rank == 0:
-            say(note)
-    one = args.out.suffix == ".npy"
-    held_out = {spec["fold"] for spec in specs if "test" in spec["config"].get("split", {})}
-    if args.gallery and len(held_out) > 1:
-        raise ValueError(f"--gallery: folds {', '.join(map(str, sorted(held_out)))} are analysed on different pictures; give one --fold")
-    if one and len(specs) > 1:
-        raise ValueError(f"--out {args.out} is one array, but {len(specs)} networks were asked for "
-                         f"({specs[0]['name']}, {specs[1]['name']}, …); give a folder")
-    pictures, relative, arrays, groups = [], [], [], {}
-    for spec in specs:
-        own = data.own_pictures(dataset, spec["config"], args.dataset, args.data_root, args.split)
-        chosen = chosen_rows(len(own.paths), args.limit, args.pick)
-        pictures.append([(i, own.paths[i]) for i in chosen])
-        relative.append([own.relative[i] for i in chosen])
-        arrays.append(args.out if one else args.out / dataset.name / spec["slug"] / f"fold{spec['fold'] or 0}" / "maps.npy")
-        for ceiling in [False, True][:1 + args.ceiling]:
-            path = arrays[-1].with_name(f"{arrays[-1].stem}_ceiling.npy") if ceiling else arrays[-1]
-            description = about(own, spec, chosen, relative[-1], args.distance or spec["distance"], ceiling, args)
-            key = [ceiling, description["pictures"]["sha256"], description["preprocessing"]]  # of what shares its passes
-            key += [models.files_sha256(spec["files"][:1])] if args.shared_noise and spec["files"] else [len(arrays)]
-            groups.setdefault(repr(key), []).append((ceiling, len(arrays) - 1, path, description))
-    done = 0
-    for group in groups.values():
-        (ceiling, *_), numbers, paths, descriptions = zip(*group)
-        first, files = numbers[0], []
-        try:
-            for path, description in zip(paths, descriptions):
-                size = data.input_size(description["preprocessing"])
-                if args.map_size and args.map_size > min(size):
-                    raise ValueError(f"--map-size {args.map_size}: the maps have {size[1]} × {size[0]} pixels; give fewer")
-                size = [args.map_size] * 2 if args.map_size else size
-                shape = (len(pictures[first]), *size)
-                files.append(rowfile.RowFile(path, shape, np.float16, description, retry=not args.skip_unreadable))
-            done += sum(file.complete for file in files)
-            at_work = [(file, specs[number], models.distance(description["distance"]))
-                       for file, number, description in zip(files, numbers, descriptions) if not file.complete]
-            if at_work:
-                todo, chosen, distances = zip(*at_work)
-                fill(todo, chosen, pictures[first], distances, "" if args.shared_noise else chosen[0]["name"],
-                     f"{args.seed} ceiling" if ceiling else args.seed, args, (rank, ranks))
-            for file in files:
-                if not file.complete and not finish(file, relative[first]) and ranks == 1:
-                    say(f"{file.path}: {file.missing():,} rows are left to other processes; "
-                        "run the command again if one of them was stopped")
-        finally:
-            for file in files:
-                if not file.complete:
-                    file.give_up(alone=ranks == 1)
-    if rank == 0 and done == sum(map(len, groups.values())):
-        say(f"all {done} arrays are there already")
-    if rank == 0 and args.randomise:
-        rows = [row for spec, own in zip(specs, pictures)
-                for row in sanity(spec, own, models.distance(args.distance or spec["distance"]), args)]
-        folder = args.out.parent if one else args.out / dataset.name
-        files.write_table(folder / "sanity.csv", ["model", "fold", "layers", "of", "lowest", "n", "correlation", "correlation_std"], rows)
-    if rank == 0 and args.gallery and all(path.exists() for path in arrays):
-        one_fold = len({spec["fold"] for spec in specs}) == 1
-        names = [spec["loss"] if one_fold and spec["loss"] else spec["name"] for spec in specs]
-        preprocessings = [files.read_sidecar(path)["preprocessing"] for path in arrays]
-        make_gallery(args.gallery, arrays, preprocessings, names, pictures[0], relative[0], args.overlay,
-                     len(pictures[0]) if args.pick else 8)
+    mapper = Mapper(command.torch_device(args.device, args.precision), args)
+    names = ("samples", "noise", "order", "baseline", "percentile", "seed", "shared_noise", "antithetic",
+             "precision", "limit", "pick", "map_size")
+    options = {name: getattr(args, name) for name in names}
+    jobs, ceilings = [], []
+    choose = partial(chosen, args.limit, args.pick)
+    for job in rowfile.jobs(args, "maps.npy", options, args.network_seed, choose):
+        size = pictures.input_size(job.about["preprocessing"])
+        if args.map_size and args.map_size > min(size):
+            raise ValueError(f"--map-size {args.map_size}: the maps have {size[1]} × {size[0]} pixels")
+        for ceiling, group in (False, jobs), (True, ceilings):
+            path = job.path.with_stem(f"{job.path.stem}_ceiling") if ceiling else job.path
+            noise_of = "" if args.shared_noise else job.spec["name"]
+            group.append(job._replace(path=path, about={
+                **job.about, "distance": args.distance or job.spec["distance"],
+                "options": {**options, "ceiling": ceiling, "noise_of": noise_of}}))
+    if args.gallery:
+        folds = sorted({job.spec["fold"] for job in jobs if job.dataset.split == "held out"})
+        if len(folds) > 1:
+            raise ValueError(f"--gallery: folds {', '.join(map(str, folds))} are analysed on different "
+                             "pictures; give one --fold")
+        dataset = jobs[0].dataset
+        files.check_output(args.gallery, [*dataset.paths, dataset.folder / "props.csv", jobs[0].path])
+
+    def alike(job):  # jobs that share their passes
+        trunk = args.shared_noise and job.spec["files"] and files.files_digest(job.spec["files"][:1])
+        about = job.about
+        return about["options"]["ceiling"], about["pictures"], about["preprocessing"], trunk or job.path
+
+    for group in rowfile.incomplete(jobs + ceilings if args.ceiling else jobs, alike):
+        make_maps(group, mapper, args)
+    if command.my_share()[0] == 0 and args.randomise:
+        rows = [row for job in jobs for row in sanity(job, mapper, args)]
+        header = ["model", "fold", "layers", "of", "lowest", "n", "correlation", "correlation_std"]
+        files.write_table(jobs[0].folder / "sanity.csv", header, rows)
+    if command.my_share()[0] == 0 and args.gallery:
+        make_gallery(jobs, args)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        fail(error)
-    except (MemoryError, torch.cuda.OutOfMemoryError) as error:
-        fail(f"out of memory: {error}; use a smaller network or another --device")
-    except KeyboardInterrupt:
-        say("stopped; the same command continues")
-        sys.exit(130)
+    command.run(main)

@@ -25,7 +25,10 @@ int main(void) { return twice(0); }
 AVX512 = """
 #include <immintrin.h>
 __attribute__((target("avx512bw,avx512vl,avx512vbmi2,popcnt,bmi")))
-int first(const void *p) { return _mm512_movepi16_mask(_mm512_maskz_compress_epi16(1, _mm512_loadu_si512(p))); }
+int first(const void *p)
+{
+    return _mm512_movepi16_mask(_mm512_maskz_compress_epi16(1, _mm512_loadu_si512(p)));
+}
 int main(void) { char bytes[64] = {0}; return __builtin_cpu_supports("avx512vbmi2") && first(bytes); }
 """
 

@@ -36,35 +36,39 @@ HERE = Path(__file__).resolve().parent
 DISTANCES = ("euclidean", "squared_euclidean", "cosine", "dot_product", "snr")
 # Measures of a network by keys, and of two networks: title, caption, times what, decimals.
 MEASURES = {
-    "nr_precision": ("NR-Prec", "Normalized R-Precision of each property, 0 for chance, mean over folds", 1, 2),
+    "nr_precision": ("NR-Prec", "Normalized R-Precision by property, 0 for chance, mean over folds", 1, 2),
     "masks": ("Saliency inside the object", "Inside the object's mask, per cent, mean over folds", 100, 1),
     "sanity": ("Sanity check", "Correlation with the trained network's maps, per cent, as layers are "
                "re-initialised from the top; 0 layers: the noise ceiling", 100, 0),
     "pairs": ("Pairs and rankings", "Scores of the second paper, mean over folds", 1, 3),
-    "correlation": ("Correlation of saliency maps", "Pearson correlation of two networks' maps of one picture, "
-                    "per cent, ± standard deviation over pictures; averages through Fisher's z", 100, 0),
-    "jsd": ("JSD of saliency maps", "Jensen-Shannon divergence (base 2) of two networks' maps of one picture, "
+    "correlation": ("Correlation of saliency maps", "Pearson's r of two networks' maps of a picture, per "
+                    "cent, ± standard deviation over pictures; averages through Fisher's z", 100, 0),
+    "jsd": ("JSD of saliency maps", "Jensen-Shannon divergence (base 2) of two networks' maps of a picture, "
             "± standard deviation over pictures, both × 100; 0 for identical maps", 100, 1),
-    "ceiling": ("Noise ceiling of the correlation", "The most that two networks' maps can correlate, from two "
+    "ceiling": ("Noise ceiling of the correlation", "The most that two networks' maps can correlate, by two "
                 "maps of each that differ in their noise alone, per cent", 100, 0),
     "corrected": ("Correlation corrected for noise", "Divided by its noise ceiling, per cent", 100, 0),
     "cka": ("Linear CKA of embeddings", "1 for embeddings that differ by rotation and scale", 1, 2),
-    "overlap": ("Common nearest neighbours", "Share of a picture's 10 nearest neighbours, per cent", 100, 0)}
+    "overlap": ("Common nearest neighbours", "Share of a picture's 10 nearest, per cent", 100, 0)}
 PAIRS = ("correlation", "jsd", "ceiling", "corrected", "cka", "overlap")
 WITH_SPREAD = ("correlation", "jsd", "sanity")
 TITLES = {  # of columns, in their order
     "masks": {"share": "In the object", "area": "Object's area", "other": "In other masks",
-              "excess": "Excess", "pointing": "Maximum in object", "pointing_other": "Maximum in other masks"},
-    "pairs": {"recall_at_1": "Recall@1", "map_at_r": "MAP@R", "jsd": "JSD", "jsd_null": "JSD, labels permuted",
-              "r_precision": "R-Precision", "positive_mean": "Positive mean",
-              "negative_mean": "Negative mean"}}
+              "excess": "Excess", "pointing": "Maximum in object",
+              "pointing_other": "Maximum in other masks"},
+    "pairs": {"recall_at_1": "Recall@1", "map_at_r": "MAP@R", "jsd": "JSD",
+              "jsd_null": "JSD, labels permuted", "r_precision": "R-Precision",
+              "positive_mean": "Positive mean", "negative_mean": "Negative mean"}}
 BOLD = "Bold mean: the larger type by the exact test; †: by the released way (all folds pooled)."
-NOTES = {"masks": ["In other masks: the chance level of a map that knows only where objects usually are. "
-                   "Excess: the difference, in points."],
-         "pairs": [BOLD, "JSD of few pairs is biased up: labels permuted shows by how much."],
-         "distance": ["Networks without a loss are left out."]}
+NOTES = {
+    "nr_precision": [BOLD], "distance": ["Networks without a loss are left out."],
+    "masks": ["In other masks: the chance level of a map that knows only where objects usually are."],
+    "pairs": [BOLD, "JSD of few pairs is biased up: labels permuted shows by how much."],
+    "tested": ["* above chance: p_holm < 0.01 in every fold, by permutation of the property."],
+    "published mark": ["* above 2.576, the published mark: a z-score's threshold on a mean of many."]}
 PAPER = {"losses": "Table 1", "properties": "Table 5", "nrprec": "Table 6", "pairs": "Oi et al., Table 1",
          "training": "Oi et al., Table 1", "correlation_sop": "Table 2", "jsd_sop": "Table 2",
+         "nrprec_tests": "Table 6", "properties_published": "Table 5",
          "correlation_by_type_cars196": "Table 3", "correlation_by_type_cub200": "Table 4"}
 
 # ---------------------------------------------------------------- cells and tables
@@ -81,9 +85,9 @@ def table(name, title, caption, header, rows, dataset=None, kind="rows", notes=(
     """A table as tables.json has it (the cells' spread and mark are for the CSV alone)."""
     full, title = (f"{name}_{dataset}", f"{title}, {dataset}") if dataset else (name, title)
     rows = [[one if isinstance(one, dict) else cell(one) for one in row] for row in rows]
-    return {"name": re.sub(r"[^A-Za-z0-9_-]+", "_", full).strip("_"), "title": title, "caption": f"{caption}.",
-            "dataset": dataset, "paper": PAPER.get(full) or PAPER.get(name), "kind": kind,
-            "header": list(header), "rows": rows, "notes": list(notes)}
+    return {"name": re.sub(r"[^A-Za-z0-9_-]+", "_", full).strip("_"), "title": title,
+            "caption": f"{caption}.", "dataset": dataset, "paper": PAPER.get(full) or PAPER.get(name),
+            "kind": kind, "header": list(header), "rows": rows, "notes": list(notes)}
 
 
 def rounded(value, digits=2, plus=""):
@@ -141,47 +145,31 @@ def log_above_0(value):
 def grid(one, measure):
     """A measure's table: a row a network, a column a key, and the means of the types."""
     title, caption, factor, digits = MEASURES[measure]
-    cells, keys, notes = one.cells(measure), one.keys(measure), NOTES.get(measure, ())
+    cells, means, keys = one.cells(measure), one.cells(measure, "type"), one.keys(measure)
     titles = TITLES.get(measure) or dict(zip(keys, keys))
     titles = {key: text for key, text in titles.items() if key in keys}
     rows = [[name, *(fact(cells.get((name, key)), factor, digits) for key in titles)]
             for name in one.names(measure)]
-    if measure == "nr_precision":
-        shade(rows, log_above_0)
-        notes = nrprec_notes(one) if one.tables else ()
-    elif measure == "sanity":
-        shade(rows)
-    elif measure == "pairs" and one.tables:
-        caption += f": label {one.tables['pairs'][0]['label']}, {one.select('pairs')[0].note}" if rows else ""
-    if measure in ("nr_precision", "pairs"):
-        rows += type_rows(one, measure, titles, factor, digits)
-    header = ["Layers" if measure == "sanity" else "Loss", *titles.values()]
-    name = "nrprec" if measure == "nr_precision" else measure
-    return table(name, title, caption, header, rows, one.name, notes=notes)
-
-
-def type_rows(one, measure, keys, factor, digits):
-    """Means of ranking and of classification losses, bold and † where a test says which is larger."""
-    means = one.cells(measure, "type")
+    if measure in ("nr_precision", "sanity"):
+        shade(rows, log_above_0 if measure == "nr_precision" else float)
     tests, released = ({row.key: row.mark for row in one.select(measure, level)}
-                       for level in ("test", "released"))
-    for kind in ("ranking", "classification"):
-        if any((kind, key) in means for key in keys):
-            yield [cell(f"{kind.capitalize()} mean", bold=True)] + [
+                       for level in ("test", "released"))  # bold and †: which type is larger
+    for kind in ("ranking", "classification") if measure in ("nr_precision", "pairs") else ():
+        if any((kind, key) in means for key in titles):
+            rows.append([cell(f"{kind.capitalize()} mean", bold=True)] + [
                 fact(means.get((kind, key)), factor, digits, bold=tests.get(key) == kind,
-                     mark="†" if released.get(key) == kind else "") for key in keys]
-
-
-def nrprec_notes(one):
-    first, mean = one.tables["nrprec"][0], one.select("nr_precision", fold="mean")
-    null, distance = (first.get(key) or "not stated" for key in ("null", "distance"))
-    neighbours = f"at most {first['max_neighbours']:.0f}" if first.get("max_neighbours") else "all R"
-    mark = ("* NR-Prec > 2.576: the published mark, one z-score's 1 % threshold applied to a mean of many. "
-            "nrprec.py --permutations N tests the mean.")
-    if mean and mean[0].note == "tested":
-        mark = (f"* above chance: p_holm < 0.01 in every fold, {first['permutations'] or 0:,.0f} permutations "
-                "of each property, Holm-corrected over the properties.")
-    return [mark, BOLD, f"Null {null}, distance {distance}, {neighbours} neighbours."]
+                     mark="†" if released.get(key) == kind else "") for key in titles])
+    notes, made = list(NOTES.get(measure, ())), one.tables.get("nrprec")
+    if measure == "nr_precision" and made and rows:
+        options = {key: str(made[0].get(key) or "").removesuffix(".0") for key in (
+            "null", "distance", "max_neighbours", "permutations")}
+        options = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in options.items() if value)
+        notes = [*NOTES[next(iter(cells.values())).note], *notes, options]
+    if measure == "pairs" and rows:
+        caption += f": label {one.tables['pairs'][0]['label']}, {next(iter(cells.values())).note}"
+    name = "nrprec" if measure == "nr_precision" else measure
+    return table(name, title, caption, ["Layers" if measure == "sanity" else "Loss", *titles.values()], rows,
+                 one.name, notes=notes)
 
 
 def matrix(one, measure, level="network"):
@@ -208,20 +196,18 @@ def type_tests(one, measure, name, what):
     title, _, factor, digits = MEASURES[measure]
     tests, types, rows = one.select(measure, "test"), one.cells(measure, "type"), []
     for test, released in zip(tests, one.select(measure, "released")):
-        r, c = (fact(types[kind, test.key], factor, digits, mark="", bold=test.mark == kind) | {"spread": None}
-                for kind in ("ranking", "classification"))
+        r, c = (fact(types[kind, test.key]._replace(spread=None, mark=""), factor, digits,
+                     bold=test.mark == kind) for kind in ("ranking", "classification"))
         rows.append([TITLES.get(measure, {}).get(test.key, test.key), r, c,
                      cell(rounded(released.value, digits, "+"), released.value),
                      cell(rounded(test.value, 2, "+"), test.value, hint=f"{test.n} losses, {test.note}"),
                      cell(p_text(test.p), test.p), cell(p_text(test.p_holm), test.p_holm), test.mark,
                      cell(p_text(released.p), released.p, hint=released.note), released.mark])
-    least = min([1, *(len(tests) * test.low for test in tests)])
-    notes = ["p: two-sided Mann-Whitney U on fold averages; the unit is the loss. Holm over the rows, 5 %; with "
-             f"so few losses it cannot fall below {p_text(least)}. " + "; ".join({test.note for test in tests}),
-             "Effect: rank-biserial correlation, 1 when every ranking loss lies above every classification "
-             "loss, −1 the reverse.",
-             "Released p: the way of the first paper's code, all folds pooled as if independent, not corrected, "
-             "1 %; its SciPy's default was half the two-sided p-value of the normal approximation."]
+    least, ways = min([1, *(len(tests) * test.low for test in tests)]), sorted({test.note for test in tests})
+    notes = [f"p: two-sided Mann-Whitney U on fold averages, {' or '.join(ways)}; the unit is the loss. Holm "
+             f"over the rows, 5 %; with so few losses it cannot fall below {p_text(least)}.",
+             "Effect: rank-biserial correlation, 1: every ranking loss above every other, −1: below.",
+             "Released p: folds pooled, not corrected, 1 %, half the two-sided p, as the first paper's code."]
     header = [what, "Ranking", "Classification", "Difference", "Effect", "p", "p, Holm", "Larger",
               "Released p", "Released: larger"]
     return table(name, f"Ranking against classification: {title}", "Means over losses. An empty cell under "
@@ -239,7 +225,7 @@ def other_tests(one):
                   cell(p_text(row.p), row.p)] for row in one.select(measure, "test")]
     for measure in PAIRS:
         rows += [[f"{MEASURES[measure][0]}: mean", cell(rounded(row.value, 3), row.value),
-                  f"{interval(row, 1, 3)} over {row.n} pairs".strip(), ""] for row in one.select(measure, "all")]
+                  f"{interval(row, 1, 3)} over {row.n} pairs", ""] for row in one.select(measure, "all")]
     return table("tests", "Other tests and means", "Tests are two-sided, of 9,999 permutations",
                  ["What", "Number", "Test or range", "p"], rows, one.name)
 
@@ -250,12 +236,13 @@ def training(one):
         "training", fold="mean", part="test", epoch=epoch)} for epoch in (0, "best"))
     titles = {key: text for key, text in TITLES["pairs"].items() if any(key in place for place in after)}
     rows, order = [], list(one.types)
-    for name, split in sorted({place[:2] for place in after}, key=lambda place: order.index(place[0])):
-        pairs = [(before.get((name, split, key)), after.get((name, split, key))) for key in titles]
-        n = next(last.n for _, last in pairs if last)
+    places = sorted({place[:2] for place in after}, key=lambda place: (order.index(place[0]), place[1]))
+    for name, split in places:
+        ends = [(before.get((name, split, key)), after.get((name, split, key))) for key in titles]
+        n = next(last.n for _, last in ends if last)
         rows.append([name, split, cell(n or "", n)] + [
-            cell(" → ".join(rounded(row.value, 3) for row in pair if row), pair[1] and pair[1].value)
-            for pair in pairs])
+            cell(" → ".join(fact(row, 1, 3)["text"] for row in pair if row), pair[1] and pair[1].value)
+            for pair in ends])
     return table("training", "Test split before and after training", "Scores of the test split, untrained → "
                  "trained, mean over folds", ["Loss", "Splitting", "Folds", *titles.values()], rows, one.name)
 
@@ -282,8 +269,8 @@ def losses(everything):
 
     known, rows = {row["name"]: row for row in files.losses()}, []
     for one in everything:
-        for name in one.types.keys() - known.keys():
-            known[name] = {"type": one.types[name], "distance": one.distances[name], "year": ""}
+        for name, kind in one.types.items():
+            known.setdefault(name, {"type": kind, "distance": one.distances[name], "year": ""})
     for name, row in known.items():
         distance = "" if name == "None" else (row["distance"] or "").replace("_", " ")
         rows.append([name, cell(row["year"], row["year"] or None), row["type"], distance])
@@ -292,38 +279,38 @@ def losses(everything):
             folds |= {network["fold"] for network in one.networks
                       if network["name"] == name and (network["emb"] or network["maps"])}
             rows[-1].append(cell(len(folds) or "", len(folds) or None))
-    return table("losses", "Losses", "The losses, their types and distances; the networks (folds) with results",
+    return table("losses", "Losses", "Losses, their types and distances; the networks (folds) with results",
                  ["Loss", "Year", "Type", "Distance", *(f"Networks, {one.name}" for one in everything)], rows,
                  notes=["None: ImageNet weights and an untrained last layer."])
 
 
 def properties(one=None):
     """Table 5 of the results' props.csv; without one, the paper's."""
-    from dml_common import files, pictures
+    from dml_common import files, pictures, results
 
     header, rows = ["Property", "Number", "Values"], []
     for name, values in (one.properties if one else {}).items():
         numbers = all(map(files.is_number, values))
         values = sorted(values, key=float if numbers else pictures.natural_key)
-        words = values[:8] + ["…"] * (len(values) > 8)
+        words = values if len(values) < 9 else [*values[:8], "…"]
         if numbers and len(values) > 4:
             words = [*values[:2], "…", values[-1]]
         rows.append([name, cell(len(values), len(values)), ", ".join(words)])
     if rows:
         return table("properties", "Properties", "The pictures' properties and their values", header, rows,
                      one.name)
-    columns = files.read_table(HERE / "published" / "kobs_table5_properties.csv")
+    columns = results.read_published("kobs_table5_properties")
     rows = [[name, cell(number, number), values] for name, number, values in zip(*columns.values())]
     return table("properties_published", "Properties (published)", "The first paper's rendered cars", header,
                  rows, notes=["No props.csv in the results: the paper's own."])
 
 
 def errata():
-    from dml_common import files
+    from dml_common import results
 
-    columns = files.read_table(HERE / "published" / "errata.csv")
-    return table("errata", "Errata", "Where the published descriptions, code and numbers disagree, and what is "
-                 "done here", ["Paper", "Published", "Found", "Here"], zip(*columns.values()))
+    columns = results.read_published("errata")
+    return table("errata", "Errata", "Where the published descriptions, code and numbers disagree, and what "
+                 "is done here", ["Paper", "Published", "Found", "Here"], zip(*columns.values()))
 
 
 def papers(everything, tables_of):
@@ -350,40 +337,43 @@ def papers(everything, tables_of):
 
 def findings(one):
     """The three findings of a data set, or that nothing was found."""
-    for topic, (text, test, p) in (("property level", property_finding(one)),
-                                   ("ranking against classification", type_finding(one)),
-                                   ("pixel level", pixel_finding(one))):
-        yield {"dataset": one.name, "topic": topic, "text": f"{one.name}: {text}.", "test": test, "p_value": p}
+    topics = {"property level": property_finding(one), "ranking against classification": type_finding(one),
+              "pixel level": pixel_finding(one)}
+    for topic, (text, test, p) in topics.items():
+        text = f"{one.name}: {text}."
+        yield {"dataset": one.name, "topic": topic, "text": text, "test": test, "p_value": p}
 
 
 def property_finding(one):
-    if not one.select("nr_precision", "all"):
+    properties = one.select("nr_precision", "all")
+    if not properties:
         return "no property was analysed", "none", None
-    top = max(one.select("nr_precision", "all"), key=lambda row: row.value)
+    top = max(properties, key=lambda row: row.value)
     where, p, test = "above the published mark 2.576", None, "a z-score's threshold on a mean: no p-value"
     if one.select("nr_precision", fold="mean")[0].note == "tested":
-        where, p, test = "above chance", top.p_holm, "permutations of the property, p_holm < 0.01 in every fold"
+        where, p = "above chance", top.p_holm
+        test = f"permutations, p_holm < 0.01 in every fold; largest p_holm {p_text(p)}"
     text = f"embeddings cluster most by {top.key}: NR-Prec {rounded(top.value)}{interval(top)}"
     if top.mark.startswith("0 "):
         text = f"embeddings cluster by no property; the largest NR-Prec is {rounded(top.value)} ({top.key})"
-    test += f"; largest p_holm {p_text(p)}" if p is not None else ""
-    return f"{text}, {where} in {top.mark} losses", f"{test}; [ ]: Student's 95 % interval over losses", p
+    what = "networks" if {*one.types.values()} == {"none"} else "losses"
+    return f"{text}, {where} in {top.mark} {what}", f"{test}; [ ]: Student's 95 % interval over {what}", p
 
 
 def type_finding(one):
     tests, types = one.select("nr_precision", "test"), one.cells("nr_precision", "type")
     if not tests:
-        return "ranking and classification losses can't be compared: two of each are needed", "none", None
+        return "ranking and classification losses can't be compared, two of each are needed", "none", None
     first, differ = min(tests, key=lambda test: test.p_holm), sum(bool(test.mark) for test in tests)
     r, c = (types[kind, first.key] for kind in ("ranking", "classification"))
-    text = f"{r.n} ranking and {c.n} classification losses were found to differ in none of {len(tests)} properties"
+    text = (f"{r.n} ranking and {c.n} classification losses differ in {differ or 'none'} of {len(tests)} "
+            "properties")
     if differ:
-        text = (f"{r.n} ranking and {c.n} classification losses differ in {differ} of {len(tests)} properties, "
-                f"most clearly in {first.key}: NR-Prec {rounded(r.value)}{interval(r)} against "
-                f"{rounded(c.value)}{interval(c)}, above chance in {r.mark} and {c.mark} losses")
-    return text, (f"two-sided Mann-Whitney U on fold averages, {first.note}, Holm over {len(tests)} properties; "
-                  f"smallest p {p_text(first.p_holm)} ({first.key}); [ ]: Student's 95 % interval over losses"
-                  ), first.p_holm
+        text += (f", most clearly in {first.key}: NR-Prec {rounded(r.value)}{interval(r)} against "
+                 f"{rounded(c.value)}{interval(c)}, above chance in {r.mark} and {c.mark} losses")
+    test = (f"two-sided Mann-Whitney U on fold averages, {first.note}, Holm over {len(tests)} properties; "
+            f"smallest p {p_text(first.p_holm)} ({first.key}); [ ]: Student's 95 % interval over losses")
+    return text, test, first.p_holm
 
 
 def pixel_finding(one):
@@ -439,7 +429,8 @@ def latex(text):
 
 def number_columns(content):
     """Which columns hold numbers: those stand to the right."""
-    return [any(row[k]["value"] is not None for row in content["rows"]) for k in range(len(content["header"]))]
+    columns = range(len(content["header"]))
+    return [any(row[k]["value"] is not None for row in content["rows"]) for k in columns]
 
 
 def csv_rows(content):
@@ -448,9 +439,9 @@ def csv_rows(content):
     for k, title in enumerate(content["header"]):
         cells = [row[k] for row in content["rows"]]
         columns.append([title or "name"])
-        for one in cells:
-            counted = one["value"] is not None and one["text"] == str(int(one["value"])) and one["value"] % 1 == 0
-            columns[-1].append(one["text"] if counted or one["value"] is None else one["value"])
+        for one in cells:  # text, a count, or a number
+            as_is = one["value"] is None or one["value"] % 1 == 0 and one["text"].isdecimal()
+            columns[-1].append(one["text"] if as_is else one["value"])
         for key, end in ("spread", "±"), ("mark", "mark"):
             if any(one[key] not in (None, "") for one in cells):
                 columns.append([f"{title} {end}", *(one[key] for one in cells)])
@@ -464,8 +455,9 @@ def to_markdown(content):
     for row in content["rows"]:
         texts = [(markdown(one["text"]), one["bold"]) for one in row]
         rows.append([f"**{text}**" if bold and text else text for text, bold in texts])
-    lines = [f"### {markdown(content['title'])}", "", markdown(content["caption"] + paper), "",
-             *(f"| {' | '.join(row)} |" for row in rows), "", *(f"- {markdown(note)}" for note in content["notes"])]
+    lines = [f"### {markdown(content['title'])}", "", markdown(content["caption"] + paper), ""]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    lines += ["", *(f"- {markdown(note)}" for note in content["notes"])]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -474,28 +466,26 @@ def latex_template():
     try:
         import jinja2
         environment = jinja2.Environment(
-            block_start_string="<%", block_end_string="%>", variable_start_string="<<", variable_end_string=">>",
-            comment_start_string="<#", comment_end_string="#>", trim_blocks=True, lstrip_blocks=True)
+            block_start_string="<%", block_end_string="%>", variable_start_string="<<",
+            variable_end_string=">>", comment_start_string="<#", comment_end_string="#>", trim_blocks=True,
+            lstrip_blocks=True)
         environment.filters["latex"] = latex
         return environment.from_string((HERE / "templates" / "table.tex").read_text(encoding="utf-8"))
     except (ImportError, OSError) as error:
-        print(f"tables.py: no .tex files: {error} (pip install jinja2; templates/ beside it)", file=sys.stderr)
+        print(f"tables.py: no .tex files: {error} (pip install jinja2)", file=sys.stderr)
 
 
 def show(content):
     """The table on the terminal, aligned; a wide matrix has numbers for its columns' names."""
-    header, right = content["header"], number_columns(content)
-    rows = [[one_line(one["text"]) for one in row] for row in content["rows"]]
+    from dml_common.command import print_aligned
+
+    header, rows = content["header"], [[one_line(one["text"])[:60] for one in row] for row in content["rows"]]
     if content["kind"] == "matrix" and len(header) > 7:
         rows = [[f"{k:2} {row[0]}", *(text.replace(" ± ", "±") for text in row[1:])]
                 for k, row in enumerate(rows, 1)]
         header = ["", *map(str, range(1, len(header)))]
     print(f"\n{one_line(content['title'])}" + (f" ({content['paper']})" if content["paper"] else ""))
-    widths = [min(60, max(map(len, column))) for column in zip(header, *rows)]
-    for row in [header, *rows]:
-        texts = [text[:width].rjust(width) if number else text[:width].ljust(width)
-                 for text, width, number in zip(row, widths, right)]
-        print("  ".join(texts).rstrip())
+    print_aligned([list(map(one_line, header)), *rows])
 
 
 def write(out, contents, parts, about):
@@ -522,9 +512,8 @@ def write(out, contents, parts, about):
     lists = [f"## {title}\n\n" + "".join(f"- {markdown(line)}\n" for line in lines or ["Nothing."])
              for title, lines in parts.items()]
     save("tables.md", "\n".join(["# Tables\n", *lists, "## Tables\n", *map(to_markdown, contents)]))
-    for content in contents:
-        content["rows"] = [[{key: one[key] for key in ("text", "value", "shade", "bold", "hint")} for one in row]
-                           for row in content["rows"]]
+    for one in (one for content in contents for row in content["rows"] for one in row):
+        del one["spread"], one["mark"]
     text = json.dumps({"tables": contents, **about}, ensure_ascii=False, indent=1, allow_nan=False)
     save("tables.json", text + "\n")
 
@@ -538,7 +527,7 @@ def parse(argv):
     parser = command.parser(__doc__)
     add = parser.add_argument
     add("results", nargs="?", type=Path, metavar="RESULTS", help="results/, or one data set's folder in it")
-    add("--out", type=Path, metavar="DIR", help="where the tables go (tables); with --published only if given")
+    add("--out", type=Path, metavar="DIR", help="where the tables go (tables); --published: only if given")
     add("--published", action="store_true", help="print the papers' tables, ours and the differences")
     add("--models", type=Path, default=HERE / "models", metavar="DIR",
         help="has trained/<dataset>/<slug>/fold<k>/ (models/)")
@@ -550,7 +539,8 @@ def check_folder(out, folders):
     from dml_common import files
 
     if out.resolve() in [folder.resolve() for folder in folders]:
-        raise ValueError(f"--out {out} is a folder of results; writing there could destroy them: choose another")
+        raise ValueError(f"--out {out} is a folder of results; writing there could destroy them: choose "
+                         "another")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -562,26 +552,28 @@ def main(argv=None):
 
     args = parse(argv)
     if args.results is None and not args.published:
-        raise ValueError("which results? Give results/ or one data set's folder in it; --published prints the "
-                         "papers' tables")
+        raise ValueError("which results? Give results/ or one data set's folder in it; --published prints "
+                         "the papers' tables")
     everything = results.read_all(args.results, args.models) if args.results else []
-    everything.sort(key=lambda one: (-len(one.tables), -len(one.networks)))  # the fullest one's findings first
+    everything.sort(key=lambda one: (-len(one.tables), -len(one.networks)))  # the fullest data set first
     tables_of = {one.name: [properties(one), *dataset_tables(one)] for one in everything}
     contents = [losses(everything), *(table for tables in tables_of.values() for table in tables), errata()]
-    shown = r"(nrprec_tests|correlation_by_type|corrected_by_type|pairs(?!_tests))_"
     if args.published:
-        contents, shown = papers(everything, tables_of), ""
+        contents = papers(everything, tables_of)
+    contents = [content for content in contents if content["rows"]]
+    names = [content["name"] for content in contents]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two data sets' names give one file name ({max(names, key=names.count)}); rename "
+                         "one's folder")
+    out = args.out or Path("tables")
+    if args.out or not args.published:
+        check_folder(out, [*filter(None, [args.results]), *(one.folder for one in everything)])
     for content in contents:
-        if re.match(shown, content["name"]):
+        if args.published or re.match("nrprec_tests|(correlation|corrected)_by_type|pairs_(?!tests)",
+                                      content["name"]):
             show(content)
     if args.published and not args.out:
         return
-    names = [content["name"] for content in contents]
-    if len(set(names)) < len(names):
-        raise ValueError(f"two data sets' names give one file name ({max(names, key=names.count)}); rename one's "
-                         "folder")
-    out = args.out or Path("tables")
-    check_folder(out, [*filter(None, [args.results]), *(one.folder for one in everything)])
     versions = {"python": platform.python_version(), "numpy": version("numpy"), "scipy": version("scipy")}
     options = {"results": str(args.results) if args.results else None, "published": args.published}
     about = {"findings": [finding for one in everything for finding in findings(one)],
@@ -594,8 +586,10 @@ def main(argv=None):
     write(out, contents, parts, about)
     for title, lines in parts.items():
         print(f"\n{title}")
-        for line in lines[:12] + [f"{len(lines) - 12} more in {out / 'tables.md'}"] * (len(lines) > 12):
+        for line in lines[:12]:
             print(textwrap.fill(one_line(line), 110, initial_indent="- ", subsequent_indent="  "))
+        if len(lines) > 12:
+            print(f"  … {len(lines) - 12} more in {out / 'tables.md'}")
     print(f"\n{len(contents)} tables: {out / 'tables.md'}, {out / 'tables.tex'}, {out / 'tables.json'}")
 
 

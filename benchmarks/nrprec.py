@@ -5,7 +5,7 @@
     python benchmarks/nrprec.py --n 10000 --plain               # and against what one would write
 
 Prints seconds, ratios and peak memory; asserts nothing. Embeddings are random (seeded), labels have Table 5's
-cardinalities. The products' figure is the best of several block shapes and ways of threading on the same threads.
+cardinalities. The products' figure is the best of several block shapes and ways of threading.
 """
 import argparse
 import resource
@@ -25,8 +25,10 @@ TABLE_5 = {"model": 6, "rotation_z": 8, "color_hue": 10, "color_sat": 9, "color_
 
 
 def bare_products(x, queries, threads, rows, workers, seconds=4.0):
-    """Seconds, and CPU seconds, for `queries` rows of x @ x.T in float32, block by block, results overwritten:
-    extrapolated from a few seconds' work. workers threads multiply side by side, BLAS uses threads // workers each."""
+    """Seconds, and CPU seconds, for `queries` rows of x @ x.T in float32, block by block.
+
+    Extrapolated from a few seconds: workers multiply side by side, with threads // workers of BLAS each.
+    """
     n = len(x)
     transposed = np.ascontiguousarray(x.T)
     buffers = [np.empty((rows, n), np.float32) for _ in range(workers)]
@@ -75,11 +77,12 @@ def plain(x, labels, queries):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--n", type=int, default=100_000, help="pictures (default: 100,000)")
     parser.add_argument("--dim", type=int, default=128, help="dimension (default: 128)")
     parser.add_argument("--queries", type=int, help="subset of queries (default: all)")
-    parser.add_argument("--properties", type=int, default=11, help="how many, Table 5's repeated (default: 11)")
+    parser.add_argument("--properties", type=int, default=11, help="Table 5's, repeated (default: 11)")
     parser.add_argument("--threads", type=int, default=nrprec.available_threads())
     parser.add_argument("--memory-mib", type=int, default=512)
     parser.add_argument("--plain", action="store_true", help="also time the argpartition version")

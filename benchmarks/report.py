@@ -1,11 +1,11 @@
 """How large is report.py's page, and how soon does it show its first picture? Asserts nothing.
 
-    python benchmarks/report.py                                  # 15 networks × 300 pictures, and their second maps
+    python benchmarks/report.py                               # 15 networks × 300 pictures × 2 maps
     python benchmarks/report.py --networks 15 --pictures 1000 --size 160
 
-Made-up maps (blurred noise, cut at the 99th percentile, 224 × 224) and pictures, no tables. Needs 0.02 GB of disk for each
-network and hundred pictures. Opening (chromium, chromedriver and selenium, where they are here) is timed from the address
-to the first picture's maps drawn, five times in one browser.
+Made-up maps (blurred noise, cut at the 99th percentile, 224 × 224) and pictures, no tables. Needs 0.02 GB of
+disk for each network and hundred pictures. Opening (chromium, chromedriver, selenium, where they are here) is
+timed from the address to the first picture's maps drawn, five times in one browser.
 """
 import argparse
 import csv
@@ -32,9 +32,8 @@ def blurred(rng, sides, number):
             noise = Image.fromarray(rng.gamma(1, 1, (side, side)).astype(np.float32))
             field += np.asarray(noise.resize((224, 224), Image.Resampling.BICUBIC))
     fields -= fields.min(axis=(1, 2), keepdims=True)
-    return (np.minimum(fields / np.percentile(fields, 99, axis=(1, 2), keepdims=True), 1) ** 4).astype(
-        np.float16
-    )  # mostly dark, as maps are
+    fields = np.minimum(fields / np.percentile(fields, 99, axis=(1, 2), keepdims=True), 1)
+    return (fields**4).astype(np.float16)  # mostly dark, as maps are
 
 
 def make_results(folder, networks, pictures):
@@ -46,11 +45,10 @@ def make_results(folder, networks, pictures):
     for number in range(networks):
         place = folder / "results" / "made_up" / f"network{number}" / "fold0"
         place.mkdir(parents=True)
+        loss = losses[number] if number < len(losses) else f"loss {number}"
         for stem in ("maps", "maps_ceiling"):
             np.save(place / f"{stem}.npy", blurred(rng, (14, 56, 112), pictures))
-            (place / f"{stem}.json").write_text(
-                json.dumps({"loss": losses[number % len(losses)] + f" {number // len(losses)}" * (number >= len(losses))})
-            )
+            (place / f"{stem}.json").write_text(json.dumps({"loss": loss}))
         (place / "labels.csv").write_text("path\n" + "\n".join(names) + "\n")
     (folder / "made_up").mkdir()
     for name in names:
@@ -59,65 +57,54 @@ def make_results(folder, networks, pictures):
 
 
 def opening_seconds(page, times=5):
-    """Seconds until the first picture's maps are drawn, sorted; None without a browser."""
+    """Seconds until the first picture's maps are drawn, sorted; [] without a browser."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     try:
         from selenium import webdriver
     except ImportError:
-        return None
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+        return []
     if not (chromium and driver):
-        return None
+        return []
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,1000"):
-        options.add_argument(argument)
-    browser, found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver)), []
+    for argument in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1400,1000"):
+        options.add_argument(f"--{argument}")
+    browser, seconds = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver)), []
     for _ in range(times):
         start = time.perf_counter()
         browser.get(page.as_uri())
         while not browser.execute_script("return document.body.dataset.shown"):
             time.sleep(0.005)
-        found.append(time.perf_counter() - start)
+        seconds.append(time.perf_counter() - start)
     browser.quit()
-    return sorted(found)
+    return sorted(seconds)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     for name, default in ("networks", 15), ("pictures", 300), ("size", 112):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"({default})")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
+        page = folder / "report.html"
         make_results(folder, args.networks, args.pictures)
         start = time.perf_counter()
-        subprocess.run(
-            [
-                sys.executable,
-                ROOT / "report.py",
-                folder / "results",
-                "--dataset",
-                folder / "made_up",
-                "--out",
-                folder / "report.html",
-                "--pictures",
-                str(args.pictures),
-                "--size",
-                str(args.size),
-            ],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
+        command = [sys.executable, ROOT / "report.py", folder / "results", "--dataset", folder / "made_up",
+                   "--out", page, "--pictures", str(args.pictures), "--size", str(args.size)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-        print(f"made in {time.perf_counter() - start:.1f} s, peak {peak:,.0f} MiB (the maps read from disk included)")
-        size = (folder / "report.html").stat().st_size / 2**20
+        print(f"made in {seconds:.1f} s, peak {peak:,.0f} MiB (the maps read from disk included)")
+        size = page.stat().st_size / 2**20
         print(f"page: {size:.1f} MiB for {args.networks} networks × {args.pictures} pictures × 2 maps")
-        seconds = opening_seconds(folder / "report.html")
-    print(
-        "opening: no chromium, chromedriver or selenium here"
-        if seconds is None
-        else f"opens in {seconds[len(seconds) // 2]:.2f} s ({seconds[0]:.2f} to {seconds[-1]:.2f}), first picture drawn"
-    )
+        seconds = opening_seconds(page)
+    if seconds:
+        median = seconds[len(seconds) // 2]
+        print(f"opens in {median:.2f} s ({seconds[0]:.2f} to {seconds[-1]:.2f}), first picture drawn")
+    else:
+        print("opening: no chromium, chromedriver or selenium here")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What the commands share; the scripts' functions need none of it. To copy a command, copy its script and this folder."""
+"""What the commands share; no function of a script needs it. To copy a command, copy its script and this."""

@@ -1,4 +1,4 @@
-"""How a command begins and ends, the options that scripts share, and the part of the work that a process takes.
+"""How a command begins and ends, the options that scripts share, and the part of the work a process takes.
 
 A script begins its command before it imports torch, and ends it at the bottom:
 
@@ -9,27 +9,35 @@ A script begins its command before it imports torch, and ends it at the bottom:
     if __name__ == "__main__":
         command.run(main)
 
-What is expected to go wrong (ValueError, OSError, no memory left) ends with one line and exit status 2, Ctrl-C with 130,
-SIGTERM with 143. Anything else is a fault of ours: one line, exit status 1; DML_TRACEBACK=1 shows where.
+What is expected to go wrong (ValueError, OSError, no memory left) ends in one line and exit status 2, Ctrl-C
+in 130, SIGTERM in 143. Anything else is our fault: one line, exit status 1; DML_TRACEBACK=1 shows where.
 """
 import argparse
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+MOST = {"threads": 4096, "workers": 4096}  # of options; of others what fits 64 bits
+
+
+class Ended(SystemExit):
+    """The end of a command that has said why. Any other SystemExit comes from a network's own code."""
 
 
 def say(text):
-    """A line for people, under the script's name; whatever is in it stays one line."""
-    print(f"{Path(sys.argv[0]).name}: {' '.join(str(text).split())}", file=sys.stderr)
+    """A line for people, under the script's name; whatever is in the text stays one line."""
+    text = " ".join(str(text).split())[:5000]
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
 
 
 def fail(message):
     """Bad input: one line, exit status 2."""
     say(message)
-    sys.exit(2)
+    raise Ended(2)
 
 
 def begin():
@@ -40,10 +48,12 @@ def begin():
 
     for number in SIGNALS:
         signal.signal(number, leave)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # of libraries: nothing that their user can act on
 
 
 def run(main, stopped="stopped; the same command continues"):
-    """Call main() and end as the head of this file says."""
+    """Call main() and end as the head of this file says, else with the status that it returns."""
     received = []
 
     def stop(number, frame):
@@ -52,39 +62,72 @@ def run(main, stopped="stopped; the same command continues"):
 
     for number in SIGNALS:
         signal.signal(number, stop)
+    status = 0
     try:
-        main()
+        status = main() or 0
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has gone: … | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        pass
+    except Ended as end:
+        status = end.code
     except KeyboardInterrupt:
+        begin()
         say(stopped)
-        sys.exit(128 + (received or [signal.SIGINT])[0])
-    except (ValueError, OSError) as error:
-        fail(error)
-    except Exception as error:
-        if out_of_memory(error):
-            fail(f"out of memory: {error}; take a smaller network, fewer at a time, or another --device")
+        status = 128 + (received or [signal.SIGINT])[0]
+    except BaseException as error:
         if os.environ.get("DML_TRACEBACK"):
             raise
-        say(f"{type(error).__name__}: {error}: this is a fault of {Path(sys.argv[0]).name}; DML_TRACEBACK=1 shows where")
-        sys.exit(1)
+        status, text = explain(error)
+        say(text)
+    try:
+        sys.stdout.flush()
+    except OSError:  # gone, or a full disk; Python would try once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)
+
+
+def explain(error):
+    """(exit status, a line for people) of an exception."""
+    if out_of_memory(error):
+        return 2, f"out of memory: {error}; take a smaller network, fewer at a time, or another --device"
+    if isinstance(error, SystemExit):
+        return 2, f"the network's own code calls sys.exit({error.code!r}); remove that from it"
+    if isinstance(error, (ValueError, OSError)):
+        return 2, error
+    return 1, (f"{type(error).__name__}: {error}: this is a fault of {Path(sys.argv[0]).name}; "
+               "DML_TRACEBACK=1 shows where")
 
 
 def out_of_memory(error):
-    """Does this exception mean that main memory or a GPU's is full? (torch raises RuntimeError for the former.)"""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
+    """Is main memory full, or a GPU's? (torch raises RuntimeError for the former.)"""
+    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            or "allocate memory" in str(error))
 
 
 # ---------------------------------------------------------------- options that scripts share
 
 
-def parser(description):
+class Parser(argparse.ArgumentParser):
+    """argparse that ends as a command does, and refuses options that an unset shell variable left empty."""
+
+    def parse_args(self, args=None, namespace=None):
+        args = list(map(str, sys.argv[1:] if args is None else args))
+        for option, value in zip(args, [*args[1:], None]):
+            if option.startswith("--") and (value == "" or option.endswith("=")):
+                fail(f"{option.rstrip('=')} is given without a value")
+        return super().parse_args(args, namespace)
+
+    def error(self, message):
+        fail(message)
+
+    def exit(self, status=0, message=None):
+        raise Ended(status)
+
+
+def parser(description, **settings):
     """An argparse parser that shows the docstring as it stands and refuses in one line."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                   allow_abbrev=False)
-    made.error = fail
-    return made
+    return Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                  allow_abbrev=False, **settings)
 
 
 def add_pictures(add):
@@ -99,7 +142,7 @@ def add_networks(add, models):
     """--model, --loss … --weights; models: the folder of the checkpoints."""
     add("--model", help="a network without a loss: bninception, inception_v3, efficientnet_lite0 or "
         "package.module:factory")
-    add("--loss", help="a loss of models/losses.csv (name or slug), several with commas, None, or all: what is there (all)")
+    add("--loss", help="losses of models/losses.csv with commas, None, or all: what is there (all)")
     add("--fold", default="all", help="0, 1, 2, 3, several with commas, or all (all)")
     add("--trained-on", metavar="DATASET", help="the data set whose checkpoints are taken (--dataset)")
     add("--checkpoint", metavar="DIR", help="a folder with trunk_best.pth and embedder_best.pth")
@@ -110,75 +153,81 @@ def add_networks(add, models):
 def add_speed(add):
     """--device, --precision, --workers."""
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
-    add("--precision", default="fp32", choices=["fp32", "tf32", "bf16"], help="of the network's arithmetic (fp32)")
-    add("--workers", type=int, metavar="N", help="threads that decode (the CPUs of this process, at most 16)")
+    add("--precision", default="fp32", choices=["fp32", "tf32", "bf16"], help="of the arithmetic (fp32)")
+    add("--workers", type=int, metavar="N", help="threads that decode (this process's CPUs, at most 16)")
 
 
 def at_least(name, value, least=1):
-    """Raise ValueError unless the option's value, where it is given, is at least this."""
-    if value is not None and value < least:
-        raise ValueError(f"--{name} {value}: expected at least {least}")
+    """Raise ValueError unless the option's value, where it is given, is at least this, at most its MOST."""
+    most = MOST.get(name, 2**63 - 1)
+    if value is not None and not least <= value <= most:
+        limit = f"least {least}" if value < least else f"most {most}"
+        raise ValueError(f"--{name} {value}: expected at {limit}")
 
 
 # ---------------------------------------------------------------- what this process may take
 
 
+def number_of(name, default, least=0, environment=os.environ):
+    """A whole number that torchrun or Slurm put into the environment."""
+    text = environment.get(name) or str(default)
+    if not (text.isdecimal() and text.isascii() and len(text) < 19 and int(text) >= least):
+        raise ValueError(f"the environment variable {name} is {text!r}; expected a whole number >= {least}")
+    return int(text)
+
+
 def available_cpus():
-    """CPUs that this process may use: what a scheduler grants, shared among torchrun's processes of this machine."""
+    """CPUs that this process may use: what a scheduler grants, shared among torchrun's processes."""
     granted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, granted // number_of("LOCAL_WORLD_SIZE", 1))
+    return max(1, granted // number_of("LOCAL_WORLD_SIZE", 1, 1))
+
+
+def my_share(environment=os.environ):
+    """(rank, ranks) of this process, from torchrun's variables or from Slurm's (array tasks × processes).
+
+    Raises ValueError for an array of tasks with gaps: the shares in the gaps would be nobody's.
+    """
+    def number(name, default, least=0):
+        return number_of(name, default, least, environment)
+
+    if "RANK" in environment:
+        rank, ranks = number("RANK", 0), number("WORLD_SIZE", 1, 1)
+    else:
+        low, step = number("SLURM_ARRAY_TASK_MIN", 0), number("SLURM_ARRAY_TASK_STEP", 1, 1)
+        task, tasks = number("SLURM_ARRAY_TASK_ID", low) - low, number("SLURM_ARRAY_TASK_COUNT", 1, 1)
+        last = number("SLURM_ARRAY_TASK_MAX", low + (tasks - 1) * step) - low
+        if task % step or last != (tasks - 1) * step:
+            raise ValueError(f"the {tasks} tasks of this Slurm array leave gaps from {low} to {low + last}: "
+                             f"their share would be nobody's; number them without: --array=0-{tasks - 1}")
+        in_step = "SLURM_STEP_ID" in environment  # started by srun; a batch script alone is one process
+        mine, processes = (number("SLURM_PROCID", 0), number("SLURM_NTASKS", 1, 1)) if in_step else (0, 1)
+        rank, ranks = task // step * processes + mine, tasks * processes
+    if not 0 <= rank < ranks:
+        raise ValueError(f"this process is number {rank} of {ranks}, counted from 0: mend RANK and "
+                         "WORLD_SIZE (or Slurm's variables)")
+    return rank, ranks
 
 
 def torch_device(name, precision="fp32"):
-    """torch.device of --device; each process of a machine takes its own GPU. tf32 is switched on or off for all.
+    """torch.device of --device; each process of a machine takes its own GPU. tf32 is switched on or off.
 
     Raises ValueError for a device that is not there, and for tf32 on a CPU.
     """
     import torch
 
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: no GPU that torch can use; give --device cpu")
-    if name == "cuda":
-        local = number_of("LOCAL_RANK", number_of("SLURM_LOCALID", 0))
-        name = f"cuda:{local % torch.cuda.device_count()}"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name}: unknown; expected auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and device.index >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: torch can use {torch.cuda.device_count()}, counted from cuda:0")
-    if precision == "tf32" and device.type == "cpu":
+        name = "cuda" if gpus else "cpu"
+    if name == "cuda" and gpus:
+        name = gpus[number_of("LOCAL_RANK", number_of("SLURM_LOCALID", 0)) % len(gpus)]
+    if name not in ["cpu", *gpus]:
+        usable = f"torch can use {', '.join(gpus)}" if gpus else "no GPU that torch can use"
+        raise ValueError(f"--device {name}: {usable if name.startswith('cuda') else 'unknown'}; "
+                         "expected auto, cpu, cuda or cuda:N")
+    if precision == "tf32" and name == "cpu":
         raise ValueError("--precision tf32 is an NVIDIA GPU's; on a CPU give fp32 or bf16")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    return device
-
-
-def number_of(name, default, environment=os.environ):
-    """A whole number that torchrun or Slurm put into the environment."""
-    text = environment.get(name) or str(default)
-    if not text.isdecimal():
-        raise ValueError(f"the environment variable {name} is {text!r}; expected a whole number")
-    return int(text)
-
-
-def my_share(environment=os.environ):
-    """(rank, ranks) of this process, from torchrun's environment or from Slurm's (array tasks × processes of each)."""
-    def number(name, default):
-        return number_of(name, default, environment)
-
-    if "RANK" in environment:
-        return number("RANK", 0), number("WORLD_SIZE", 1)
-    task = number("SLURM_ARRAY_TASK_ID", 0) - number("SLURM_ARRAY_TASK_MIN", 0)
-    task //= number("SLURM_ARRAY_TASK_STEP", 1)
-    in_step = "SLURM_STEP_ID" in environment  # started by srun; a batch script alone is one process
-    processes = number("SLURM_NTASKS", 1) if in_step else 1
-    rank = task * processes + (number("SLURM_PROCID", 0) if in_step else 0)
-    ranks = number("SLURM_ARRAY_TASK_COUNT", 1) * processes
-    return rank % ranks, ranks
+    return torch.device(name)
 
 
 # ---------------------------------------------------------------- for people
@@ -186,7 +235,7 @@ def my_share(environment=os.environ):
 
 def short_names(paths):
     """What tells the files apart: stems where they differ, else the paths without what all of them share."""
-    parts = [Path(path).with_suffix("").parts for path in paths]
+    parts = [(*Path(path).parent.parts, Path(path).stem) for path in paths]
     while len(parts) > 1 and min(map(len, parts)) > 1 and len({p[-1] for p in parts}) == 1:
         parts = [p[:-1] for p in parts]
     last = [p[-1] for p in parts]
@@ -202,12 +251,32 @@ def print_aligned(lines):
         print("  ".join(cells).rstrip())
 
 
+class Lines:
+    """stderr for a bar where it is no terminal: each of its states is a line."""
+
+    def write(self, text):
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+
+    def flush(self):
+        pass
+
+
 def bar(total, description, unit=None, delay=2):
-    """A tqdm bar on stderr, seen where that is a terminal, after `delay` seconds: of `unit`, else a percentage of total."""
+    """A tqdm bar on stderr where that is a terminal, after `delay` seconds: of `unit`, else in per cent.
+
+    Elsewhere a line every DML_PROGRESS seconds, where the environment has that number.
+    """
     from tqdm import tqdm
 
-    form = {"unit": unit} if unit else {"bar_format": "{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left"}
-    return tqdm(total=total, desc=description, delay=delay, disable=None, leave=unit is not None, file=sys.stderr, **form)
+    seconds = number_of("DML_PROGRESS", 0)
+    if seconds and not sys.stderr.isatty():
+        line = "{desc}: {percentage:.0f}%, {elapsed} elapsed, {remaining} left"
+        return tqdm(total=total, desc=description, delay=seconds, mininterval=seconds, leave=False,
+                    file=Lines(), bar_format=line)
+    form = {"bar_format": "{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left"}
+    return tqdm(total=total, desc=description, delay=delay, disable=None, leave=unit is not None,
+                file=sys.stderr, **({"unit": unit} if unit else form))
 
 
 def import_figures():
@@ -216,6 +285,6 @@ def import_figures():
         import figures
     except ModuleNotFoundError as error:
         if error.name == "figures":
-            raise ValueError("--figure draws with figures.py, which is not beside this script; copy it too") from None
+            raise ValueError("--figure is drawn by figures.py, which is not here; copy it too") from None
         raise ValueError(f"--figure needs {error.name}: pip install '.[report]'") from None
     return figures

@@ -1,23 +1,77 @@
 """Arrays and tables in and out, joined by name, with errors that teach. Imports NumPy alone."""
 import contextlib
 import csv
+import fcntl
+import glob
+import hashlib
 import io
 import json
 import os
+import re
+import stat
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent  # of the checkout: models/, data/, published/ and templates/ lie there
-IDENTIFIERS = ("frame", "image", "file", "path", "id")  # a first column of this name is no property
+ROOT = Path(__file__).resolve().parent.parent  # models/, data/, published/, templates/ lie there
+# A first column of this name has the pictures' names, or is an index; it is no property.
+IDENTIFIERS = ("frame", "image", "file", "path", "id", "index", "filename", "file_name", "name", "key")
+MISSING = ("", "nan", "NA", "N/A", "null")  # a picture without a value; in columns of numbers None too
+MOST_COLUMNS = 10_000  # of a table: one with more is likely to be turned by 90 degrees
+ARRAY, TABLE = "a .npy file saved with numpy.save", "a CSV file with a header line"
 
 
 def losses():
-    """models/losses.csv: list of dicts name, slug, year, type, distance, for each data set the published folder, and what
-    train.py takes from pytorch-metric-learning: class, parameters, miner."""
+    """models/losses.csv: dicts of name, slug, year, type, distance, each data set's published folder, and
+    what train.py takes from pytorch-metric-learning: class, parameters, miner."""
     with open(ROOT / "models" / "losses.csv", newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+# ---------------------------------------------------------------- in
+
+
+def check_input(path, expected="a file"):
+    """Raise ValueError unless this is a regular file: no pipe is waited for, no device read without end."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; give {expected}") from None
+    except (OSError, ValueError) as error:  # a link to itself, a name too long, no permission, a NUL
+        reason = getattr(error, "strerror", error)
+        raise ValueError(f"{path} can't be opened ({reason}); give {expected}") from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
+        raise ValueError(f"{path} is {kind}; give {expected}")
+
+
+def read_text(path, expected="a text file"):
+    """The text of a UTF-8 file, without byte-order mark. ValueError names the line that is no text."""
+    check_input(path, expected)
+    raw = Path(path).read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[:error.start].count(b"\n") + 1
+        raise ValueError(f"{path}: line {line} is not UTF-8 (byte 0x{raw[error.start]:02x}); "
+                         "save the file as UTF-8") from None
+    if "\0" in text:
+        line = text[:text.index("\0")].count("\n") + 1
+        raise ValueError(f"{path}: line {line} has a NUL byte; save the file as plain UTF-8 text")
+    return text
+
+
+def files_digest(paths, algorithm="sha256"):
+    """The hexadecimal digest of the files' bytes, one after the other."""
+    digest = hashlib.new(algorithm, usedforsecurity=False)
+    for path in paths:
+        check_input(path)
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def read_array(path):
@@ -25,34 +79,31 @@ def read_array(path):
 
     Raises OSError or ValueError naming the file, what it is and what to do.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give the .npy file in it")
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; give an array saved with numpy.save")
+    check_input(path, ARRAY)
     with open(path, "rb") as file:
         magic = file.read(6)
     if magic[:4] == b"PK\x03\x04":
-        raise ValueError(f"{path} is a zip archive (.npz?), not one .npy array; save the array with numpy.save")
+        raise ValueError(f"{path} is a zip archive (.npz?), not a .npy array; save the array with numpy.save")
     if magic != b"\x93NUMPY":
         raise ValueError(f"{path} is not a .npy file; save the array with numpy.save")
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
+    except Exception as error:  # what headers provoke: ValueError, OverflowError, SyntaxError, MemoryError
         if "object" in str(error).lower():
-            raise ValueError(f"{path} holds Python objects, which could run code; save a plain float32 array") from None
-        if path.stat().st_size and "greater than file size" not in str(error) and "mmap" not in str(error):
-            raise ValueError(f"{path} has a broken .npy header ({error}); save it again") from None
-        raise ValueError(f"{path} is truncated: its header promises more than {path.stat().st_size:,} bytes; "
-                         "make it again") from None
-    except (EOFError, OSError, SyntaxError) as error:
-        raise ValueError(f"{path} can't be read as .npy ({error}); make it again") from None
+            problem = "holds Python objects, which could run code; save a plain float32 array"
+        elif "mmap" in str(error) or "file size" in str(error):
+            size = os.path.getsize(path)
+            problem = f"is truncated: its header promises more than {size:,} bytes; make it again"
+        else:
+            problem = f"has a broken .npy header ({error}); save it again"
+        raise ValueError(f"{path} {problem}") from None
 
 
-def read_embeddings(path):
+def read_embeddings(path, table=None, rows=None):
     """Embeddings from a .npy file -> float32 array (n, m), C order, n >= 2, all finite.
 
-    Integers, float16 and float64 are converted. Raises ValueError naming the file, the row and what to do.
+    Integers, float16 and float64 are converted. Raises ValueError naming the file, the row and what to do, also
+    where their table has another number of rows.
     """
     array = read_array(path)
     if array.dtype.kind not in "fiub":
@@ -63,6 +114,9 @@ def read_embeddings(path):
         raise ValueError(f"{path} is empty: shape {array.shape}")
     if len(array) < 2:
         raise ValueError(f"{path} has one row; neighbours need at least two embeddings")
+    if rows not in (None, len(array)):
+        raise ValueError(f"{path} has {len(array):,} embeddings, {table} {rows:,} rows; both must list the "
+                         "same pictures in the same order")
     result = np.empty(array.shape, np.float32)
     step = max(1, (1 << 22) // array.shape[1])
     for start in range(0, len(array), step):
@@ -77,91 +131,165 @@ def read_embeddings(path):
     return result
 
 
-def read_sidecar(path):
-    """The JSON beside an array (emb.json of emb.npy) as a dictionary; {} where there is none or it is no JSON object."""
+# What our scripts write into JSON, beside arrays and as a network's config.json: the kinds of the values.
+GEOMETRY = {"resize": (int, [int], None), "crop": (int, None), "channels": str, "scale": float,
+            "mean": [float], "std": [float]}
+LISTED = {"number": int, "sha256": str}
+KINDS = {
+    **dict.fromkeys(("dataset", "distance", "backbone", "checkpoint_sha256"), str),
+    **dict.fromkeys(("loss", "type", "checkpoint"), (str, None)),
+    **dict.fromkeys(("fold", "seed", "dimension"), (int, None)),
+    "rows": [int], "preprocessing": GEOMETRY, "versions": dict,
+    "split": (str, {"test": [int], "pictures": LISTED}),
+    "options": {"pick": ([int], None), "limit": (int, None), "map_size": (int, [int], None)},
+    "pictures": {**LISTED, "left_out": [str], "listed": LISTED},
+}
+WORDS = {int: "a whole number", float: "a number", str: "a text", list: "a list", dict: "an object",
+         None: "null"}
+
+
+def mismatch(value, kind, where=""):
+    """What of a JSON value is not of its kind, in words, or None.
+
+    kind: a type, None, [kind of all items], {key: kind of its value}, or a tuple of alternatives.
+    """
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    for one in kinds:
+        if isinstance(one, dict) and isinstance(value, dict):
+            parts = [(value[key], one[key], f"{where}{key}: ") for key in one if key in value]
+            return next(filter(None, (mismatch(*part) for part in parts)), None)
+        if isinstance(one, list) and isinstance(value, list):
+            parts = ((item, one[0], f"{where}{place}: ") for place, item in enumerate(value))
+            return next(filter(None, (mismatch(*part) for part in parts)), None)
+        if is_of(value, one):
+            return None
+    words = [WORDS[type(one) if isinstance(one, (list, dict)) else one] for one in kinds]
+    return f"{where}{value!r:.60}, expected {' or '.join(words)}"
+
+
+def is_of(value, kind):
+    """Is a JSON value of this type? Whole numbers have 64 bits, and texts can be file names."""
+    if type(value) is int:
+        return kind in (int, float) and abs(value) < 2**63
+    if type(value) is str and re.search(r"[\ud800-\udc7f\udd00-\udfff]", value):
+        return False  # a surrogate that stands for no byte
+    return value is kind or type(value) is kind
+
+
+def read_json(path, kinds=KINDS):
+    """The object of a JSON file, as a dictionary whose values are of these kinds where they are there.
+
+    Raises ValueError naming the file and the key.
+    """
+    def refuse(constant):
+        raise ValueError(f"{constant} is no JSON")
+
+    def once(pairs):
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands "
+                             "there twice")
+        return dict(pairs)
+
+    text = read_text(path, "a JSON file")
     try:
-        with open(Path(path).with_suffix(".json"), encoding="utf-8") as file:
-            content = json.load(file)
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        content = json.loads(text, parse_constant=refuse, object_pairs_hook=once)
+        problem = mismatch(content, kinds)
+    except (ValueError, RecursionError) as error:
+        problem = f"no JSON that our scripts write ({error})"
+    if problem:
+        raise ValueError(f"{path}: {problem}; make it again, or remove it")
+    return content
+
+
+def read_sidecar(path):
+    """The JSON beside an array (emb.json of emb.npy) as a dictionary; {} without one."""
+    path = Path(path).with_suffix(".json")
+    return read_json(path) if os.path.lexists(path) else {}
 
 
 def read_table(path):
     """A CSV file with a header -> {column name: list of str}, in the file's order, every list equally long.
 
-    A byte-order mark and CRLF are accepted. Raises ValueError naming file, line and column, and what to do.
+    A byte-order mark and CRLF are accepted; an index that pandas wrote (0, 1, … without a name) is left out.
+    Labels (n,) in a .npy file are a column of the file's name.
+    Raises ValueError naming file, line and column, and what to do.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give a CSV file with a header line")
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; give a CSV file with a header line")
-    raw = path.read_bytes()
-    if raw.startswith(b"\x93NUMPY"):
-        raise ValueError(f"{path} is a .npy array; a table is expected here (the CSV file comes last)")
-    if b"\0" in raw:
-        line = raw[:raw.index(b"\0")].count(b"\n") + 1
-        raise ValueError(f"{path}: line {line} has a NUL byte; save the table as plain UTF-8 CSV")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[:error.start].count(b"\n") + 1
-        raise ValueError(f"{path}: line {line} is not UTF-8 (byte 0x{raw[error.start]:02x}); "
-                         "save the table as UTF-8") from None
+    check_input(path, TABLE)
+    with open(path, "rb") as file:
+        if file.read(6) == b"\x93NUMPY":
+            return {Path(path).stem: read_labels(path)}
     columns, line = [], 0
-    reader = csv.reader(io.StringIO(text.rstrip(), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_text(path, TABLE).rstrip(), newline=""), strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
-        if not any(header):
-            raise ValueError(f"{path} is empty; expected a header line and one row for each picture")
+        unnamed = len(header) > 1 and header[0] in ("", "Unnamed: 0")
+        header[:1] = ["index"] if unnamed else header[:1]
         check_header(path, header)
         columns, line = [[] for _ in header], reader.line_num
         for row in reader:
             begins, line = line + 1, reader.line_num
-            row = row or [""] * (len(header) == 1)         # a blank line is a missing value of a single column
-            if len(header) > 1 and not "".join(row).strip() and len(row) < 2:
+            if len(header) == 1 and not row:
+                row = [""]  # a blank line is a missing value of a single column
+            if len(header) > 1 and len(row) < 2 and not "".join(row).strip():
                 continue
             if len(row) != len(header):
-                raise ValueError(f"{path}: line {begins} has {len(row)} field{'s' * (len(row) != 1)}, "
-                                 f"the header {len(header)}; mend that line")
+                fields = "1 field" if len(row) == 1 else f"{len(row)} fields"
+                raise ValueError(f"{path}: line {begins} has {fields}, the header {len(header)}; mend it")
             for column, value in zip(columns, row):
                 column.append(value.strip())
     except csv.Error as error:
-        raise ValueError(f"{path}: line {line + 1 if columns else 1}: {error}; mend the quotes or save the table as "
-                         "plain CSV") from None
+        line = line + 1 if columns else 1
+        raise ValueError(f"{path}: line {line}: {error}; mend the quotes or save it as plain CSV") from None
     if not columns[0]:
         raise ValueError(f"{path} has a header and no rows; expected one row for each picture")
+    if unnamed and columns[0] == list(map(str, range(len(columns[0])))):
+        del header[0], columns[0]
     return dict(zip(header, columns))
 
 
-def table_beside(array, column=None):
-    """The table of an array's pictures that embed.py wrote: beside it, or in the data set's folder of results.
+def arrays_and_tables(paths, column=None):
+    """What a command line names, EMB.npy … [TABLE] -> (arrays, each one's table): one for all, or that beside.
 
-    column: one that the table must have; without one it is props.csv that is looked for, else labels.csv too.
-    Raises FileNotFoundError naming the places.
+    TABLE: .csv, or .npy with labels (n,). column: as of table_beside().
+    Raises ValueError where a table stands before an array.
     """
-    array, names = Path(array), ["labels.csv", "props.csv"] if column else ["props.csv"]
-    places = [Path(f"{array.with_suffix('')}.{name}") for name in names]
-    places += [folder / name for folder in (array.parent, array.parent.parent.parent) for name in names]
-    for place in places:
-        if place.is_file() and (column is None or column in read_table(place)):
-            return place
-    raise FileNotFoundError(f"{array}: no table of its pictures{f' with a column {column}' if column else ''} "
-                            f"({', '.join(map(str, places[len(names):2 * len(names)]))}, …); name one behind the embeddings")
+    arrays, tables = list(paths), None
+    if len(arrays) > 1 and (not arrays[-1].endswith(".npy") or read_array(arrays[-1]).ndim == 1):
+        tables = [arrays.pop()] * len(arrays)
+    for path in arrays:
+        if path.endswith(".csv"):
+            raise ValueError(f"{path} stands before an array; the table comes last, one for all")
+    return arrays, tables or [table_beside(array, column) for array in arrays]
+
+
+def read_labels(path):
+    """Labels (n,) in a .npy file -> list of str."""
+    labels = read_array(path)
+    if labels.ndim != 1 or labels.dtype.kind not in "iubUS" or not len(labels):
+        raise ValueError(f"{path} is an array {labels.shape} of {labels.dtype}; expected a CSV file here (it "
+                         "comes last), or one whole number, boolean or text for each picture")
+    return np.char.strip(labels.astype(str)).tolist()
 
 
 def check_header(path, header):
     """Raise ValueError unless the CSV header has distinct, non-empty names that are not numbers."""
-    for number, name in enumerate(header, 1):
-        if not name:
-            raise ValueError(f"{path}: column {number} of the header has no name; name it or remove it")
-        if header.index(name) != number - 1:
-            raise ValueError(f"{path}: two columns are named {name!r}; rename one")
+    if not any(header):
+        raise ValueError(f"{path} is empty; expected a header line and one row for each picture")
+    if len(header) > MOST_COLUMNS:
+        raise ValueError(f"{path} has {len(header):,} columns; expected at most {MOST_COLUMNS:,}, and "
+                         "pictures in rows")
+    if "" in header:
+        raise ValueError(f"{path}: column {header.index('') + 1} has no name; name it or remove it")
+    if len(set(header)) < len(header):
+        name = next(name for name in header if header.count(name) > 1)
+        raise ValueError(f"{path}: two columns are named {name!r}; rename one")
     if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
-        raise ValueError(f"{path}: the header {header[0]!r} has no comma; save the table with commas between the columns")
+        raise ValueError(f"{path}: the header {header[0]!r} has no comma; save the table "
+                         "with commas between the columns")
     if all(is_number(name) for name in header):
-        raise ValueError(f"{path}: the first line ({','.join(header[:4])}…) is data; expected a header with column names")
+        start = ",".join(header[:4])
+        raise ValueError(f"{path}: the first line ({start}…) is data; expected a header with column names")
 
 
 def is_number(text):
@@ -172,87 +300,255 @@ def is_number(text):
     return True
 
 
-def read_properties(path, names=None):
-    """The properties of a props.csv or labels.csv -> {name: str array (n,)}; the identifying first column is left out.
+def table_beside(array, column=None):
+    """The table of an array's pictures that embed.py wrote: beside it or in the data set's folder of results.
 
-    names: only these columns. Raises ValueError for unknown columns, missing values and tables without a property.
+    column: one that the table must have; without one it is props.csv that is looked for, else labels.csv too.
+    Raises FileNotFoundError naming the places.
+    """
+    array, names = Path(array), ["labels.csv", "props.csv"] if column else ["props.csv"]
+    folders = [folder / name for folder in (array.parent, array.parent.parent.parent) for name in names]
+    for place in [*(Path(f"{array.with_suffix('')}.{name}") for name in names), *folders]:
+        if place.is_file() and (column is None or column in read_table(place)):
+            return place
+    wanted = f" with a column {column}" if column else ""
+    raise FileNotFoundError(f"{array}: no table of its pictures{wanted} "
+                            f"({', '.join(map(str, folders[:len(names)]))}, …); name one behind the "
+                            "embeddings")
+
+
+def read_properties(path, columns=None, pictures=None, notes=None, missing=None):
+    """A props.csv's or labels.csv's properties -> {name: str array (n,)}; a first column of names is none.
+
+    columns: these only. pictures: the n pictures' names (of picture_names), whose order the rows then take.
+    notes: a list that takes what a user should know. missing: spellings (MISSING) that become "".
+    Raises ValueError for unknown columns, names that do not fit, and missing values unless these are spelled.
     """
     table = read_table(path)
     first = next(iter(table))
     properties = [name for name in table if name != first or first.lower() not in IDENTIFIERS]
     if not properties:
-        raise ValueError(f"{path} has only the identifying column {first!r}; expected at least one property column")
-    for name in names or []:
+        raise ValueError(f"{path} has only the identifying column {first!r}; expected a property column too")
+    for name in columns or []:
         if name not in properties:
             raise ValueError(f"{path} has no property {name!r}; it has {', '.join(properties)}")
-    chosen = list(dict.fromkeys(names)) if names else properties
-    for name in chosen:
-        if "" in table[name]:
-            raise ValueError(f"{path}: row {table[name].index('')} (counting from 0), column {name!r} has no value; "
-                             "fill it in, remove the picture or leave the column out (--properties)")
-    return {name: np.array(table[name]) for name in chosen}
+    rows = slice(None)
+    if pictures is not None and first not in properties:
+        rows = rows_by_name(pictures, table[first], path, notes)
+    elif notes is not None:
+        lacking = "the array's pictures are" if pictures is None else "its rows are"
+        notes.append(f"{path}: rows are taken in their order, because {lacking} not known by name")
+    values = {name: np.array(table[name])[rows] for name in dict.fromkeys(columns or properties)}
+    for name, column in values.items():
+        if missing is not None:
+            column[is_missing(column, missing)] = ""
+        elif "" in column:
+            row = column.tolist().index("")
+            raise ValueError(f"{path}: row {row} (counting from 0), column {name!r} has no value; fill it "
+                             "in, remove the picture or leave the column out (--properties)")
+        if notes is not None and has_twins(column):
+            notes.append(f"{path}: column {name!r} spells one number in several ways (as 1, 1.0 and 01), "
+                         "each a value of its own")
+    return values
 
 
-def check_output(path, inputs=()):
-    """Raise ValueError unless a file can be written at this path, over none of the inputs; called before the work."""
-    folder = Path(path).resolve().parent
-    if not str(path):
+def is_missing(column, spellings=MISSING):
+    """Which cells (n,) of a column of str have no value: bool (n,)."""
+    missing = np.isin(np.char.lower(column), [text.lower() for text in spellings])
+    if "None" in column and all(map(is_number, {*column[~missing].tolist()} - {"None"})):
+        missing |= column == "None"
+    return missing
+
+
+def has_twins(column):
+    """Are all values numbers, and two of them the same one?"""
+    values = {*column.tolist()} - {""}
+    return all(map(is_number, values)) and len({*map(float, values)}) < len(values)
+
+
+# ---------------------------------------------------------------- rows that belong together
+
+
+def pictures_sha256(relative):
+    """SHA-256 of the list of pictures (names joined by newlines): arrays with the same have the same rows."""
+    return hashlib.sha256(b"\n".join(os.fsencode(path) for path in relative)).hexdigest()
+
+
+def picture_names(array):
+    """The names of an array's pictures, in the order of its rows; None where they are not known.
+
+    They stand in the labels.csv that embed.py writes beside the array or for its data set.
+    """
+    array = Path(array)
+    folders = (array.parent, array.parent.parent.parent)
+    places = [array.with_name(f"{array.stem}.labels.csv"), *(folder / "labels.csv" for folder in folders)]
+    lists = [next(iter(read_table(place).values())) for place in places if place.is_file()]
+    return listed_names(read_sidecar(array), len(read_array(array)), lists) if lists else None
+
+
+def listed_names(about, n, lists):
+    """Which of the lists of names are an array's n rows, as its JSON (about) tells; None if none is."""
+    listed, options = about.get("pictures", {}), about.get("options", {})
+    left_out = set(listed.get("left_out") or [])
+    for names in lists:
+        rows = options.get("pick") or range(len(names))[:options.get("limit")]
+        part = [names[row] for row in rows if row < len(names) and names[row] not in left_out]
+        for known in (part, names):
+            if len(known) == n and listed.get("sha256") in (None, pictures_sha256(known)):
+                return known
+    return None
+
+
+def rows_by_name(pictures, names, source, notes=None):
+    """Where each picture stands among the names of source (a table, a folder) -> int array (n,).
+
+    Names are compared as paths, file names, stems or numbers (000017.jpg is frame 17): the first that tells
+    all apart on both sides; where names tell nothing, an index 0, 1, … keeps its order.
+    Raises ValueError naming what is missing or stands there twice.
+    """
+    ways = {"path": name_path, "file name": file_name, "stem": name_stem, "number": name_number}
+    most = [False] * len(pictures)
+    for word, way in ways.items():
+        wanted, there = list(map(way, pictures)), {}
+        for row, name in enumerate(map(way, names)):
+            there.setdefault(name, row)
+        here = [name in there for name in wanted]
+        if all(here) and len(there) == len(names) and len(set(wanted)) == len(wanted):
+            rows = np.array([there[name] for name in wanted])
+            moved = int((rows.argsort().argsort() != np.arange(len(rows))).sum())
+            aside = len(names) - len(rows)
+            if notes is not None and (moved or aside):
+                notes.append(f"{source}: {len(rows):,} rows matched by {word}; {moved:,} were in another "
+                             f"place, {aside:,} belong to no picture here")
+            return rows
+        most = max(most, here, key=sum)
+    n = len(pictures)
+    if not any(most) and list(names) in (list(map(str, range(n))), list(map(str, range(1, n + 1)))):
+        return np.arange(n)
+    absent = [name for name, there in zip(pictures, most) if not there]
+    if absent:
+        more = ", …" if len(absent) > 3 else ""
+        raise ValueError(f"{source} lacks {len(absent):,} of the {n:,} pictures: "
+                         f"{', '.join(absent[:3])}{more}; give their names there, or no names at all")
+    twice = [name for listed in (names, pictures) for name, times in Counter(listed).items() if times > 1]
+    raise ValueError(f"{source}: {(twice or pictures)[0]} is the name of two; give each its own")
+
+
+def file_name(name):
+    return name_path(name).rpartition("/")[2]
+
+
+def name_path(name):
+    return name.replace("\\", "/").removeprefix("./")
+
+
+def name_stem(name):
+    return os.path.splitext(file_name(name))[0]
+
+
+def name_number(name):
+    """17 of images/000017.jpg; what is no number stays as it is."""
+    text = name_stem(name)
+    return text.lstrip("0") if text.isascii() and text.isdecimal() else name
+
+
+# ---------------------------------------------------------------- out
+
+
+def check_output(path, inputs=(), others=()):
+    """Raise ValueError unless a file can be written at this path; called before the work.
+
+    Only a regular file (or the one a link names) that is no input and no other output is ever replaced.
+    """
+    if str(path) in ("", "."):
         raise ValueError("the output has no name; give a file's")
-    for other in inputs:
-        if Path(path).resolve() == Path(other).resolve():
+    place = os.path.realpath(path)
+    for other in filter(None, others):
+        if place == os.path.realpath(other):
+            raise ValueError(f"{path} is the name of two outputs; give each its own")
+    if os.path.lexists(place):
+        check_input(place, "another name for the output")
+    for other in filter(None, inputs):
+        if os.path.abspath(other) == place or os.path.exists(place) and is_same(place, other):
             raise ValueError(f"{path} is an input, or another output: choose another name")
-    if Path(path).is_dir():
-        raise ValueError(f"{path} is a folder; give the name of a file")
-    if not folder.is_dir():
+    folder = os.path.dirname(place)
+    if not os.path.isdir(folder):
         raise ValueError(f"the folder {folder} does not exist; make it first")
     if not os.access(folder, os.W_OK):
         raise ValueError(f"the folder {folder} can't be written to; choose another")
 
 
-def write_file(path, content):
-    """Write bytes under a temporary name in the same folder, flush, rename: never a half-written file."""
-    path = Path(path).resolve()  # the file that a link names, not the link
-    temporary = None
+def is_same(path, other):
+    """Do two names lead to one file?"""
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's 0600 is for secrets
-        os.replace(temporary, path)
-    except BaseException as error:
-        if temporary:
-            os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise OSError(f"{path} can't be written ({error.strerror}); free some space or choose another place") from None
-        raise
+        return os.path.samefile(path, other)
+    except (OSError, ValueError):
+        return False
+
+
+@contextlib.contextmanager
+def unwritable(path):
+    """An OSError of this block says which file it is about and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} can't be written ({error.strerror}); free space or choose another "
+                      "place") from None
+
+
+@contextlib.contextmanager
+def part_of(path):
+    """A file beside `path`, to be written, that takes its name when the block ends well: never half a file.
+
+    A lock tells that its process lives; what killed processes left of the same name is removed.
+    """
+    path = Path(os.path.realpath(path))  # the file that a link names, not the link
+    if os.path.lexists(path):
+        check_input(path, "another name for the output")  # a device would be replaced by a file
+    name = {"dir": path.parent, "prefix": f".{path.name}.", "suffix": ".part"}
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with contextlib.suppress(OSError), open(old, "rb") as left:
+            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            old.unlink()
+    with unwritable(path):
+        part = tempfile.NamedTemporaryFile(**name, delete=False)
+    try:
+        with contextlib.suppress(OSError):  # no locks on this file system
+            fcntl.flock(part, fcntl.LOCK_EX)
+        yield part
+        with unwritable(path):
+            part.flush()
+            os.fsync(part.fileno())
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(part.name, 0o666 & ~mask)  # a temporary file's 0600 is for secrets
+            os.replace(part.name, path)
+    finally:
+        with contextlib.suppress(OSError):  # what did not fit into the disk the first time
+            part.close()
+        Path(part.name).unlink(missing_ok=True)
+
+
+def write_file(path, content):
+    """Write bytes, whole or not at all."""
+    with part_of(path) as part, unwritable(path):
+        part.write(content)
 
 
 @contextlib.contextmanager
 def new_array(path, shape, dtype="float32"):
-    """An .npy array to fill, memory-mapped, its space reserved; it gets its name when the block ends well."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
-    try:
-        try:
-            array = np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=shape)
-            with open(part, "r+b") as file:
-                if hasattr(os, "posix_fallocate"):  # a page written to a full disk would end the process
-                    os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
-        except OSError as error:
-            raise OSError(f"{path} can't be written ({error.strerror}); free some space or choose another place") from None
+    """An .npy array to fill, memory-mapped, its space reserved; it has its name when the block ends well."""
+    with part_of(path) as part:
+        with unwritable(path):
+            array = np.lib.format.open_memmap(part.name, mode="w+", dtype=dtype, shape=shape)
+            if hasattr(os, "posix_fallocate"):  # a page written to a full disk would end the process
+                os.posix_fallocate(part.fileno(), 0, os.fstat(part.fileno()).st_size)
         yield array
         array.flush()
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_table(path, header, rows):
-    """Write a CSV file whole or not at all. Fields that do not apply (None) are empty; floats keep every digit."""
+    """Write a CSV file whole or not at all. None becomes an empty field; floats keep all digits."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)

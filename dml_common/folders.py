@@ -5,15 +5,30 @@
 """
 import re
 from collections import defaultdict
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 from dml_common import files, pictures
 
 TYPES = ("ranking", "classification", "other", "none")  # of losses, in the order of every table and figure
-TABLES = ("nrprec", "compare", "masks", "embeddings", "sanity", "pairs")
 ARRAYS = {"emb": 2, "maps": 3, "maps_ceiling": 3}  # and their dimensions
+SIGNIFICANCE = 0.01  # of nrprec.py's p_holm, and of the released tests
 MAY_DIFFER = {"seed", "noise_of", "ceiling", "limit", "pick"}  # options of arrays that belong together
+
+# Tables: what makes each, the columns that it must have, its measures.
+PAIR = ["model_a", "fold_a", "model_b", "fold_b"]
+TABLES = {
+    "nrprec": ("nrprec.py", ["embeddings", "property", "queries", "r_precision", "nr_precision"],
+               ["nr_precision", "r_precision"]),
+    "compare": ("compare.py", [*PAIR, "n", "left_out", "correlation", "jsd", "ceiling"],
+                ["correlation", "jsd", "ceiling", "corrected"]),
+    "masks": ("compare.py --masks", ["model", "fold", "measure", "n", "mean", "std", "low", "high"],
+              ["masks"]),
+    "embeddings": ("compare.py --embeddings", [*PAIR, "cka", "overlap"],
+                   ["cka", "overlap", "overlap_chance"]),
+    "sanity": ("saliency.py --randomise", ["model", "fold", "layers", "of", "correlation", "correlation_std"],
+               ["sanity"]),
+    "pairs": ("pairs.py", ["embeddings", "label", "jsd", "bins", "r_precision", "map_at_r"], ["pairs"])}
 
 
 def in_order(types):
@@ -52,7 +67,7 @@ def find_networks(folder, models):
 
     A network is a dict: name (its loss, else its backbone; its slug where two share that), slug, number and
     seed (of fold<k>.seed<s>), fold (k; None without a loss), type, distance, folder, config (of its training,
-    or {}), history (a path or None), and of each of ARRAYS its JSON with path and array (memory-mapped) or None.
+    or {}), history (a path or None), of each of ARRAYS its JSON with path and array (memory-mapped) or None.
     """
     networks, broken, known = [], [], files.losses()
     for place in fold_folders(folder):
@@ -96,15 +111,13 @@ def open_array(path, dimensions, broken):
         broken.append(f"{path} is half-finished; left out: the command that makes it continues it")
     if not path.is_file():
         return None
-    about = files.read_sidecar(path) | {"path": path}
-    for part in ("options", "pictures"):
-        about[part] = about[part] if isinstance(about.get(part), dict) else {}
+    about = {"options": {}, "pictures": {}, **files.read_sidecar(path), "path": path}
     try:
         array = about["array"] = files.read_array(path)
         n = about["pictures"].get("number", len(array) if array.ndim else 0)
         if array.ndim != dimensions or array.dtype.kind not in "fiub" or not array.size or n != len(array):
-            raise ValueError(f"{path}: shape {array.shape} of {array.dtype}, {n} pictures in its JSON; expected "
-                             f"{dimensions} dimensions of numbers, a row a picture")
+            raise ValueError(f"{path}: shape {array.shape} of {array.dtype}, {n} pictures in its JSON; "
+                             f"expected {dimensions} dimensions of numbers, a row a picture")
     except (ValueError, OSError) as error:
         broken.append(f"{error}; left out")
         return None
@@ -130,8 +143,8 @@ def check_together(networks):
             if len(digests) > 1 or len(a["array"]) != len(b["array"]):
                 what = f"lists of pictures ({len(a['array']):,}, {len(b['array']):,})"
         if what:
-            raise ValueError(f"{a['path']} and {b['path']} don't belong together: other {what}; make both with "
-                             "the same, or in folders of their own")
+            raise ValueError(f"{a['path']} and {b['path']} don't belong together: other {what}; make both "
+                             "with the same, or in folders of their own")
     for network in networks:
         a, b = network["emb"] or {}, network["maps"] or {}
         if len({a.get("checkpoint_sha256"), b.get("checkpoint_sha256")} - {None}) > 1:
@@ -147,8 +160,8 @@ def open_pictures(given, root, names):
     datasets = {dataset.name: dataset for dataset in opened}
     for name in datasets:
         if name not in names:
-            raise ValueError(f"--dataset {name}: RESULTS has {', '.join(names) or 'no arrays'}; give the folder "
-                             "of one")
+            raise ValueError(f"--dataset {name}: RESULTS has {', '.join(names) or 'no arrays'}; give the "
+                             "folder of one")
     for name in names:
         try:
             if name in pictures.PUBLISHED and name not in datasets:
@@ -161,19 +174,15 @@ def open_pictures(given, root, names):
 def picture_names(about, n, dataset=None):
     """The names of an array's n pictures in their order, from labels.csv beside it or from the data set; None
     where neither agrees with its JSON."""
-    listed, options, beside = about["pictures"], about["options"], about["path"].parent / "labels.csv"
+    beside = about["path"].parent / "labels.csv"
     lists = [next(iter(files.read_table(beside).values()))] if beside.is_file() else []
     if dataset is not None:  # rows: held out when the network was trained
         rows = [row for row in about.get("rows") or [] if row < len(dataset.relative)]
         lists += [dataset.relative, [dataset.relative[row] for row in rows]]
-    for names in lists:
-        rows = options.get("pick") or range(len(names))[:options.get("limit")]
-        chosen = [names[row] for row in rows if row < len(names)]
-        chosen = [name for name in chosen if name not in (listed.get("left_out") or [])]
-        for candidate in (chosen, names):
-            if len(candidate) == n and listed.get("sha256") in (None, pictures.pictures_sha256(candidate)):
-                return candidate
-    return None
+        if dataset.splits is not None:
+            rows = (dataset.splits == about.get("split")).nonzero()[0]
+            lists.append([dataset.relative[row] for row in rows])
+    return files.listed_names(about, n, lists)
 
 
 def read_properties(folder, networks):
@@ -185,3 +194,110 @@ def read_properties(folder, networks):
         for name, values in files.read_properties(path).items():
             properties[name].update(values.tolist())
     return properties
+
+
+# ---------------------------------------------------------------- what a reader must know
+
+
+def listing(items, most=3):
+    items = list(map(str, items))
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def warn(results):
+    """What the JSONs and the tables say that a reader must know, a line each."""
+    networks, tables = results.networks, results.tables
+    maps = [network for network in networks if network["maps"]]
+    trained = [network for network in networks if network["type"] != "none"]
+    for some, of, what in (
+            ([one for one in maps if not one["maps_ceiling"]], maps, "have no second maps (saliency.py "
+             "--ceiling): a low correlation of theirs may be noise alone"),
+            ([one for one in trained if one["config"].get("frozen_trunk")], trained,
+             "were trained with a frozen trunk: they differ in the last layer alone"),
+            ([one for one in trained if one["config"].get("loss_parameters")], trained, "have the parameters "
+             "of models/losses.csv, not tuned ones; others may rank losses differently")):
+        names = [one["name"] if one["fold"] is None else f"{one['name']} fold {one['fold']}" for one in some]
+        if names:
+            yield f"{len(some)} of {len(of)} networks ({listing(names)}) {what}"
+
+    pairs, scores = tables.get("compare", []), tables.get("nrprec", [])
+    noise = {(one["name"], one["fold"], one["seed"]) for one in maps
+             if one["maps"]["options"].get("shared_noise")}
+    shared = [line for line in pairs if noise.issuperset(line["ends"])]
+    raised = sum(line["ceiling"] is None for line in shared)
+    left_out = max([line["left_out"] or 0 for line in pairs], default=0)
+    tested = [line for line in scores if line.get("p_holm") is not None]
+    numbers = sorted({int(line["permutations"]) for line in tested if line.get("permutations")})
+    properties = len({line["property"] for line in tested})
+    skipped = sorted({line["property"] for line in scores if line.get("skipped")})
+    arrays = [network[kind] for network in networks for kind in ("emb", "maps") if network[kind]]
+    unread = sorted({str(name) for about in arrays for name in about["pictures"].get("left_out") or []})
+    backbones = sorted({str(about["backbone"]) for about in arrays if about.get("backbone")})
+    others = [name for name, kind in results.types.items() if kind == "other"]
+    few = [f"{words} of {min(lengths):,}" for kind, words, least in
+           (("emb", "embeddings", 1000), ("maps", "saliency maps", 100))
+           if (lengths := [len(network[kind]["array"]) for network in networks if network[kind]])
+           and min(lengths) < least]
+    for true, text in (
+            (raised, f"{raised} of {len(pairs)} pairs of maps share their noise, which raises correlations; "
+             "no ceiling bounds them"),
+            (shared and not raised, f"the maps of {len(noise)} networks share their noise, so each was "
+             "compared with the other networks' second maps, whose noise is another"),
+            (scores and not tested, "NR-Prec was not tested by permutation (nrprec.py --permutations N): "
+             "Table 6 has the published mark alone"),
+            (0 < len(tested) < sum(line["nr_precision"] is not None for line in scores), "some networks' "
+             "NR-Prec were tested by permutation, others not: Table 6 has the published mark instead"),
+            (len(numbers) > 1, f"p-values come from different numbers of permutations ({listing(numbers)})"),
+            (numbers and properties / (1 + numbers[0]) >= SIGNIFICANCE, f"{listing(numbers[:1])} "
+             f"permutations of {properties} properties can't give p_holm < {SIGNIFICANCE}: no mark"),
+            (few, f"few pictures: {listing(few)} pictures for each network; means over them are uncertain"),
+            (unread, f"{len(unread):,} pictures were left out, they could not be read ({listing(unread)})"),
+            (left_out, f"up to {left_out:,.0f} pictures are left out of a pair of maps, because a map is "
+             "constant or not finite"),
+            (skipped, f"pictures whose value no other has were skipped as queries ({listing(skipped)})"),
+            (any(line.get("nr_precision_se") is not None for line in scores),
+             "NR-Prec rests on a random sample of queries (nrprec.py --queries)"),
+            (len(backbones) > 1, f"losses may differ by their backbones alone ({listing(backbones)})"),
+            (len({network["fold"] for network in networks} - {None}) == 1,
+             "one fold only: how much a loss varies from training to training is unknown"),
+            (others, f"not in models/losses.csv: {listing(others)}; kept, type “other”")):
+        if true:
+            yield text
+
+
+def gaps(results):
+    """What is missing: (table, what) …"""
+    absent = [row["name"] for row in files.losses() if row["name"] not in results.types]
+    if absent:
+        yield "", f"no results of {listing(absent, 99)}"
+    for table, (script, _, (measure, *_)) in TABLES.items():
+        cells, names = results.cells(measure), results.names(measure)
+        if not cells:
+            yield table, f"{table}.csv is not there, or empty: python {script} makes it"
+            continue
+        lacking = [name for name in results.types if name not in names]
+        if lacking:
+            yield table, f"{table}.csv has no rows of {listing(lacking, 99)}"
+        have = defaultdict(set)
+        for row in results.select(measure):
+            have[row.network, row.other].add(row.fold)
+        folds = {fold for mine in have.values() for fold in mine if isinstance(fold, int)}
+        for (a, b), mine in have.items():
+            if None not in mine and folds - mine and a != b:
+                pair = " and ".join(filter(None, (a, b)))
+                yield table, f"{pair}: fold {listing(sorted(folds - mine), 99)}; the mean is over the others"
+        expected = combinations(names, 2) if table in ("compare", "embeddings") else ()
+        if table == "nrprec":
+            expected = product(names, results.keys(measure))
+        for cell in expected:
+            if cell not in cells:
+                yield table, f"{' and '.join(cell)}: no {measure}"
+    if results.select("correlation") and not results.select("ceiling"):
+        yield "ceiling", "no noise ceiling: python saliency.py … --ceiling makes the second maps"
+    if results.select("nr_precision") and not results.select("nr_precision", "test"):
+        yield "nrprec_tests", "ranking and classification can't be compared: two losses of each are needed"
+    tested = {(row.network, row.fold, row.seed) for row in results.select("training", epoch="best")}
+    for network in results.networks:
+        place = network["name"], network["fold"], network["seed"]
+        if network["history"] and network["type"] != "none" and place not in tested:
+            yield "training", f"{network['history']}: no test at the end; training may be half-finished"

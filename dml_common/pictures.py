@@ -1,31 +1,72 @@
-"""Which pictures and labels a data set has, and how a picture becomes a network's input. Imports without torch.
+"""Which pictures and labels a data set has; how a picture becomes a network's input. Imports without torch.
 
     python -m dml_common.pictures verify cars196     # layout, counts, md5 of the archives
     python -m dml_common.pictures unpack ARCHIVE     # into its data set's folder, after its md5 was checked
 """
-import argparse
+from dml_common import command
+
+if __name__ == "__main__":  # Ctrl-C ends in one line from here on
+    command.begin()
+
 import difflib
-import hashlib
+import io
 import os
 import re
 import shutil
-import sys
 import tarfile
 import warnings
 import zipfile
+from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from dml_common.files import ROOT, read_table
+from dml_common.files import (
+    IDENTIFIERS,
+    ROOT,
+    check_input,
+    files_digest,
+    pictures_sha256,
+    read_properties,
+    read_table,
+    read_text,
+    rows_by_name,
+)
 
-# ---------------------------------------------------------------- data sets and pictures
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+# Kinds of files that are read as pictures where this Pillow knows them, and pictures of other kinds.
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+OTHERS = (".cr2", ".dng", ".eps", ".exr", ".heic", ".heif", ".ico", ".jxl", ".nef", ".psd", ".svg")
+SPLITS = {"train": "train", "test": "test",
+          **dict.fromkeys(("val", "valid", "dev", "validation"), "validation")}
+LABELS = ("label", "class")  # columns of a table of pictures
+BOX = ("x_1", "y_1", "x_2", "y_2")
 MAX_PIXELS = 500_000_000  # of one picture: 1.5 GB decoded
-LARGE = 1 << 26  # pixels of a resized picture from which on only the cropped part is made (equal but for rounding)
+LARGE = 1 << 26  # pixels of a resized picture from which on only its crop is made (equal but for rounding)
 Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS takes its place, with an error that names the picture
+# The file that shows a folder is the right one; archives with md5; pictures and classes of each split.
+PUBLISHED = {
+    "cars196": {
+        "layout": "cars_annos.mat and car_ims/000001.jpg …, or torchvision's stanford_cars/devkit, "
+                  "cars_train, cars_test",
+        "archives": {"car_ims.tgz": "d5c8f0aa497503f355e17dc7886c3f14",
+                     "cars_annos.mat": "b407c6086d669747186bd1d764ff9dbc"},
+        "sizes": {"train": (8054, 98), "test": (8131, 98), "all": (16185, 196)},
+    },
+    "cub200": {
+        "layout": "CUB_200_2011/images.txt, image_class_labels.txt and images/; perhaps segmentations/",
+        "archives": {"CUB_200_2011.tgz": "97eceeb196236b17998738112f37df78",
+                     "segmentations.tgz": "4d47ba1228eae64f2fa547c47bc65255"},
+        "sizes": {"train": (5864, 100), "test": (5924, 100), "all": (11788, 200)},
+    },
+    "sop": {
+        "layout": "Stanford_Online_Products/Ebay_train.txt, Ebay_test.txt and the pictures' folders",
+        "archives": {"Stanford_Online_Products.zip": "7f73d41a2f44250d4779881525aea32e"},
+        "sizes": {"train": (59551, 11318), "test": (60502, 11316), "all": (120053, 22634)},
+    },
+}
 
 
 class Dataset(NamedTuple):
@@ -36,23 +77,41 @@ class Dataset(NamedTuple):
     split: str  # train, test or all
     paths: list  # of Path, n
     relative: list  # of str, n: the paths as listed in labels.csv and hashed by pictures_sha256
-    labels: np.ndarray | None  # int64 (n,), indices into classes
-    classes: list | None  # of str
-    super_labels: np.ndarray | None  # int64 (n,), indices into super_classes
-    super_classes: list | None  # of str
-    masks: list | None  # of Path or None, n
-    notes: list  # of str: what a user should know (a size that differs from the published one, …)
+    labels: np.ndarray | None = None  # int64 (n,), indices into classes
+    classes: list | None = None  # of str
+    super_labels: np.ndarray | None = None  # int64 (n,), indices into super_classes
+    super_classes: list | None = None  # of str
+    masks: list | None = None  # of Path or None, n
+    notes: list = []  # of str: what a user should know (a size that differs from the published one, …)
     properties: dict | None = None  # of a rendered set: props.csv's columns, lists of n str
+    splits: np.ndarray | None = None  # str (n,): which split a published data set's picture belongs to
+
+
+def listed(name, folder, relative, **more):
+    return Dataset(name, folder, "all", [folder / path for path in relative], list(relative), **more)
+
+
+def rows_of(dataset, rows, split):
+    """The data set with these rows alone."""
+    def take(values):
+        if values is None or isinstance(values, np.ndarray):
+            return values if values is None else values[rows]
+        return [values[row] for row in rows]
+
+    columns = {name: take(getattr(dataset, name))
+               for name in ("paths", "relative", "labels", "super_labels", "masks", "splits")}
+    properties = dataset.properties and {name: take(values) for name, values in dataset.properties.items()}
+    return dataset._replace(split=split, properties=properties, **columns)
 
 
 def open_dataset(name_or_folder, root=None, split="test"):
     """List the pictures, labels and masks of a data set.
 
-    name_or_folder: "cars196", "cub200" or "sop"; a folder of pictures (natural order; where every picture lies in a
-    sub-folder, the first one names its class); a rendered set (images/ and props.csv, perhaps masks/); or a CSV file
-    with a column path (relative to the CSV), perhaps label or class, and split.
-    root: folder of the published data sets (the environment variable DML_DATA_ROOT, else data/ in the checkout).
-    split: "train", "test" or "all", by class as in the papers; folders have no split.
+    name_or_folder: "cars196", "cub200" or "sop"; a folder of pictures (natural order; sub-folders are
+    classes, train/, val/, test/ above them splits); a rendered set (images/, props.csv, perhaps masks/); or a
+    CSV file with a column path (relative to the CSV), perhaps label or class, split, x_1, y_1, x_2, y_2.
+    root: folder of the published data sets (the environment's DML_DATA_ROOT, else data/ in the checkout).
+    split: "train", "test" or "all", by class as in the papers; without splits all pictures are taken.
     Raises FileNotFoundError or ValueError, saying what was expected where.
     """
     if split not in ("train", "test", "all"):
@@ -64,42 +123,59 @@ def open_dataset(name_or_folder, root=None, split="test"):
         return open_csv(folder, split)
     if not folder.is_dir():
         near = difflib.get_close_matches(str(folder), PUBLISHED, n=1)
-        raise FileNotFoundError(f"{folder}: no such folder; expected {', '.join(PUBLISHED)}, a folder of pictures or a CSV file"
-                                + (f"; did you mean {near[0]}?" if near else ""))
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise FileNotFoundError(f"{folder}: no such folder; expected {', '.join(PUBLISHED)}, a folder of "
+                                f"pictures or a CSV file{hint}")
     if (folder / "props.csv").is_file() and (folder / "images").is_dir():
         return open_rendered(folder)
-    return open_folder(folder)
+    return open_folder(folder, split)
 
 
 def held_out(dataset, config):
     """The pictures that train.py held out for a network, of the whole data set (split "all").
 
-    config: the network's config.json, whose split names the rows ("test") and the list of pictures they count in.
+    config: the network's config.json; its split has the rows ("test") and the list of pictures they count in.
     Raises ValueError when that list is another one.
     """
-    told, here = config["split"]["pictures"], {"number": len(dataset.relative), "sha256": pictures_sha256(dataset.relative)}
-    if told != here:
-        raise ValueError(f"{dataset.folder}: {here['number']:,} pictures, but {config.get('loss')} was trained on another list of "
-                         f"{told['number']:,} pictures of this name, so it can't be told which ones it has not seen; "
-                         "give that data set, or --split all")
-    rows = config["split"]["test"]
-
-    def take(values):
-        return None if values is None else values[rows] if isinstance(values, np.ndarray) else [values[row] for row in rows]
-
-    columns = {name: take(getattr(dataset, name)) for name in ("paths", "relative", "labels", "super_labels", "masks")}
-    properties = dataset.properties and {name: take(values) for name, values in dataset.properties.items()}
-    return dataset._replace(split="held out", properties=properties, **columns)
+    trained, n = config["split"]["pictures"], len(dataset.relative)
+    if trained != {"number": n, "sha256": pictures_sha256(dataset.relative)}:
+        raise ValueError(f"{dataset.folder}: {n:,} pictures, but {config.get('loss')} was trained on another "
+                         f"list of {trained['number']:,} pictures of this name, so it can't be told which "
+                         "ones it has not seen; give that data set, or --split all")
+    return rows_of(dataset, config["split"]["test"], "held out")
 
 
 def own_pictures(dataset, config, name_or_folder, root=None, split="test"):
-    """The pictures to analyse a network on: what train.py held out for it, if it was trained on this data set; else dataset.
+    """The pictures to analyse a network on: what train.py held out of this data set for it, else all.
 
     dataset: what open_dataset gives for the last three. config: the network's config.json, {} without one.
     """
     if split != "test" or config.get("dataset") != dataset.name or "test" not in config.get("split", {}):
         return dataset
     return held_out(dataset if dataset.split == "all" else open_dataset(name_or_folder, root, "all"), config)
+
+
+def labels_of(dataset, table=None, column=None, notes=None):
+    """(labels (n,) int, what they are): the data set's own, or a column of a table or of its props.csv.
+
+    Rows are matched by name where a table has names; notes: a list that takes what is to be said of that.
+    """
+    if not table and dataset.labels is not None:
+        own, column = {"class": dataset.labels, "super_class": dataset.super_labels}, column or "class"
+        if own.get(column) is None:
+            names = " and ".join(name for name in own if own[name] is not None)
+            raise ValueError(f"{dataset.name} has no label {column!r}; it has {names}; or give --labels FILE")
+        return own[column], column
+    if not table and dataset.properties is None:
+        raise ValueError(f"{dataset.name} has no labels; put each class's pictures into a folder of its own, "
+                         "or give a table with a row for each picture: --labels FILE.csv --label COLUMN")
+    column = column or ("class" if table else "model")
+    table = table or dataset.folder / "props.csv"
+    values = read_properties(table, [column], dataset.relative, notes)[column]
+    if len(values) != len(dataset.paths):
+        raise ValueError(f"{table} has {len(values):,} labels, {dataset.name} {len(dataset.paths):,} "
+                         "pictures; expected a row for each, in the same order")
+    return numbered(values)[0], column
 
 
 def data_root(root=None):
@@ -109,258 +185,290 @@ def data_root(root=None):
 
 def natural_key(name):
     """Sort key that puts 2 before 10."""
-    return [(0, int(part), part) if part.isdigit() else (1, 0, part) for part in re.split(r"([0-9]+)", name)]
+    parts = re.split(r"([0-9]+)", name)
+    numbers = [part.lstrip("0") for part in parts[1::2]]  # as long as they like: int() takes 4,300 digits
+    parts[1::2] = [(len(number), number, part) for number, part in zip(numbers, parts[1::2])]
+    return parts
 
 
-def list_pictures(folder):
-    """Relative paths (str, with /) of the pictures in a folder and its sub-folders, natural order."""
-    found = []
-    for here, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(here, name).relative_to(folder).as_posix() for name in files
-                  if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
-    return sorted(found, key=natural_key)
+@cache
+def suffixes():
+    """Endings of the files that are read, in lower case."""
+    Image.init()
+    known = [suffix for suffix, kind in Image.EXTENSION.items() if kind in FORMATS and kind in Image.OPEN]
+    return tuple(sorted(known))
 
 
-def open_folder(folder):
-    relative = list_pictures(folder)
+def list_pictures(folder, notes=None):
+    """Relative paths (str, with /) of the pictures in a folder and its sub-folders, natural order.
+
+    Links are followed, but for loops (ValueError). notes: a list that takes what is left aside.
+    """
+    relative, aside = [], Counter()
+
+    def walk(here, prefix, above):
+        place = os.path.realpath(here)
+        if place in above:
+            raise ValueError(f"{here} is a link to a folder above itself; remove it")
+        for entry in os.scandir(here):
+            name = prefix + entry.name
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                walk(entry.path, f"{name}/", {*above, place})
+            elif name.lower().endswith(suffixes()):
+                relative.append(name)
+            elif name.lower().endswith(OTHERS):
+                aside[os.path.splitext(name)[1].lower()] += 1
+
+    walk(folder, "", set())
+    if aside and notes is not None:
+        counts = ", ".join(f"{number:,} {suffix}" for suffix, number in sorted(aside.items()))
+        notes.append(f"{folder}: pictures of other kinds are left aside: {counts}")
+    return sorted(relative, key=natural_key)
+
+
+def open_folder(folder, split):
+    """Sub-folders are classes, train/, val/, test/ above them splits; a picture beside them is left out."""
+    relative = list_pictures(folder, notes := [])
     if not relative:
-        raise ValueError(f"{folder}: no picture in this folder or below; expected files ending in {' '.join(SUFFIXES)}")
-    labels = classes = None
-    if all("/" in path for path in relative):
-        names = [path.split("/")[0] for path in relative]
-        classes = sorted(set(names), key=natural_key)
-        number = {name: i for i, name in enumerate(classes)}
-        labels = np.array([number[name] for name in names], dtype=np.int64)
-    return Dataset(folder.resolve().name, folder, "all", [folder / path for path in relative], relative,
-                   labels, classes, None, None, None, [])
+        raise ValueError("; ".join([f"{folder}: no picture in this folder or below; expected files ending in "
+                                    f"{' '.join(suffixes())}", *notes]))
+    stray = [name for name in relative if "/" not in name]
+    if stray and len(stray) <= max(1, len(relative) // 100) and len(relative) > 2:
+        notes.append(f"{folder}: left out, for they lie beside the classes' folders: {', '.join(stray)}")
+        relative = [name for name in relative if "/" in name]
+    parts = [name.split("/") for name in relative]
+    splits = [SPLITS.get(part[0]) for part in parts if len(part) > 2]
+    has_splits = len(splits) == len(parts) and None not in splits
+    dataset = listed(folder.resolve().name, folder, relative, notes=notes)
+    if min(map(len, parts)) > 1:
+        labels, classes = numbered([part[1 if has_splits else 0] for part in parts])
+        dataset = dataset._replace(labels=labels, classes=classes)
+    return choose(dataset, splits, split, folder) if has_splits else dataset
+
+
+def choose(dataset, splits, split, source):
+    """The pictures of a split; where there is no test split, validation is taken for it, and that is said."""
+    if split == "all":
+        return dataset
+    there, notes = sorted(set(splits)), list(dataset.notes)
+    if split == "test" and "test" not in there and "validation" in there:
+        split = "validation"
+        notes.append(f"{source}: its splits are {', '.join(there)}; validation is taken for test")
+    rows = [row for row, part in enumerate(splits) if part == split]
+    if not rows:
+        raise ValueError(f"{source}: no row of split {split}; its splits are {', '.join(there)}")
+    return rows_of(dataset, rows, split)._replace(notes=notes)
+
+
+def numbered(names):
+    """Class names, one for each picture -> (int64 (n,) indices, the distinct names in natural order)."""
+    classes = sorted(set(names), key=natural_key)
+    number = {name: i for i, name in enumerate(classes)}
+    return np.array([number[name] for name in names], dtype=np.int64), classes
 
 
 def open_rendered(folder):
     """Rows in the order of props.csv; its first column names the picture: 17, 000017 or 000017.jpg."""
     table = read_table(folder / "props.csv")
-    column = next(iter(table))
-    found = list_pictures(folder / "images")
-    by_name = {key: path for path in found for key in (frame_key(path), frame_key(Path(path).stem))}
-    absent = [name for name in table[column] if frame_key(name) not in by_name]
-    refuse_absent(absent, len(table[column]), folder / "props.csv", folder / "images")
-    relative = ["images/" + by_name[frame_key(name)] for name in table[column]]
-    notes = []
-    if len(found) > len(relative):
-        notes.append(f"{folder}: {len(found) - len(relative)} pictures are not in props.csv and are left aside")
+    there = list_pictures(folder / "images", notes := [])
+    rows = rows_by_name(next(iter(table.values())), there, folder / "images")
+    relative = ["images/" + there[row] for row in rows]
+    if len(there) > len(rows):
+        notes.append(f"{folder}: {len(there) - len(rows)} pictures are not in props.csv and are left aside")
     masks = [folder / "masks" / f"{Path(path).stem}.png" for path in relative]
-    masks = [path if path.is_file() else None for path in masks]
-    return Dataset(folder.resolve().name, folder, "all", [folder / path for path in relative], relative,
-                   None, None, None, None, masks if any(masks) else None, notes, table)
+    return listed(folder.resolve().name, folder, relative, masks=existing(masks), properties=table,
+                  notes=notes)
 
 
-def frame_key(name):
-    """A frame's number where the name is one: 17 and 000017 are the same frame."""
-    return int(name) if name.isdecimal() else name
+def existing(masks):
+    """Masks that are not there become None; without any there is no list."""
+    masks = [path if path.is_file() else None for path in masks or []]
+    return masks if any(masks) else None
 
 
-def refuse_absent(absent, number, source, folder):
+def refuse_absent(dataset, source):
+    absent = [name for name, path in zip(dataset.relative, dataset.paths) if not path.is_file()]
     if absent:
-        raise ValueError(f"{source}: {len(absent):,} of its {number:,} pictures are not in {folder}: "
-                         f"{', '.join(map(str, absent[:3]))}{', …' * (len(absent) > 3)}")
+        more = ", …" if len(absent) > 3 else ""
+        raise ValueError(f"{source}: {len(absent):,} of its {len(dataset.paths):,} pictures are not in "
+                         f"{dataset.folder}: {', '.join(absent[:3])}{more}")
 
 
 def open_csv(path, split):
-    """A table of pictures: path[,label or class][,split]; Open Metric Learning's tables have these names."""
-    table = read_table(path)
-    column = next((name for name in ("path", "file", "image") if name in table), None)
+    """A table of pictures: path[,label or class][,split][,x_1,y_1,x_2,y_2], as in Open Metric Learning."""
+    table, notes = read_table(path), []
+    column = next((name for name in ("path", *IDENTIFIERS) if name in table), None)
     if column is None:
         raise ValueError(f"{path}: no column path; its columns are {', '.join(table)}")
-    keep, notes, chosen = range(len(table[column])), [], "all"
-    if "split" in table and split != "all":
-        chosen = split
-        if split == "test" and "test" not in table["split"] and "validation" in table["split"]:
-            chosen = "validation"
-            notes.append(f"{path}: its splits are {', '.join(sorted(set(table['split'])))}; validation is taken for test")
-        keep = [row for row in keep if table["split"][row] == chosen]
-        if not keep:
-            raise ValueError(f"{path}: no row of split {split}; its splits are {', '.join(sorted(set(table['split'])))}")
-    relative = [table[column][row] for row in keep]
-    if "" in relative:
-        raise ValueError(f"{path}: line {keep[relative.index('')] + 2} has no {column}")
-    paths = [path.parent / name for name in relative]
-    refuse_absent([name for name, file in zip(relative, paths) if not file.is_file()], len(relative), path, path.parent)
-    name = next((name for name in ("label", "class") if name in table), None)
-    labels = classes = None
-    if name:
-        classes = sorted(set(table[name]), key=natural_key)
-        number = {label: i for i, label in enumerate(classes)}
-        labels = np.array([number[table[name][row]] for row in keep], dtype=np.int64)
-    return Dataset(path.stem, path.parent, chosen, paths, relative, labels, classes, None, None, None, notes)
+    if "" in table[column]:
+        raise ValueError(f"{path}: line {table[column].index('') + 2} has no {column}")
+    dataset = listed(path.stem, path.parent, table[column])
+    if set(BOX) <= set(table):
+        dataset = boxed(dataset, zip(*(table[name] for name in BOX)), path)
+    label = next((name for name in LABELS if name in table), None)
+    if label:
+        labels, classes = numbered(table[label])
+        dataset = dataset._replace(labels=labels, classes=classes)
+    if others := [name for name in table if name not in (column, label, "split", *BOX)]:
+        notes.append(f"{path}: columns that are not used: {', '.join(others)}")
+    dataset = dataset._replace(notes=notes)
+    if "split" in table:
+        splits = [SPLITS.get(part.lower(), part) for part in table["split"]]
+        dataset = choose(dataset, splits, split, path)
+    refuse_absent(dataset, path)
+    return dataset
 
 
-# What the published data sets look like: the file that shows a folder is the right one (or one of two layouts),
-# archives with md5, pictures and classes of each split.
-PUBLISHED = {
-    "cars196": {
-        "layout": "cars_annos.mat and car_ims/000001.jpg …, or torchvision's stanford_cars/devkit, cars_train and cars_test",
-        "archives": {"car_ims.tgz": "d5c8f0aa497503f355e17dc7886c3f14", "cars_annos.mat": "b407c6086d669747186bd1d764ff9dbc"},
-        "sizes": {"train": (8054, 98), "test": (8131, 98), "all": (16185, 196)},
-    },
-    "cub200": {
-        "layout": "CUB_200_2011/images.txt, image_class_labels.txt and images/; perhaps segmentations/",
-        "archives": {"CUB_200_2011.tgz": "97eceeb196236b17998738112f37df78", "segmentations.tgz": "4d47ba1228eae64f2fa547c47bc65255"},
-        "sizes": {"train": (5864, 100), "test": (5924, 100), "all": (11788, 200)},
-    },
-    "sop": {
-        "layout": "Stanford_Online_Products/Ebay_train.txt, Ebay_test.txt and the pictures' folders",
-        "archives": {"Stanford_Online_Products.zip": "7f73d41a2f44250d4779881525aea32e"},
-        "sizes": {"train": (59551, 11318), "test": (60502, 11316), "all": (120053, 22634)},
-    },
-}
+class Boxed(type(Path())):
+    """The path of a picture of which a box counts: (left, upper, right, lower) in pixels."""
+
+    box = None
+
+
+def boxed(dataset, boxes, source):
+    """The data set with a box for each picture (texts of its table), which is part of the picture's name."""
+    paths, relative = [], []
+    for line, (path, name, box) in enumerate(zip(dataset.paths, dataset.relative, boxes), 2):
+        if not all(re.fullmatch(r"[0-9]{1,6}(\.0*)?", side) for side in box):
+            raise ValueError(f"{source}: line {line}: {', '.join(BOX)} are {', '.join(box)}; expected pixels")
+        paths.append(Boxed(path))
+        paths[-1].box = tuple(int(float(side)) for side in box)
+        relative.append(f"{name}[{','.join(map(str, paths[-1].box))}]")
+    return dataset._replace(paths=paths, relative=relative)
+
+
+# ---------------------------------------------------------------- published data sets
+# Readers give None where their layout is not, else (Dataset of all, bool (n,): training?, the list's file).
 
 
 def open_published(name, root, split, check=True):
     """cars196, cub200 or sop in root/name or in root itself. check: absent pictures raise ValueError."""
-    readers = {"cars196": read_cars, "cub200": read_cub, "sop": read_sop}
-    folders = [root / name, root]
-    found = next((listing for folder in folders if (listing := readers[name](folder))), None)
-    if found is None:
-        about = PUBLISHED[name]
-        archives = ", ".join(f"{archive} (md5 {md5})" for archive, md5 in about["archives"].items())
-        raise FileNotFoundError(f"{name} is neither in {folders[0]} nor in {folders[1]}: expected {about['layout']}; "
-                                f"from the archives {archives}; see also --data-root")
-    folder, source, relative, numbers, splits, classes, super_numbers, super_classes, masks = found
-    keep = np.flatnonzero((splits == split) | (split == "all"))
-    relative = [relative[row] for row in keep]
-    paths = [folder / path for path in relative]
+    read = {"cars196": read_cars, "cub200": read_cub, "sop": read_sop}[name]
+    found = read(root / name) or read(root)
+    if not found:
+        archives = ", ".join(f"{archive} (md5 {md5})" for archive, md5 in PUBLISHED[name]["archives"].items())
+        raise FileNotFoundError(f"{name} is neither in {root / name} nor in {root}: expected "
+                                f"{PUBLISHED[name]['layout']}; from the archives {archives}; see also "
+                                "--data-root")
+    dataset, training, source = found
+    dataset = dataset._replace(splits=np.where(training, "train", "test"))
+    rows = np.flatnonzero((training == (split == "train")) | (split == "all"))
+    dataset = rows_of(dataset, rows, split)
     if check:
-        refuse_absent([path for path, file in zip(relative, paths) if not file.is_file()], len(paths), source, folder)
-    labels, sizes = numbers[keep], PUBLISHED[name]["sizes"][split]
-    here, notes = (len(keep), len(np.unique(labels))), []
-    if here != sizes:
-        notes.append(f"{name} {split}: {here[0]:,} pictures of {here[1]:,} classes, published are {sizes[0]:,} of {sizes[1]:,}")
-    if masks:
-        masks = [masks[row] if masks[row].is_file() else None for row in keep]
-    return Dataset(name, folder, split, paths, relative, labels, classes,
-                   None if super_numbers is None else super_numbers[keep], super_classes,
-                   masks if masks and any(masks) else None, notes)
+        refuse_absent(dataset, source)
+    here, there = (len(rows), len(np.unique(dataset.labels))), PUBLISHED[name]["sizes"][split]
+    notes = []
+    if here != there:
+        notes.append(f"{name} {split}: {here[0]:,} pictures of {here[1]:,} classes, published are "
+                     f"{there[0]:,} of {there[1]:,}")
+    return dataset._replace(masks=existing(dataset.masks), notes=notes)
 
 
 def read_cars(folder):
     """Both layouts of Cars196; classes 1–98 train, 99–196 test."""
-    for stanford in (folder / "stanford_cars", folder):
-        if (stanford / "devkit" / "cars_train_annos.mat").is_file():
-            meta = stanford / "devkit" / "cars_meta.mat"
-            parts = [(stanford / "devkit" / "cars_train_annos.mat", "cars_train/"),
-                     (stanford / "cars_test_annos_withlabels.mat", "cars_test/")]
-            relative, labels = [], []
-            for path, prefix in parts:
-                names, numbers = read_mat(path, "fname")
-                relative += [prefix + name for name in names]
-                labels += numbers
-            return cars_listing(stanford, parts[0][0], relative, labels, read_mat_names(meta))
-    path = folder / "cars_annos.mat"
-    if path.is_file():
-        return cars_listing(folder, path, *read_mat(path, "relative_im_path"), read_mat_names(path))
-    return None
+    names, field, parts = "cars_annos.mat", "relative_im_path", {"cars_annos.mat": ""}
+    for place in (folder / "stanford_cars", folder):
+        if (place / "devkit/cars_train_annos.mat").is_file():
+            folder, names, field = place, "devkit/cars_meta.mat", "fname"
+            parts = {"devkit/cars_train_annos.mat": "cars_train/",
+                     "cars_test_annos_withlabels.mat": "cars_test/"}
+            break
+    source = folder / next(iter(parts))
+    if not source.is_file():
+        return None
+    rows = [(prefix + name, number) for part, prefix in parts.items()
+            for name, number in read_mat(folder / part, "annotations", field, "class")]
+    relative, numbers = zip(*rows)
+    labels, classes = from_one(source, numbers), [name for name, in read_mat(folder / names, "class_names")]
+    if labels.max() >= len(classes):
+        raise ValueError(f"{source}: classes up to {labels.max() + 1}, but {len(classes)} class names")
+    return listed("cars196", folder, relative, labels=labels, classes=classes), labels < 98, source
 
 
-def cars_listing(folder, source, relative, labels, names):
-    labels = np.array(labels, dtype=np.int64) - 1
-    if labels.min() < 0 or labels.max() >= len(names):
-        raise ValueError(f"{source}: classes {labels.min() + 1} to {labels.max() + 1}, but {len(names)} class names")
-    return folder, source, relative, labels, np.where(labels < 98, "train", "test"), names, None, None, None
-
-
-def read_mat(path, name):
-    """The file names and class numbers of a MATLAB file's `annotations`."""
-    annotations = load_mat(path, "annotations")
-    absent = [field for field in (name, "class") if field not in (annotations.dtype.names or ())]
-    if absent:
-        raise ValueError(f"{path}: annotations without the field {' and '.join(absent)}; "
-                         f"it has {', '.join(annotations.dtype.names or ('none',))}")
-    rows = annotations.ravel()
-    try:
-        return [str(row[name].item()) for row in rows], [int(row["class"].item()) for row in rows]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: annotations with other contents ({error}); download it again") from None
-
-
-def read_mat_names(path):
-    return [str(np.asarray(name).item()) for name in load_mat(path, "class_names").ravel()]
-
-
-def load_mat(path, variable):
+def read_mat(path, variable, *fields):
+    """The rows of a MATLAB file's variable, as text: these fields of a struct, or the one value of a cell."""
     from scipy.io import loadmat
 
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not there, but the rest of this layout is; unpack its archive again")
     try:
-        content = loadmat(path)
+        rows = loadmat(path)[variable].ravel()
+        if not len(rows):
+            raise ValueError("it is empty")
+        cells = [[row[field] for field in fields] or [row] for row in rows]
+        return [[str(np.asarray(cell).item()) for cell in row] for row in cells]
     except Exception as error:  # scipy raises many kinds for damaged files
-        raise ValueError(f"{path}: can't be read as a MATLAB file ({error}); download it again") from None
-    if variable not in content:
-        raise ValueError(f"{path}: no variable {variable}; it has {', '.join(key for key in content if key[0] != '_')}")
-    return content[variable]
+        fields = f" with the fields {' and '.join(fields)}" if fields else ""
+        raise ValueError(f"{path}: expected a MATLAB file with {variable}{fields} ({type(error).__name__}: "
+                         f"{error}); download it again") from None
 
 
 def read_cub(folder):
     """CUB-200-2011; classes 1–100 train, 101–200 test."""
     folder = folder / "CUB_200_2011"
-    if not (folder / "images.txt").is_file():
+    source, numbered_in = folder / "images.txt", folder / "image_class_labels.txt"
+    if not source.is_file():
         return None
-    ids, relative = zip(*read_lines(folder / "images.txt", 2))
-    label_ids, numbers = zip(*read_lines(folder / "image_class_labels.txt", 2))
+    ids, relative = zip(*read_lines(source, 2))
+    label_ids, numbers = zip(*read_lines(numbered_in, 2))
     if ids != label_ids:
-        raise ValueError(f"{folder / 'image_class_labels.txt'}: {len(label_ids)} labels for {len(ids)} pictures of images.txt, "
-                         "or in another order; download both again")
-    labels = from_one(folder / "image_class_labels.txt", numbers)
-    classes = [str(number) for number in range(1, max(200, labels.max() + 1) + 1)]
-    for label, path in zip(labels, relative):  # 001.Black_footed_Albatross/…
-        classes[label] = path.split("/")[0]
-    segmentations = next((place for place in (folder / "segmentations", folder.parent / "segmentations") if place.is_dir()), None)
-    masks = segmentations and [segmentations / Path(path).with_suffix(".png") for path in relative]
-    return (folder, folder / "images.txt", ["images/" + path for path in relative], labels,
-            np.where(labels < 100, "train", "test"), classes, None, None, masks)
+        raise ValueError(f"{numbered_in}: {len(label_ids)} labels for {len(ids)} pictures of images.txt, or "
+                         "in another order; download both again")
+    labels = from_one(numbered_in, numbers)
+    classes = names_of(labels, [path.split("/")[0] for path in relative], 200)  # 001.Black_footed_Albatross/…
+    masks = None
+    for place in (folder.parent / "segmentations", folder / "segmentations"):
+        if place.is_dir():
+            masks = [place / Path(path).with_suffix(".png") for path in relative]
+    dataset = listed("cub200", folder, ["images/" + path for path in relative], labels=labels,
+                     classes=classes)
+    return dataset._replace(masks=masks), labels < 100, source
 
 
 def read_sop(folder):
     """Stanford Online Products with its own split and 12 super-classes."""
     folder = folder / "Stanford_Online_Products"
-    if not (folder / "Ebay_test.txt").is_file():
+    source = folder / "Ebay_test.txt"
+    if not source.is_file():
         return None
-    rows, splits = [], []
-    for split in ("train", "test"):
-        part = read_lines(folder / f"Ebay_{split}.txt", 4)[1:]  # a header: image_id class_id super_class_id path
-        rows += part
-        splits += [split] * len(part)
-    _, classes, super_classes, relative = zip(*rows)
-    numbers, super_numbers = from_one(folder, classes), from_one(folder, super_classes)
-    names = [str(number) for number in range(1, super_numbers.max() + 2)]
-    for number, path in zip(super_numbers, relative):  # bicycle_final/…
-        names[number] = path.split("/")[0].removesuffix("_final")
-    return (folder, folder / "Ebay_test.txt", list(relative), numbers, np.array(splits),
-            [str(number) for number in range(1, numbers.max() + 2)], super_numbers, names, None)
+    train, test = (read_lines(folder / f"Ebay_{split}.txt", 4)[1:] for split in ("train", "test"))
+    if not train + test:
+        raise ValueError(f"{folder}: its lists Ebay_train.txt and Ebay_test.txt name no picture")
+    _, numbers, super_numbers, relative = zip(*train, *test)  # image_id class_id super_class_id path
+    labels, super_labels = from_one(folder, numbers), from_one(folder, super_numbers)
+    super_classes = names_of(super_labels, [path.split("/")[0].removesuffix("_final") for path in relative])
+    dataset = listed("sop", folder, relative, labels=labels, classes=names_of(labels),
+                     super_labels=super_labels, super_classes=super_classes)
+    return dataset, np.arange(len(relative)) < len(train), source
+
+
+def names_of(labels, names=(), least=0):
+    """The classes' names by number: their pictures' where given, else the number counted from 1."""
+    classes = [str(number) for number in range(1, max(least, labels.max() + 1) + 1)]
+    for label, name in zip(labels, names):
+        classes[label] = name
+    return classes
 
 
 def from_one(path, texts):
     """Class numbers counted from 1, as text -> int64 array counted from 0."""
-    bad = next((text for text in texts if not text.isdecimal() or int(text) < 1), None)
-    if bad is not None:
-        raise ValueError(f"{path}: class {bad!r} is no number from 1 on; download it again")
+    for text in texts:
+        if not re.fullmatch("0*[1-9][0-9]{0,6}", text):
+            raise ValueError(f"{path}: class {text[:20]!r} is no number from 1 on; download it again")
     return np.array(texts, dtype=np.int64) - 1
 
 
 def read_lines(path, fields):
     """The lines of a text file, split at blanks into so many fields."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not there, but the rest of this layout is; unpack its archive again")
-    rows = [line.split(" ", fields - 1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    bad = next((number for number, row in enumerate(rows, 1) if len(row) != fields), None)
-    if bad or not rows:
-        raise ValueError(f"{path}: line {bad or 1} has not {fields} fields; download it again")
+    text = read_text(path, "it back: unpack the archive again")
+    rows = [line.split(" ", fields - 1) for line in text.splitlines() if line.strip()]
+    for number, row in enumerate(rows or [[]], 1):
+        if len(row) != fields:
+            raise ValueError(f"{path}: line {number} has not {fields} fields; download it again")
     return rows
 
 
-def pictures_sha256(relative):
-    """SHA-256 of the list of pictures (names joined by newlines): two arrays with the same one have the same rows."""
-    return hashlib.sha256(b"\n".join(os.fsencode(path) for path in relative)).hexdigest()
+# ---------------------------------------------------------------- a picture as a network's input
 
 
 def load_picture(path, preprocessing):
@@ -381,7 +489,7 @@ def load_picture(path, preprocessing):
 def load_pixels(path, preprocessing, draft=False):
     """The same before normalisation: uint8 RGB (H, W, 3), resized and cropped.
 
-    draft: a JPEG may be shrunk while it is decoded, to no less than the resized picture: faster, slightly other values.
+    draft: a JPEG may be shrunk while it is decoded, to no less than the resized picture: faster, new values.
     """
     return np.asarray(resize_and_crop(read_rgb(path, preprocessing if draft else None), preprocessing))
 
@@ -411,17 +519,30 @@ def input_size(preprocessing):
     return tuple(preprocessing["resize"])
 
 
-def load_mask(path, preprocessing, size=None):
-    """Read a mask through the picture's own geometry, nearest neighbour: bool (H, W), True where the object is.
+def load_mask(path, preprocessing=None, size=None):
+    """Read a mask through its picture's geometry, nearest neighbour: bool (H, W), True on the object.
 
-    preprocessing: {} or None leaves it as it is. size: then averaged to (size, size), what is more than half object.
+    preprocessing: None or {} leaves it as it is. size: then averaged to (size, size): what is more than half
+    object.
+    The object is where alpha is, if that varies; else what is brighter than half of white, or, where nothing
+    is, what is not black (masks of 0 and 1); of a coloured palette what is not black.
     """
+    check_input(path, "a mask")
     with Image.open(path) as image:
-        mask = image.convert("L")
-        if preprocessing:
-            mask = resize_and_crop(mask, preprocessing, Image.Resampling.NEAREST)
+        alpha = np.asarray(image.convert("RGBA"))[..., 3] if image.has_transparency_data else np.zeros(1)
+        coloured = image.mode in ("P", "PA", "RGB", "RGBA")
+        colours = np.atleast_3d(np.asarray(image.convert("RGB" if coloured else "L")))
+        values = colours.max(axis=2)
+        if alpha.min() < alpha.max():
+            values = alpha
+        elif image.mode in ("P", "PA") and (colours != colours[..., :1]).any():
+            values = np.where(values > 0, 255, 0)
+    inside = values > (127 if values.max() > 127 else 0)
+    mask = Image.fromarray(np.uint8(255) * inside)
+    if preprocessing:
+        mask = resize_and_crop(mask, preprocessing, Image.Resampling.NEAREST)
     if size:
-        mask = mask.point([0] * 128 + [255] * 128).resize((size, size), Image.Resampling.BOX)
+        mask = mask.resize((size, size), Image.Resampling.BOX)
     return np.asarray(mask) > 127
 
 
@@ -437,16 +558,22 @@ def read_rgb(path, draft=None):
     grey is repeated, palettes are looked up, alpha is dropped, CMYK converted without a colour profile,
     the EXIF orientation is ignored.
     """
+    if not isinstance(path, io.IOBase):
+        check_input(path, "a picture")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # palettes with transparency, odd EXIF: nothing a user can act on
         try:
             with Image.open(path) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width} × {image.height} pixels, more than {MAX_PIXELS:,}")
+                if box := getattr(path, "box", None):
+                    if not (box[0] < box[2] <= image.width and box[1] < box[3] <= image.height):
+                        raise ValueError(f"its box {box} is not in its {image.width} × {image.height} pixels")
+                    return image.convert("RGB").crop(box)
                 if draft:
                     image.draft(image.mode, resized_size(image.size, draft["resize"]))
                 return image.convert("RGB")
-        except (FileNotFoundError, PermissionError, IsADirectoryError):
+        except PermissionError:
             raise
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, …
             raise ValueError(f"{path}: can't be read as a picture ({error}); replace or remove it") from None
@@ -461,7 +588,8 @@ def resize_and_crop(image, preprocessing, resample=Image.Resampling.BILINEAR):
     left, top = (round((side - crop) / 2.0) if side >= crop else -((crop - side) // 2) for side in new)
     if new[0] * new[1] > LARGE and min(new) >= crop:  # a thread-like picture: only its middle is resized
         x, y = image.width / new[0], image.height / new[1]
-        return image.resize((crop, crop), resample, box=(left * x, top * y, (left + crop) * x, (top + crop) * y))
+        box = (left * x, top * y, (left + crop) * x, (top + crop) * y)
+        return image.resize((crop, crop), resample, box=box)
     if new != image.size:
         image = image.resize(new, resample)
     return image.crop((left, top, left + crop, top + crop))
@@ -476,92 +604,101 @@ def resized_size(size, resize):
     return (resize, longer) if width <= height else (longer, resize)
 
 
+# ---------------------------------------------------------------- python -m dml_common.pictures
+
+
 def verify(name, root):
-    """What is there of a published data set and what is not: yields (line for people, is it as published?)."""
+    """What is there of a published data set: yields (line for people, is it as published, or not there?)."""
     for archive, md5 in PUBLISHED[name]["archives"].items():
         path = next((path for path in (root / name / archive, root / archive) if path.is_file()), None)
         if path is None:
             yield f"{archive}: not there (md5 {md5})", True
-        elif file_md5(path) != md5:
-            yield f"{path}: md5 differs from {md5}: download it again", False
+        elif files_digest([path], "md5") == md5:
+            yield f"{path}: md5 as published", True
         else:
-            yield f"{path}: md5 as published; to unpack: python -m dml_common.pictures unpack {path} --data-root {root}", True
+            yield f"{path}: md5 differs from {md5}: download it again", False
     for split in ("train", "test"):
         dataset = open_published(name, root, split, check=False)
         absent = sum(not path.is_file() for path in dataset.paths)
         masks = f", {sum(map(bool, dataset.masks)):,} masks" if dataset.masks else ""
-        yield (f"{split} in {dataset.folder}: {len(dataset.paths):,} pictures of {len(np.unique(dataset.labels)):,} classes{masks}, "
-               f"{absent:,} absent" + "".join(f"; {note}" for note in dataset.notes), not (absent or dataset.notes))
-
-
-def file_md5(path):
-    digest = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        line = (f"{split} in {dataset.folder}: {len(dataset.paths):,} pictures of "
+                f"{len(np.unique(dataset.labels)):,} classes{masks}, {absent:,} absent")
+        yield "; ".join([line, *dataset.notes]), not (absent or dataset.notes)
 
 
 def unpack(archive, folder):
-    """Unpack a .tgz or .zip; nothing is written when a member would leave the folder or is no plain file (ValueError)."""
+    """Unpack a .tgz or .zip into the folder: whole and plain files alone, or not at all (ValueError)."""
     archive, folder = Path(archive), Path(folder)
-    opened = zipfile.ZipFile(archive) if zipfile.is_zipfile(archive) else tarfile.open(archive)
-    with opened:
-        if isinstance(opened, zipfile.ZipFile):
-            members = [(item.filename, item, item.is_dir()) for item in opened.infolist()]
-            links = [item.filename for item in opened.infolist() if item.external_attr >> 16 & 0o170000 == 0o120000]
-            read = opened.open
+
+    def plain(member, place):
+        refuse(member.name, member.isreg() or member.isdir())
+        return tarfile.data_filter(member, place)
+
+    def refuse(name, is_plain):
+        if not is_plain or name.startswith("/") or ".." in name.split("/"):
+            raise ValueError(f"{name!r} would leave the folder or is no plain file")
+
+    if not hasattr(tarfile, "data_filter"):
+        raise ValueError(f"{archive}: this Python's tarfile can't refuse what is unsafe; update Python, or "
+                         "unpack by hand")
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    part = folder / f".{archive.name}.part"
+    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+    try:
+        part.mkdir(parents=True)
+        if archive.suffix == ".zip":
+            with zipfile.ZipFile(archive) as opened:
+                for item in opened.infolist():
+                    refuse(item.filename, item.external_attr >> 28 != 0o12)  # a symbolic link
+                opened.extractall(part)
         else:
-            members = [(item.name, item, item.isdir()) for item in opened.getmembers()]
-            links = [item.name for item in opened.getmembers() if not (item.isdir() or item.isreg())]
-            read = opened.extractfile
-        home = folder.resolve()
-        outside = [name for name, _, _ in members if not (home / name).resolve().is_relative_to(home)]
-        if outside or links:
-            raise ValueError(f"{archive}: refused: {(outside + links)[0]!r} would leave {folder} or is no plain file; nothing was written")
-        for name, item, is_folder in members:
-            target = home / name
-            (target if is_folder else target.parent).mkdir(parents=True, exist_ok=True)
-            if not is_folder:
-                with read(item) as source, open(target, "wb") as copy:
-                    shutil.copyfileobj(source, copy)
+            with tarfile.open(archive) as opened:
+                opened.extractall(part, filter=plain)
+        members = list(part.iterdir())
+        for path in members:
+            if os.path.lexists(folder / path.name):
+                raise ValueError(f"{folder / path.name} is there already; remove it first")
+        for path in members:
+            path.rename(folder / path.name)
+        made = []
+    except Exception as error:  # of a damaged archive nearly everything
+        raise ValueError(f"{archive}: refused, nothing was unpacked: "
+                         f"{error or type(error).__name__}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        for place in made:
+            if place.is_dir():
+                place.rmdir()
 
 
-def main():
-    parser = argparse.ArgumentParser(prog="python -m dml_common.pictures", description="The published data sets: check them, unpack their archives.")
+def main(argv=None):
+    parser = command.parser("The published data sets: check them, unpack their archives.",
+                            prog="python -m dml_common.pictures")
     commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("verify", help="layout, numbers of pictures and classes, md5 of the archives that are there")
+    check = commands.add_parser("verify", help="layout, numbers of pictures and classes, md5 of the archives")
     check.add_argument("name", choices=PUBLISHED)
-    extract = commands.add_parser("unpack", help="unpack one archive into its data set's folder, after its md5 was checked")
+    extract = commands.add_parser("unpack", help="an archive into its data set's folder, after its md5 was "
+                                                 "checked")
     extract.add_argument("archive", type=Path)
-    for command in (parser, check, extract):
-        command.error = fail
-        if command is not parser:
-            command.add_argument("--data-root", metavar="DIR", help="folder of the data sets (DML_DATA_ROOT, else data/)")
-    args = parser.parse_args()
+    for add in (check.add_argument, extract.add_argument):
+        add("--data-root", metavar="DIR", help="folder of the data sets (DML_DATA_ROOT, else data/)")
+    args = parser.parse_args(argv)
     root = data_root(args.data_root)
     if args.command == "verify":
-        good = True
+        lines = []
         for line, as_published in verify(args.name, root):
-            print(line)
-            good &= as_published
-        sys.exit(0 if good else 1)
-    name = next((name for name, about in PUBLISHED.items() if args.archive.name in about["archives"]), None)
+            print(line, flush=True)
+            lines.append(as_published)
+        return 0 if all(lines) else 1
+    name = next((name for name, row in PUBLISHED.items() if args.archive.name in row["archives"]), None)
     if name is None:
-        raise ValueError(f"{args.archive}: expected one of {', '.join(a for p in PUBLISHED.values() for a in p['archives'])}")
-    if file_md5(args.archive) != PUBLISHED[name]["archives"][args.archive.name]:
+        names = [archive for row in PUBLISHED.values() for archive in row["archives"]]
+        raise ValueError(f"{args.archive}: expected one of {', '.join(names)}")
+    if files_digest([args.archive], "md5") != PUBLISHED[name]["archives"][args.archive.name]:
         raise ValueError(f"{args.archive}: its md5 is not the published one: download it again")
     unpack(args.archive, root / name)
     print(f"{args.archive} is unpacked in {root / name}")
 
 
-def fail(message):
-    print("pictures:", " ".join(str(message).split()), file=sys.stderr)
-    sys.exit(2)
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, tarfile.TarError, zipfile.BadZipFile) as error:
-        fail(error)
+    command.run(main, "stopped")

@@ -6,42 +6,29 @@
     for row in results.select("nr_precision", fold="mean"):
         print(row.network, row.key, row.value, row.low, row.high, row.mark)
 
-tables.py, figures.py and report.py lay out what stands in Results.rows. Averages are over the seeds of a
-fold, then over folds; correlations are averaged through Fisher's z. The unit of the tests is the loss.
+tables.py, figures.py and report.py lay out Results.rows. Averages are over the seeds of a fold, then over
+folds; correlations are averaged through Fisher's z. The unit of the tests is the loss.
 """
 import math
 from collections import defaultdict, namedtuple
 from dataclasses import dataclass, field, replace
-from itertools import chain, combinations, product
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
 from dml_common import files, folders
+from dml_common.folders import SIGNIFICANCE, TABLES, TYPES
 
-TYPES = folders.TYPES
 CLIP = 1 - 1e-6      # r = ±1 is cut to ±0.999999, so that Fisher's z stays finite (as in compare.py)
 MARK = 2.576         # of one z-score at 1 %: the published mark of NR-Prec
-SIGNIFICANCE = 0.01  # of nrprec.py's p_holm, and of the released tests
 LEVEL = 0.05         # of the other tests
 MOST = 99_999        # partitions tried: the test is exact where there are no more, else they are random
 PERMUTATIONS = 9999  # of the order of properties, and of the losses' groups
 
-# Tables: what makes each, the columns that it must have, its measures.
-PAIR = ["model_a", "fold_a", "model_b", "fold_b"]
-TABLES = {
-    "nrprec": ("nrprec.py", ["embeddings", "property", "queries", "r_precision", "nr_precision"],
-               ["nr_precision", "r_precision"]),
-    "compare": ("compare.py", [*PAIR, "n", "left_out", "correlation", "correlation_std", "jsd", "ceiling"],
-                ["correlation", "jsd", "ceiling", "corrected"]),
-    "masks": ("compare.py --masks", ["model", "fold", "measure", "n", "mean", "std", "low", "high"], ["masks"]),
-    "embeddings": ("compare.py --embeddings", [*PAIR, "cka", "overlap"], ["cka", "overlap", "overlap_chance"]),
-    "sanity": ("saliency.py --randomise", ["model", "fold", "layers", "of", "correlation", "correlation_std"],
-               ["sanity"]),
-    "pairs": ("pairs.py", ["embeddings", "label", "jsd", "bins", "r_precision", "map_at_r"], ["pairs"])}
-TEXTS = {*PAIR, "model", "fold", "loss", "embeddings", "property", "distance", "null", "label", "measure",
-         "lowest", "split"}  # columns that are no numbers
+TEXTS = {"model", "fold", "model_a", "fold_a", "model_b", "fold_b", "loss", "embeddings", "property",
+         "distance", "null", "label", "measure", "lowest", "split"}  # columns of tables that are no numbers
 SCORES = ("recall_at_1", "map_at_r", "jsd", "jsd_null", "r_precision", "positive_mean", "negative_mean")
 TESTED = ("recall_at_1", "map_at_r", "jsd", "r_precision")
 CURVES = ("loss", "positive_mean", "negative_mean", "jsd", "recall_at_1", "map_at_r")  # of history.csv
@@ -53,8 +40,7 @@ POOLED = ("correlation", "jsd", "sanity")      # their spread is over pictures
 #     nr_precision, r_precision   key: the property
 #     correlation, jsd, ceiling, corrected, cka, overlap, overlap_chance: of two, `network` and `other`
 #     masks      key: share, area, other, excess, pointing, pointing_other
-#     sanity     key: "25 of 50" layers randomised
-#     pairs      key: one of SCORES
+#     sanity, pairs              key: "25 of 50" layers randomised; one of SCORES
 #     training   key: one of CURVES; part: train, validation or test; epoch: 0, 1, …; of test 0 and "best"
 #     order, same type, same distance: the other tests (level "test")
 # level:
@@ -63,19 +49,19 @@ POOLED = ("correlation", "jsd", "sanity")      # their spread is over pictures
 #                the range over folds, of one fold its interval, of masks the 95 % interval over all pictures.
 #                spread: as read ± over pictures; of "mean" over all folds' pictures (correlation, jsd,
 #                sanity), else the folds' standard deviation; of masks always the standard error
-#     type       mean over a type's networks, `network`: the type; spread: their standard deviation; low,
-#                high: Student's 95 % interval over them. Of pairs: over those of two different networks,
-#                `network` and `other`: the types; spread: a pair's typical ±; low, high: the pairs' range
+#     type       mean over a type's networks (network: the type); spread: their standard deviation; low, high:
+#                Student's 95 % interval over them. Of pairs: over those of two different networks (network,
+#                other: the types); spread: a pair's typical ±; low, high: the pairs' range
 #     distance   the same by the losses' distances
 #     all        the same over all networks with a loss, or over all where none has one
 #     test       ranking against classification losses: rank-biserial correlation, p, p_holm; low: the
 #                smallest p that so few losses allow; mark: the larger type
 #     released   the same as in the first paper's code: difference of the means, p; mark: the larger type
-# split: of classes or pictures: random of cars@random; of training as config.json tells. n: pictures, queries,
-# folds, networks or pairs. p_holm: of several the largest. mark of nr_precision: "*" above chance (fold
-# "mean"), "13 of 14" above chance (type, all).
-Row = namedtuple("Row", "dataset measure key level network other type fold split seed part epoch value spread "
-                 "low high n p p_holm mark note", defaults=[None] * 19)
+# split: of classes or pictures: random of cars@random; of training as config.json tells. n: pictures,
+# queries, folds, networks or pairs. p_holm: of several the largest. mark of nr_precision: "*" above chance
+# (fold "mean"; note: "tested" or by the "published mark"), "13 of 14" above chance (type, all).
+Row = namedtuple("Row", "dataset measure key level network other type fold split seed part epoch value "
+                 "spread low high n p p_holm mark note", defaults=[None] * 19)
 
 
 @dataclass
@@ -149,9 +135,9 @@ def read(folder, models):
                       folders.read_properties(folder, networks))
     check_rows(results)
     results.rows = tidy(results)
-    results.warnings = list(warn(results))
+    results.warnings = list(folders.warn(results))
     results.missing = [{"dataset": results.name, "table": table, "what": what}
-                       for table, what in [*(("", what) for what in broken), *gaps(results)]]
+                       for table, what in [*(("", what) for what in broken), *folders.gaps(results)]]
     return results
 
 
@@ -173,20 +159,23 @@ def read_rows(path, script, required):
             try:
                 value = float(text or "nan")
             except ValueError:
-                raise ValueError(f"{path}: row {row} (counting from 0), column {name} is {text!r}; expected a "
-                                 "number") from None
+                raise ValueError(f"{path}: row {row} (counting from 0), column {name} is {text!r}; expected "
+                                 "a number") from None
             columns[name][row] = value if math.isfinite(value) else None
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
 def ends_of(row, networks):
-    """Whose a table's row is: [(network, fold, seed)], of two networks two."""
+    """Whose a table's row is: [(network, fold, seed)], of two networks two. ValueError: it is no fold."""
+    ends = [(row.get("loss") or row.get("model"), row.get("fold", ""))]  # loss: in tables of older versions
     if "model_a" in row:
-        return [(row[f"model_{end}"], *folders.fold_and_seed(row[f"fold_{end}"])) for end in "ab"]
-    name = row.get("loss") or row.get("model")  # loss: in tables of older versions
-    if name:
-        return [(name, *folders.fold_and_seed(row.get("fold", "")))]
-    return [whose(row["embeddings"], networks)]
+        ends = [(row[f"model_{end}"], row[f"fold_{end}"]) for end in "ab"]
+    elif not ends[0][0]:
+        return [whose(row["embeddings"], networks)]
+    for name, fold in ends:
+        if fold and folders.fold_and_seed(fold)[0] is None:
+            raise ValueError(f"a table's row of {name} has the fold {fold!r}; expected 0, or 0.seed2")
+    return [(name, *folders.fold_and_seed(fold)) for name, fold in ends]
 
 
 def whose(path, networks):
@@ -202,13 +191,46 @@ def whose(path, networks):
     return about.get("backbone") or path, None, None
 
 
+def pair_histograms(folder, networks):
+    """pairs.py's histograms.csv of a data set's folder -> (its label, {network: [histograms of a fold …]}).
+
+    Histograms: [counts of positive and negative pairs (2, bins)], with those before training behind them where
+    train.py counted them. Nothing where there is no table.
+    """
+    path, histograms = folder / "histograms.csv", defaultdict(list)
+    if not path.is_file():
+        return None, histograms
+    rows = read_rows(path, "pairs.py --histograms", ["embeddings", "label", "bins", "positive", "negative"])
+    rows = [row for row in rows if row["bins"] == rows[0]["bins"] and row.get("split", "test") == "test"]
+    for network in networks:
+        place, history = (network["slug"], network["folder"].name), network["history"]
+        parts = [[row for row in rows if Path(row["embeddings"]).parts[-3:-1] == place]]
+        if history and history.with_name("histograms.csv").is_file():
+            begun = read_rows(history.with_name("histograms.csv"), "train.py", ["epoch", "split", "positive"])
+            parts.append([row for row in begun if (row["epoch"], row["split"]) == (0, "test")])
+        if parts[0]:
+            histograms[network["name"]].append(
+                [np.array([(row["positive"], row["negative"]) for row in part]).T for part in parts if part])
+    return rows[0]["label"], histograms
+
+
+def row_properties(network):
+    """{property: str (n,)} of an emb.npy's rows, from props.csv beside it, else labels.csv; {} without any."""
+    paths = [network["folder"] / name for name in ("props.csv", "labels.csv")]
+    table = next((files.read_table(path) for path in paths if path.is_file()), {})
+    if table and len(next(iter(table.values()))) != len(network["emb"]["array"]):
+        raise ValueError(f"{network['folder']}: emb.npy and its props.csv or labels.csv differ in rows; all must "
+                         "list the same pictures in the same order")
+    return {name: np.array(table[name]) for name in table if name.lower() not in files.IDENTIFIERS}
+
+
 def check_rows(results):
-    """Raise ValueError when a table mixes options, or tells of other pictures than the arrays that lie there."""
+    """Raise ValueError when a table mixes options, or tells of other pictures than the arrays there."""
     for table, key in product(("nrprec", "pairs"), ("distance", "null", "max_neighbours", "label")):
         values = dict.fromkeys(str(row.get(key) or "none") for row in results.tables.get(table, []))
         if len(values) > 1:
-            raise ValueError(f"{results.folder / table}.csv mixes {key} {' and '.join(values)}: such rows do not "
-                             "belong together; make all with the same options")
+            raise ValueError(f"{results.folder / table}.csv mixes {key} {' and '.join(values)}: such rows do "
+                             "not belong together; make all with the same options")
     lengths = {(network["name"], network["fold"], network["seed"], kind): len(network[kind]["array"])
                for network in results.networks for kind in ("emb", "maps") if network[kind]}
     for table, kind in ("nrprec", "emb"), ("compare", "maps"):
@@ -217,8 +239,9 @@ def check_rows(results):
             for end in row["ends"]:
                 here = lengths.get((*end, kind), n)
                 if n and here != n and row.get("nr_precision_se") is None:  # else a sample of the queries
-                    raise ValueError(f"{results.folder / table}.csv counts {n:,.0f} pictures for {end[0]}, its "
-                                     f"{kind}.npy has {here:,}: they do not belong together; run {table}.py again")
+                    raise ValueError(f"{results.folder / table}.csv counts {n:,.0f} pictures for {end[0]}, "
+                                     f"its {kind}.npy has {here:,}: they do not belong together; run "
+                                     f"{table}.py again")
 
 
 def tidy(results):
@@ -246,16 +269,20 @@ def table_facts(results):
         for line in lines:
             ends = sorted(line["ends"], key=lambda end: (order.index(end[0]), end[1] or 0))
             names, folds, seeds = zip(*ends)
-            facts = {"network": names[0], "fold": joined(folds), "seed": joined(seeds), "n": line.get("n")}
+            folds = dict.fromkeys(fold for fold in folds if fold is not None)  # "0/1" of two folds
+            facts = {"network": names[0], "n": line.get("n"),
+                     "fold": "/".join(map(str, folds)) if len(folds) > 1 else next(iter(folds), None),
+                     "seed": seeds[0] if len({*seeds}) == 1 else "/".join(map(str, seeds))}
             if len(names) == 1:
                 facts["type"] = results.types[names[0]]
             if table == "nrprec":
                 facts |= {"key": line["property"], "n": line["queries"]}
                 yield {**facts, "measure": "r_precision", "value": line["r_precision"]}
                 yield {**facts, "measure": "nr_precision", "p": line.get("p_value"),
-                       "p_holm": line.get("p_holm"), **around(line["nr_precision"], line.get("nr_precision_se"))}
+                       "p_holm": line.get("p_holm"),
+                       **around(line["nr_precision"], line.get("nr_precision_se"))}
             elif table == "masks":
-                known = line["std"] is not None and line["n"] > 1
+                known = line["std"] is not None and (line["n"] or 0) > 1
                 yield {**facts, "measure": "masks", "key": line["measure"], "value": line["mean"],
                        "spread": line["std"] / math.sqrt(line["n"] - 1) if known else None,
                        "low": line["low"], "high": line["high"]}
@@ -281,18 +308,13 @@ def training_facts(results):
                  "fold": network["fold"], "seed": network["seed"],
                  "split": split.get("kind") if isinstance(split, dict) else split}
         lines = read_rows(network["history"], "train.py", ["epoch", "split", *CURVES[3:]])
+        lines = [line for line in lines if line["epoch"] is not None]
         best = max((line["epoch"] for line in lines if line["split"] == "test"), default=0)
         for line, key in product(lines, CURVES):
             part, epoch = line["split"], int(line["epoch"])
             if part != "test" or epoch in (0, best):
                 epoch = "best" if part == "test" and epoch else epoch
                 yield {**facts, "key": key, "part": part, "epoch": epoch, "value": line.get(key)}
-
-
-def joined(numbers):
-    """The fold (or seed) of one network or of two: theirs, of the one that has one, or "0/1"."""
-    known = list(dict.fromkeys(number for number in numbers if number is not None))
-    return "/".join(map(str, known)) if len(known) > 1 else next(iter(known), None)
 
 
 def around(value, error):
@@ -334,31 +356,25 @@ def mean_row(rows, over, **changes):
 
 
 def fold_means(results, rows):
-    """A row fold="mean" of every network (or pair), measure and key. ValueError where a fold is there twice."""
+    """A row fold="mean" of every network (or pair), measure and key. ValueError: a fold is there twice."""
     groups = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         split = row.split if row.measure == "training" else None
         fact = row.measure, row.key, row.network, row.other, row.part, row.epoch, split
         seeds = groups[fact][row.fold]
         if row.seed in seeds:
-            what = [row.network, row.other, f"fold {row.fold}", row.key]
-            raise ValueError(f"{results.folder}: two rows for {', '.join(filter(None, what))} ({row.measure}); two "
-                             "networks of one name do not belong together: rename one")
+            what = ", ".join(filter(None, [row.network, row.other, f"fold {row.fold}", row.key]))
+            raise ValueError(f"{results.folder}: two rows for {what} ({row.measure}); two networks of one "
+                             "name do not belong together: rename one")
         seeds[row.seed] = row
     tested = all(row.p_holm is not None for row in rows if row.measure == "nr_precision")
     for folds in groups.values():
         parts = [mean_row(list(seeds.values()), "folds") for seeds in folds.values()]
         mean = mean_row(parts, "folds", fold="mean", seed=None)
-        if mean.measure == "nr_precision":
-            above = above_chance(mean, tested)
+        if mean.measure == "nr_precision":  # above chance in every fold; p_holm is two-sided
+            above = mean.p_holm < SIGNIFICANCE and mean.value > 0 if tested else mean.value > MARK
             mean = mean._replace(mark="*" if above else "", note="tested" if tested else "published mark")
         yield mean
-
-
-def above_chance(mean, tested):
-    """Is a network's mean NR-Prec above chance? tested: every NR-Prec has a p_holm, which counts in every fold (a
-    two-sided p-value may also tell of fewer neighbours than by chance); else the published mark counts."""
-    return mean.p_holm < SIGNIFICANCE and mean.value > 0 if tested else mean.value > MARK
 
 
 def group_means(results, means):
@@ -372,9 +388,11 @@ def group_means(results, means):
         if row.measure not in ("training", "sanity") and row.network != row.other and all(ends):
             groups[(row.measure, row.key, level, *ends)].append(row)
     for (fact, _, level, network, *other), members in groups.items():
-        mark = f"{sum(row.mark == '*' for row in members)} of {len(members)}" if fact == "nr_precision" else ""
-        yield mean_row(members, "pairs" if other else "networks", level=level, network=network, fold=None,
-                       other=other[0] if other else None, type=None, mark=mark)
+        mean = mean_row(members, "pairs" if other else "networks", level=level, network=network, fold=None,
+                        other=other[0] if other else None, type=None, mark="")
+        if fact == "nr_precision":
+            mean = mean._replace(mark=f"{sum(row.mark == '*' for row in members)} of {len(members)}")
+        yield mean
 
 
 # ---------------------------------------------------------------- tests
@@ -398,8 +416,8 @@ def mann_whitney(x, y):
 
 
 def released_p(x, y):
-    """The p-value of the first paper's code: half the two-sided one of the normal approximation, the default of
-    its SciPy (below 1.7), with corrections for continuity and ties. 0.5 where all values are equal."""
+    """The p-value of the first paper's code: half the two-sided one of the normal approximation, the default
+    of its SciPy (below 1.7), with corrections for continuity and ties. 0.5 where all values are equal."""
     if len({*x, *y}) == 1:
         return 0.5
     return float(stats.mannwhitneyu(x, y, alternative="two-sided", method="asymptotic").pvalue / 2)
@@ -418,41 +436,37 @@ def type_tests(rows, means, measure, keys=None):
 
     The unit is the loss, its mean over folds; the released way takes all folds for independent.
     """
-    def sides(rows, key):
-        return [[row.value for row in rows if (row.measure, row.key, row.type) == (measure, key, kind)]
-                for kind in TYPES[:2]]
-
+    values = defaultdict(list)
+    for row in rows + means:
+        if row.measure == measure:
+            values[row.key, row.type, row.fold == "mean"].append(row.value)
     tests, released = [], []
-    for key in keys or dict.fromkeys(row.key for row in means if row.measure == measure):
-        (x, y), pooled = sides(means, key), sides(rows, key)
+    for key in keys or dict.fromkeys(key for key, _, _ in values):
+        x, y = values[key, "ranking", True], values[key, "classification", True]
         if min(len(x), len(y)) > 1:
+            pooled = values[key, "ranking", False], values[key, "classification", False]
             facts = {"measure": measure, "key": key, "network": "ranking", "other": "classification"}
             (u, p), ways = mann_whitney(x, y), math.comb(len(x + y), len(x))
+            note = "exact" if ways <= MOST else f"{MOST:,} random ways"
             tests.append({**facts, "level": "test", "value": 2 * u / (len(x) * len(y)) - 1, "p": p,
-                          "n": len(x + y), "low": 2 / ways,
-                          "note": "exact" if ways <= MOST else f"{MOST:,} random ways"})
-            difference, p = float(np.mean(x) - np.mean(y)), released_p(*pooled)
-            released.append({**facts, "level": "released", "value": difference, "p": p,
-                             "mark": larger(difference, p < SIGNIFICANCE),
-                             "note": f"{len(pooled[0])} against {len(pooled[1])} fold values"})
+                          "n": len(x + y), "low": 2 / ways, "note": note})
+            note = f"{len(pooled[0])} against {len(pooled[1])} fold values"
+            released.append({**facts, "level": "released", "value": float(np.mean(x) - np.mean(y)),
+                             "p": released_p(*pooled), "note": note})
     for test, p in zip(tests, holm([test["p"] for test in tests])):
-        test |= {"p_holm": float(p), "mark": larger(test["value"], p < LEVEL)}
+        test["p_holm"] = float(p)
+    for test in tests + released:
+        shown = test["p_holm"] < LEVEL if test["level"] == "test" else test["p"] < SIGNIFICANCE
+        test["mark"] = ("ranking" if test["value"] > 0 else "classification") if shown else ""
     return tests + released
-
-
-def larger(difference, shown):
-    """The type that a test has shown to be larger, or ""."""
-    if not shown:
-        return ""
-    return "ranking" if difference > 0 else "classification"
 
 
 def other_tests(results, means, groups):
     """The properties' order against the paper's; whether maps of one type, of one distance, agree more."""
     ours = {row.key: row.value for row in groups if (row.measure, row.level) == ("nr_precision", "all")}
-    losses = [row for name, row in published_nrprec().items() if name != "None" and not name.endswith(" Mean")]
-    theirs = {key: np.mean([row[key] for row in losses if row[key] is not None]) for key in losses[0]}
-    shared = [key for key in theirs if key in ours]
+    losses = [row for name, row in published_nrprec().items() if not name.endswith(("None", " Mean"))]
+    shared = [key for key in ours if losses and key in losses[0]]
+    theirs = {key: np.mean([row[key] for row in losses if row[key] is not None]) for key in shared}
     if len(shared) > 2 and len({ours[key] for key in shared}) > 1:  # Spearman's rank correlation
         method = stats.PermutationMethod(n_resamples=PERMUTATIONS, rng=np.random.default_rng(0))
         test = stats.pearsonr(*(stats.rankdata([side[key] for key in shared]) for side in (ours, theirs)),
@@ -461,9 +475,10 @@ def other_tests(results, means, groups):
                "n": len(shared)}
     z = {(row.network, row.other): np.arctanh(np.clip(row.value, -CLIP, CLIP)) for row in means
          if row.measure == "correlation" and row.network != row.other}
-    names = [name for name, kind in results.types.items() if kind != "none" and any(name in pair for pair in z)]
-    types = {name: results.types[name] for name in names if results.types[name] in TYPES[:2]}
-    distances = {name: results.distances[name] for name in names if results.distances[name]}
+    kinds = {name: kind for name, kind in results.types.items() if any(name in pair for pair in z)}
+    types = {name: kind for name, kind in kinds.items() if kind in TYPES[:2]}
+    distances = {name: results.distances[name] for name in kinds
+                 if kinds[name] != "none" and results.distances[name]}
     for measure, group_of in ("same type", types), ("same distance", distances):
         facts = same_group({pair: z[pair] for pair in z if {*pair} <= {*group_of}}, group_of)
         if facts:
@@ -471,9 +486,9 @@ def other_tests(results, means, groups):
 
 
 def same_group(z, group_of):
-    """Do two losses of one group agree more than two of different groups? Columns of Row, {} if none can tell.
+    """Do two losses of one group agree more than two of different groups? Columns of Row; {}: none can tell.
 
-    z: {(network, network): Fisher's z}. The groups are permuted over the networks, as pairs are not independent.
+    z: {(network, network): Fisher's z}. The groups are permuted over the networks: pairs are not independent.
     """
     names, values = list(group_of), np.array(list(z.values()))
     a, b = np.array([[names.index(name) for name in pair] for pair in z], int).reshape(-1, 2).T
@@ -498,34 +513,57 @@ def same_group(z, group_of):
 # ---------------------------------------------------------------- the papers' numbers
 
 
+def read_published(name):
+    """The columns of a table of published/; {} where that folder was not copied."""
+    path = files.ROOT / "published" / f"{name}.csv"
+    return files.read_table(path) if path.is_file() else {}
+
+
+def cluster(distances):
+    """Average linkage of a symmetrical (K, K) -> (linkage, leaf order); (None, None) where a pair is nan."""
+    from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
+
+    pairs = np.maximum(distances[np.triu_indices(len(distances), 1)], 0)  # equal maps: 1 - r may be below 0
+    if len(distances) < 3 or not np.isfinite(pairs).all():
+        return None, None
+    tree = optimal_leaf_ordering(linkage(pairs, "average"), pairs)
+    return tree, leaves_list(tree)
+
+
 def published_nrprec():
     """Table 6 as printed: {loss: {property: NR-Prec or None}}, its rows of means included."""
-    columns = files.read_table(files.ROOT / "published" / "kobs_table6_nrprec_cars.csv")
-    losses = columns.pop("loss")
+    columns = read_published("kobs_table6_nrprec_cars")
+    losses = columns.pop("loss", [])
     return {loss: {key: float(values[row]) if values[row] else None for key, values in columns.items()}
             for row, loss in enumerate(losses)}
 
 
 def published():
-    """The papers' numbers as [Results]: cars (Table 6), sop (Table 2), cars196 and cub200 (Tables 3 and 4; Oi)."""
-    sop, groups, scores = (zip(*files.read_table(files.ROOT / "published" / f"{name}.csv").values()) for name in (
+    """The papers' numbers as [Results]: cars (Table 6), sop (2), cars196, cub200 (3, 4 and Oi et al., 1)."""
+    sop, groups, scores = (zip(*read_published(name).values()) for name in (
         "kobs_table2_sop_correlation", "kobs_tables3_4_grouped_correlation", "oi_table1_split"))
     base = Row(None, None, level="network", fold="mean", mark="", note="")
     types = {row["name"]: row["type"] for row in files.losses()}
     types = {name: types[name] for name in folders.in_order(types)}
-    everything = {name: Results(name, None, [], {}, types, {}, {}) for name in ("cars", "sop", "cars196", "cub200")}
+    everything = {name: Results(name, None, [], {}, types, {}, {})
+                  for name in ("cars", "sop", "cars196", "cub200")}
     for loss, values in published_nrprec().items():
         kind = loss.lower().partition(" mean")[0]
-        level = {"level": "type", "network": kind, "fold": None} if loss.endswith(" Mean") else {"network": loss}
-        everything["cars"].rows += [base._replace(
-            measure="nr_precision", key=key, value=value, mark="*" if value > MARK else "", **level)
+        row = base._replace(measure="nr_precision", network=loss)
+        if loss.endswith(" Mean"):
+            row = row._replace(level="type", network=kind, fold=None)
+        everything["cars"].rows += [
+            row._replace(key=key, value=value, mark="*" if value > MARK and row.fold else "")
             for key, value in values.items() if value is not None]
-    everything["sop"].rows = [base._replace(measure="correlation", network=a, other=b, value=float(mean) / 100,
-                                            spread=float(std) / 100) for a, b, mean, std in sop]
+    everything["sop"].rows = [base._replace(
+        measure="correlation", network=a, other=b, value=float(mean) / 100, spread=float(std) / 100)
+        for a, b, mean, std in sop]
     everything["sop"].rows += group_means(everything["sop"], everything["sop"].rows)
-    for name, a, b, mean, std in groups:
-        everything[name].rows.append(base._replace(measure="correlation", level="type", network=a, other=b, fold=None,
-                                                   value=float(mean) / 100, spread=float(std) / 100))
+    for name, *kinds, mean, std in groups:
+        a, b = sorted(kinds)
+        everything[name].rows.append(base._replace(
+            measure="correlation", level="type", network=a, other=b, fold=None, value=float(mean) / 100,
+            spread=float(std) / 100))
     for name, split, *values in scores:
         everything[name].rows += [base._replace(
             measure="training", key=key, network="Normalized Softmax", split=split, part="test", epoch="best",
@@ -536,116 +574,11 @@ def published():
 def difference(ours, theirs):
     """Results of what both have, ours − theirs: of one data set, of NR-Prec of any."""
     def fact(row):
-        return row.fold, row.measure, row.key, row.level, row.network, row.other, row.split, row.part, row.epoch
+        return (row.measure, row.key, row.level, row.network, row.other, row.fold, row.split, row.part,
+                row.epoch)
 
-    known = {fact(row): row.value for row in theirs.rows if ours.name == theirs.name or row.measure == "nr_precision"}
-    rows = [row._replace(value=row.value - known[fact(row)], spread=None, low=None, high=None, p_holm=None, mark="",
-                         note="difference") for row in ours.rows if fact(row) in known]
+    known = {fact(row): row.value for row in theirs.rows
+             if ours.name == theirs.name or row.measure == "nr_precision"}
+    rows = [row._replace(value=row.value - known[fact(row)], spread=None, low=None, high=None, n=None,
+                         p_holm=None, mark="", note="difference") for row in ours.rows if fact(row) in known]
     return replace(ours, rows=rows, tables={})
-
-
-# ---------------------------------------------------------------- what a reader must know
-
-
-def listing(items, most=3):
-    items = list(map(str, items))
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
-
-
-def warn(results):
-    """What the JSONs and the tables say that a reader must know, a line each."""
-    networks, types = results.networks, results.types
-    nrprec, pairs = results.tables.get("nrprec", []), results.tables.get("compare", [])
-    maps = [network for network in networks if network["maps"]]
-    trained = [network for network in networks if network["type"] != "none"]
-    for some, everything, what in (
-            ([one for one in maps if not one["maps_ceiling"]], maps,
-             "have no second maps (saliency.py --ceiling): a low correlation of theirs may be noise alone"),
-            ([one for one in trained if one["config"].get("frozen_trunk")], trained,
-             "were trained with a frozen trunk: they differ in the last layer alone"),
-            ([one for one in trained if one["config"].get("loss_parameters") is not None], trained,
-             "have the losses' parameters of models/losses.csv, not tuned ones; others may rank losses "
-             "differently")):
-        names = [one["name"] + ("" if one["fold"] is None else f" fold {one['fold']}") for one in some]
-        if names:
-            yield f"{len(some)} of {len(everything)} networks ({listing(names)}) {what}"
-
-    noise = {(one["name"], one["fold"], one["seed"]) for one in maps if one["maps"]["options"].get("shared_noise")}
-    crossed = [line for line in pairs if noise.issuperset(line["ends"])]
-    raised = sum(line["ceiling"] is None for line in crossed)
-    scores = [line for line in nrprec if line["nr_precision"] is not None]
-    tested = [line for line in scores if line.get("p_holm") is not None]
-    numbers = sorted({int(line["permutations"]) for line in tested if line.get("permutations")})
-    properties = len({line["property"] for line in tested})
-    arrays = [network[kind] for network in networks for kind in ("emb", "maps") if network[kind]]
-    lengths = {kind: [len(network[kind]["array"]) for network in networks if network[kind]] for kind in ("emb", "maps")}
-    unread = sorted({str(name) for about in arrays for name in about["pictures"].get("left_out") or []})
-    left_out = max([line["left_out"] or 0 for line in pairs], default=0)
-    skipped = sorted({line["property"] for line in nrprec if line.get("skipped")})
-    sampled = [line for line in nrprec if line.get("nr_precision_se") is not None]
-    backbones = sorted({str(about["backbone"]) for about in arrays if about.get("backbone")})
-    others = [name for name in types if types[name] == "other"]
-    for true, text in (
-            (raised, f"{raised} of {len(pairs)} pairs of maps share their noise, which raises correlations; no "
-             "ceiling bounds them"),
-            (crossed and not raised, f"the maps of {len(noise)} networks share their noise, so each was compared "
-             "with the other networks' second maps, whose noise is another"),
-            (scores and not tested, "NR-Prec was not tested by permutation (nrprec.py --permutations N): Table 6 "
-             "has the published mark alone"),
-            (0 < len(tested) < len(scores), "NR-Prec was tested by permutation of some networks alone: Table 6 has "
-             "the published mark instead"),
-            (len(numbers) > 1, f"p-values come from different numbers of permutations ({listing(numbers)})"),
-            (numbers and properties / (1 + numbers[0]) >= SIGNIFICANCE, f"{numbers[:1]} permutations of "
-             f"{properties} properties can't give p_holm < {SIGNIFICANCE}: nothing can be marked"),
-            (min(lengths["emb"], default=1000) < 1000, f"few pictures: embeddings of {lengths['emb'][:1]}"),
-            (unread, f"{len(unread):,} pictures were left out because they could not be read ({listing(unread)})"),
-            (left_out, f"up to {left_out:,.0f} pictures are left out of a pair of maps, because a map is constant "
-             "or not finite"),
-            (skipped, "pictures whose value no other picture has were skipped as queries "
-             f"({listing(skipped)})"),
-            (sampled, "NR-Prec rests on a random sample of queries (nrprec.py --queries)"),
-            (len(backbones) > 1, f"the networks have different backbones ({listing(backbones)}): losses may differ "
-             "by these alone"),
-            (len({network["fold"] for network in networks} - {None}) == 1,
-             "one fold only: how much a loss varies from training to training is unknown"),
-            (others, f"not in models/losses.csv: {listing(others)}; kept, type “other”")):
-        if true:
-            yield text
-
-
-def gaps(results):
-    """What is missing: (table, what) …"""
-    absent = [row["name"] for row in files.losses() if row["name"] not in results.types]
-    if absent:
-        yield "", f"no results of {listing(absent, 99)}"
-    for table, (script, _, (measure, *_)) in TABLES.items():
-        cells, names = results.cells(measure), results.names(measure)
-        if not cells:
-            yield table, f"{table}.csv is not there, or empty: python {script} makes it"
-            continue
-        lacking = [name for name in results.types if name not in names]
-        if lacking:
-            yield table, f"{table}.csv has no rows of {listing(lacking, 99)}"
-        have = defaultdict(set)
-        for row in results.select(measure):
-            have[row.network, row.other].add(row.fold)
-        folds = {fold for mine in have.values() for fold in mine if isinstance(fold, int)}
-        for (a, b), mine in have.items():
-            if None not in mine and folds - mine and a != b:
-                yield table, (f"{' and '.join(filter(None, (a, b)))}: fold {listing(sorted(folds - mine), 99)}; the "
-                              "mean is over the others")
-        expected = combinations(names, 2) if table in ("compare", "embeddings") else ()
-        if table == "nrprec":
-            expected = product(names, results.keys(measure))
-        for cell in expected:
-            if cell not in cells:
-                yield table, f"{' and '.join(cell)}: no {measure}"
-    if results.select("correlation") and not results.select("ceiling"):
-        yield "ceiling", "no noise ceiling: python saliency.py … --ceiling makes the second maps"
-    if results.select("nr_precision") and not results.select("nr_precision", "test"):
-        yield "nrprec_tests", "ranking and classification can't be compared: two losses of each are needed"
-    tested = {(row.network, row.fold, row.seed) for row in results.select("training", epoch="best")}
-    for network in results.networks:
-        place = network["name"], network["fold"], network["seed"]
-        if network["history"] and network["type"] != "none" and place not in tested:
-            yield "training", f"{network['history']}: no test at the end; training may be half-finished"

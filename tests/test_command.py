@@ -1,0 +1,164 @@
+"""How a command begins and ends: one line, an exit status, nothing else."""
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dml_common import command
+from dml_common.files import ROOT
+
+HEAD = """
+if __name__ == "__main__":
+    from dml_common import command
+    command.begin()
+import os, sys, time, warnings
+{before}
+def main():
+    print("written")
+    {body}
+if __name__ == "__main__":
+    command.run(main)
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """script("body of main", before="…") -> (exit status, stdout, stderr) of a command of ours."""
+    def run(body, before="", **options):
+        (tmp_path / "mine.py").write_text(HEAD.format(body=body, before=before))
+        done = subprocess.run([sys.executable, tmp_path / "mine.py"], text=True, **{
+            "env": {**os.environ, "PYTHONPATH": str(ROOT)}, "capture_output": True, **options})
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize("body, status, line", [
+    ("return 1", 1, ""), ("raise ValueError('a bad\\n file')", 2, "a bad file"),
+    ("open('no')", 2, "[Errno 2] No such file or directory: 'no'"), ("command.fail('odd')", 2, "odd"),
+    ("raise ValueError('\\x1b[31m\\udcff' + 'x' * 10**6)", 2, r"\x1b[31m\udcff" + "x" * 4994),
+    ("{}['x']", 1, "KeyError: 'x': this is a fault of mine.py; DML_TRACEBACK=1 shows where"),
+    ("sys.exit(7)", 2, "the network's own code calls sys.exit(7); remove that from it"),
+    ("sys.exit()", 2, "the network's own code calls sys.exit(None); remove that from it"),
+    ("command.parser('').parse_args(['--help'])", 0, ""),
+    ("command.parser('').parse_args(['--out'])", 2, "unrecognized arguments: --out"),
+    ("raise MemoryError", 2, "out of memory: ; take a smaller network, fewer at a time, or another --device"),
+    ("raise KeyboardInterrupt", 130, "stopped; the same command continues"),
+    ("os.kill(os.getpid(), 15)", 143, "stopped; the same command continues"),
+    ("warnings.warn('of a library')", 0, "")])
+def test_commands_end_in_one_line(script, body, status, line):
+    code, out, err = script(body)
+    assert code == status and err == (f"mine.py: {line}\n" if line else "") and out.startswith("written\n")
+
+
+def test_a_traceback_on_request(script):
+    code, _, err = script("{}['x']", env={**os.environ, "PYTHONPATH": str(ROOT), "DML_TRACEBACK": "1"})
+    assert code == 1 and "Traceback" in err and "KeyError" in err
+
+
+def test_the_reader_has_gone_or_the_disk_is_full(script):
+    read, write = os.pipe()
+    os.close(read)
+    gone = script("print('x' * 10**6)", capture_output=False, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert gone == (0, None, "")
+    with open("/dev/full", "w") as full:
+        code, _, err = script("pass", capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    assert code == 2 and err == "mine.py: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("before, body", [("print('here', flush=True); time.sleep(60)", "pass"),
+                                          ("", "print('here', flush=True); time.sleep(60)")])
+def test_signals_from_the_first_moment(tmp_path, number, status, before, body):
+    (tmp_path / "mine.py").write_text(HEAD.format(body=body, before=before))
+    process = subprocess.Popen([sys.executable, tmp_path / "mine.py"], stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    while process.stdout.readline().strip() != "here":
+        pass
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == status and err.startswith("mine.py: stopped") and err.count("\n") == 1
+
+
+def test_a_script_can_be_stopped_while_torch_is_imported(tmp_path):
+    """As a user does it, at several moments after the interpreter is up."""
+    for wait in (0.15, 0.4, 0.8):
+        process = subprocess.Popen([sys.executable, "-m", "dml_common.networks"], stderr=subprocess.PIPE,
+                                   stdout=subprocess.DEVNULL, text=True, cwd=ROOT)
+        time.sleep(wait)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode in (130, -2) and err in ("networks.py: stopped\n", "") or wait < 0.2
+
+
+@pytest.mark.parametrize("environment, share", [
+    ({}, (0, 1)), ({"RANK": "3", "WORLD_SIZE": "8"}, (3, 8)),
+    ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "4"}, (2, 4)),
+    ({"SLURM_ARRAY_TASK_ID": "30", "SLURM_ARRAY_TASK_MIN": "10", "SLURM_ARRAY_TASK_MAX": "30",
+      "SLURM_ARRAY_TASK_STEP": "10", "SLURM_ARRAY_TASK_COUNT": "3"}, (2, 3)),
+    ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_ARRAY_TASK_ID": "1",
+      "SLURM_ARRAY_TASK_COUNT": "3"}, (3, 6)),
+    ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, (0, 1)),  # a batch script without srun
+    ({"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_MAX": "3",
+      "SLURM_ARRAY_TASK_COUNT": "1"}, (0, 1))])  # one of them once more, alone
+def test_the_share_of_a_process(environment, share):
+    assert command.my_share(environment) == share
+
+
+@pytest.mark.parametrize("environment, message", [
+    ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
+    ({"RANK": "8", "WORLD_SIZE": "8"}, "number 8 of 8"), ({"RANK": "x"}, "RANK is 'x'"),
+    ({"RANK": "²"}, "RANK is"), ({"RANK": "1" * 30}, "RANK is"),
+    ({"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "0"}, "COUNT is '0'"),
+    ({"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "7",
+      "SLURM_ARRAY_TASK_COUNT": "3"}, "leave gaps from 1 to 7: .*--array=0-2"),
+    ({"SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_COUNT": "3"}, "number 9 of 3")])
+def test_shares_that_can_not_be(environment, message):
+    with pytest.raises(ValueError, match=message):
+        command.my_share(environment)
+
+
+def test_cpus_are_shared_among_the_processes_of_a_machine(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    for processes, cpus in (("2", 4), ("100", 1), ("", 8)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert command.available_cpus() == cpus
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
+    with pytest.raises(ValueError, match="LOCAL_WORLD_SIZE is '0'"):
+        command.available_cpus()
+
+
+def test_options_have_limits(capsys):
+    command.at_least("seed", 0, 0)
+    command.at_least("seed", None)
+    for name, value, message in (("batch", 0, "--batch 0: expected at least 1"), ("seed", 2**64, "at most"),
+                                 ("threads", 10**6, "--threads 1000000: expected at most 4096")):
+        with pytest.raises(ValueError, match=message):
+            command.at_least(name, value)
+    for arguments in (["--out", ""], ["--out="], ["--out", "", "x"]):
+        with pytest.raises(command.Ended):
+            command.parser("x").parse_args(arguments)
+        assert capsys.readouterr().err.endswith("--out is given without a value\n")
+
+
+def test_devices():
+    import torch
+
+    assert command.torch_device("cpu") == torch.device("cpu")
+    for name, message in (("mps", "mps: unknown; expected auto, cpu, cuda"), ("abacus", "abacus: unknown"),
+                          ("cuda:99", "cuda:99: (no GPU that torch|torch can use)")):
+        with pytest.raises(ValueError, match=message):
+            command.torch_device(name)
+    with pytest.raises(ValueError, match="tf32"):
+        command.torch_device("cpu", "tf32")
+
+
+def test_names_for_people():
+    assert command.short_names(["a/x.npy", "b/y.npy"]) == ["x", "y"]
+    assert command.short_names(["r/c/a/fold0/emb.npy", "r/c/b/fold0/emb.npy"]) == ["a", "b"]
+    assert command.short_names(["r/a/fold0/emb.npy", "r/a/fold1/emb.npy", "r/b/fold0/emb.npy"]) == [
+        "a/fold0", "a/fold1", "b/fold0"]
