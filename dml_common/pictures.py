@@ -137,8 +137,11 @@ def own_pictures(dataset, config, name_or_folder, root=None, split="test"):
     return held_out(dataset if dataset.split == "all" else open_dataset(name_or_folder, root, "all"), config)
 
 
-def labels_of(dataset, table=None, column=None):
-    """(labels (n,) int, what they are): the data set's own, or a column of a table or of its props.csv."""
+def labels_of(dataset, table=None, column=None, notes=None):
+    """(labels (n,) int, what they are): the data set's own, or a column of a table or of its props.csv.
+
+    notes: a list that takes what a user should know.
+    """
     if not table and dataset.labels is not None:
         own, column = {"class": dataset.labels, "super_class": dataset.super_labels}, column or "class"
         if own.get(column) is None:
@@ -150,7 +153,7 @@ def labels_of(dataset, table=None, column=None):
                          "or give a table with a row for each picture: --labels FILE.csv --label COLUMN")
     column = column or ("class" if table else "model")
     table = table or dataset.folder / "props.csv"
-    values = read_properties(table, [column])[column]
+    values = read_properties(table, [column], dataset.relative, notes)[column].tolist()
     if len(values) != len(dataset.paths):
         raise ValueError(f"{table} has {len(values):,} labels, {dataset.name} {len(dataset.paths):,} pictures;"
                          " expected a row for each, in the same order")
