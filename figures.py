@@ -124,9 +124,10 @@ def draw_profile(rows, types, properties, means=()):
         ax.plot(row.value, y, marker, color=face, ms=3.4, mec=edge, mew=0.5)
     mark = ax.axvline(MARK, color="black", lw=0.8, ls=(0, (4, 2)))
     ax.axvline(0, color="black", lw=0.5)
-    if ax.get_xlim()[1] > 10:  # one property often lies far above the others: a square-root axis
+    if ax.get_xlim()[1] > 10:  # one property often lies far above the others
         ax.set_xscale("function", functions=(lambda x: np.sign(x) * abs(x)**0.5, lambda x: x * abs(x)))
-        ax.set_xticks([tick for tick in (0, 1, 5, 10, 20, 40, 80, 200, 400) if tick <= ax.get_xlim()[1]])
+        ticks = [tick for tick in (0, 1, 5, 10, 20, 40, 60, 80, 120, 200, 400) if tick <= ax.get_xlim()[1]]
+        ax.set(xticks=ticks, xlabel="NR-Prec, square-root axis")
     ax.set_yticks(range(P), [plain(name) for name in properties])
     ax.tick_params(axis="y", length=0)
     type_legend(fig, [types[name] for name in networks], [(mark, f"published mark {MARK}")])
@@ -141,7 +142,6 @@ def draw_heat_map(values, names, kinds=None, tree=None, order=None, text="{:.0f}
     the rows (the tree's leaves); text: a number's format; ramp: a colour map.
     """
     from scipy.cluster.hierarchy import dendrogram
-
     K, order = len(names), np.arange(len(names)) if order is None else order
     labels, size = [plain(names[i], 26) for i in order], min(9, 125 / K)  # points
     fig = Figure(figsize=(WIDTH, 0.88 * WIDTH), layout="constrained")
@@ -329,7 +329,7 @@ def draw_pair_histograms(panels, counted=True):
         if counted:
             ax = fig.add_subplot(lines, across, len(fig.axes) + 1, ylabel="pairs")
             draw_histogram(ax, edges, pairs, area=False)
-            ax.set_title("{}\n{:,.0f} positive, {:,.0f} negative".format(*title, *pairs.sum(axis=1)))
+            ax.set_title("{}\n{:,.0f} and {:,.0f} pairs".format(*title, *pairs.sum(axis=1)))
             ax.yaxis.set_major_formatter(EngFormatter(sep=""))  # 20k, 1.5M
             title = []
         ax = fig.add_subplot(lines, across, len(fig.axes) + 1, ylabel="density" if counted else "")

@@ -285,6 +285,6 @@ def import_figures():
         import figures
     except ModuleNotFoundError as error:
         if error.name == "figures":
-            raise ValueError("--figure draws with figures.py, which is not beside this script; copy it too") from None
+            raise ValueError("--figure is drawn by figures.py, which is not here; copy it too") from None
         raise ValueError(f"--figure needs {error.name}: pip install '.[report]'") from None
     return figures

@@ -36,7 +36,7 @@ def write_rows(path, header, rows):
 def make_results(folder, networks=NETWORKS, folds=2, n=24):
     """results/cars, models/trained/cars and pictures/cars, complete; fold k has every folds-th picture."""
     rng, header = np.random.default_rng(5), f"frame,{','.join(PROPERTIES)}"
-    props = [[i, ("suv", "van", "coupe")[i % 3], 90 * (i * i % 4), i % 5 / 10, i // 2 % 2 + .5] for i in range(n)]
+    props = [[i, ("suv", "van", "coupe")[i % 3], 90 * (i**2 % 4), i % 5 / 10, i // 2 % 2] for i in range(n)]
     write_rows(folder / "pictures/cars/props.csv", header, props)
     (folder / "pictures/cars/images").mkdir()
     for i in range(n):
@@ -50,37 +50,38 @@ def make_results(folder, networks=NETWORKS, folds=2, n=24):
         np.save(place / "emb.npy", rng.normal(size=(len(rows), 6)).astype(np.float32))
         np.save(place / "maps.npy", rng.random((8, 16, 16)).astype(np.float16))
         for stem, limit in ("emb", None), ("maps", 8):
+            same = {"number": len(names[:limit]), "sha256": pictures.pictures_sha256(names[:limit])}
             (place / f"{stem}.json").write_text(json.dumps({
-                "loss": name, "preprocessing": {"resize": 18, "crop": 16}, "options": {"limit": limit}, "pictures": {
-                    "number": len(names[:limit]), "sha256": pictures.pictures_sha256(names[:limit])}}))
+                "loss": name, "preprocessing": {"resize": 18, "crop": 16}, "options": {"limit": limit},
+                "pictures": same}))
         if slug != "none":
             write_rows(folder / f"models/trained/cars/{slug}/fold{fold}/history.csv",
                        "epoch,split,loss,positive_mean,negative_mean,jsd,recall_at_1,map_at_r", [
                            [epoch, part, 2 - epoch / 4, .3 + epoch / 20, .2, .1 + epoch / 10, .5, .2]
-                           for epoch in range(4) for part in ("train", "validation", "test")
-                           if part != "test" or epoch in (0, 3)])
+                           for epoch in (0, 1, 2) for part in ("train", "validation", "test")])
     make_tables(folder / "results/cars", networks, folds, n // folds)
     return folder
 
 
 def make_tables(place, networks, folds, n):
     arrays = [f"results/cars/{slug}/fold{fold}/emb.npy" for _, slug in networks for fold in range(folds)]
-    write_rows(place / "nrprec.csv", "embeddings,property,queries,distance,null,r_precision,nr_precision,p_holm", [
+    header = "embeddings,property,queries,distance,null,r_precision,nr_precision,p_holm"
+    write_rows(place / "nrprec.csv", header, [
         [array, key, n, "euclidean", "binomial", .5, 10 / (k + 1) + i / 10, .001 if k < 2 else .5]
         for i, array in enumerate(arrays) for k, key in enumerate(PROPERTIES)])
-    write_rows(place / "compare.csv", "model_a,fold_a,model_b,fold_b,n,left_out,correlation,correlation_std,jsd,"
-               "ceiling", [[a, fold, b, fold, 8, 0, .4 + i / 50, .1, .6 - i / 50, .8] for fold in range(folds)
-                           for i, (a, _) in enumerate(networks) for b, _ in networks[:i]])
+    header = "model_a,fold_a,model_b,fold_b,n,left_out,correlation,correlation_std,jsd,ceiling"
+    write_rows(place / "compare.csv", header, [
+        [a, fold, b, fold, 8, 0, .4 + i / 50, .1, .6 - i / 50, .8]
+        for fold in range(folds) for i, (a, _) in enumerate(networks) for b, _ in networks[:i]])
     header = "embeddings,label,n,positive_mean,negative_mean,jsd,bins,r_precision,map_at_r"
-    write_rows(place / "pairs.csv", header, [
-        [array, "model", n, .5, -.1, .3 + k % folds / 10, 20, .5, .5] for k, array in enumerate(arrays)])
-    write_rows(place / "histograms.csv", "embeddings,label,bins,low,high,positive,negative", [
-        [array, "model", 20, b / 10 - 1, b / 10 - .9, b // 5, 20 - b] for array in arrays for b in range(20)])
+    write_rows(place / "pairs.csv", header, [[array, "model", n, .5, 0, .3, 20, .5, .5] for array in arrays])
+    write_rows(place / "histograms.csv", "embeddings,label,bins,positive,negative", [
+        [array, "model", 20, b // 5, 20 - b] for array in arrays for b in range(20)])
 
 
 def options(folder, *arguments, out="out"):
-    return [str(part) for part in (folder / "results", "--out", folder / out, "--dataset", folder / "pictures/cars",
-                                   "--models", folder / "models", *arguments)]
+    known = ["--dataset", folder / "pictures/cars", "--models", folder / "models", "--out", folder / out]
+    return [str(part) for part in (folder / "results", *known, *arguments)]
 
 
 def listed(folder, out="out"):
@@ -103,9 +104,6 @@ def made(tmp_path_factory):
 def small(tmp_path):
     """A results folder of one's own, to be spoiled."""
     return make_results(tmp_path, NETWORKS[:2], folds=1, n=12)
-
-
-# ---------------------------------------------------------------- what is drawn
 
 
 def fact(network, key, value, low=None, high=None, mark="*", **columns):
@@ -136,8 +134,8 @@ def test_profile_draws_means_whiskers_groups_and_what_is_not_above_chance():
 def test_heat_map_shows_what_it_was_given():
     values = np.array([[np.nan, 61.4, 12], [61.4, np.nan, 33], [12, 33, 90]])
     for kinds in None, ["ranking", "none", "other"]:
-        ax = figures.draw_heat_map(values, ["a", "b", "c"], kinds, order=np.array([2, 0, 1]), title="t").axes[0]
-        texts = {tuple(text.get_position()): text.get_text() for text in ax.texts if text.get_text().isdigit()}
+        ax = figures.draw_heat_map(values, "abc", kinds, order=np.array([2, 0, 1]), title="t").axes[0]
+        texts = {tuple(text.get_position()): text.get_text() for text in ax.texts if text.get_text()[0] < "a"}
         assert texts == {(.5, .5): "90", (1.5, .5): "12", (2.5, .5): "33", (.5, 1.5): "12", (2.5, 1.5): "61",
                          (.5, 2.5): "33", (1.5, 2.5): "61"}
         assert [label.get_text() for label in ax.get_yticklabels()] == ["c", "a", "b"]
@@ -150,7 +148,7 @@ def test_clusters_stand_together():
     tree, order = results.cluster(distances)
     assert sorted(order) == list(range(6)) and len(set(group[order][:3])) == 1
     assert tree[-1, 2] == pytest.approx(0.9)  # average linkage joins the groups at their mean distance
-    assert len(figures.draw_heat_map(distances, "abcdef", ["none"] * 6, tree, order).axes[0].child_axes) == 1
+    assert len(figures.draw_heat_map(distances, "abcdef", tree=tree, order=order).axes[0].child_axes) == 1
     distances[0, 1] = np.nan
     assert results.cluster(distances) == (None, None)
 
@@ -172,15 +170,15 @@ def test_coarser_keeps_every_pair_and_finds_common_bins():
 
 @pytest.mark.parametrize("counted", [True, False])
 def test_pairs_are_drawn_as_counted_and_of_area_1(counted):
-    panel = {"name": "$a$", "positive": np.array([0, 0, 1, 3]), "negative": np.array([4, 4, 0, 0]), "jsd": .25,
-             "positive_mean": None, "negative_mean": None}
+    panel = {"name": "$a$", "positive": np.array([0, 0, 1, 3]), "negative": np.array([4, 4, 0, 0]),
+             "jsd": .25, "positive_mean": None, "negative_mean": None}
     other = {**panel, "before": [np.ones((2, 4), int)], "positive_mean": .5, "negative_mean": -.25}
     axes = figures.draw_pair_histograms([panel, other], counted).axes
-    heights = [[patch.get_data().values.tolist() for patch in ax.patches] for ax in axes]  # areas, then outlines
+    heights = [[patch.get_data().values.tolist() for patch in ax.patches] for ax in axes]  # area, outline …
     pairs, density = [[0, 0, 1, 3], [4, 4, 0, 0]], [[0, 0, .5, 1.5], [1, 1, 0, 0]]
     assert heights[0][1::2] == (pairs if counted else density) and heights[-1][1:4:2] == density
     assert heights[-1][4:] == [[.5] * 4] * 2  # before
-    left, right = "$a$\n4 positive, 8 negative", "JSD 0.250 in 4 bins"
+    left, right = "$a$\n4 and 8 pairs", "JSD 0.250 in 4 bins"
     assert [ax.get_title() for ax in axes] == (
         [left, right, left, f"{right}\nmeans 0.500, −0.250"] if counted else [f"$a$\n{right}"] * 2)
 
@@ -197,7 +195,7 @@ def test_class_curves_by_hand():
 def test_training_draws_before_and_after_and_one_networks_loss():
     rows = [fact(name, key, epoch, epoch - 1, epoch + 1, part="train", epoch=epoch)
             for name in "ab" for key in ("loss", "jsd") for epoch in (0, 1, 2)]
-    rows += [fact("a", "jsd", value, part="test", epoch=epoch) for epoch, value in ((0, .1), ("best", .9))]
+    rows += [fact("a", "jsd", .1, part="test", epoch=0), fact("a", "jsd", .9, part="test", epoch="best")]
     axes = figures.draw_training(rows, {"a": "ranking", "b": "none"}, "a").axes
     assert [len(ax.lines) for ax in axes] == [1, 0, 2, 1] and axes[2].get_ylabel() == "JSD"
     assert axes[3].lines[0].get_xydata().tolist() == [[0, .1], [1, .9]]
@@ -206,8 +204,8 @@ def test_training_draws_before_and_after_and_one_networks_loss():
 
 def test_samples_are_nearest_the_middle():
     chosen = figures.choose_samples({
-        "size": np.array(["1", "1", "2", "2", "10", "10"]), "angle": np.array(["0", "180", "0", "90", "0", "0"]),
-        "kind": np.array(list("bbbbba"))})
+        "size": np.array(["1", "1", "2", "2", "10", "10"]), "kind": np.array(list("bbbbba")),
+        "angle": np.array(["0", "180", "0", "90", "0", "0"])})
     assert chosen["size"] == ([0, 3, 4], 3)   # of 2 the row whose angle is the middle one; 10 comes behind 2
     assert chosen["angle"] == ([2, 3, 1], 3)  # of 0 the row whose size is in the middle
     assert chosen["kind"] == ([5, 3], 2)
@@ -219,25 +217,25 @@ def test_tsne_colours_numbers_circles_and_names():
     light = 255 * figures.CIRCLE(np.linspace(0, 1, 101))[:, :3] @ LUMINANCE
     assert light[0] == light[-1] and np.argmax(light) == 50 and light.max() < 210  # closes, shows on white
     places = np.random.default_rng(0).normal(size=(10, 2))
-    values = {"height": np.arange(10) - 5, "rotation (0.3)": 45 * np.arange(10), "color_hue": np.arange(10) / 10,
-              "model (1.2)": np.arange(10), "kind": [f"k{i % 9}" for i in range(10)], "constant": np.ones(10)}
+    n = np.arange(10)
+    values = {"height": n - 5, "rotation (0.3)": 45 * n, "color_hue": n / 10, "model (1.2)": n,
+              "kind": [f"k{i % 9}" for i in n], "constant": n * 0}
     fig = figures.draw_tsne(places, {name: np.array(column).astype(str) for name, column in values.items()})
     panels = {ax.get_title(): ax for ax in fig.axes if ax.get_title()}
     limits = [panels[name].collections[0].get_clim() for name in ("height", "rotation (0.3)", "color_hue")]
     assert limits == [(-5, 4), (0, 360), (0, 1)]
     turned = panels["rotation (0.3)"].collections[0]
-    assert turned.get_cmap().name == "circle" and turned.get_array().tolist() == [45 * i % 360 for i in range(10)]
+    assert turned.get_cmap().name == "circle" and turned.get_array().tolist() == (45 * n % 360).tolist()
     for name, more in ("model (1.2)", "3 more"), ("kind", "2 more"):
         assert [text.get_text() for text in panels[name].get_legend().texts][-1] == more
 
 
 def test_tsne_is_repeatable_whatever_the_threads():
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); import figures, numpy as np, hashlib;"
-            "x = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32);"
-            "print(hashlib.sha256(figures.embed_2d(x, 3).tobytes()).hexdigest())")
-    hashes = {subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, check=True,
-                             env={**os.environ, "OMP_NUM_THREADS": threads}).stdout for threads in "12"}
-    assert len(hashes) == 1
+    code = ("import figures, numpy as np; x = np.random.default_rng(0).normal(size=(60, 8));"
+            "print(figures.embed_2d(x.astype(np.float32), 3).tolist())")
+    one, two = (subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT,
+                               env={**os.environ, "OMP_NUM_THREADS": threads}).stdout for threads in "12")
+    assert one == two
 
 
 def test_names_are_plain_and_the_callers_style_stays():
@@ -249,15 +247,12 @@ def test_names_are_plain_and_the_callers_style_stays():
     assert png == figures.png(figures.draw_heat_map(np.eye(2), "ab"))
 
 
-# ---------------------------------------------------------------- the command
-
-
 def test_everything_is_drawn_and_said(made):
     drawn, missing = listed(made)
     assert list(drawn) == [f"{name}_cars" for name in EVERYTHING] and missing == []
     expected = {"figures.json"}
     for name, figure in drawn.items():
-        assert set(figure) == {"name", "title", "caption", "dataset", "svg", "png"} and figure["dataset"] == "cars"
+        assert [*figure] == ["name", "title", "caption", "dataset", "svg", "png"]
         assert figure["title"] and figure["caption"].endswith(".") and "  " not in figure["caption"], figure
         assert figure["svg"] == (None if name.startswith(("gallery", "samples")) else f"{name}.svg")
         assert (made / f"out/{name}.pdf").read_bytes().startswith(b"%PDF")
@@ -274,14 +269,12 @@ def test_svgs_are_xml_light_and_alone(made):
     titles = [figure["title"] for figure in listed(made)[0].values()]
     for path in (made / "out").glob("*.svg"):
         text = path.read_text()
-        root = ET.fromstring(text)
-        assert len(text) < 400_000 and root.tag.endswith("svg"), path
-        assert [element.text for element in root.iter() if element.tag.endswith("}title")][0] in titles
-        for element in root.iter():
-            assert not element.tag.endswith("script")
-            for key, value in element.attrib.items():
-                assert not key.lower().startswith("on")
-                assert not key.endswith("href") or value.startswith(("#", "data:image/png;base64,")), value
+        elements = list(ET.fromstring(text).iter())
+        assert len(text) < 400_000 and not [one for one in elements if one.tag.endswith("script")], path
+        assert [one.text for one in elements if one.tag.endswith("}title")][0] in titles
+        for key, value in itertools.chain(*(element.attrib.items() for element in elements)):
+            assert not key.lower().startswith("on")
+            assert not key.endswith("href") or value.startswith(("#", "data:image/png;base64,")), value
         head = re.sub(r"<image[^>]*>", "", text.lower()).split("</metadata>")[0]
         assert "date" not in head.replace("update", ""), path
 
@@ -315,10 +308,11 @@ def test_gallery_shows_each_map_under_its_picture(small):
 
 
 def test_a_network_of_choice_and_a_part(made):
-    figures.main(options(made, "--only", "pairs,tsne", "--network", "arcface/fold1", "--points", "10", out="part"))
-    captions = {name: figure["caption"] for name, figure in listed(made, "part")[0].items()}
-    assert list(captions) == ["tsne_cars", "pairs_cars"]
-    assert "10 of 12 embeddings of ArcFace, fold1" in captions["tsne_cars"] and "fold1;" in captions["pairs_cars"]
+    only = ["--only", "pairs,tsne", "--network", "arcface/fold1", "--points", "10"]
+    figures.main(options(made, *only, out="part"))
+    tsne, pairs = listed(made, "part")[0].values()
+    assert tsne["name"] == "tsne_cars" and "10 of 12 embeddings of ArcFace, fold1" in tsne["caption"]
+    assert pairs["name"] == "pairs_cars" and "fold1;" in pairs["caption"]
 
 
 def test_names_with_special_letters(tmp_path, capsys):
@@ -326,9 +320,8 @@ def test_names_with_special_letters(tmp_path, capsys):
     folder = make_results(tmp_path, names, folds=1, n=12)
     for path in [*folder.glob("*/cars/props.csv"), *folder.glob("results/cars/**/*.csv")]:
         text = path.read_text()
-        for old, new in ("rotation_z", "$rot_z <i>&"), ("suv", "$u$ <v>"), ("van", "_van"), ("color_hue", "回"):
-            text = text.replace(old, new)
-        path.write_text(text, encoding="utf-8")
+        text = text.replace("rotation_z", "$rot_z <i>&").replace("suv", "$u$ <v>").replace("van", "_van")
+        path.write_text(text.replace("color_hue", "回"), encoding="utf-8")
     figures.main(options(folder, "--only", "profile,correlation,tsne,samples,pairs"))
     for path in (folder / "out").glob("*.svg"):
         ET.fromstring(path.read_text())
@@ -345,7 +338,8 @@ def test_what_is_missing_is_left_out_and_listed(small, capsys):
     assert [gap["figure"] for gap in missing] == ["", "correlation", "jsd", "gallery", "samples", "training"]
     assert list(drawn) == ["profile_cars", "tsne_cars", "pairs_cars"]
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 6 and "half-finished" in lines[0] and "compare.csv" in lines[1] and "--dataset" in lines[3]
+    assert len(lines) == 6
+    assert "half-finished" in lines[0] and "compare.csv" in lines[1] and "--dataset" in lines[3]
 
 
 def test_tables_alone_without_a_loss(tmp_path):
@@ -359,16 +353,14 @@ def test_tables_alone_without_a_loss(tmp_path):
 
 def test_histograms_before_training_come_from_the_training(small):
     rows = [[epoch, "test", count, 3] for epoch in (0, 5) for count in (1, 0, 2, 7)]
-    write_rows(small / "models/trained/cars/contrastive/fold0/histograms.csv", "epoch,split,positive,negative", rows)
+    home = small / "models/trained/cars/contrastive/fold0"
+    write_rows(home / "histograms.csv", "epoch,split,positive,negative", rows)
     one, = results.read_all(small / "results", small / "models")
     label, histograms = results.pair_histograms(one.folder, one.networks)
     (after, before), = histograms["Contrastive"]
     assert label == "model" and before.tolist() == [[1, 0, 2, 7], [3, 3, 3, 3]]
     assert after[0].sum() == 30 and len(histograms["Triplet"][0]) == 1
     figures.main(options(small, "--only", "pairs"))
-
-
-# ---------------------------------------------------------------- bad input
 
 
 def refused(folder, *arguments):
@@ -396,8 +388,8 @@ def spoil_pictures(place):
     ("gallery", "in [0, 1]", lambda place: np.save(place / "maps.npy", np.full((8, 16, 16), 2.0))),
     ("gallery", "can't be read as a picture", spoil_pictures),
     ("gallery", "not in", lambda place: (place.parents[3] / "pictures/cars/images/000000.png").unlink()),
-    ("tsne", "differ in rows", lambda place: write_rows(place.parents[1] / "contrastive/fold0/props.csv", "a", "1")),
-    ("profile", "lacks embeddings", lambda place: write_rows(place.parents[1] / "nrprec.csv", "a,b", ["12"]))])
+    ("tsne", "differ in rows", lambda at: write_rows(at / "../../contrastive/fold0/props.csv", "a", "1")),
+    ("profile", "lacks embeddings", lambda place: write_rows(place / "../../nrprec.csv", "a,b", ["12"]))])
 def test_spoilt_results(small, only, told, spoil):
     spoil(small / "results/cars/triplet/fold0")
     assert told in refused(small, "--only", only)
@@ -426,8 +418,8 @@ def test_options_that_do_not_fit(small, arguments, told):
 
 @pytest.mark.parametrize("package", ["matplotlib", "sklearn"])
 def test_packages_that_are_missing(tmp_path, package):
-    code = ("import runpy, sys; sys.modules[sys.argv[1]] = None; script = sys.argv[2]; sys.argv = sys.argv[2:];"
-            "runpy.run_path(script, run_name='__main__')")
+    code = ("import runpy, sys; sys.modules[sys.argv[1]] = None; sys.argv = sys.argv[2:];"
+            "runpy.run_path(sys.argv[0], run_name='__main__')")
     command = [sys.executable, "-c", code, package, "figures.py", "results", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and "pip install '.[report]'" in done.stderr, done.stderr
@@ -436,7 +428,6 @@ def test_packages_that_are_missing(tmp_path, package):
 
 def test_the_command_line(run_script, tmp_path):
     done = run_script("figures.py", "--help")
-    assert done.returncode == 0 and all(f"    {name}" in done.stdout for name in set(figures.FIGURES) - {"jsd"})
-    for arguments in ["--pictures", "x"], ["--points", "5"]:
-        done = run_script("figures.py", tmp_path / "nowhere", "--out", tmp_path / "out", *arguments)
-        assert done.returncode == 2 and done.stderr.startswith("figures.py: ") and done.stderr.count("\n") == 1
+    assert done.returncode == 0 and all(f"    {name}" in done.stdout for name in {*figures.FIGURES} - {"jsd"})
+    done = run_script("figures.py", tmp_path / "nowhere", "--out", tmp_path / "out")
+    assert done.returncode == 2 and done.stderr.startswith("figures.py: ") and done.stderr.count("\n") == 1

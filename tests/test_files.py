@@ -209,7 +209,7 @@ def test_an_array_knows_its_pictures(tmp_path):
     assert known({"left_out": ["c.jpg"]}, names[:2] + names[3:]) == ["a.jpg", "b.jpg", "d.jpg", "e.jpg"]
     assert known({}, names[1:]) is None  # of another list
     (folder / "emb.labels.csv").write_text("path,class\n" + ",0\n".join(names[1:]) + ",0\n")
-    assert known({}, names[1:]) == names[1:] == files.picture_names(folder / "emb.npy", [names])
+    assert known({}, names[1:]) == names[1:]
     (folder / "emb.json").unlink()
     assert files.picture_names(folder / "emb.npy") == names[1:]
 
@@ -281,11 +281,12 @@ def test_outputs_replace_plain_files_that_are_no_input(tmp_path, monkeypatch):
     os.mkfifo("pipe")
     os.symlink("loop", "loop")
     inputs, others = ["in.csv", None, "missing.csv"], ["other.csv", None]
-    for name in ("new.csv", "old.csv", "./missing.csv/../old.csv"):
+    for name in ("new.csv", "old.csv", "./new.csv/../old.csv"):
         files.check_output(name, inputs, others)
     for name, message in [
             ("in.csv", "is an input"), ("hard.csv", "is an input"), ("link.csv", "is an input"),
-            ("./x/../in.csv", "is an input"), ("./other.csv", "the name of two outputs"), ("", "no name"),
+            ("./x/../in.csv", "is an input"), ("missing.csv", "or another output"), ("", "no name"),
+            ("./other.csv", "the name of two outputs"),
             (".", "no name"), (tmp_path, "is a folder"), ("/dev/null", "a device or a pipe"),
             ("pipe", "a device or a pipe"), ("loop", "can't be opened"), ("no/x.csv", "does not exist")]:
         with pytest.raises(ValueError, match=message):
@@ -304,6 +305,41 @@ def test_files_are_written_whole_with_the_rights_of_new_files(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["far.csv", "link.csv"]
     os.umask(mask := os.umask(0))
     assert (tmp_path / "far.csv").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_an_array_gets_its_name_when_it_is_full(tmp_path):
+    path = tmp_path / "a[1].npy"
+    with pytest.raises(KeyboardInterrupt), files.new_array(path, (2, 3)) as array:
+        array[0] = 1
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    with files.new_array(path, (2, 3), "float16") as array:
+        array[:] = 7
+        assert not path.exists()
+    assert np.load(path).tolist() == [[7] * 3] * 2 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
+    code = ("import os, sys\nfrom dml_common import files\n"
+            f"with files.part_of({str(tmp_path / 'x.csv')!r}) as part:\n"
+            "    print(flush=True)\n    sys.stdin.readline()")
+
+    def start():
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=files.ROOT, stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE)
+        process.stdout.readline()
+        return process
+
+    killed, alive = start(), start()
+    killed.kill()
+    killed.wait()
+    assert len(list(tmp_path.glob(".x.csv.*.part"))) == 2
+    (tmp_path / ".x.csv2.abc.part").touch()
+    files.write_file(tmp_path / "x.csv", b"mine")
+    assert len(list(tmp_path.glob(".x.csv.*.part"))) == 1  # of the one that is at work
+    alive.communicate(b"\n")
+    assert alive.returncode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".x.csv2.abc.part", "x.csv"]
 
 
 def test_a_full_disk_leaves_nothing(tmp_path):
