@@ -158,11 +158,7 @@ def own_pictures(dataset, config, name_or_folder, root=None, split="test"):
 def labels_of(dataset, table=None, column=None, notes=None):
     """(labels (n,) int, what they are): the data set's own, or a column of a table or of its props.csv.
 
-<<<<<<< HEAD
     Rows are matched by name where a table has names; notes: a list that takes what is to be said of that.
-=======
-    notes: a list that takes what a user should know.
->>>>>>> train
     """
     if not table and dataset.labels is not None:
         own, column = {"class": dataset.labels, "super_class": dataset.super_labels}, column or "class"
@@ -175,11 +171,7 @@ def labels_of(dataset, table=None, column=None, notes=None):
                          "or give a table with a row for each picture: --labels FILE.csv --label COLUMN")
     column = column or ("class" if table else "model")
     table = table or dataset.folder / "props.csv"
-<<<<<<< HEAD
-    values = read_properties(table, [column], dataset.relative, notes)[column]
-=======
     values = read_properties(table, [column], dataset.relative, notes)[column].tolist()
->>>>>>> train
     if len(values) != len(dataset.paths):
         raise ValueError(f"{table} has {len(values):,} labels, {dataset.name} {len(dataset.paths):,} "
                          "pictures; expected a row for each, in the same order")

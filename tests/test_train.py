@@ -104,12 +104,7 @@ def config_of(slug, *more):
 
 def scores_of(slug, rows, factory="tiny"):
     """What pairs.py says of the saved network's embeddings of these pictures."""
-<<<<<<< HEAD
-    factory = config_of(slug)["backbone"]
-    network = networks.load(networks.find("p", slug, "0", model=factory, folder=Path("m"))[0])
-=======
     network = networks.load(networks.find("p", slug, "0", f"tiny_for_test:{factory}", folder=Path("m"))[0])
->>>>>>> train
     dataset = pictures.open_dataset("p")
     inputs = [torch.from_numpy(pictures.load_picture(dataset.paths[i], network.preprocessing)) for i in rows]
     with torch.inference_mode():
@@ -420,13 +415,8 @@ def test_a_rendered_set_is_split_by_pictures(renders, tmp_path, capsys):
 
 def test_the_trained_files_load_in_every_script(p, monkeypatch):
     run("--loss", "NTXent,None", "--freeze-trunk")
-<<<<<<< HEAD
-    arguments = ["--dataset", "p", "--loss", "all", "--fold", "all", "--models", "m", "--out", "r", "--model",
-                 "tiny_for_test:tiny"]
-=======
     arguments = ["--dataset", "p", "--loss", "all", "--fold", "all", "--models", "m", "--out", "r",
                  "--model", "tiny_for_test:tiny"]
->>>>>>> train
     monkeypatch.setattr(sys, "argv", ["embed.py", *arguments])
     embed.main()
     arrays = {slug: np.load(f"r/p/{slug}/fold0/emb.npy") for slug in ("ntxent", "none")}
