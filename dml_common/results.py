@@ -230,7 +230,7 @@ def check_rows(results):
     keys = ("distance", "normalised", "null", "ties", "max_neighbours", "label")
     for table, key in product(("nrprec", "pairs"), keys):
         rows = results.tables.get(table, [])
-        if key == "distance":  # on normalised embeddings each loss may have its own (nrprec.py --distance own)
+        if key == "distance":  # normalised: each loss may have its own (nrprec.py --distance own)
             rows = [row for row in rows if row.get("normalised") != "1"]
         values = dict.fromkeys(str(row.get(key) or "none") for row in rows)
         if len(values) > 1:
