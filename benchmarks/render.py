@@ -49,7 +49,8 @@ def settings(folder, size, samples, **more):
     for name in ("images", "masks"):
         (folder / name).mkdir(exist_ok=True)
     defaults = {"out": folder, "seed": 0, "size": size, "samples": samples, "denoise": True, "format": "png",
-                "device": "cpu", "masks": True, "paint_material": None, "verbose": False, "body_seed": 0}
+                "device": "cpu", "masks": True, "paint_material": None, "verbose": False, "body_seed": 0,
+                "exposure": "by-elevation"}
     return SimpleNamespace(**defaults | more)
 
 
