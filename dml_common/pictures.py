@@ -228,7 +228,7 @@ def list_pictures(folder, notes=None):
     return sorted(relative, key=natural_key)
 
 
-def open_folder(folder, split):
+def open_folder(folder, split="all"):
     """Sub-folders are classes, train/, val/, test/ above them splits; a picture beside them is left out."""
     relative = list_pictures(folder, notes := [])
     if not relative:
