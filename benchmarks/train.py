@@ -4,8 +4,8 @@
     python benchmarks/train.py --pictures 256 --device cpu
     python benchmarks/train.py --pictures 4096 --precision tf32    # on a GPU
 
-With --pictures, that many JPEGs of --width × --height (Cars196's mean is 700 × 480) in 16 classes are made, and
-the whole network is fine-tuned for two epochs. train.py says how long it waited for decoded pictures; the
+With --pictures, that many JPEGs of --width × --height (Cars196's mean is 700 × 480) in 16 classes are made,
+and the whole network is fine-tuned for two epochs. train.py says how long it waited for decoded pictures; the
 decoding threads' own speed stands beside. The default network is Inception v3 with random weights, so that
 nothing has to be downloaded. Asserts nothing.
 """
@@ -71,12 +71,12 @@ def fine_tuning(args, folder):
     paths = sorted(pictures.rglob("*.jpg"))
     size = sum(path.stat().st_size for path in paths) / len(paths) / 1024
     speed = decoding_speed(paths[:1024], args.workers)
-    print(f"{len(paths):,} JPEGs of {args.width} × {args.height}, {size:.0f} KiB each; {args.workers} threads "
-          f"decode and crop {speed:.0f} pictures a second")
-    options = {"dataset": pictures, "split": "pictures", "model": args.model, "device": args.device, "epochs": 2,
-               "precision": args.precision, "batch": args.batch, "workers": args.workers, "models": folder}
-    arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
-    took, _, said = command(*arguments, *(["--compile"] if args.compile else []))
+    print(f"{len(paths):,} JPEGs of {args.width} × {args.height}, {size:.0f} KiB each; {args.workers} "
+          f"threads decode and crop {speed:.0f} pictures a second")
+    took, _, said = command("--dataset", pictures, "--split", "pictures", "--model", args.model,
+                            "--device", args.device, "--epochs", 2, "--precision", args.precision,
+                            "--batch", args.batch, "--workers", args.workers, "--models", folder,
+                            *(["--compile"] if args.compile else []))
     rows = read_table(folder / "trained/pictures/normalized_softmax/fold0/history.csv")
     epoch = list(zip(rows["epoch"], rows["split"])).index(("2", "train"))
     print(f"{args.model}, {args.precision}, {args.device}: {took:.1f} s for the command, "
@@ -85,8 +85,8 @@ def fine_tuning(args, folder):
 
 
 def frozen(folder):
-    arguments = ("--dataset", "examples/cars", "--model", "efficientnet_lite0", "--dim", 128, "--freeze-trunk",
-                 "--models", folder)
+    arguments = ("--dataset", "examples/cars", "--model", "efficientnet_lite0", "--dim", 128,
+                 "--freeze-trunk", "--models", folder)
     for what, options in (("features of 300 pictures, and the start", ("--loss", "None")),
                           ("14 losses × 4 folds, in one thread", ("--loss", "all", "--fold", "all"))):
         took, cpu, _ = command(*arguments, *options)

@@ -5,7 +5,7 @@
     python render_cars.py --out mine --frames 0:300 --masks --cars meshes
 
 Reads: CAR/CAR.acc (AC3D text with triangle strips), its texture CAR.rgb, wheels and ride height from CAR.xml.
-Writes: MESHES/CAR.obj with .mtl and .png; the material with the car's texture is called paint, and recoloured.
+Writes: MESHES/CAR.obj with .mtl and .png; the material with the car's texture, called paint, is recoloured.
 The cars carry licences of their own (Free Art License or GPL; each CAR/readme.txt): name their authors.
 """
 import re
@@ -71,7 +71,8 @@ def convert(folder, out):
     for (x, y, z), radius, width in wheels((folder / f"{name}.xml").read_text(errors="replace")):
         for part, r, half in (("tyre", radius, width / 2), ("rim", 0.65 * radius, 0.51 * width)):
             for depth in (z - half, z + half):
-                lines += [f"v {x + r * np.cos(a):.5f} {y + r * np.sin(a):.5f} {depth:.5f}\nvt 0 0" for a in angles]
+                for a in angles:
+                    lines.append(f"v {x + r * np.cos(a):.5f} {y + r * np.sin(a):.5f} {depth:.5f}\nvt 0 0")
             lines += [f"usemtl {part}", corners(count, range(32)), corners(count, range(32, 64))]
             lines += [corners(count, (k, (k + 1) % 32, 32 + (k + 1) % 32, 32 + k)) for k in range(32)]
             count += 64
