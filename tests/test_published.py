@@ -1,7 +1,8 @@
 """The papers' own data sets, from the published layouts to the page.
 
-Miniatures of Cars196 (both layouts), CUB200 and SOP, with checkpoints in the published layout for three losses
-and two folds, go through every script."""
+Miniatures of Cars196 (both layouts), CUB200 and SOP, with checkpoints in the published layout for three
+losses and two folds, go through every script.
+"""
 import csv
 import json
 import re
@@ -16,7 +17,7 @@ from dml_common import networks
 from dml_common.files import losses, read_table
 
 LOSSES = ("Triplet", "Normalized Softmax", "SNR Contrastive")  # two ranking losses and a classification loss
-CLASSES = (2, 98, 99, 120, 150, 196)  # numbered from 1: two to train on, four to test on
+CLASSES = (2, 98, 101, 120, 150, 196)  # numbered from 1: two to train on, four to test on
 EACH = 3  # pictures of a class
 CARS = np.array([[f"Car {i}" for i in range(1, 197)]], object)
 
@@ -48,7 +49,8 @@ def make_cars(root):
     pictures(root / "cars196", names)
     rows = [(name, 1, 1, 5, 5, label, int(label > 98)) for label, name in names]
     fields = ["relative_im_path", "bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "test"]
-    savemat(root / "cars196" / "cars_annos.mat", {"annotations": annotations(rows, fields), "class_names": CARS})
+    content = {"annotations": annotations(rows, fields), "class_names": CARS}
+    savemat(root / "cars196" / "cars_annos.mat", content)
 
 
 def make_stanford(root):
