@@ -1,6 +1,8 @@
 """Arrays and tables in and out, joined by name, with errors that teach. Imports NumPy alone."""
 import contextlib
 import csv
+import fcntl
+import glob
 import hashlib
 import io
 import json
@@ -474,13 +476,26 @@ def check_output(path, inputs=(), others=()):
 
 
 def write_file(path, content):
-    """Write bytes under a temporary name in the same folder, flush, rename: never a half-written file."""
+    """Write bytes under a temporary name in the same folder, flush, rename: never a half-written file.
+
+    What kill -9 left of it before is removed: the temporary file of a process that lives is locked.
+    """
     path = Path(os.path.realpath(path))  # the file that a link names, not the link
     if os.path.lexists(path):
         check_input(path, "another name for the output")  # a device would be replaced by a file
     temporary = None
     try:
+        for left in path.parent.glob(f".{glob.escape(path.name)}.????????.part"):
+            with contextlib.suppress(OSError), open(left, "r+b") as file:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(left)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        with contextlib.suppress(OSError):  # no locks on this file system
+            fcntl.lockf(handle, fcntl.LOCK_EX)
+        if not os.fstat(handle).st_nlink:  # removed before it was locked
+            os.close(handle)
+            temporary = None
+            return write_file(path, content)
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
