@@ -510,11 +510,15 @@ def part_of(path):
         with contextlib.suppress(OSError), open(old, "rb") as left:
             fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
             old.unlink()
-    with unwritable(path):
-        part = tempfile.NamedTemporaryFile(**name, delete=False)
-    try:
+    while True:
+        with unwritable(path):
+            part = tempfile.NamedTemporaryFile(**name, delete=False)
         with contextlib.suppress(OSError):  # no locks on this file system
             fcntl.flock(part, fcntl.LOCK_EX)
+        if os.path.lexists(part.name):
+            break
+        part.close()  # another process took it for a dead one's before it was locked: once more
+    try:
         yield part
         with unwritable(path):
             part.flush()
