@@ -102,8 +102,8 @@ def read_array(path):
 def read_embeddings(path, table=None, rows=None):
     """Embeddings from a .npy file -> float32 array (n, m), C order, n >= 2, all finite.
 
-    Integers, float16 and float64 are converted. Raises ValueError naming file, row and what to do, also
-    where their table has another number of rows.
+    Integers, float16 and float64 are converted. Raises ValueError naming the file, the row and what to do,
+    also where their table has another number of rows.
     """
     array = read_array(path)
     if array.dtype.kind not in "fiub":
@@ -249,7 +249,7 @@ def read_table(path):
 
 
 def arrays_and_tables(paths, column=None):
-    """What a command line names, EMB.npy … [TABLE] -> (arrays, their tables): one for all, or those beside.
+    """What a command line names, EMB.npy … [TABLE] -> (arrays, each one's table): one for all, or beside.
 
     TABLE: .csv, or .npy with labels (n,). column: as of table_beside().
     Raises ValueError where a table stands before an array.

@@ -171,7 +171,7 @@ def labels_of(dataset, table=None, column=None, notes=None):
                          "or give a table with a row for each picture: --labels FILE.csv --label COLUMN")
     column = column or ("class" if table else "model")
     table = table or dataset.folder / "props.csv"
-    values = read_properties(table, [column], dataset.relative, notes)[column]
+    values = read_properties(table, [column], dataset.relative, notes)[column].tolist()
     if len(values) != len(dataset.paths):
         raise ValueError(f"{table} has {len(values):,} labels, {dataset.name} {len(dataset.paths):,} "
                          "pictures; expected a row for each, in the same order")

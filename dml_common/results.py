@@ -194,8 +194,8 @@ def whose(path, networks):
 def pair_histograms(folder, networks):
     """pairs.py's histograms.csv of a data set's folder -> (its label, {network: [histograms of a fold …]}).
 
-    Histograms: [counts of positive and negative pairs (2, bins)], with those before training behind them where
-    train.py counted them. Nothing where there is no table.
+    Histograms: [counts of positive and negative pairs (2, bins)], with those before training behind them
+    where train.py counted them. Nothing where there is no table.
     """
     path, histograms = folder / "histograms.csv", defaultdict(list)
     if not path.is_file():
@@ -215,12 +215,12 @@ def pair_histograms(folder, networks):
 
 
 def row_properties(network):
-    """{property: str (n,)} of an emb.npy's rows, from props.csv beside it, else labels.csv; {} without any."""
+    """{property: str (n,)} of an emb.npy's rows: props.csv beside it, else labels.csv, else {}."""
     paths = [network["folder"] / name for name in ("props.csv", "labels.csv")]
     table = next((files.read_table(path) for path in paths if path.is_file()), {})
     if table and len(next(iter(table.values()))) != len(network["emb"]["array"]):
-        raise ValueError(f"{network['folder']}: emb.npy and its props.csv or labels.csv differ in rows; all must "
-                         "list the same pictures in the same order")
+        raise ValueError(f"{network['folder']}: emb.npy and its props.csv or labels.csv differ in rows; all "
+                         "must list the same pictures in the same order")
     return {name: np.array(table[name]) for name in table if name.lower() not in files.IDENTIFIERS}
 
 

@@ -538,3 +538,8 @@ def test_whatever_is_missing_the_rest_comes_out(small, run_script, tmp_path, mon
 def test_help_teaches(run_script):
     done = run_script("tables.py", "--help")
     assert "python tables.py results --out tables" in done.stdout and "Mann-Whitney" in done.stdout
+
+
+def test_the_errata_of_the_docs_are_those_of_published():
+    page = (ROOT / "docs" / "errata.md").read_text(encoding="utf-8")
+    assert page.endswith(tables.to_markdown(tables.errata()))
