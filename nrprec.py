@@ -585,12 +585,12 @@ def parse_arguments(argv):
     return parser.parse_intermixed_args(argv)
 
 
-def read_labels(table, args):
-    """The properties as {name: array}, chosen and binned as asked. ValueError says what is wrong where."""
+def read_labels(table, pictures, args, notes):
+    """The pictures' properties as {name: array}, chosen and binned. ValueError says what is wrong."""
     from dml_common import files
 
     names = [name.strip() for name in args.properties.split(",")] if args.properties is not None else None
-    labels = files.read_properties(table, names)
+    labels = files.read_properties(table, names, pictures, notes)
     uncut = list(labels)
     for option in args.bin:
         name, _, bins = option.rpartition("=")
@@ -686,8 +686,10 @@ def main(argv=None):
     distances = [own_distance(array) if args.distance == "own" else args.distance for array in arrays]
     normalise = args.normalise or args.distance == "own"
     for array, table, name, distance in zip(arrays, tables, names, distances):
+        pictures, notes = files.picture_names(array), []
         content = Path(table).read_bytes() if Path(table).is_file() else None
-        labels = known.get(content) or read_labels(table, args)       # the losses of a fold have equal tables
+        content = content, pictures and files.pictures_sha256(pictures)  # the losses of a fold have equal ones
+        labels = known.get(content) or read_labels(table, pictures, args, notes)
         if results and list(labels) != list(results[0]):
             raise ValueError(f"{tables[0]} and {table} have different properties; give networks of one data "
                              "set, or --properties")
@@ -699,6 +701,8 @@ def main(argv=None):
             raise ValueError(f"{array}: {error} or choose another distance") from None
         if content not in known:
             known[content] = labels
+            for line in notes:
+                command.say(f"note: {line}")
             for line in warnings_before(labels, n, args):
                 command.say(f"warning: {line}" if len(set(tables)) == 1 else f"warning: {table}: {line}")
         collapsed = (x == x[0]).all()

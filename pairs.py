@@ -511,11 +511,14 @@ def score_file(file, table, name, split, args, options, numbers):
     """The Results of one embedding: of all classes first, then of the random subsets."""
     from dml_common import command, files
 
+    notes, pictures = [], files.picture_names(file)
     try:
-        labels = files.read_properties(table, [args.label])[args.label]
+        labels = files.read_properties(table, [args.label], pictures, notes)[args.label]
     except ValueError as error:
         raise ValueError(f"{error} (column of --label)") from None
     x = files.read_embeddings(file, table, len(labels))
+    for note in notes:
+        command.say(f"note: {note}")
     enough = int((np.unique(labels, return_counts=True)[1] > 1).sum())
     if numbers and numbers[-1] > enough:
         raise ValueError(f"--classes {numbers[-1]}: {table} has {enough:,} classes of two or more pictures; "

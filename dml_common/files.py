@@ -332,12 +332,12 @@ def read_properties(path, columns=None, pictures=None, notes=None, missing=None)
     for name in columns or []:
         if name not in properties:
             raise ValueError(f"{path} has no property {name!r}; it has {', '.join(properties)}")
-    rows = slice(None)
-    if pictures is not None and first not in properties:
+    rows, named = slice(None), first not in properties
+    if pictures is not None and named:
         rows = rows_by_name(pictures, table[first], path, notes)
-    elif notes is not None:
-        lacking = "the array's pictures are" if pictures is None else "its rows are"
-        notes.append(f"{path}: rows are taken in their order, because {lacking} not known by name")
+    elif notes is not None and (pictures is not None or named and not is_index(table[first])):
+        lacking = "the array's pictures" if named else "its rows"
+        notes.append(f"{path}: rows are taken in their order: {lacking} are not known by name")
     values = {name: np.array(table[name])[rows] for name in dict.fromkeys(columns or properties)}
     for name, column in values.items():
         if missing is not None:
@@ -375,7 +375,7 @@ def pictures_sha256(relative):
 
 
 def picture_names(array):
-    """The names of an array's pictures, in the order of its rows; None where they are not known.
+    """The names of an array's pictures, in the order of its rows; None unless they are known and distinct.
 
     They stand in the labels.csv that embed.py writes beside the array or for its data set.
     """
@@ -383,7 +383,8 @@ def picture_names(array):
     folders = (array.parent, array.parent.parent.parent)
     places = [array.with_name(f"{array.stem}.labels.csv"), *(folder / "labels.csv" for folder in folders)]
     lists = [next(iter(read_table(place).values())) for place in places if place.is_file()]
-    return listed_names(read_sidecar(array), len(read_array(array)), lists) if lists else None
+    names = listed_names(read_sidecar(array), len(read_array(array)), lists) if lists else None
+    return names if names and len(set(names)) == len(names) else None
 
 
 def listed_names(about, n, lists):
@@ -423,7 +424,7 @@ def rows_by_name(pictures, names, source, notes=None):
             return rows
         most = max(most, here, key=sum)
     n = len(pictures)
-    if not any(most) and list(names) in (list(map(str, range(n))), list(map(str, range(1, n + 1)))):
+    if not any(most) and len(names) == n and is_index(names):
         return np.arange(n)
     absent = [name for name, there in zip(pictures, most) if not there]
     if absent:
@@ -432,6 +433,12 @@ def rows_by_name(pictures, names, source, notes=None):
                          f"{', '.join(absent[:3])}{more}; give their names there, or no names at all")
     twice = [name for listed in (names, pictures) for name, times in Counter(listed).items() if times > 1]
     raise ValueError(f"{source}: {(twice or pictures)[0]} is the name of two; give each its own")
+
+
+def is_index(names):
+    """Are these 0, 1, 2, … or 1, 2, 3, …?"""
+    first = int(names[0] == "1")
+    return list(names) == list(map(str, range(first, first + len(names))))
 
 
 def file_name(name):

@@ -183,11 +183,14 @@ def test_names_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match="a.jpg is the name of two"):
         files.rows_by_name(["a.jpg", "a.jpg"], ["a.jpg", "b.jpg"], "t.csv")
     assert files.rows_by_name(["a.jpg", "b.jpg"], ["0", "1"], "t.csv").tolist() == [0, 1]  # an index
-    for pictures, text, why in [(None, "frame,a\n1,x\n", "the array's pictures"),
+    for pictures, text, why in [(None, "frame,a\nx.jpg,x\n", "the array's pictures"),
                                 (["1"], "b,a\n1,x\n", "its rows")]:
         (tmp_path / "t.csv").write_text(text)
         files.read_properties(tmp_path / "t.csv", ["a"], pictures, notes := [])
-        assert f"rows are taken in their order, because {why} are not known by name" in notes[0]
+        assert f"rows are taken in their order: {why} are not known by name" in notes[0]
+    (tmp_path / "t.csv").write_text("frame,a\n1,x\n2,y\n")  # an index names nothing
+    files.read_properties(tmp_path / "t.csv", ["a"], None, notes := [])
+    assert not notes
 
 
 def test_an_array_knows_its_pictures(tmp_path):

@@ -409,12 +409,30 @@ def test_warnings_are_one_line_each(files, run_script):
         f"p{i},{i % 2},{i % 2},{i // 2 % 29},x,{i if i else 1}\n" for i in range(60)))
     done = run_script("nrprec.py", "emb.npy", "props.csv", "--permutations", 50, "--queries", 100)
     assert done.returncode == 0
-    lines = done.stderr.splitlines()
+    note, *lines = done.stderr.splitlines()
+    assert note == ("nrprec.py: note: props.csv: rows are taken in their order: the array's pictures are not "
+                    "known by name")
     assert all(line.startswith("nrprec.py: warning: ") for line in lines)
     for words in ("fixed is constant", "--bin uid=10", "58 of 60 queries skipped", "fewer than 1,000",
                   "one and two depend on each other", "nothing can be marked", "all are used"):
         assert sum(words in line for line in lines) == 1, words
     assert "nan" in [line for line in done.stdout.splitlines() if line.startswith("fixed")][0]
+
+
+def test_rows_are_matched_by_name(files, run_script):
+    """A table in another order gives the same numbers; one that lacks a picture is refused."""
+    names = [f"images/{i:06d}.jpg" for i in range(60)]
+    Path("emb.labels.csv").write_text("path\n" + "\n".join(names) + "\n")
+    header, *rows = Path("props.csv").read_text().splitlines()
+    run_script("nrprec.py", "emb.npy", "props.csv", "--out", "right.csv")
+    shuffled = [rows[i] for i in np.random.default_rng(0).permutation(60)]
+    Path("shuffled.csv").write_text("\n".join([header, *shuffled]) + "\n")
+    done = run_script("nrprec.py", "emb.npy", "shuffled.csv", "--out", "o.csv")
+    assert done.returncode == 0 and "note: shuffled.csv: 60 rows matched by number" in done.stderr
+    assert Path("o.csv").read_text() == Path("right.csv").read_text()
+    Path("few.csv").write_text("\n".join([header, *shuffled[1:]]) + "\n")
+    done = run_script("nrprec.py", "emb.npy", "few.csv", "--out", "o.csv")
+    assert done.returncode == 2 and "few.csv lacks 1 of the 60 pictures: images/" in done.stderr
 
 
 def test_ties_are_told(files, run_script):
