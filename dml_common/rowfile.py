@@ -212,7 +212,7 @@ class RowFile:
         if not self.path.exists():
             if not final.exists() or os.fstat(self.file).st_size != self.size:
                 return False
-            os.replace(self.part, self.path)
+            self.replace(self.part)
         refuse_other(self.path, read_json(final) or {}, self.about)
         return True
 
@@ -314,10 +314,9 @@ class RowFile:
             return True
         self.flush()
         lock(self.file, fcntl.LOCK_EX, GATE)  # after its own rows are marked: the last one sees all
-        if not self.is_whole() and alone(self.file) is None:
-            time.sleep(1)  # without locks another process may be at its end
-        if not self.path.exists():
-            if not self.is_whole():
+        whole = self.is_whole()  # asked before: without locks another process may cut it now
+        if not self.was_finished():
+            if not whole:
                 raise OSError(f"{self.part} was removed, cut or replaced while it was filled; give the same "
                               "command again")
             if self.missing():
@@ -343,11 +342,17 @@ class RowFile:
         else:
             os.ftruncate(self.file, self.size)
             os.fsync(self.file)
-        if not self.path.exists():  # without locks another process may have been faster
-            os.replace(array, self.path)
+        self.replace(array)
         folder = os.open(self.path.parent, os.O_RDONLY)
         os.fsync(folder)  # the name survives a power cut
         os.close(folder)
+
+    def replace(self, array):
+        try:
+            os.replace(array, self.path)
+        except FileNotFoundError:  # without locks another process may have been faster
+            if not self.path.exists():
+                raise
 
     def give_up(self):
         """Close, keeping what is there for the next run; locks end here. The last user tidies up."""
