@@ -393,6 +393,9 @@ def test_networks_are_analysed_on_pictures_held_out(tmp_path, run, held_out_netw
 
     monkeypatch.setattr(embed, "embed", counted)
     arguments = ("--dataset", "cars", "--models", "models", "--batch", 4)
+    status, said = run(*arguments, "--loss", "triplet,arcface")
+    assert status == 2 and "names code, small_for_test:seven; if you trust it" in said
+    arguments += ("--model", "small_for_test:seven")
     assert run(*arguments, "--loss", "triplet,arcface")[0] == 0
     # the pictures of either fold once for both losses (5 = 4 + 1); heads and trials are of one
     assert sum(n for n in passes if n != 1) == 5 + 4 - 1
@@ -404,7 +407,8 @@ def test_networks_are_analysed_on_pictures_held_out(tmp_path, run, held_out_netw
         assert (place / "labels.csv").read_text().split() == ["path", *names]
         expected = ["frame,model", *(f"{row},{row % 3}" for row in rows)]
         assert (place / "props.csv").read_text().split() == expected
-        network = networks.load(networks.find("cars", slug, fold, folder=tmp_path / "models")[0])
+        spec, = networks.find("cars", slug, fold, "small_for_test:seven", folder=tmp_path / "models")
+        network = networks.load(spec)
         for row, values in zip(rows, np.load(place / "emb.npy")):
             assert np.abs(values - embedding_of(whole.paths[row], network)).max() <= 1e-5
     one = (*arguments, "--loss", "triplet", "--fold", 0)

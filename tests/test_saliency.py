@@ -421,7 +421,7 @@ def test_smaller_maps_are_averages_and_meet_smaller_masks(place):
 def test_networks_of_one_trunk_and_noise_share_its_passes(place, held_out_networks, monkeypatch):
     slugs = ("triplet", "snr_contrastive", "arcface")
     whole = held_out_networks(place / "models", "pictures", "tiny_networks:build", 6, slugs)
-    options = [*OPTIONS[:2], *OPTIONS[4:], "--models", "models", "--shared-noise", "--limit", "3"]
+    options = [*OPTIONS, "--models", "models", "--shared-noise", "--limit", "3"]
     passes, original = [], saliency.embed
 
     def counted(network, given, *rest):
