@@ -345,6 +345,14 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".x.csv2.abc.part", "x.csv"]
 
 
+def test_processes_that_write_one_file_at_once_all_succeed(tmp_path):
+    code = ("from dml_common import files\n"
+            f"for i in range(300): files.write_file({str(tmp_path / 'x.csv')!r}, b'same')")
+    processes = [subprocess.Popen([sys.executable, "-c", code], cwd=files.ROOT) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["x.csv"]
+
+
 def test_a_full_disk_leaves_nothing(tmp_path):
     code = ("import resource, signal\nfrom dml_common import files\n"
             "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
