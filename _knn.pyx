@@ -352,6 +352,7 @@ cdef extern from *:
     bint item_less(item_t a, item_t b) noexcept nogil
     int compare_items(const void *a, const void *b) noexcept nogil
 
+INTERFACE = 2                   # of the functions here: the scripts take no other
 AVX512 = bool(has_avx512())     # set to False to run the plain loops on any machine
 
 DISTANCES = ("euclidean", "squared_euclidean", "cosine", "dot_product", "snr")

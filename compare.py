@@ -457,7 +457,7 @@ def find_masks(network, args):
         split = "all" if "rows" in record else record.get("split", "test")
         dataset = pictures.open_dataset(args.dataset, args.data_root, split)
     else:  # in natural order, as the pictures are
-        dataset, record = pictures.open_folder(Path(args.masks)), {**record, "pictures": {}}
+        dataset, record = pictures.open_folder(Path(args.masks), "all"), {**record, "pictures": {}}
     names = folders.picture_names(record, n, dataset)
     if names is None or (network.record["pictures"].get("left_out") and not args.dataset):
         raise ValueError(f"{network.path} has {n:,} maps, {args.dataset or args.masks} "
@@ -580,6 +580,8 @@ def parse(argv):
         raise ValueError("which maps? Give two or more files, or --dataset NAME for all of results/NAME")
     if args.masks == "own" and not args.dataset:
         raise ValueError("--masks without a folder takes the data set's own: name it with --dataset")
+    if args.masks not in (None, "own") and not Path(args.masks).is_dir():
+        raise ValueError(f"--masks {args.masks}: no such folder; expected a PNG in it for each picture")
     return args
 
 

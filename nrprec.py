@@ -37,6 +37,8 @@ from threadpoolctl import ThreadpoolController
 try:
     import _knn
 except ImportError:
+    _knn = None
+if getattr(_knn, "INTERFACE", None) != 2:  # not built, or from another _knn.pyx
     _knn = None  # the NumPy twin count_hits_numpy() counts instead
 
 DISTANCES = ("euclidean", "squared_euclidean", "cosine", "dot_product", "snr")
@@ -679,7 +681,7 @@ def main(argv=None):
     if args.out is not None:
         files.check_output(args.out, [*arrays, *tables])
     if _knn is None:
-        command.say("note: the extension _knn is not built (pip install .): counted in NumPy, exact but slow")
+        command.say("note: this version's _knn is not built (pip install .): NumPy counts, exact but slow")
     known, results, rows, names = {}, [], [], command.short_names(arrays)
     distances = [own_distance(array) if args.distance == "own" else args.distance for array in arrays]
     normalise = args.normalise or args.distance == "own"

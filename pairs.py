@@ -36,6 +36,8 @@ from threadpoolctl import threadpool_limits
 try:
     import _knn
 except ImportError:
+    _knn = None
+if getattr(_knn, "INTERFACE", None) != 2:  # not built, or from another _knn.pyx
     _knn = None  # the NumPy twins count_pairs_numpy() and rank_queries_numpy() count instead
 
 ROWS, COLUMNS = 512, 2048  # of a tile of products: 4 MiB, which the caches keep until it is counted
@@ -647,7 +649,7 @@ def main(argv=None):
             files.check_output(path, [*arrays, *tables, *(args.train or [])], outputs[:i])
     figures = command.import_figures() if args.figure is not None or args.class_figure is not None else None
     if _knn is None:
-        command.say("note: the extension _knn is not built (pip install .): counted in NumPy, exact but slow")
+        command.say("note: this version's _knn is not built (pip install .): NumPy counts, exact but slow")
     names, splits = command.short_names(arrays), ["test"] * len(arrays)
     if args.train:
         names = ["test"] if len(names) == 1 else [f"{name}, test" for name in names]

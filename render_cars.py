@@ -268,7 +268,7 @@ def same_settings(path, settings):
         there = json.loads(path.read_text(encoding="utf-8"))
         for name in dict.fromkeys([*there, *settings]):
             old, new = there.get(name), settings.get(name)
-            if old == new or (None in (old, new) and name not in ("body_seed", "depend")):
+            if old == new or (None in (old, new) and name not in ("body_seed", "depend", "exposure")):
                 continue
             if isinstance(old, dict) and isinstance(new, dict):
                 key = next(key for key in [*old, *new] if old.get(key) != new.get(key))
@@ -389,7 +389,7 @@ def render_frame(scene, models, row, args, temporary):
     backdrop = bpy.data.materials["backdrop"].node_tree.nodes["hsv"]
     set_hsv(backdrop, row["bg_color_hue"], row["bg_color_sat"], row["bg_color_val"])
     place_camera(scene.camera, row["camera_loc_z"])
-    set_sky(scene.world.node_tree.nodes, row["sun_elevation"], row["sun_rotation"])
+    set_sky(scene.world.node_tree.nodes, row["sun_elevation"], row["sun_rotation"], args.exposure)
     # The noise pattern is the frame's own too: one fixed pattern would be a feature that all frames share.
     scene.cycles.seed = int(np.random.default_rng([args.seed, row["frame"], 1]).integers(2 ** 31))
     picture, mask = temporary / f"picture.{args.format}", temporary / "mask0001.png"
@@ -407,7 +407,7 @@ def render_frame(scene, models, row, args, temporary):
 # ---------------------------------------------------------------- the scene
 
 # Strength of the sky for each elevation of the sun (degrees): a white ground is rendered just below white at
-# noon and darker, not black, at dawn.
+# noon and darker, not black, at dawn. --exposure fixed takes noon's for all.
 STRENGTH = ((0, 0.7), (5, 0.3), (15, 0.12), (45, 0.05), (90, 0.034))
 CAMERA_DISTANCE, CAMERA_LENS, LOOK_AT = 10.0, 62.0, 0.62  # metres, mm (sensor 36 mm), metres
 
@@ -501,9 +501,9 @@ def build_sky(scene):
     scene.world.cycles.sample_map_resolution = 256
 
 
-def set_sky(nodes, elevation, rotation):
+def set_sky(nodes, elevation, rotation, exposure):
     """Place the sun, in degrees. Setting a value, even to what it is, makes Cycles compute the sky again."""
-    strength = float(np.interp(elevation, *zip(*STRENGTH)))
+    strength = float(np.interp(90 if exposure == "fixed" else elevation, *zip(*STRENGTH)))
     for item, name, value in ((nodes["sky"], "sun_elevation", math.radians(elevation)),
                               (nodes["sky"], "sun_rotation", math.radians(rotation)),
                               (nodes["background"].inputs["Strength"], "default_value", strength)):
@@ -1192,6 +1192,8 @@ def parse(argv):
     add("--body-seed", type=int, default=0, metavar="N", help="of the drawn bodies' shapes (0)")
     add("--depend", type=parse_depend, action="append", default=[], metavar="bg_color_hue=model:0.8",
         help="in this share of the frames the one follows from the other; may be repeated")
+    add("--exposure", choices=["by-elevation", "fixed"], default="by-elevation",
+        help="does the sky's strength make up for a low sun? (by-elevation)")
     add("--cars", type=Path, metavar="DIR", help=f"your own cars, a file a model ({' '.join(MESHES)})")
     add("--paint-material", metavar="NAME,…", help="those to recolour (paint, body or carpaint)")
     add("--masks", action="store_true", help="write masks/000000.png …: 255 where the car is, else 0")
@@ -1250,6 +1252,8 @@ def main():
         settings["body_seed"] = args.body_seed
     if rules:
         settings["depend"] = rules
+    if args.exposure != "by-elevation":
+        settings["exposure"] = args.exposure
     rows = sample(properties, args.seed, args.frames, rules)
     if args.dry_run:
         write_set(args, settings, rows)

@@ -49,7 +49,8 @@ def settings(folder, size, samples, **more):
     for name in ("images", "masks"):
         (folder / name).mkdir(exist_ok=True)
     defaults = {"out": folder, "seed": 0, "size": size, "samples": samples, "denoise": True, "format": "png",
-                "device": "cpu", "masks": True, "paint_material": None, "verbose": False, "body_seed": 0}
+                "device": "cpu", "masks": True, "paint_material": None, "verbose": False, "body_seed": 0,
+                "exposure": "by-elevation"}
     return SimpleNamespace(**defaults | more)
 
 
@@ -124,8 +125,9 @@ def sheets(args):
 
 def bodies(args):
     """Drawn bodies, ten in a row; what two of them have in common from the side, whether all are in frame."""
-    names, place = [f"body{j:03d}" for j in range(args.number)], (0, args.size // 8, args.size, args.size)
-    sheet = Image.new("RGB", (10 * args.size, -(-len(names) // 10) * args.size * 3 // 4), "white")
+    names, height = [f"body{j:03d}" for j in range(args.number)], args.size * 4 // 7
+    place = (0, args.size // 8, args.size, args.size // 8 + height)
+    sheet = Image.new("RGB", (10 * args.size, -(-len(names) // 10) * height), "white")
     sides, edges = [], 0
     with tempfile.TemporaryDirectory() as folder:
         options = settings(Path(folder), args.size, args.samples)
@@ -139,7 +141,7 @@ def bodies(args):
                 if turn == 0:
                     sides.append(mask)
             picture = Image.open(Path(folder) / "images/000000.png").crop(place)
-            sheet.paste(picture, (k % 10 * args.size, k // 10 * args.size * 3 // 4))
+            sheet.paste(picture, (k % 10 * args.size, k // 10 * height))
     common = [(a & b).sum() / (a | b).sum() for a, b in combinations(sides, 2)]
     print(f"{len(names)} bodies: outlines have {np.mean(common):.2f} in common, at most {max(common):.3f}; "
           f"{edges} of {4 * len(names)} pictures touch their edge")
@@ -224,7 +226,7 @@ def main():
     for function in (speed, sheets, bodies, samples):
         command = commands.add_parser(function.__name__, help=function.__doc__.splitlines()[0])
         command.set_defaults(run=function)
-        command.add_argument("--size", type=int, default=96 if function in (sheets, bodies) else 256)
+        command.add_argument("--size", type=int, default={sheets: 96, bodies: 112}.get(function, 256))
         if function is speed:
             command.add_argument("--frames", type=int, default=96, help="with the scene built once (96)")
             command.add_argument("--anew", type=int, default=8, help="rendered each of the other ways (8)")

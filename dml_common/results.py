@@ -28,7 +28,8 @@ MOST = 99_999        # partitions tried: the test is exact where there are no mo
 PERMUTATIONS = 9999  # of the order of properties, and of the losses' groups
 
 TEXTS = {"model", "fold", "model_a", "fold_a", "model_b", "fold_b", "loss", "embeddings", "property",
-         "distance", "null", "label", "measure", "lowest", "split"}  # columns of tables that are no numbers
+         "distance", "null", "label", "measure", "lowest", "split", "ties",
+         "normalised"}  # columns of tables that are no numbers
 SCORES = ("recall_at_1", "map_at_r", "jsd", "jsd_null", "r_precision", "positive_mean", "negative_mean")
 TESTED = ("recall_at_1", "map_at_r", "jsd", "r_precision")
 CURVES = ("loss", "positive_mean", "negative_mean", "jsd", "recall_at_1", "map_at_r")  # of history.csv
@@ -226,8 +227,12 @@ def row_properties(network):
 
 def check_rows(results):
     """Raise ValueError when a table mixes options, or tells of other pictures than the arrays there."""
-    for table, key in product(("nrprec", "pairs"), ("distance", "null", "max_neighbours", "label")):
-        values = dict.fromkeys(str(row.get(key) or "none") for row in results.tables.get(table, []))
+    keys = ("distance", "normalised", "null", "ties", "max_neighbours", "label")
+    for table, key in product(("nrprec", "pairs"), keys):
+        rows = results.tables.get(table, [])
+        if key == "distance":  # normalised: each loss may have its own (nrprec.py --distance own)
+            rows = [row for row in rows if row.get("normalised") != "1"]
+        values = dict.fromkeys(str(row.get(key) or "none") for row in rows)
         if len(values) > 1:
             raise ValueError(f"{results.folder / table}.csv mixes {key} {' and '.join(values)}: such rows do "
                              "not belong together; make all with the same options")

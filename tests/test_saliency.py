@@ -458,7 +458,7 @@ def start(*arguments, slow=0.0, command=(sys.executable, str(ROOT / "saliency.py
 
 @pytest.mark.parametrize("apart, killed", [(0, True), (1.0, False)])
 def test_one_command_started_three_times(place, capsys, apart, killed):
-    """Together or apart, one of them killed: all end with 0 and the bytes of one process; then all is done."""
+    """Together or apart, one of them killed: all end with 0 and the bytes of one process, and all is done."""
     run("--out", "one.npy")
     processes = []
     for _ in range(3):
