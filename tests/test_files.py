@@ -362,21 +362,3 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=files.ROOT, capture_output=True, text=True)
     assert re.search(r"x.csv can't be written \(.*\); free space", done.stdout)
     assert not list(tmp_path.iterdir())
-
-
-def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
-    """But for the temporary file of a process that lives, which is locked."""
-    (tmp_path / ".a.csv.deadbeef.part").write_text("half")
-    (tmp_path / ".b.csv.deadbeef.part").write_text("half")
-    code = ("import fcntl, sys, time; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); "
-            "print(flush=True); time.sleep(60)")
-    owner = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / ".a.csv.12345678.part")],
-                             stdout=subprocess.PIPE)
-    owner.stdout.readline()
-    files.write_file(tmp_path / "a.csv", b"a\n1\n")
-    owner.kill()
-    owner.communicate()
-    there = sorted(path.name for path in tmp_path.iterdir())
-    assert there == [".a.csv.12345678.part", ".b.csv.deadbeef.part", "a.csv"]
-    files.write_file(tmp_path / "a.csv", b"a\n1\n")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".b.csv.deadbeef.part", "a.csv"]
