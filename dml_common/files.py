@@ -429,8 +429,8 @@ def rows_by_name(pictures, names, source, notes=None):
     absent = [name for name, there in zip(pictures, most) if not there]
     if absent:
         some = ", ".join(absent if len(absent) < 4 else [*absent[:3], "…"])
-        raise ValueError(f"{source} lacks {len(absent):,} of the {n:,} pictures: {some}; add what is missing, "
-                         "or leave these out of the other list")
+        raise ValueError(f"{source} lacks {len(absent):,} of the {n:,} pictures: {some}; add what is "
+                         "missing, or leave these out of the other list")
     twice = [name for listed in (names, pictures) for name, times in Counter(listed).items() if times > 1]
     raise ValueError(f"{source}: {(twice or pictures)[0]} is the name of two; give each its own")
 
