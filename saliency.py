@@ -253,7 +253,8 @@ def fold_batchnorm(network, picture):
                 if isinstance(module, nn.Conv2d) and count[id(module)] == 1}
         for name, module, given, _, versions in calls:
             source = made.get((id(given), versions[0]))
-            if isinstance(module, nn.BatchNorm2d) and count[id(module)] == 1 and source:
+            normed = isinstance(module, nn.BatchNorm2d) and module.running_mean is not None
+            if normed and count[id(module)] == 1 and source:
                 replace(folded, source[0], fuse_conv_bn_eval(source[1], module))
                 replace(folded, name, nn.Identity())
         is_tensor = isinstance(expected, torch.Tensor)
@@ -302,9 +303,17 @@ def gradient_break(network, picture):
 
 def prepare(network, example):
     """(network folded, frozen, channels-last; its linear stem or None); example: a picture on its device."""
-    ready = fold_batchnorm(network.to(example.device), example).requires_grad_(False)
-    ready = ready.to(memory_format=torch.channels_last)
-    return ready, linear_stem(ready, example)
+    from dml_common.command import out_of_memory
+
+    try:
+        ready = fold_batchnorm(network.to(example.device), example).requires_grad_(False)
+        ready = ready.to(memory_format=torch.channels_last)
+        return ready, linear_stem(ready, example)
+    except Exception as error:  # whatever a factory's network does with a picture
+        if out_of_memory(error):
+            raise
+        raise ValueError(f"the network fails on a picture {tuple(example.shape[1:])}: "
+                         f"{type(error).__name__}: {error}") from None
 
 
 def baseline_of(pixels, kind):
