@@ -624,7 +624,8 @@ def test_cars_draw_more_than_their_area(renders, tmp_path):
 
 
 def test_batch_norms_without_statistics_stay_as_they_are():
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten()).eval()
+    norm = nn.BatchNorm2d(4, track_running_stats=False)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Flatten()).eval()
     picture = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(saliency.fold_batchnorm(network, picture)(picture), network(picture))
 
