@@ -596,8 +596,10 @@ def parse(argv):
 
 def plan(args, dataset, device):
     """The runs asked for, each with its config.json, and the network that they begin with."""
-    from dml_common import networks, pictures
-    labels, label = pictures.labels_of(dataset, args.labels, args.label)
+    from dml_common import command, networks, pictures
+    labels, label = pictures.labels_of(dataset, args.labels, args.label, notes := [])
+    for note in [*dataset.notes, *notes]:
+        command.say(note)
     kind = args.split or ("default" if label in ("class", "super_class") else "pictures")
     rows, parts, runs, published = [], {}, [], None
     for name in args.loss.split(","):

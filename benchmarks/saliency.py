@@ -35,7 +35,7 @@ COPIES = (10, 20, 50, 100, 200, 300)
 
 
 def network(backbone, seed=0):
-    """(module, preprocessing): EfficientNet-Lite0 and its weights; BN-Inception and a linear layer, random."""
+    """(module, preprocessing): EfficientNet-Lite0 with its weights, or BN-Inception and a linear layer."""
     if backbone == "efficientnet_lite0":
         loaded = networks.load(networks.find(model=backbone)[0])
         return loaded.module, loaded.preprocessing
