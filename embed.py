@@ -123,15 +123,12 @@ def write_labels(job, prefix):
 
 
 def main(argv=None):
-    from dml_common import command, networks, rowfile
+    from dml_common import command, rowfile
 
     parser = command.parser(__doc__)
     add = parser.add_argument
-    command.add_pictures(add)
-    command.add_networks(add, networks.MODELS)
+    rowfile.add_options(add, "emb.npy")
     add("--seed", type=int, default=0, help="of the random layer of --loss None (0)")
-    rowfile.add_output(add, "emb.npy")
-    command.add_speed(add)
     add("--batch", type=int, metavar="N", help="pictures at a time (from the memory)")
     add("--draft", action="store_true", help="let the decoder shrink large JPEGs: faster, other values")
     args = parser.parse_args(argv)

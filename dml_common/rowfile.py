@@ -79,8 +79,9 @@ def refuse_other(path, made, about):
     """Raise ValueError unless `made`, the JSON of an array, agrees with `about`."""
     now = json.loads(json.dumps(about))
     if isinstance(made.get("pictures"), dict) and "pictures" in now:
-        listed = made["pictures"].get("listed", made["pictures"])  # whether or not some of them were left out
-        made = {**made, "pictures": {SIZES: now["pictures"].get(SIZES), **listed}}  # older arrays lack it
+        listed = made["pictures"].get("listed", made["pictures"])  # whether or not some were left out
+        sizes = listed.get(SIZES, now["pictures"].get(SIZES))  # older arrays lack it
+        made = {**made, "pictures": {**listed, SIZES: sizes}}
     if different := differences(made, now):
         raise ValueError(f"{path} was made with other options ({'; '.join(different)}): remove it, or write "
                          "elsewhere")
@@ -384,8 +385,11 @@ def write_all(descriptor, content, offset):
 # ---------------------------------------------------------------- pictures through networks
 
 
-def add_output(add, name):
-    """--out, --skip-unreadable; add: a parser's add_argument."""
+def add_options(add, name):
+    """Which pictures, which networks, where to; add: a parser's add_argument."""
+    command.add_pictures(add)
+    command.add_networks(add, files.ROOT / "models")
+    command.add_speed(add)
     add("--out", type=Path, default=Path("results"), metavar="FILE.npy|DIR",
         help=f"one network's array, or the folder of all: DIR/<dataset>/<slug>/fold<k>/{name} (results)")
     add("--skip-unreadable", action="store_true", help="leave pictures out that can't be read (stop there)")
@@ -451,7 +455,8 @@ def listed(dataset, numbers):
 
 def without(left_out, job):
     """The JSON of an array that lacks these rows: their pictures could not be read."""
-    kept = [number for row, number in enumerate(job.numbers) if row not in left_out]
+    rows = set(left_out)
+    kept = [number for row, number in enumerate(job.numbers) if row not in rows]
     names = [job.dataset.relative[job.numbers[row]] for row in left_out]
     pictures = {**listed(job.dataset, kept), "left_out": names, "listed": job.about["pictures"]}
     return {**job.about, "pictures": pictures}
@@ -471,7 +476,8 @@ def incomplete(jobs, alike):
 def fill(jobs, shapes, dtype, load, stack, compute, batch, least, args, unit):
     """Make the arrays of jobs that share their pictures, together with whatever other processes do the same.
 
-    shapes: of a row of each; least: rows to claim at a time; args: with workers and skip_unreadable
+    shapes: of a row of each; least: rows to claim at a time
+    args: workers and skip_unreadable (None where there is no such option)
     load: path -> a picture, in threads; ValueError or OSError when it can't be read
     stack: list of up to `batch` of them -> what compute takes, in a thread, while the one before is used
     compute: (numbers of arrays that lack these rows, rows, what stack gave) -> for each array (len(rows), …)
@@ -495,20 +501,25 @@ def fill(jobs, shapes, dtype, load, stack, compute, batch, least, args, unit):
                 rounds += 1
                 with closing(prepared(arrays, blocks, batch, paths, load, stack, workers)) as batches:
                     for which, rows, pictures, errors in batches:
-                        for row, error in errors:
-                            if args.skip_unreadable is None:  # no such option
-                                raise error
-                            if not args.skip_unreadable:
-                                raise ValueError(f"{error}, or leave it out with --skip-unreadable")
-                            command.say(f"left out: {error}")
-                            for k in which:
-                                arrays[k].leave_out([row])
+                        leave_out(errors, [arrays[k] for k in which], args.skip_unreadable)
                         for k, values in zip(which, compute(which, rows, pictures) if rows else []):
                             arrays[k].write(rows, values)
                             bar.update(len(rows))
     finally:
         for array in arrays:
             array.give_up()
+
+
+def leave_out(errors, arrays, allowed):
+    """The rows of pictures that can't be read, errors: [(row, error)]."""
+    for row, error in errors:
+        if allowed is None:
+            raise error
+        if not allowed:
+            raise ValueError(f"{error}, or leave it out with --skip-unreadable")
+        command.say(f"left out: {error}")
+        for array in arrays:
+            array.leave_out([row])
 
 
 def prepared(arrays, blocks, batch, paths, load, stack, workers):
