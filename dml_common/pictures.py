@@ -155,8 +155,9 @@ def labels_of(dataset, table=None, column=None, notes=None):
     table = table or dataset.folder / "props.csv"
     values = read_properties(table, [column], dataset.relative, notes)[column].tolist()
     if len(values) != len(dataset.paths):
-        raise ValueError(f"{table} has {len(values):,} labels, {dataset.name} {len(dataset.paths):,} pictures;"
-                         " expected a row for each, in the same order")
+        n = len(dataset.paths)
+        raise ValueError(f"{table} has {len(values):,} labels, {dataset.name} {n:,} pictures; "
+                         "expected a row for each, in the same order")
     return numbered(values)[0], column
 
 
@@ -443,6 +444,18 @@ def input_size(preprocessing):
     if preprocessing["crop"]:
         return preprocessing["crop"], preprocessing["crop"]
     return tuple(preprocessing["resize"])
+
+
+def resized(preprocessing, side):
+    """The same for inputs whose shorter side has `side` pixels: resize and crop in proportion."""
+    factor = side / min(input_size(preprocessing))
+
+    def scale(value):
+        if isinstance(value, list):
+            return [scale(one) for one in value]
+        return value and max(1, round(value * factor))
+
+    return {**preprocessing, **{key: scale(preprocessing[key]) for key in ("resize", "crop")}}
 
 
 def load_mask(path, preprocessing, size=None):
