@@ -9,7 +9,11 @@ For each query the kernel
 3. counts ``key > threshold and label == value`` in straight loops that vectorise, or walks the members of
    the query's class where that is shorter;
 4. resolves what lies near the threshold exactly: by the float32 values as far as their error bound allows,
-   then by float64 distances, then by index. No row is sorted, no list of R neighbours is kept.
+   then by float64 distances. No row is sorted, no list of R neighbours is kept.
+
+Candidates at the same distance from the query are tied. Where the cut at R goes through a tied group, each of
+it is retrieved with the probability (places left) / (number tied): the mean over all orders of the rows. Or,
+as released, the smaller index goes first.
 
 Float64 distances are NumPy's to the last bit (its pairwise summation is repeated here), so that the counts
 equal this brute force, for every input:
@@ -17,6 +21,8 @@ equal this brute force, for every input:
     d = np.sqrt(((x[q] - x) ** 2).sum(1))       # x float64; the other distances are in distance64()
     d[q] = np.inf                               # the query is left out by its index
     nearest = np.argsort(d, kind="stable")[:R]  # smaller distance first, equal ones by smaller index
+    cut = d[nearest[-1]]
+    hits = (d < cut) @ same + (d == cut) @ same * (R - (d < cut).sum()) / (d == cut).sum()
 
 Python validates and allocates (nrprec.py); everything here trusts its arguments.
 """
@@ -346,6 +352,7 @@ cdef extern from *:
     bint item_less(item_t a, item_t b) noexcept nogil
     int compare_items(const void *a, const void *b) noexcept nogil
 
+INTERFACE = 2                   # of the functions here: the scripts take no other
 AVX512 = bool(has_avx512())     # set to False to run the plain loops on any machine
 
 DISTANCES = ("euclidean", "squared_euclidean", "cosine", "dot_product", "snr")
@@ -369,9 +376,12 @@ cdef struct Row:                # one query at work: its thread's scratch and wh
     int16_t *key                # (n,)
     uint32_t *above             # (BINS,) histogram, then the number of items in higher bins
     ptrdiff_t lowest            # bin from which on `above` is known
-    int32_t *index              # (n,) items near a threshold; after resolve() the chosen ones
+    int32_t *index              # (n,) items near a threshold; after resolve() the chosen ones, then the tied
     item_t *item                # (n,)
     double *term                # (m,)
+    bint by_index               # ties go to the smaller index
+    ptrdiff_t tied              # candidates tied at the threshold, 0 where it goes through no group
+    ptrdiff_t places            # how many of them are retrieved
 
 
 cdef double distance64(const Space *space, ptrdiff_t q, ptrdiff_t i, double *term) noexcept nogil:
@@ -511,11 +521,12 @@ cdef void start(const Space *space, Row *row, uint32_t deepest) noexcept nogil:
 cdef ptrdiff_t resolve(const Space *space, Row *row, int64_t rank, const uint8_t *code,
                        const uint64_t *plane, uint8_t value, int16_t *threshold,
                        int64_t *hits) noexcept nogil:
-    """The `rank` nearest candidates, ties by index, are those with key > threshold and row.index[:returned].
+    """The `rank` nearest candidates: those with key > threshold, row.index[:returned] and row.places of the
+    row.tied ones that follow there, which by index are among those returned.
 
-    In the same pass, `hits` becomes the number of the former that have the code (where codes are given).
+    In the same pass, `hits` becomes the number of the first that have the code (where codes are given).
     """
-    cdef ptrdiff_t low = row.lowest, high = BINS - 1, middle, near, i, j, certain, unsure, need
+    cdef ptrdiff_t low = row.lowest, high = BINS - 1, middle, near, i, j, certain, unsure, need, nearer = 0
     cdef int32_t margin, key_low, key_high, top
     cdef double cut
     while low < high:                         # the rank-th's bin: the lowest with fewer than `rank` above it
@@ -539,6 +550,7 @@ cdef ptrdiff_t resolve(const Space *space, Row *row, int64_t rank, const uint8_t
         row.item[i].distance = -<double>(row.product[j] + space.offset[j])
         need += row.key[j] > top
     threshold[0] = <int16_t>key_high
+    row.tied = row.places = 0
     if need < near:
         select(row.item, near, need)
         cut = row.item[need - 1].distance
@@ -558,16 +570,35 @@ cdef ptrdiff_t resolve(const Space *space, Row *row, int64_t rank, const uint8_t
             for i in range(unsure):
                 row.item[i].distance = distance64(space, row.query, row.item[i].index, row.term)
             select(row.item, unsure, need)
+            cut = row.item[need - 1].distance
+            for i in range(unsure):
+                nearer += row.item[i].distance < cut
+                row.tied += row.item[i].distance == cut
+            row.places = need - nearer
+            if row.tied == row.places:
+                row.tied = row.places = 0
+            elif not row.by_index:
+                j = certain
+                for i in range(unsure):
+                    if row.item[i].distance < cut:
+                        row.index[j] = <int32_t>row.item[i].index
+                        j += 1
+                for i in range(unsure):
+                    if row.item[i].distance == cut:
+                        row.index[j] = <int32_t>row.item[i].index
+                        j += 1
+                return certain + nearer
         for i in range(need):
             row.index[certain + i] = <int32_t>row.item[i].index
         return certain + need
     return need
 
 
-cdef int64_t hits_chosen(const Row *row, const uint8_t *code, uint8_t value, ptrdiff_t chosen) noexcept nogil:
+cdef int64_t hits_chosen(const Row *row, const uint8_t *code, uint8_t value, ptrdiff_t first,
+                         ptrdiff_t last) noexcept nogil:
     cdef int64_t hits = 0
     cdef ptrdiff_t i
-    for i in range(chosen):
+    for i in range(first, last):
         hits += code[row.index[i]] == value
     return hits
 
@@ -602,7 +633,7 @@ def count_hits(const float[:, ::1] products, const int64_t[::1] queries, const d
                const int32_t[:, ::1] members, const int32_t[::1] member_row,
                const int32_t[:, ::1] entry, const uint8_t[::1] entry_code, const int32_t[::1] entry_rank,
                const int32_t[::1] entry_start, const int32_t[::1] entry_count, const int64_t[::1] ranks,
-               int32_t[:, ::1] hits, int threads=1):
+               int32_t[:, :, ::1] hits, bint by_index=False, int threads=1):
     """Among each query's R nearest candidates, how many carry its label: for every label column at once.
 
     products   (B, n) float32   working rows · working rows of the queries, any BLAS
@@ -615,7 +646,9 @@ def count_hits(const float[:, ::1] products, const int64_t[::1] queries, const d
     entry      (k, B) int32     the queries' values as rows of the table entry_*:
       entry_code  its code, 0: walk the members · entry_start, entry_count: where they stand
       entry_rank  which of `ranks` (int64, 1 … n − 1) is its R, −1: R = 0, no hits
-    hits       (k, B) int32     the result
+    hits       (4, k, B) int32  the result, zeros before: hits retrieved for sure · tied at the cut ·
+                                hits among these · how many of these are retrieved
+    by_index                    the smaller indices of these: all hits are sure; ties are told all the same
     """
     cdef Space space = make_space(x, aux, offset, distance)
     cdef ptrdiff_t n = space.n, block = products.shape[0], columns = entry.shape[0], slots = ranks.shape[0]
@@ -632,7 +665,8 @@ def count_hits(const float[:, ::1] products, const int64_t[::1] queries, const d
         t = threadid()
         count_row(&space, &products[b, 0], queries[b], bounds[b], &key[t, 0], &above[t, 0], &index[t, 0],
                   <item_t *>&item[t, 0], &term[t, 0], &first[t, 0], &order[t, 0], codes, planes, members,
-                  member_row, entry, entry_code, entry_rank, entry_start, entry_count, ranks, hits, b)
+                  member_row, entry, entry_code, entry_rank, entry_start, entry_count, ranks, hits, by_index,
+                  b)
 
 
 cdef void count_row(const Space *space, const float *product, ptrdiff_t query, double bound, int16_t *key,
@@ -641,20 +675,20 @@ cdef void count_row(const Space *space, const float *product, ptrdiff_t query, d
                     const int32_t[:, ::1] members, const int32_t[::1] member_row,
                     const int32_t[:, ::1] entry, const uint8_t[::1] entry_code, const int32_t[::1] entry_rank,
                     const int32_t[::1] entry_start, const int32_t[::1] entry_count, const int64_t[::1] ranks,
-                    int32_t[:, ::1] hits, ptrdiff_t b) noexcept nogil:
+                    int32_t[:, :, ::1] hits, bint by_index, ptrdiff_t b) noexcept nogil:
     cdef Row row
-    cdef ptrdiff_t columns = entry.shape[0], slots = ranks.shape[0], k, i, slot, chosen
-    cdef int64_t found = 0
+    cdef ptrdiff_t columns = entry.shape[0], slots = ranks.shape[0], k, i, slot, chosen, last
+    cdef int64_t found = 0, tied
     cdef int32_t e
     cdef uint8_t value
     cdef int16_t threshold = 0
     row.product, row.query, row.bound = product, query, bound
     row.key, row.above, row.index, row.item, row.term = key, above, index, item, term
+    row.by_index = by_index
     # Columns in the order of their rank, so that each threshold is resolved once (counting sort).
     for slot in range(slots + 1):
         first[slot] = 0
     for k in range(columns):
-        hits[k, b] = 0
         slot = entry_rank[entry[k, b]]
         if slot >= 0:
             first[slot + 1] += 1
@@ -678,14 +712,23 @@ cdef void count_row(const Space *space, const float *product, ptrdiff_t query, d
         chosen = resolve(space, &row, ranks[slot], &codes[k, 0] if value else NULL,
                          &planes[value - 1, k, 0] if 0 < value <= planes.shape[0] else NULL, value,
                          &threshold, &found)
+        last = chosen if by_index else chosen + row.tied
         while True:
             if value:
-                found += hits_chosen(&row, &codes[k, 0], value, chosen)
+                found += hits_chosen(&row, &codes[k, 0], value, 0, chosen)
+                tied = hits_chosen(&row, &codes[k, 0], value, chosen, last)
             else:
                 e = entry[k, b]
                 found = hits_walked(&row, &members[member_row[k], entry_start[e]], entry_count[e], threshold,
                                     chosen)
-            hits[k, b] = <int32_t>found
+                tied = 0
+                if last > chosen:
+                    tied = hits_walked(&row, &members[member_row[k], entry_start[e]], entry_count[e],
+                                       threshold, last) - found
+            hits[0, k, b] = <int32_t>found
+            if row.tied:
+                hits[1, k, b], hits[2, k, b] = <int32_t>row.tied, <int32_t>tied
+                hits[3, k, b] = <int32_t>row.places
             i += 1
             if i == first[slot]:
                 break
@@ -727,6 +770,7 @@ cdef void nearest_row(const Space *space, const float *product, ptrdiff_t query,
     cdef int16_t threshold = 0
     row.product, row.query, row.bound = product, query, bound
     row.key, row.above, row.index, row.item, row.term = key, above, index, item, term
+    row.by_index = True
     start(space, &row, <uint32_t>rank)
     chosen = resolve(space, &row, rank, NULL, NULL, 0, &threshold, &unused)
     for i in range(chosen):
@@ -835,14 +879,16 @@ cdef void flush(uint32_t[:, :, ::1] histogram, const int64_t[::1] bins, int64_t 
 def rank_hits(const float[:, ::1] products, const int64_t[::1] queries, const double[::1] bounds,
               const float[:, ::1] x, const double[::1] norms, const float[::1] offset,
               const int32_t[::1] values, const int64_t[::1] relevant, int64_t neighbours,
-              int64_t[::1] first, int64_t[::1] hits, double[::1] precision):
-    """Each query's candidates in order of cosine distance (ties by index): where those of its value stand.
+              int64_t[:, ::1] counts, double[::1] precision, bint by_index=False):
+    """Each query's candidates in order of cosine distance: where those of its value stand.
 
+    Candidates at the same distance form a group, or, by index, each a group of its own.
     values     (n,) int32     classes; relevant (B,) int64: R, the other rows of the query's class
     neighbours                look at max(R, neighbours) candidates at least
-    first      (B,) int64     rank of the nearest hit among these, from 1; 0: none
-    hits       (B,) int64     among the R nearest
-    precision  (B,) float64   Σ_{k=1..R} Precision@k · p(k), not yet divided by R
+    counts     (B, 7) int64   of the first group of these with hits: where it begins, candidates, hits (1, 1
+                              where all are hits; 0 without a hit) · hits among the R nearest for sure · of a
+                              group of hits and others that the cut at R divides: candidates, hits, places
+    precision  (B,) float64   Σ_{k=1..R} E[Precision@k · p(k)] over all orders of the groups, not divided by R
     Other arguments as count_hits(). No list is kept: memory does not grow with R.
     """
     cdef Space space = make_space(x, norms, offset, 2)
@@ -854,26 +900,32 @@ def rank_hits(const float[:, ::1] products, const int64_t[::1] queries, const do
     cdef Row row
     row.key, row.above, row.index = &key[0], &above[0], &index[0]
     row.item, row.term = <item_t *>&item[0], &term[0]
+    row.by_index = by_index
+    counts[:, :], precision[:] = 0, 0.0
     with nogil:
         for b in range(products.shape[0]):
-            first[b], hits[b], precision[b] = 0, 0, 0.0
             if relevant[b] == 0:
                 continue
             row.product, row.query, row.bound = &products[b, 0], queries[b], bounds[b]
             rank_row(&space, &row, min(max(relevant[b], neighbours), n - 1), relevant[b], &values[0],
-                     &unit[0], &first[b], &hits[b], &precision[b])
+                     &unit[0], &counts[b, 0], &precision[b])
 
 
 cdef void rank_row(const Space *space, Row *row, int64_t depth, int64_t relevant, const int32_t *values,
-                   double *unit, int64_t *first, int64_t *hits, double *precision) noexcept nogil:
-    cdef ptrdiff_t certain, found = 0, i, j, begin, m = space.m
-    cdef int64_t unused = 0, right = 0
+                   double *unit, int64_t *counts, double *precision) noexcept nogil:
+    cdef ptrdiff_t certain, near, total, found = 0, i, j, begin, end, m = space.m
+    cdef int64_t unused = 0, right, before = 0
     cdef int16_t threshold = 0
     cdef bint mixed, ready = False
     cdef int32_t value = values[row.query]
     start(space, row, <uint32_t>depth)
-    certain = depth - resolve(space, row, depth, NULL, NULL, 0, &threshold, &unused)
-    for i in range(depth - certain):
+    near = resolve(space, row, depth, NULL, NULL, 0, &threshold, &unused)
+    certain = depth - near
+    if row.tied and not row.by_index:         # the whole group is looked at
+        certain -= row.places
+        near += row.tied
+    total = certain + near
+    for i in range(near):
         j = row.index[i]
         row.item[certain + i].index = j
         row.item[certain + i].distance = -<double>(row.product[j] + space.offset[j])
@@ -886,12 +938,12 @@ cdef void rank_row(const Space *space, Row *row, int64_t depth, int64_t relevant
             row.above[(row.key[j] + 32768) >> BIN_SHIFT] += 1
             row.item[begin].index = j
             row.item[begin].distance = -<double>(row.product[j] + space.offset[j])
-    order_items(row.item, depth)
+    order_items(row.item, total)
     begin = 0
-    while begin < depth:                      # runs that float32 can't tell apart; order matters if they mix
+    while begin < total:                      # runs that float32 can't tell apart: matters where they mix
         i = begin + 1
         mixed = False
-        while i < depth and row.item[i].distance - row.item[i - 1].distance <= 2.0 * row.bound:
+        while i < total and row.item[i].distance - row.item[i - 1].distance <= 2.0 * row.bound:
             mixed |= (values[row.item[i].index] == value) != (values[row.item[begin].index] == value)
             i += 1
         if mixed:
@@ -904,15 +956,39 @@ cdef void rank_row(const Space *space, Row *row, int64_t depth, int64_t relevant
                 unit_products(unit, space.x + found * m, space.aux[found], m, row.term)
                 row.item[j].distance = 1.0 - pairwise_sum(row.term, m)
             order_items(row.item + begin, i - begin)
-        for j in range(begin, i):
-            if values[row.item[j].index] == value:
-                right += 1
-                if right == 1:
-                    first[0] = j + 1
-                if j < relevant:
-                    hits[0] += 1
-                    precision[0] += <double>right / (j + 1)
-        begin = i
+        while begin < i:                      # a run of hits alone, or of none, is one group in any order
+            end = begin + 1 if mixed else i
+            while not row.by_index and end < i and row.item[end].distance == row.item[begin].distance:
+                end += 1
+            right = 0
+            for j in range(begin, end):
+                right += values[row.item[j].index] == value
+            if right:
+                count_group(begin, end - begin, right, before, relevant, counts, precision)
+            before += right
+            begin = end
+
+
+cdef void count_group(int64_t begin, int64_t tied, int64_t right, int64_t before, int64_t relevant,
+                      int64_t *counts, double *precision) noexcept nogil:
+    """Candidates at places begin + 1 … begin + tied in any order, `right` of them hits, after `before` hits.
+
+    E[Precision@k · p(k)] of McSherry and Najork (2008).
+    """
+    cdef int64_t places = min(tied, relevant - begin), j
+    cdef double share = <double>right / tied, others = <double>(right - 1) / max(tied - 1, 1)
+    if counts[2] == 0:
+        counts[0], counts[1], counts[2] = begin, tied, right
+        if right == tied:
+            counts[1] = counts[2] = 1
+    if places <= 0:
+        return
+    if right == tied or places == tied:
+        counts[3] += min(right, places)
+    else:
+        counts[4], counts[5], counts[6] = tied, right, places
+    for j in range(places):
+        precision[0] += share * (before + 1 + j * others) / (begin + j + 1)
 
 
 cdef void order_items(item_t *item, ptrdiff_t n) noexcept nogil:

@@ -1,7 +1,8 @@
 """Embed a data set's pictures: pictures through one or many networks into emb.npy.
 
-Input: a folder of pictures, a rendered set, a CSV with a path column, or a published data set (cars196, cub200,
-sop), and networks: ImageNet backbones, your own, or the papers' checkpoints (models/README.md: where to put them).
+Input: a folder of pictures, a rendered set, a CSV with a path column, or a published data set (cars196,
+cub200, sop), and networks: ImageNet backbones, your own, or the papers' checkpoints (models/README.md: where
+to put them).
 Output: emb.npy, float32 (n, m), the raw output, row i is picture i; emb.json beside it says how it was made;
 labels.csv lists the pictures, with their classes where the data set has them (names in classes.csv).
 
@@ -10,8 +11,8 @@ labels.csv lists the pictures, with their classes where the data set has them (n
     python embed.py --dataset cars196 --loss all --fold all --out results
     torchrun --nproc-per-node 2 embed.py --dataset cars196 --loss all --fold all --out results
 
-Stop it as you like: the same command continues, with any number of processes. The values depend on pictures and
-network alone: batch, workers and ranks change them by at most 1e-5.
+Stop it as you like: the same command continues, with any number of processes. The values depend on pictures
+and network alone: batch, workers and ranks change them by at most 1e-5.
 """
 if __name__ == "__main__":  # before torch is imported: Ctrl-C ends in one line from here on
     import sys
@@ -49,7 +50,7 @@ def embed(module, pictures, precision="fp32"):
 
 
 def batch_size(module, picture):
-    """Pictures like (1, 3, H, W) that fit into half the free memory: a power of two, up to 256 (on a CPU 32)."""
+    """Pictures (1, 3, H, W) that fit into half the free memory: a power of two, up to 256 (32 on a CPU)."""
     device = picture.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -94,9 +95,8 @@ def embed_all(jobs, args, device):
                 given = features[trunk]
             values = embed(module, given, args.precision)
             for row in np.array(rows)[~np.isfinite(values).all(axis=1)]:
-                path = jobs[k].dataset.paths[row]
-                raise ValueError(f"{jobs[k].spec['name']} gives nan or infinity for {path}; check its weights and "
-                                 "preprocessing")
+                name, path = jobs[k].spec["name"], jobs[k].dataset.paths[row]
+                raise ValueError(f"{name} gives nan or infinity for {path}; check weights and preprocessing")
             yield values
 
     batch = args.batch or batch_size(modules[0], black)

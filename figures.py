@@ -100,8 +100,8 @@ png = functools.partial(render, suffix="png")
 def draw_profile(rows, types, properties, means=()):
     """NR-Prec of every property as dots, one a network (Kobs et al., Table 6) -> Figure.
 
-    rows: with network, key (the property), value, low, high (or None), mark ("*": filled); types: {network: its
-    type}; properties: names; both in the order drawn. means: rows whose network is a type.
+    rows: with network, key (the property), value, low, high (or None), mark ("*": filled); types: {network:
+    its type}; properties: names; both in the order drawn. means: rows whose network is a type.
     """
     networks = [name for name in types if name in {row.network for row in rows}]
     L, P = len(networks), len(properties)
@@ -124,9 +124,10 @@ def draw_profile(rows, types, properties, means=()):
         ax.plot(row.value, y, marker, color=face, ms=3.4, mec=edge, mew=0.5)
     mark = ax.axvline(MARK, color="black", lw=0.8, ls=(0, (4, 2)))
     ax.axvline(0, color="black", lw=0.5)
-    if ax.get_xlim()[1] > 10:  # one property often lies far above the others: a square-root axis
+    if ax.get_xlim()[1] > 10:  # one property often lies far above the others
         ax.set_xscale("function", functions=(lambda x: np.sign(x) * abs(x)**0.5, lambda x: x * abs(x)))
-        ax.set_xticks([tick for tick in (0, 1, 5, 10, 20, 40, 80, 200, 400) if tick <= ax.get_xlim()[1]])
+        ticks = [tick for tick in (0, 1, 5, 10, 20, 40, 60, 80, 120, 200, 400) if tick <= ax.get_xlim()[1]]
+        ax.set(xticks=ticks, xlabel="NR-Prec, square-root axis")
     ax.set_yticks(range(P), [plain(name) for name in properties])
     ax.tick_params(axis="y", length=0)
     type_legend(fig, [types[name] for name in networks], [(mark, f"published mark {MARK}")])
@@ -141,7 +142,6 @@ def draw_heat_map(values, names, kinds=None, tree=None, order=None, text="{:.0f}
     the rows (the tree's leaves); text: a number's format; ramp: a colour map.
     """
     from scipy.cluster.hierarchy import dendrogram
-
     K, order = len(names), np.arange(len(names)) if order is None else order
     labels, size = [plain(names[i], 26) for i in order], min(9, 125 / K)  # points
     fig = Figure(figsize=(WIDTH, 0.88 * WIDTH), layout="constrained")
@@ -238,7 +238,6 @@ def embed_2d(embeddings, seed=0):
     """t-SNE (van der Maaten and Hinton 2008) from the principal components on: (n, m) -> float32 (n, 2)."""
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
-
     tsne = TSNE(perplexity=min(30, (len(embeddings) - 1) / 3), random_state=seed,
                 init="pca" if min(embeddings.shape) > 1 else "random")
     with threadpool_limits(1):  # sums of threads in their order of arrival would move the points
@@ -330,7 +329,7 @@ def draw_pair_histograms(panels, counted=True):
         if counted:
             ax = fig.add_subplot(lines, across, len(fig.axes) + 1, ylabel="pairs")
             draw_histogram(ax, edges, pairs, area=False)
-            ax.set_title("{}\n{:,.0f} positive, {:,.0f} negative".format(*title, *pairs.sum(axis=1)))
+            ax.set_title("{}\n{:,.0f} and {:,.0f} pairs".format(*title, *pairs.sum(axis=1)))
             ax.yaxis.set_major_formatter(EngFormatter(sep=""))  # 20k, 1.5M
             title = []
         ax = fig.add_subplot(lines, across, len(fig.axes) + 1, ylabel="density" if counted else "")
@@ -532,10 +531,9 @@ def matching(networks, wanted):
         None, network["slug"], network["name"], f"{network['slug']}/{network['folder'].name}")]
 
 
-COMPARED = (
-    "compare.csv (compare.py)", "{what} of different losses' saliency maps",
-    "In per cent, mean over {pictures:.0f} pictures in each of {folds} folds. Blue: alike. Tree: average "
-    "linkage. The maps' own noise allows a correlation of {ceiling} on average.")
+COMPARED = ("compare.csv (compare.py)", "{what} of different losses' saliency maps",
+            "In per cent, mean over {pictures:.0f} pictures in each of {folds} folds. Blue: alike. Tree: "
+            "average linkage. The maps' own noise allows a correlation of {ceiling} on average.")
 FIGURES = {  # how it is made, what it needs, its title, its caption
     "profile": (
         make_profile, "nrprec.csv (nrprec.py)", "Which properties the embeddings cluster by",
@@ -580,7 +578,8 @@ def main(argv=None):
     add("--pictures", type=int, default=12, metavar="N", help="in the gallery, six a page (12)")
     add("--seed", type=int, default=0, metavar="N", help="of the t-SNE (0)")
     args = parser.parse_args(argv)
-    warnings.showwarning = lambda message, *_: command.say(f"note: {message}")  # of letters that the font lacks
+    note = functools.cache(command.say)  # each glyph that the font lacks once
+    warnings.showwarning = lambda message, *_: note(f"note: {message}")
     only = [name.strip() for name in args.only.split(",")]
     if unknown := [name for name in only if name not in FIGURES]:
         raise ValueError(f"--only {unknown[0]}: expected names among {', '.join(FIGURES)}")
@@ -595,7 +594,7 @@ def main(argv=None):
     args.out.mkdir(parents=True, exist_ok=True)
     done, missing = [], []
     for one in everything:
-        broken = [gap["what"] for gap in one.missing if not gap["table"]]  # arrays
+        broken = [gap["what"] for gap in one.missing if "left out" in gap["what"]]  # arrays
         missing += [{"dataset": one.name, "figure": "", "what": what} for what in broken]
         for figure in [name for name in FIGURES if name in only]:
             make, needs, title, caption = FIGURES[figure]

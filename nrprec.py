@@ -37,10 +37,14 @@ from threadpoolctl import ThreadpoolController
 try:
     import _knn
 except ImportError:
+    _knn = None
+if getattr(_knn, "INTERFACE", None) != 2:  # not built, or from another _knn.pyx
     _knn = None  # the NumPy twin count_hits_numpy() counts instead
 
 DISTANCES = ("euclidean", "squared_euclidean", "cosine", "dot_product", "snr")
 NULLS = ("binomial", "hypergeometric")
+TIES = {"expected": "they count with their expectation", "index": "the order of the rows decides"}
+MANY_TIES = 0.01             # of the queries: then it is said
 PUBLISHED_THRESHOLD = 2.576  # two-sided 1 % of one z-score; the paper marks the mean of n of them by it
 SIGNIFICANCE = 0.01          # of the Holm-corrected permutation p-value
 BLOCK_WORK = 4e9             # comparisons in a block at most, a fraction of a second: progress, Ctrl-C
@@ -49,7 +53,7 @@ SIDE_BY_SIDE = 4             # embeddings on the terminal; more are printed one 
 SHOWN = (("R-Prec", "r_precision", 4), ("NR-Prec", "nr_precision", 2), ("± s.e.", "nr_precision_se", 2),
          ("p_holm", "p_holm", 4))
 HEADER = ("embeddings,property,values,queries,skipped,distance,null,max_neighbours,r_precision,nr_precision,"
-          "nr_precision_se,permutations,p_value,p_holm").split(",")
+          "nr_precision_se,permutations,p_value,p_holm,normalised,ties,tied").split(",")
 WALK = 48                    # a class of fewer than n / WALK pictures is walked, larger ones compared densely
 
 
@@ -190,13 +194,23 @@ def order_numpy(space, q):
     return order[order != q], d
 
 
-def count_hits_numpy(space, columns, queries):
-    """The plain twin of the kernel: hits (k, len(queries)) int32."""
-    hits = np.zeros((len(columns.values), len(queries)), np.int32)
+def count_hits_numpy(space, columns, queries, by_index=False):
+    """The plain twin of the kernel's count_hits(), which tells what hits (4, k, len(queries)) int32 are."""
+    hits = np.zeros((4, len(columns.values), len(queries)), np.int32)
     for b, q in enumerate(queries):
-        order = order_numpy(space, q)[0]
+        order, d = order_numpy(space, q)
+        d = d[order]
         for k, values in enumerate(columns.values):
-            hits[k, b] = (values[order[:columns.entry_depth[values[q]]]] == values[q]).sum()
+            depth = columns.entry_depth[values[q]]
+            if not depth:
+                continue
+            right, cut = values[order] == values[q], d[depth - 1]
+            first, last = np.searchsorted(d, cut), np.searchsorted(d, cut, "right")
+            hits[0, k, b] = right[:depth].sum()
+            if last > depth:
+                hits[1:, k, b] = last - first, 0, depth - first
+                if not by_index:
+                    hits[0, k, b], hits[2, k, b] = right[:first].sum(), right[first:last].sum()
     return hits
 
 
@@ -206,8 +220,8 @@ def blas_threads():
     return ThreadpoolController()
 
 
-def count_blocks(space, columns, queries, threads, memory_mib):
-    """Yield (slice of queries, hits (k, block) int32), exact.
+def count_blocks(space, columns, queries, threads, memory_mib, by_index=False):
+    """Yield (slice of queries, the kernel's hits (4, k, block) int32), exact, in the order of the queries.
 
     Each thread multiplies a block of queries by all candidates and counts in it. Where memory allows few rows
     for each thread, one block at a time is shared by all.
@@ -225,14 +239,14 @@ def count_blocks(space, columns, queries, threads, memory_mib):
         part = slice(start, min(start + rows, len(queries)))
         q = queries[part]
         if _knn is None:
-            return part, count_hits_numpy(space, columns, q)
-        products, hits = buffers.pop(), np.empty((k, len(q)), np.int32)
+            return part, count_hits_numpy(space, columns, q, by_index)
+        products, hits = buffers.pop(), np.zeros((4, k, len(q)), np.int32)
         np.matmul(np.ascontiguousarray(space.working[:, q].T), space.working, out=products[:len(q)])
         _knn.count_hits(products[:len(q)], q, space.bounds[q], space.x, space.aux, space.offset,
                         DISTANCES.index(space.distance), columns.codes, planes, columns.members,
                         columns.member_row, np.ascontiguousarray(columns.values[:, q]), columns.entry_code,
                         columns.entry_rank, columns.entry_start, columns.entry_count, columns.ranks, hits,
-                        inner)
+                        by_index, inner)
         buffers.append(products)
         return part, hits
 
@@ -250,22 +264,28 @@ def count_blocks(space, columns, queries, threads, memory_mib):
                 future.cancel()                           # Ctrl-C: what has begun ends, nothing else begins
 
 
-def as_embeddings(embeddings, distance):
-    """Embeddings as float32 (n, m) in C order. Raises ValueError unless they are real, finite, n >= 2 and
-    have distances: a zero vector has no cosine, a constant one no SNR."""
+def as_embeddings(embeddings, distance, normalise=False):
+    """Embeddings as float32 (n, m) in C order, of length 1 if asked for. ValueError unless they are real
+    and finite, n >= 2, and have distances: a zero vector has no direction, a constant one no SNR."""
     if np.iscomplexobj(embeddings):
         raise ValueError("embeddings are complex; expected real numbers")
     with np.errstate(over="ignore"):
         x = np.ascontiguousarray(embeddings, np.float32)
     if x.ndim != 2 or not 2 <= len(x) < 2 ** 31 - 64 or x.shape[1] < 1:
         raise ValueError(f"embeddings have shape {x.shape}; expected (n, m), 2 <= n < 2,147,483,584")
-    bad, what = ~np.isfinite(x).all(1), "is not finite"
-    if distance == "cosine" and not bad.any():
-        bad, what = ~x.any(1), "is a zero vector: it has no cosine"
-    elif distance == "snr" and not bad.any():
-        bad, what = (x == x[:, :1]).all(1), "is constant: its SNR is undefined"
-    if bad.any():
-        raise ValueError(f"row {int(bad.argmax())} (counting from 0) {what}; remove that picture")
+    wrong = {"is not finite": ~np.isfinite(x).all(1)}
+    if distance == "cosine" or normalise:
+        wrong["is a zero vector: it has no direction"] = ~x.any(1)
+    if distance == "snr":
+        wrong["is constant: its SNR is undefined"] = (x == x[:, :1]).all(1)
+    for what, rows in wrong.items():
+        if rows.any():
+            raise ValueError(f"row {int(rows.argmax())} (counting from 0) {what}; remove that picture")
+    if normalise:
+        x, step = x.copy(), max(1, (1 << 20) // x.shape[1])
+        for start in range(0, len(x), step):
+            rows = x[start:start + step].astype(np.float64)
+            x[start:start + step] = rows / np.sqrt((rows ** 2).sum(1, keepdims=True))
     return x
 
 
@@ -280,7 +300,7 @@ def nearest(embeddings, neighbours, *, distance="euclidean", threads=None):
     embeddings (n, m) real, R = neighbours in 1 … n − 1: all but the row itself, equal distances by index.
     Raises ValueError for anything else.
     """
-    check_options(distance, NULLS[0], threads=threads)
+    check_options(distance, NULLS[0], "index", threads=threads)
     x = as_embeddings(embeddings, distance)
     n, space, rows = len(x), prepare(x, distance), max(1, min(BLOCK_ROWS, (1 << 26) // len(x)))
     if not 1 <= neighbours < n:
@@ -310,6 +330,7 @@ class Score(NamedTuple):
     r_precision: float             # mean of X / R (Eq. 4)
     nr_precision: float            # mean of (X − E X) / sd X (Eq. 5, with the root); nan for a constant label
     nr_precision_se: float = None  # with a subset of queries: standard error of that mean
+    tied: int = 0                  # queries whose cut at R goes through candidates at one distance
     p_value: float = None          # with permutations
     p_holm: float = None
 
@@ -339,28 +360,32 @@ def holm(p_values):
     return adjusted
 
 
-def nr_precision(embeddings, labels, *, distance="euclidean", null="binomial", max_neighbours=None,
-                 permutations=0, queries=None, seed=0, threads=None, memory_mib=512, progress=None):
+def nr_precision(embeddings, labels, *, distance="euclidean", normalise=False, null="binomial",
+                 max_neighbours=None, ties="expected", permutations=0, queries=None, seed=0, threads=None,
+                 memory_mib=512, progress=None):
     """R-Precision and Normalized R-Precision of label columns (Kobs et al., Eq. 4 and 5).
 
     embeddings      (n, m) real numbers, used as float32; finite
     labels          {name: (n,) array of any comparable kind}, or one such array
     distance        euclidean, squared_euclidean, cosine, dot_product or snr
+    normalise       embeddings to length 1 first: with the loss's own distance this is the paper's Eq. 3
     null            binomial (the paper) or hypergeometric (exact for drawing without replacement)
     max_neighbours  R = min(c − 1, K): the released procedure with K = 1023
+    ties            candidates at the same distance where the R end: expected, their hits count with the mean
+                    over all orders of the rows; index, the smaller index goes first, as released
     permutations    N: p = (1 + extreme) / (1 + N), extreme: as far from the permuted ones' mean as observed
     queries         a random subset of so many queries, with standard errors; seed: of subset and permutations
     threads         all that this process may use; memory_mib: for blocks of similarities and permuted columns
     progress        called with (queries × columns done, in all) after each block
 
-    Returns {name: Score}, or one Score for one array. Counts are exact: equal to float64 brute force, ties by
-    index. Results do not depend on threads, memory_mib, the BLAS or the order of the properties.
+    Returns {name: Score}, or one Score for one array. Counts are exact: equal to float64 brute force. They
+    don't depend on threads, memory_mib, the BLAS or the order of the properties.
     Raises ValueError for shapes that do not fit, numbers that are not finite and options out of range.
     """
     named = labels if isinstance(labels, dict) else {"": labels}
-    check_options(distance, null, max_neighbours=max_neighbours, permutations=permutations, queries=queries,
-                  seed=seed, threads=threads, memory_mib=memory_mib)
-    x, threads = as_embeddings(embeddings, distance), min(threads or available_threads(), 1024)
+    check_options(distance, null, ties, max_neighbours=max_neighbours, permutations=permutations,
+                  queries=queries, seed=seed, threads=threads, memory_mib=memory_mib)
+    x, threads = as_embeddings(embeddings, distance, normalise), min(threads or available_threads(), 1024)
     n, k = len(x), len(named)
     shapes = [np.shape(label) for label in named.values()]
     if set(shapes) != {(n,)}:
@@ -388,10 +413,11 @@ def nr_precision(embeddings, labels, *, distance="euclidean", null="binomial", m
         if begin == 0:
             drawn.insert(0, np.arange(n))
         batch = permute_columns(columns, drawn) if permutations else columns
-        blocks = count_blocks(space, batch, chosen, threads, memory_mib / min(len(drawn), 2))
-        sums, squares, used = sum_hits(blocks, batch.values[:, chosen], len(drawn), len(moments[0]), tick)
+        blocks = count_blocks(space, batch, chosen, threads, memory_mib / min(len(drawn), 2), ties == "index")
+        values, copies = batch.values[:, chosen], len(drawn)
+        sums, used, squares, tied = sum_hits(blocks, values, copies, len(columns.entry_depth), tick)
         if begin == 0:
-            scores = observe(sums[0], squares, used[0], columns, *moments, sampled=len(chosen) < n)
+            scores = observe(sums[0], used[0], squares, tied, columns, *moments, sampled=len(chosen) < n)
         statistics += [mean_z(s, u, columns, *moments) for s, u in zip(sums, used)]
     if permutations:
         p = p_values(statistics[0], np.array(statistics[1:]))
@@ -399,9 +425,10 @@ def nr_precision(embeddings, labels, *, distance="euclidean", null="binomial", m
     return dict(zip(named, scores)) if named is labels else scores[0]
 
 
-def check_options(distance, null, **numbers):
+def check_options(distance, null, ties, **numbers):
     """Raise ValueError for options of nr_precision() that are unknown or out of range."""
-    for what, value, known in (("distance", distance, DISTANCES), ("null", null, NULLS)):
+    named = ("distance", distance, DISTANCES), ("null", null, NULLS), ("ties", ties, TIES)
+    for what, value, known in named:
         if value not in known:
             raise ValueError(f"unknown {what} {value!r}; expected one of {', '.join(known)}")
     for name, value in numbers.items():
@@ -411,22 +438,25 @@ def check_options(distance, null, **numbers):
 
 
 def sum_hits(blocks, values, copies, width, tick):
-    """Add up the hits of count_blocks(), columns (copies · k, N) with these values, by copy and value.
+    """Add up the hits X of count_blocks(), columns (copies · k, N) with these values, by copy and value.
 
-    Returns sums of hits (copies, t), of their squares (t,) in the first copy, and queries (copies, t), for
-    the t = width rows of the value tables. Integers: no order of blocks can change them.
+    For the t = width rows of the value tables: sums of X (copies, t), queries (copies, t), and of the first
+    copy sums of X² and tied queries (t,), added in the order of the queries: no blocks can change them.
     """
-    sums, used = np.zeros((2, copies * width), np.int64)
-    squares, k = np.zeros(width, np.int64), len(values) // copies
+    (sums, used), (squares, tied) = np.zeros((2, copies * width)), np.zeros((2, width))
+    k = len(values) // copies
     first = np.repeat(np.arange(copies) * width, k)[:, None]
     for part, hits in blocks:
-        place, hits = (first + values[:, part]).ravel(), hits.ravel().astype(np.int64)
-        np.add.at(sums, place, hits)
+        place, x = (first + values[:, part]).ravel(), hits[0].ravel().astype(np.float64)
+        at, observed = np.flatnonzero(hits[1]), len(place) // copies
+        group, right, places = hits[1:].reshape(3, -1)[:, at].astype(np.float64)
+        x[at] += right * places / group
+        np.add.at(sums, place, x)
         np.add.at(used, place, 1)
-        observed = len(hits) // copies
-        np.add.at(squares, place[:observed], hits[:observed] ** 2)
-        tick(len(hits))
-    return sums.reshape(copies, width), squares, used.reshape(copies, width)
+        np.add.at(squares, place[:observed], x[:observed] ** 2)
+        np.add.at(tied, place[at[at < observed]], 1)
+        tick(len(place))
+    return sums.reshape(copies, width), used.reshape(copies, width), squares, tied
 
 
 def mean_z(sums, used, columns, mean, deviation):
@@ -438,12 +468,12 @@ def mean_z(sums, used, columns, mean, deviation):
         return np.bincount(columns.entry_owner, z) / queries
 
 
-def observe(sums, squares, used, columns, mean, deviation, sampled):
+def observe(sums, used, squares, tied, columns, mean, deviation, sampled):
     """The observed columns' Scores: list of k; with the standard error where the queries are a sample."""
     depth, owner = columns.entry_depth, columns.entry_owner
     asked = np.where(depth > 0, used, 0)
-    queries = np.bincount(owner, asked).astype(np.int64)
-    skipped = np.bincount(owner, used).astype(np.int64) - queries
+    queries = np.bincount(owner, asked).astype(int)
+    skipped = np.bincount(owner, used).astype(int) - queries
     population = np.bincount(owner, np.where(depth > 0, columns.entry_count, 0))
     statistic = mean_z(sums, used, columns, mean, deviation)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -453,14 +483,17 @@ def observe(sums, squares, used, columns, mean, deviation, sampled):
         spread = np.maximum(np.bincount(owner, second) / queries - statistic ** 2, 0)
         error = np.sqrt(spread / (queries - 1) * (1 - queries / population))
     error = np.where(queries < 2, np.nan, error).tolist() if sampled else [None] * len(queries)
-    whole = [np.bincount(owner).tolist(), queries.tolist(), skipped.tolist()]
-    return [Score(*row) for row in zip(*whole, precision.tolist(), statistic.tolist(), error)]
+    whole = [np.bincount(owner), queries, skipped, np.bincount(owner, tied).astype(int)]
+    values, queries, skipped, tied = (numbers.tolist() for numbers in whole)
+    rows = zip(values, queries, skipped, precision.tolist(), statistic.tolist(), error, tied)
+    return [Score(*row) for row in rows]
 
 
 def p_values(observed, permuted):
     """Two-sided permutation p-values (k,) of means, observed (k,) and permuted (N, k); nan stays nan."""
     centre = permuted.mean(0)
-    far = np.abs(observed - centre) * (1 - 1e-12)            # equal up to rounding counts as equally extreme
+    slack = 1e-9 * np.maximum(np.abs(observed), 1)           # equal up to rounding counts as equally extreme
+    far = np.abs(observed - centre) - slack
     p = (1 + (np.abs(permuted - centre) >= far).sum(0)) / (1 + len(permuted))
     return np.where(np.isnan(observed), np.nan, p)
 
@@ -528,14 +561,17 @@ def parse_arguments(argv):
 
     parser = command.parser(__doc__)
     add = parser.add_argument
-    add("files", nargs="+", metavar="EMB.npy … [PROPS.csv]", help="embeddings (n, m) and their properties: a "
-        "header, n rows; a first column named frame, image, file, path or id is none (the props.csv beside "
-        "each EMB.npy, or in results/<dataset>)")
+    add("files", nargs="+", metavar="FILE", help="EMB.npy …, embeddings (n, m), and behind them PROPS.csv, a "
+        "header and n rows; a first column named frame, image, file, path or id is none (the props.csv "
+        "beside each EMB.npy, or in results/<dataset>)")
     add("--properties", metavar="A,B", help="only these columns (all)")
-    add("--distance", default="euclidean", choices=DISTANCES, help="how neighbours are ranked "
-        "(euclidean, on the raw embeddings as released; cosine is the paper's Eq. 3 for every loss but SNR)")
+    add("--distance", default="euclidean", choices=[*DISTANCES, "own"], help="how neighbours are ranked "
+        "(euclidean, as released); own: Eq. 3, the loss's, which the array's JSON names, on normalised ones")
+    add("--normalise", action="store_true", help="embeddings to length 1 first")
     add("--null", default="binomial", choices=NULLS,
         help="the chance distribution of hits (binomial, the paper's; hypergeometric is exact)")
+    add("--ties", default="expected", choices=TIES, help="candidates at one distance where the R end: "
+        "expected, what all orders of the rows give on average; index, the first, as released (expected)")
     add("--max-neighbours", type=int, metavar="K", help="look at min(R, K); 1023: as released (all R)")
     add("--permutations", type=int, default=0, metavar="N",
         help="p-values from N permutations of each property, Holm-corrected (none)")
@@ -549,12 +585,12 @@ def parse_arguments(argv):
     return parser.parse_intermixed_args(argv)
 
 
-def read_labels(table, args):
-    """The properties as {name: array}, chosen and binned as asked. ValueError says what is wrong where."""
+def read_labels(table, pictures, args, notes):
+    """The pictures' properties as {name: array}, chosen and binned. ValueError says what is wrong."""
     from dml_common import files
 
     names = [name.strip() for name in args.properties.split(",")] if args.properties is not None else None
-    labels = files.read_properties(table, names)
+    labels = files.read_properties(table, names, pictures, notes)
     uncut = list(labels)
     for option in args.bin:
         name, _, bins = option.rpartition("=")
@@ -586,6 +622,17 @@ def warnings_before(labels, n, args):
     if args.permutations and testable / (1 + args.permutations) >= SIGNIFICANCE:
         yield (f"{args.permutations:,} permutations of {testable} properties can't give p_holm < "
                f"{SIGNIFICANCE}: nothing can be marked; use --permutations {100 * testable:,} or more")
+
+
+def own_distance(array):
+    """The distance that the JSON beside an array names."""
+    from dml_common import files
+
+    distance = files.read_sidecar(array).get("distance")
+    if distance not in DISTANCES:
+        raise ValueError(f"--distance own: no JSON beside {array} names its distance; give one of "
+                         f"{', '.join(DISTANCES)} and --normalise")
+    return distance
 
 
 def rounded(value, digits):
@@ -627,37 +674,51 @@ def main(argv=None):
     from dml_common import command, files
 
     args = parse_arguments(argv)
-    options = {name: getattr(args, name) for name in ("distance", "null", "max_neighbours", "permutations",
+    options = {name: getattr(args, name) for name in ("null", "ties", "max_neighbours", "permutations",
                                                       "queries", "seed", "threads", "memory_mib")}
-    check_options(**options)
+    check_options(DISTANCES[0], **options)
     arrays, tables = files.arrays_and_tables(args.files)
     if args.out is not None:
         files.check_output(args.out, [*arrays, *tables])
     if _knn is None:
-        command.say("note: the extension _knn is not built (pip install .): counted in NumPy, exact but slow")
+        command.say("note: this version's _knn is not built (pip install .): NumPy counts, exact but slow")
     known, results, rows, names = {}, [], [], command.short_names(arrays)
-    for array, table, name in zip(arrays, tables, names):
+    distances = [own_distance(array) if args.distance == "own" else args.distance for array in arrays]
+    normalise = args.normalise or args.distance == "own"
+    for array, table, name, distance in zip(arrays, tables, names, distances):
+        pictures, notes = files.picture_names(array), []
         content = Path(table).read_bytes() if Path(table).is_file() else None
-        labels = known.get(content) or read_labels(table, args)       # the losses of a fold have equal tables
+        content = content, pictures and files.pictures_sha256(pictures)  # the losses of a fold have equal ones
+        labels = known.get(content) or read_labels(table, pictures, args, notes)
         if results and list(labels) != list(results[0]):
             raise ValueError(f"{tables[0]} and {table} have different properties; give networks of one data "
                              "set, or --properties")
         n = len(next(iter(labels.values())))
         x = files.read_embeddings(array, table, n)
         try:
-            as_embeddings(x, args.distance)
+            x = as_embeddings(x, distance, normalise)
         except ValueError as error:
             raise ValueError(f"{array}: {error} or choose another distance") from None
         if content not in known:
             known[content] = labels
+            for line in notes:
+                command.say(f"note: {line}")
             for line in warnings_before(labels, n, args):
                 command.say(f"warning: {line}" if len(set(tables)) == 1 else f"warning: {table}: {line}")
+        collapsed = (x == x[0]).all()
+        if collapsed:
+            command.say(f"warning: {array}: all {n:,} embeddings are equal: none is nearer than another")
         with command.bar(1.0, name) as bar:
-            results.append(nr_precision(x, labels, **options, progress=lambda done, total, bar=bar:
-                                        bar.update(done / total - bar.n)))
-        for prop, s in results[-1].items():
-            rows.append([array, prop, *s[:3], args.distance, args.null, args.max_neighbours, *s[3:6],
-                         args.permutations, *s[6:]])
+            scores = nr_precision(x, labels, distance=distance, **options,
+                                  progress=lambda done, total, bar=bar: bar.update(done / total - bar.n))
+        tied, prop = max((s.tied / max(s.queries, 1), prop) for prop, s in scores.items())
+        if tied > MANY_TIES and not collapsed:
+            command.say(f"warning: {array}: {tied:.0%} of the queries of {prop} have candidates at the same "
+                        f"distance where their list ends; {TIES[args.ties]}")
+        for prop, s in scores.items():
+            rows.append([array, prop, *s[:3], distance, args.null, args.max_neighbours, *s[3:6],
+                         args.permutations, s.p_value, s.p_holm, int(normalise), args.ties, s.tied])
+        results.append(scores)
     for prop, s in results[0].items():
         if s.skipped:
             command.say(f"warning: {prop}: {s.skipped:,} of {s.skipped + s.queries:,} queries skipped, no "

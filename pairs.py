@@ -36,12 +36,16 @@ from threadpoolctl import threadpool_limits
 try:
     import _knn
 except ImportError:
+    _knn = None
+if getattr(_knn, "INTERFACE", None) != 2:  # not built, or from another _knn.pyx
     _knn = None  # the NumPy twins count_pairs_numpy() and rank_queries_numpy() count instead
 
 ROWS, COLUMNS = 512, 2048  # of a tile of products: 4 MiB, which the caches keep until it is counted
 RANKED_BYTES = 1 << 25     # of a thread's block of whole rows, for the rankings
 SIDE_BY_SIDE = 4           # embeddings on the terminal; more are printed one in a row
 MOST_BINS = 32_000         # a 16-bit key has to hold them
+TIES = {"expected": "they count with their expectation", "index": "the order of the rows decides"}
+MANY_TIES = 0.01           # of the queries: then it is said
 LEVEL = 0.95               # of the intervals
 BOOTSTRAP = 1000           # resamples of the classes
 
@@ -191,48 +195,86 @@ def pair_means(space, order, value, sizes):
 
 # ---------------------------------------------------------------- rankings
 
-def rank_queries_numpy(space, value, queries, relevant, neighbours):
-    """The plain twin of the kernel: float64 cosine distances, a stable sort, and the definitions."""
-    first, hits = np.zeros((2, len(queries)), np.int64)
-    precision, unit = np.zeros(len(queries)), space.x / space.norms[:, None]
+class Ranks(NamedTuple):
+    """Where each row's positives stand among its neighbours: arrays (n,). Equally near ones form a group."""
+    begin: np.ndarray     # of the nearest group with positives: candidates before it,
+    group: np.ndarray     # in it,
+    hits: np.ndarray      # positives in it (group = hits = 1 where it has nothing else; 0: none was seen)
+    sure: np.ndarray      # positives that stand among the R nearest for sure
+    tied: np.ndarray      # of a group of positives and others that the cut at R divides: candidates,
+    right: np.ndarray     # positives,
+    places: np.ndarray    # and places left
+    precision: np.ndarray  # Σ_{k=1..R} E[Precision@k · p(k)]
+
+    def divided(self, k):
+        """Rows whose k-th place lies in their nearest group with positives, and not at its end."""
+        return (self.begin < k) & (k < self.begin + self.group)
+
+    def within(self, k):
+        """P(a positive among k): 1 − C(t − h, f) / C(t, f) for f places in a group of t with h of them."""
+        chance, q = ((self.hits > 0) & (self.begin < k)).astype(np.float64), self.divided(k)
+        left, group, hits, miss = k - self.begin[q], self.group[q], self.hits[q], 1.0
+        for i in range(left.max(initial=0)):
+            miss = miss * np.where(i < left, np.maximum(group - hits - i, 0) / np.maximum(group - i, 1), 1)
+        chance[q] = 1 - miss
+        return chance
+
+
+def rank_queries_numpy(space, value, queries, relevant, neighbours, by_index=False):
+    """The plain twin of the kernel's rank_hits(): counts (len(queries), 7), precision, by a stable sort."""
+    counts, precision = np.zeros((len(queries), 7), np.int64), np.zeros(len(queries))
+    unit = space.x / space.norms[:, None]
     for b, (q, r) in enumerate(zip(queries, relevant)):
-        order = np.argsort(1.0 - (unit[q] * unit).sum(1), kind="stable")
-        right = value[order[order != q][:max(r, neighbours)]] == value[q]
-        if r and right.any():
-            first[b] = right.argmax() + 1
-        right = right[:r]
-        hits[b] = right.sum()
-        ranks = np.flatnonzero(right) + 1
-        precision[b] = np.cumsum(np.arange(1, len(ranks) + 1) / ranks)[-1] if len(ranks) else 0.0
-    return first, hits, precision
+        d = 1.0 - (unit[q] * unit).sum(1)
+        order = np.argsort(d, kind="stable")
+        order = order[order != q]
+        begin = np.flatnonzero(np.append(True, np.diff(d[order]) > 0) | by_index)
+        size = np.diff(np.append(begin, len(order)))
+        hits = np.add.reduceat((value[order] == value[q]).astype(np.int64), begin)
+        first = int((hits > 0).argmax())
+        if r == 0 or begin[first] >= max(r, neighbours):
+            continue
+        whole = hits[first] == size[first]
+        counts[b, :3] = begin[first], 1 if whole else size[first], 1 if whole else hits[first]
+        last = int(np.searchsorted(begin, r)) - 1         # the group in which the list of R ends
+        places = np.minimum(size, r - begin)[:last + 1]
+        before = np.cumsum(hits) - hits
+        if places[last] < size[last] and 0 < hits[last] < size[last]:
+            counts[b, 3:] = before[last], size[last], hits[last], places[last]
+        else:
+            counts[b, 3] = before[last] + min(hits[last], places[last])
+        g = np.repeat(np.arange(last + 1), places)        # of each place
+        others = (hits - 1) / np.maximum(size - 1, 1)
+        ahead = before[g] + 1 + (np.arange(r) - begin[g]) * others[g]         # McSherry and Najork (2008)
+        precision[b] = np.cumsum(hits[g] / size[g] * ahead / np.arange(1, r + 1))[-1]
+    return counts, precision
 
 
-def rank_queries(space, value, relevant, neighbours, threads, progress=None):
-    """Of each row: rank of its nearest positive (0: not seen), hits among R nearest, Σ Precision@k · p(k).
+def rank_queries(space, value, relevant, neighbours, threads, progress=None, by_index=False):
+    """Neighbours of each row by cosine distance -> Ranks, exact as far as max(R, neighbours).
 
-    value (n,) int: classes; relevant (n,): R. Neighbours by cosine distance, ties by smaller index; exact.
+    value (n,) int: classes; relevant (n,): R; by_index: of equally near ones the smaller index goes first.
     """
     n = len(value)
     rows = max(1, min(256, RANKED_BYTES // (4 * n), -(-n // threads)))
-    (first, hits), precision = np.zeros((2, n), np.int64), np.zeros(n)
+    counts, precision = np.zeros((n, 7), np.int64), np.zeros(n)
     value, offset, bounds = value.astype(np.int32), np.zeros(n, np.float32), np.full(n, space.bound)
 
     def rank(start):
         q, part = np.arange(start, min(start + rows, n)), slice(start, start + rows)
-        out = first[part], hits[part], precision[part]
         if _knn is None:
-            for ours, counted in zip(out, rank_queries_numpy(space, value, q, relevant[part], neighbours)):
-                ours[:] = counted
+            counts[part], precision[part] = rank_queries_numpy(space, value, q, relevant[part], neighbours,
+                                                               by_index)
         elif relevant[part].any():
             products = np.matmul(space.unit[part], space.unit.T)
             _knn.rank_hits(products, q, bounds[part], space.x, space.norms, offset, value, relevant[part],
-                           neighbours, *out)
+                           neighbours, counts[part], precision[part], by_index)
         return len(q) * n
 
     for size in in_turn(rank, ((start,) for start in range(0, n, rows)), threads):
         if progress:
             progress(size)
-    return first, hits, precision
+    return Ranks(*counts.T, precision)
 
 
 # ---------------------------------------------------------------- one embedding's scores
@@ -242,6 +284,7 @@ class Score(NamedTuple):
     n: int
     classes: int
     lone: int             # pictures whose class has no other: no positives, and no queries
+    tied: int             # queries whose R or K divides a group of positives and others at the same distance
     positive_pairs: int
     negative_pairs: int
     positive_mean: float
@@ -260,22 +303,26 @@ def available_threads():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def pair_scores(embeddings, labels, *, bins=(200,), recall=(1, 2, 4, 8), permutations=10, intervals=False,
-                seed=0, threads=None, progress=None):
+def pair_scores(embeddings, labels, *, bins=(200,), recall=(1, 2, 4, 8), ties="expected", permutations=10,
+                intervals=False, seed=0, threads=None, progress=None):
     """Pair histograms and their JSD (Oi et al., section 3), Recall@K, R-Precision and MAP@R.
 
     embeddings    (n, m) real numbers, used as float32; finite, no zero vector
     labels        (n,) of any comparable kind: at least two classes, one of them with two rows
     bins          numbers of equal bins over [−1, 1]
     recall        the K's
+    ties          equally near candidates: expected, what all orders of the rows give on average; index, the
+                  smaller index goes first
     permutations  of the labels for jsd_null: JSD of few positives is biased up; this shows by how much
     intervals     also 95 % intervals: bootstrap over classes (means over queries), jackknife (JSD)
     seed          of the permutations and the bootstrap; threads: all that this process may use
     progress      called with (done, total) after each block
 
-    Returns a Score. Exact: float64 brute force, ties by index, whatever threads, blocks and BLAS.
+    Returns a Score. Exact: equal to float64 brute force, whatever the threads, blocks and BLAS.
     Raises ValueError for shapes that do not fit, numbers that are not finite and options out of range.
     """
+    if ties not in TIES:
+        raise ValueError(f"unknown ties {ties!r}; expected one of {', '.join(TIES)}")
     x, labels = check_arguments(embeddings, labels, bins, recall, permutations, seed, threads)
     n, threads, counted = len(x), threads or available_threads(), finest(bins)
     value, sizes = np.unique(labels, return_inverse=True, return_counts=True)[1:]
@@ -299,17 +346,18 @@ def pair_scores(embeddings, labels, *, bins=(200,), recall=(1, 2, 4, 8), permuta
     jsd = {b: float(jensen_shannon(*histograms[b])) for b in bins}
     null = permuted_divergence(space, sizes, counted, histograms, permutations, seed, threads, advance)
 
-    first, hits, precision = rank_queries(space, value, relevant, max(recall), threads, advance)
-    asked = relevant > 0
-    each = {("recall", k): (first > 0) & (first <= k) for k in recall}
-    each["r_precision", None] = hits / np.maximum(relevant, 1)
-    each["map_at_r", None] = precision / np.maximum(relevant, 1)   # (1/R) Σ_{k=1..R} Precision@k · p(k)
+    ranks = rank_queries(space, value, relevant, min(max(recall), n), threads, advance, ties == "index")
+    asked, rank = relevant > 0, np.maximum(relevant, 1)
+    each = {("recall", k): ranks.within(k) for k in recall}
+    each["r_precision", None] = (ranks.sure + ranks.right * ranks.places / np.maximum(ranks.tied, 1)) / rank
+    each["map_at_r", None] = ranks.precision / rank
+    tied = np.any([ranks.tied > 0, *(ranks.divided(k) for k in recall)], axis=0)
     means = {name: float(e[asked].mean()) for name, e in each.items()}
     bounds = bootstrap(each, value, asked, seed) if intervals else {}
     if intervals:
         parts = split_bins(counts[1:], counted, bins)
         bounds |= {("jsd", b): jackknife(jsd[b], histograms[b], parts[b]) for b in bins}
-    return Score(n, len(sizes), int((~asked).sum()), positives, n * (n - 1) // 2 - positives,
+    return Score(n, len(sizes), int((~asked).sum()), int(tied.sum()), positives, n * (n - 1) // 2 - positives,
                  *pair_means(space, order, value, sizes), jsd, null, {k: means["recall", k] for k in recall},
                  means["r_precision", None], means["map_at_r", None], histograms, bounds)
 
@@ -424,13 +472,15 @@ def parse_arguments(argv):
 
     parser = command.parser(__doc__)
     add = parser.add_argument
-    add("files", nargs="+", metavar="EMB.npy … [LABELS.csv]", help="embeddings (n, m) and their labels.csv "
-        "or props.csv: a header and n rows (the one beside each EMB.npy, or in results/<dataset>)")
+    add("files", nargs="+", metavar="FILE", help="EMB.npy …, embeddings (n, m), behind them labels.csv or "
+        "props.csv, a header and n rows (the one beside each EMB.npy, or in results/<dataset>)")
     add("--label", default="class", metavar="COLUMN", help="whose equal values make a pair positive (class)")
     add("--bins", default="200", metavar="N[,N]",
         help="equal bins over [-1, 1], several in one pass (200; the paper does not state its own)")
     add("--recall", default="1,2,4,8", metavar="K[,K]",
         help="the K's of Recall@K (1,2,4,8; 1,10,100,1000 is usual for SOP)")
+    add("--ties", default="expected", choices=TIES, help="equally near candidates: expected, what all orders "
+        "of the rows give on average; index, the first rows first (expected)")
     add("--permutations", type=int, default=10, metavar="N", help="of the labels, for jsd_null: the JSD if "
         "labels meant nothing, which is not 0 with few pairs (10; 0: none)")
     add("--train", nargs=2, metavar=("EMB.npy", "LABELS.csv"), help="the training split: rows of its own, a "
@@ -461,11 +511,14 @@ def score_file(file, table, name, split, args, options, numbers):
     """The Results of one embedding: of all classes first, then of the random subsets."""
     from dml_common import command, files
 
+    notes, pictures = [], files.picture_names(file)
     try:
-        labels = files.read_properties(table, [args.label])[args.label]
+        labels = files.read_properties(table, [args.label], pictures, notes)[args.label]
     except ValueError as error:
         raise ValueError(f"{error} (column of --label)") from None
     x = files.read_embeddings(file, table, len(labels))
+    for note in notes:
+        command.say(f"note: {note}")
     enough = int((np.unique(labels, return_counts=True)[1] > 1).sum())
     if numbers and numbers[-1] > enough:
         raise ValueError(f"--classes {numbers[-1]}: {table} has {enough:,} classes of two or more pictures; "
@@ -483,6 +536,12 @@ def score_file(file, table, name, split, args, options, numbers):
             score = pair_scores(x[rows], labels[rows], **options)
             results.append(Result(file, name, split, k, repeat, score))
             bar.update(share)
+    tied = results[0].score.tied / (len(x) - results[0].score.lone)
+    if (x == x[0]).all():
+        command.say(f"warning: {file}: all {len(x):,} embeddings are equal: none is nearer than another")
+    elif tied > MANY_TIES:
+        command.say(f"warning: {file}: {tied:.0%} of the queries have positives and others at the same "
+                    f"distance where a list ends; {TIES[args.ties]}")
     return results
 
 
@@ -551,7 +610,8 @@ def write_tables(args, results, bins, numbers):
                          "negative_mean": s.negative_mean, "jsd": s.jsd[b],
                          "jsd_null": s.jsd_null[b] if args.permutations else None, "bins": b,
                          **{f"recall_at_{k}": value for k, value in s.recall.items()},
-                         "r_precision": s.r_precision, "map_at_r": s.map_at_r})
+                         "r_precision": s.r_precision, "map_at_r": s.map_at_r, "ties": args.ties,
+                         "tied": s.tied})
         if r.subset is not None:
             continue
         for b, (positive, negative) in s.histograms.items():
@@ -584,21 +644,20 @@ def main(argv=None):
         raise ValueError("--class-figure needs --classes: the numbers of classes to compare")
     arrays, tables = files.arrays_and_tables(args.files, args.label)
     outputs = [args.out, args.histograms, args.intervals, args.figure, args.class_figure]
-    taken = [*arrays, *tables, *(args.train or [])]
-    for path in (path for path in outputs if path is not None):
-        files.check_output(path, taken)
-        taken.append(path)
+    for i, path in enumerate(outputs):
+        if path is not None:
+            files.check_output(path, [*arrays, *tables, *(args.train or [])], outputs[:i])
     figures = command.import_figures() if args.figure is not None or args.class_figure is not None else None
     if _knn is None:
-        command.say("note: the extension _knn is not built (pip install .): counted in NumPy, exact but slow")
+        command.say("note: this version's _knn is not built (pip install .): NumPy counts, exact but slow")
     names, splits = command.short_names(arrays), ["test"] * len(arrays)
     if args.train:
         names = ["test"] if len(names) == 1 else [f"{name}, test" for name in names]
         arrays, tables = [*arrays, args.train[0]], [*tables, args.train[1]]
         names, splits = [*names, "train"], [*splits, "train"]
 
-    options = {"bins": bins, "recall": recall, "permutations": args.permutations, "seed": args.seed,
-               "threads": args.threads}
+    options = {"bins": bins, "recall": recall, "ties": args.ties, "permutations": args.permutations,
+               "seed": args.seed, "threads": args.threads}
     results = []
     for job in zip(arrays, tables, names, splits):
         results += score_file(*job, args, options, numbers)

@@ -3,6 +3,7 @@
     python render_cars.py --out cars --frames 0:300 --masks          # the same command continues
     python render_cars.py --out cars --frames 0:100000 --dry-run     # only props.csv and render.json
     python render_cars.py --out cars --frames 0:100000 --shard 2/8   # the third of eight processes
+    python render_cars.py --out many --frames 0:1900 --bodies 60     # models body000 … body059
     python render_cars.py --out mine --frames 0:300 --cars meshes    # a .glb .obj .fbx .usd … a model
     blender -b -P render_cars.py -- --out cars --frames 0:300        # inside an installed Blender, 4.2 to 4.5
 
@@ -11,6 +12,7 @@ Writes: OUT/props.csv (one row a frame), OUT/render.json (seed, settings, Blende
         OUT/images/000000.jpg … and, with --masks, OUT/masks/000000.png … (255 where the car is, else 0)
 
 Frame i depends on the seed and i alone: any range of frames can be made anywhere, in any order. Stands alone.
+With --depend bg_color_hue=model:0.8 a share of the frames takes its hue from its model: a planted shortcut.
 """
 import argparse
 import colorsys
@@ -51,17 +53,45 @@ MARK = "render_cars> "  # opens a worker's messages on its stdout, among what Bl
 
 # ---------------------------------------------------------------- sampling: needs only NumPy
 
-def sample(properties, seed, frames):
+def sample(properties, seed, frames, rules=None):
     """One dict a frame: every property's value, drawn independently and uniformly from (seed, frame) alone.
 
     A property's draw has its own place in the frame's stream: fixing or replacing one leaves the others.
+    rules: dependence()'s; whether a property follows in a frame is drawn from a stream of its own.
     """
-    rows = []
+    rows, names = [], list(properties)
     for i in frames:
-        draws = np.random.default_rng([seed, i]).random(len(properties))
-        values = {name: values[int(u * len(values))] for (name, values), u in zip(properties.items(), draws)}
-        rows.append({"frame": i} | values)
+        draws = np.random.default_rng([seed, i]).random(len(names))
+        row = {name: values[int(u * len(values))] for (name, values), u in zip(properties.items(), draws)}
+        if rules:
+            follows = np.random.default_rng([seed, i, 2]).random(len(names))
+            for name, rule in rules.items():
+                if follows[names.index(name)] < rule["share"]:
+                    row[name] = rule["values"][properties[rule["on"]].index(row[rule["on"]])]
+        rows.append({"frame": i} | row)
     return rows
+
+
+def dependence(properties, seed, wanted):
+    """{property: {"on": source, "share", "values", "margin"}} of [(property, source, share), …].
+
+    values: what follows from each value of the source, a fixed random map in which every len(values)
+    successive ones of the source get each value once: each is used equally often, or as equally as the
+    numbers allow, in the whole and in its successive parts. margin: how frequent each value then is.
+    """
+    rules = {}
+    for name, source, share in wanted:
+        if name in rules or source in [other for other, _, _ in wanted]:
+            raise ValueError(f"--depend {name}={source}: a property depends once, on one that doesn't depend")
+        values, sources = properties[name], len(properties[source])
+        place, order = list(properties).index(name), []
+        while len(order) < sources:
+            draws = np.random.default_rng([seed, len(order), 3, place]).random(len(values))
+            order += [values[k] for k in np.argsort(draws)]
+        order = order[:sources]
+        margin = [share * order.count(value) / sources + (1 - share) / len(values) for value in values]
+        rules[name] = {"on": source, "share": share, "values": order, "margin": margin}
+    return rules
 
 
 def read_properties(path, models):
@@ -113,6 +143,30 @@ def parse_shard(text):
     if not match or int(match[1]) >= int(match[2]):
         raise argparse.ArgumentTypeError(f"{text!r}: expected I/N with I from 0 to N - 1, such as 0/4")
     return int(match[1]), int(match[2])
+
+
+def parse_models(text):
+    """saloon,van,body060:body066 -> names; as of frames, the end of a range is left out."""
+    names = []
+    for part in text.split(","):
+        match = re.fullmatch(r"body(\d{3})(?::body(\d{3}))?", part)
+        first, stop = (int(match[1]), int(match[2] or int(match[1]) + 1)) if match else (0, 0)
+        if part not in BODIES and not first < stop <= MOST_BODIES:
+            raise argparse.ArgumentTypeError(f"{part!r}: expected {', '.join(BODIES)}, body000 to "
+                                             f"body{MOST_BODIES - 1} or a range, such as body060:body066")
+        names += [f"body{j:03d}" for j in range(first, stop)] if match else [part]
+    if len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r}: names a model twice; each is drawn equally often")
+    return names
+
+
+def parse_depend(text):
+    match = re.fullmatch(r"(\w+)=(\w+):(\d*\.?\d+)", text)
+    name, source, share = match.groups() if match else ("", "", 0)
+    if name == source or not {name, source} <= set(PROPERTIES) or float(share) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a property, another and a share from 0 to 1: "
+                                         f"bg_color_hue=model:0.8; properties: {', '.join(PROPERTIES)}")
+    return name, source, float(share)
 
 
 def my_share(environment=os.environ):
@@ -212,9 +266,9 @@ def same_settings(path, settings):
     """What a set knows beyond these settings (a dry run knows no Blender); ValueError where they differ."""
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
-        for name, new in settings.items():
-            old = there.get(name)
-            if old is None or new is None or old == new:
+        for name in dict.fromkeys([*there, *settings]):
+            old, new = there.get(name), settings.get(name)
+            if old == new or (None in (old, new) and name not in ("body_seed", "depend", "exposure")):
                 continue
             if isinstance(old, dict) and isinstance(new, dict):
                 key = next(key for key in [*old, *new] if old.get(key) != new.get(key))
@@ -335,7 +389,7 @@ def render_frame(scene, models, row, args, temporary):
     backdrop = bpy.data.materials["backdrop"].node_tree.nodes["hsv"]
     set_hsv(backdrop, row["bg_color_hue"], row["bg_color_sat"], row["bg_color_val"])
     place_camera(scene.camera, row["camera_loc_z"])
-    set_sky(scene.world.node_tree.nodes, row["sun_elevation"], row["sun_rotation"])
+    set_sky(scene.world.node_tree.nodes, row["sun_elevation"], row["sun_rotation"], args.exposure)
     # The noise pattern is the frame's own too: one fixed pattern would be a feature that all frames share.
     scene.cycles.seed = int(np.random.default_rng([args.seed, row["frame"], 1]).integers(2 ** 31))
     picture, mask = temporary / f"picture.{args.format}", temporary / "mask0001.png"
@@ -353,7 +407,7 @@ def render_frame(scene, models, row, args, temporary):
 # ---------------------------------------------------------------- the scene
 
 # Strength of the sky for each elevation of the sun (degrees): a white ground is rendered just below white at
-# noon and darker, not black, at dawn.
+# noon and darker, not black, at dawn. --exposure fixed takes noon's for all.
 STRENGTH = ((0, 0.7), (5, 0.3), (15, 0.12), (45, 0.05), (90, 0.034))
 CAMERA_DISTANCE, CAMERA_LENS, LOOK_AT = 10.0, 62.0, 0.62  # metres, mm (sensor 36 mm), metres
 
@@ -373,12 +427,13 @@ def build(args, cars, properties):
     if args.masks:
         build_mask(scene)
     models, report, hashes = {}, [], {}
+    bodies = BODIES | draw_bodies(args.body_seed, properties["model"])
     for name in properties["model"]:
         if cars:
             models[name], line = load_car(cars[name], args.paint_material)
             report.append(line)
         else:
-            models[name] = build_car(BODIES[name])
+            models[name] = build_car(bodies[name])
             hashes[name] = mesh_hash(models[name]["object"].data)
     build_sky(scene)  # after the cars: a USD file's dome light becomes the world's light
     for car in models.values():
@@ -446,9 +501,9 @@ def build_sky(scene):
     scene.world.cycles.sample_map_resolution = 256
 
 
-def set_sky(nodes, elevation, rotation):
+def set_sky(nodes, elevation, rotation, exposure):
     """Place the sun, in degrees. Setting a value, even to what it is, makes Cycles compute the sky again."""
-    strength = float(np.interp(elevation, *zip(*STRENGTH)))
+    strength = float(np.interp(90 if exposure == "fixed" else elevation, *zip(*STRENGTH)))
     for item, name, value in ((nodes["sky"], "sun_elevation", math.radians(elevation)),
                               (nodes["sky"], "sun_rotation", math.radians(rotation)),
                               (nodes["background"].inputs["Strength"], "default_value", strength)):
@@ -573,7 +628,7 @@ BODIES = {
     1.02 .9 .18 .83 .93 .77 .12 w | .28 .9 .18 .87 1.37 .6 .1 s | -.28 .9 .18 .89 1.44 .62 0 p
     -.37 .9 .18 .89 1.44 .62 0 s | -1.05 .9 .18 .91 1.4 .6 -.06 r | -1.66 .895 .19 .94 1.02 .73 -.12 h
     -2.12 .86 .22 .93 1.01 .71 -.13 l | -2.34 .78 .3 .88 .97 .67 -.13 -"""),
-    "coupe": dict(wheels=(1.30, -1.28), radius=0.345, spokes=5, doors=(0.66, -0.55), spoiler=True, rows="""
+    "coupe": dict(wheels=(1.30, -1.28), radius=0.345, spokes=5, doors=(0.66, -0.55), spoiler=-1.92, rows="""
     2.2 .72 .22 .46 .52 .58 .22 l | 1.98 .86 .15 .55 .6 .66 .2 h | 1.38 .93 .13 .7 .74 .76 .14 h
     .72 .91 .13 .73 .82 .76 .14 w | -.1 .9 .13 .77 1.2 .54 .1 s | -.5 .91 .13 .79 1.23 .54 0 p
     -.58 .91 .13 .79 1.23 .54 0 r | -1.1 .95 .13 .83 1.08 .52 -.06 r | -1.62 .95 .16 .84 .92 .64 -.1 h
@@ -584,24 +639,135 @@ BODIES = {
     -.26 .865 .18 .92 1.53 .62 0 s | -.98 .865 .18 .96 1.52 .6 -.04 p | -1.18 .865 .19 .97 1.5 .6 -.04 h
     -1.52 .86 .2 .98 1.44 .59 -.06 r | -1.8 .84 .22 .98 1.06 .68 -.1 l | -1.94 .77 .3 .84 .94 .68 -.1 -"""),
     "suv": dict(wheels=(1.42, -1.40), radius=0.395, spokes=6, doors=(0.98, -0.24, -1.06), cladding=True,
-                rails=True, rows="""
+                rails=(0.56, 1.9, (0.2, -0.7, -1.58)), rows="""
     2.26 .8 .42 .84 .94 .7 .12 l | 2.08 .9 .34 .9 1.02 .76 .1 h | 1.5 .95 .32 .98 1.1 .82 .08 h
     1.1 .95 .32 1.03 1.14 .84 .08 w | .52 .95 .32 1.05 1.7 .7 .08 s | -.2 .95 .32 1.06 1.76 .72 0 p
     -.29 .95 .32 1.06 1.76 .72 0 s | -1.12 .95 .32 1.08 1.76 .71 0 p | -1.24 .95 .32 1.08 1.76 .71 0 s
     -1.86 .94 .33 1.1 1.73 .69 -.05 r | -2.12 .92 .36 1.08 1.18 .8 -.06 l | -2.26 .86 .44 .9 1 .78 -.06 -"""),
     "pickup": dict(wheels=(1.58, -1.48), radius=0.40, spokes=6, doors=(1.14, 0.12, -0.52), cladding=True,
-                   bed=(-0.83, -2.28), rows="""
+                   bed=(-0.83, -2.28, 1.15, 1.5), rows="""
     2.5 .82 .46 .84 .96 .74 .08 l | 2.36 .9 .36 .9 1.05 .8 .07 h | 1.62 .94 .34 .98 1.12 .84 .06 h
     1.22 .94 .34 1.02 1.16 .84 .06 w | .66 .94 .34 1.05 1.7 .69 .08 s | .16 .94 .34 1.06 1.77 .71 0 p
     .08 .94 .34 1.06 1.77 .71 0 s | -.46 .94 .34 1.06 1.74 .69 0 r | -.68 .94 .34 1.06 1.16 .86 0 h
     -.84 .94 .34 1.06 1.14 .9 0 h | -2.3 .94 .38 1.06 1.14 .9 0 l | -2.42 .92 .42 1.05 1.13 .88 0 -"""),
-    "van": dict(wheels=(1.52, -1.42), radius=0.34, spokes=0, doors=(1.24, 0.32), slide=(0.22, -1.02), rows="""
+    "van": dict(wheels=(1.52, -1.42), radius=0.34, spokes=0, doors=(1.24, 0.32),
+                slide=(0.22, -1.02, -2.05), rows="""
     2.36 .82 .3 .76 .86 .7 .14 l | 2.22 .92 .24 .86 .98 .78 .14 h | 1.86 .97 .22 .98 1.12 .84 .12 h
     1.6 .975 .22 1.06 1.22 .86 .12 w | .88 .98 .22 1.12 1.9 .76 .1 s | .36 .98 .22 1.13 2 .78 0 h
     .1 .98 .22 1.13 2.02 .8 0 h | -1.2 .98 .22 1.13 2.03 .8 0 h | -2.05 .98 .24 1.13 2.02 .79 0 h
     -2.22 .97 .26 1.13 2 .78 0 l | -2.34 .93 .32 1.1 1.94 .76 0 -"""),
 }
+MOST_BODIES = 300
+OVERLAP = 0.92  # most that two drawn bodies have in common from the side: intersection of outlines by union
+# Ranges from which a body of a style is drawn, metres: length, height, half width, clearance, wheels' radius,
+# bonnet (share of the length), the windscreen's run (of its rise), roof (of the half width), the rear
+# window's run, deck.
+STYLES = {
+    "saloon": "4.3 4.95  1.34 1.56  .86 .94  .15 .22  .31 .36  .24 .31  1.5 2.1  .66 .74  .45 .8  .5 .8",
+    "fastback": "3.95 4.6  1.17 1.38  .87 .96  .12 .17  .32 .37  .28 .37  1.7 2.4  .57 .66  .85 1.3  .25 .5",
+    "hatchback": "3.5 4.35  1.38 1.62  .83 .91  .16 .22  .29 .34  .17 .27  1.1 1.7  .66 .77  .2 .55  .14 .18",
+    "estate": "4.4 4.95  1.38 1.58  .86 .94  .15 .22  .31 .36  .23 .29  1.4 2  .66 .76  .15 .6  .14 .18",
+    "suv": "4.1 4.9  1.62 1.9  .9 .98  .28 .38  .36 .43  .21 .29  .9 1.4  .7 .79  .2 .55  .14 .2",
+    "pickup": "4.7 5.1  1.62 1.88  .91 .97  .3 .4  .36 .43  .22 .29  .9 1.4  .7 .78  .12 .3  1.3 1.8",
+    "van": "4.2 5  1.75 2.12  .92 1  .18 .27  .31 .36  .11 .2  .7 1.3  .78 .84  .04 .2  .14 .18"}
+# and of any: lamp, belt line (share of the height), the bonnet's height at the nose (of that at the
+# windscreen), front and rear overhang, where the pillar behind the front doors stands (of the cabin).
+ANY_STYLE = ".12 .34  .57 .64  .66 .84  .72 .94  .7 .95  .38 .5"
 FRACTIONS = (1.0, 0.84, 0.45, 0.0, -0.45, -0.84, -1.0)  # columns of the cage, right side to left
+
+
+def draw_bodies(seed, names):
+    """{name: body} of body000 … as far as the names go.
+
+    Body j depends on the seed and j alone: it is drawn until its outline differs from those of all before it.
+    """
+    number = max([int(name[4:]) + 1 for name in names if re.fullmatch(r"body\d{3}", name)], default=0)
+    bodies, outlines = {}, []
+    for j in range(number):
+        for attempt in range(1000):
+            body = draw_body(np.random.default_rng([seed, j, attempt, 4]).random(23).tolist())
+            shape = outline(body)
+            if all((other & shape).sum() < OVERLAP * (other | shape).sum() for other in outlines):
+                break
+        else:
+            raise ValueError(f"--body-seed {seed}: no body{j:03d} differs enough from those before it")
+        bodies[f"body{j:03d}"] = body
+        outlines.append(shape)
+    return bodies
+
+
+def outline(body, step=0.04):
+    """What a body covers seen from the side, bool: cells of x and z."""
+    x, z = np.mgrid[-2.6:2.6:step, step / 2:2.3:step]
+    rows = np.array(sections(body)[0])[::-1]
+    inside = (np.interp(x, rows[:, 0], rows[:, 2]) < z) & (z < np.interp(x, rows[:, 0], rows[:, 4], 0, 0))
+    for wheel in body["wheels"]:
+        inside |= (x - wheel) ** 2 + (z - body["radius"]) ** 2 < body["radius"] ** 2
+    return inside
+
+
+def draw_body(u):
+    """A body like those of BODIES from 23 numbers in [0, 1)."""
+    style = list(STYLES)[int(u[0] * len(STYLES))]
+    least, most = np.array(f"{STYLES[style]} {ANY_STYLE}".split(), float).reshape(-1, 2).T
+    (length, height, w, bottom, radius, bonnet, rake, roof, window, deck,
+     lamp, belt, dip, ahead, behind, middle) = (least + (most - least) * u[1:17]).tolist()
+    nose, tail, belt, roof = length / 2, -length / 2, height * belt, roof * w
+    sill = belt + 0.05                                     # the windscreen's foot lies here,
+    foot = nose - bonnet * length
+    front = foot - rake * (height - sill)                  # its upper edge here,
+    back = min(tail + deck + window, front - 0.8)          # and here the roof's end
+    low, middle = dip * sill, front + middle * (back - front)
+    wheels = nose - max(ahead, radius + 0.3), tail + max(behind, radius + 0.3)
+    pillars = [middle]
+    if middle - back > 1.1 and style != "fastback":
+        pillars.append(back + (0.25 if style in ("suv", "estate", "hatchback") else 0.55) * (middle - back))
+    doors = [min(foot - .08, wheels[0] - radius - .06), *pillars[:1]]
+    if len(pillars) > 1:
+        doors.append(max(wheels[1] + .28, pillars[1] if style == "pickup" else back))
+
+    rows = [(nose, .83 * w, bottom + .08, low - .06, low, .66 * w, .16, "l"),
+            (nose - lamp, .94 * w, bottom + .02, low, low + .08, .74 * w, .15, "h"),
+            ((nose - lamp + foot) / 2, .99 * w, bottom, (low + belt) / 2 - .02, .45 * low + .55 * sill + .04,
+             .8 * w, .12, "h"),
+            (foot, w, bottom, belt - .04, sill, .85 * w, .12, "w"),
+            (front, w, bottom, belt - .01, height - .06, roof - .01, .1, "s")]
+    post, side = "hh" if style == "van" and u[17] < 0.6 else "ps"  # h: a van without windows
+    for x in pillars:
+        rows += [(x + .04, w, bottom, belt + .01, height, roof, 0, post),
+                 (x - .05, w, bottom, belt + .01, height, roof, 0, side)]
+    rows += rear(style, w, bottom, belt, height, roof, back, tail, deck, window, lamp)
+    body = {"rows": rows, "wheels": wheels, "radius": radius, "doors": doors,
+            "spokes": (0, 5, 6, 7, 8, 10, 12)[int(7 * u[18])]}
+    if u[19] < {"suv": .7, "pickup": .6}.get(style, .1):
+        body["cladding"] = True
+    if style in ("suv", "estate") and u[20] < .6:
+        body["rails"] = roof - .13, front - back - .2, (front - .15, (front + back) / 2, back + .17)
+    if style == "fastback" and u[21] < .5:
+        body["spoiler"] = tail + .2
+    if style == "van" and u[22] < .7:
+        body["slide"] = middle - .06, middle - 1.2, tail + .3
+    if style == "pickup":
+        body["bed"] = tail + deck - .15, tail + .14, belt + .11, 2 * w - .38
+    return body
+
+
+def rear(style, w, bottom, belt, height, roof, back, tail, deck, window, lamp):
+    """The sections of a drawn body from the roof's end on."""
+    if style == "van":
+        return [(back, w, bottom + .02, belt + .01, height - .01, roof - .01, 0, "h"),
+                (tail + .14, .99 * w, bottom + .04, belt, height - .03, roof - .02, 0, "l"),
+                (tail, .95 * w, bottom + .1, belt - .03, height - .08 - window, roof - .04, 0, "-")]
+    wide, bow, end = (.95, 0, .01) if style == "pickup" else (.79, -.11, .05)
+    drop = .1 if style == "fastback" else .04
+    rows = [(back, w, bottom, belt + .02, height - drop, roof - .01, -.05, "r")]
+    if style == "pickup":
+        rows += [(tail + deck, w, bottom, belt + .01, belt + .1, .91 * w, 0, "h"),
+                 (tail + deck - .16, w, bottom, belt + .01, belt + .1, .95 * w, 0, "h")]
+    elif style in ("saloon", "fastback"):
+        rows.append((tail + deck, w, bottom + .01, belt + .04, belt + .09, .8 * w, bow, "h"))
+    return rows + [(tail + lamp / 2 + .06, .96 * w, bottom + .04, belt + end, belt + .09, wide * w, bow, "l"),
+                   (tail, .88 * w, bottom + .12, belt - .02, belt + .04, (wide - .04) * w, bow, "-")]
 
 
 def palette():
@@ -664,7 +830,9 @@ def cage(rows, kinds):
 
 def sections(body):
     """A body's table -> its cross-sections (x, half width, …), and what lies between each and the next."""
-    rows = [row.split() for row in body["rows"].replace("\n", "|").split("|") if row.strip()]
+    rows = body["rows"]
+    if isinstance(rows, str):
+        rows = [row.split() for row in rows.replace("\n", "|").split("|") if row.strip()]
     return [[float(number) for number in row[:7]] for row in rows], [row[7] for row in rows[:-1]]
 
 
@@ -681,8 +849,8 @@ def build_body(body):
     cutters = [cylinder((x, side * 0.92, body["radius"]), body["radius"] + 0.055, 0.62)
                for x in body["wheels"] for side in (-1, 1)]
     if "bed" in body:
-        front, back = body["bed"]
-        cutters.append(box(((front + back) / 2, 0, 1.15), (front - back, 1.5, 0.9), "trim", bevel=0.04))
+        front, back, z, width = body["bed"]
+        cutters.append(box(((front + back) / 2, 0, z), (front - back, width, 0.9), "trim", bevel=0.04))
     for cutter in cutters:
         cut = made.modifiers.new("cut", "BOOLEAN")
         cut.operation, cut.solver, cut.object = "DIFFERENCE", "EXACT", cutter
@@ -860,18 +1028,22 @@ def details(body, surface, at, rows, kinds):
         hit = surface((-4 * direction, 0, z), (direction, 0, 0))
         parts.append(box((hit[0] - direction * 0.004, 0, z), (0.02, 0.50, 0.11), "plate", 0.004))
     if "spoiler" in body:
-        top = surface((-1.86, 0.5, 3), (0, 0, -1))[2]
-        parts.append(box((-1.92, 0, top + 0.13), (0.26, 1.5, 0.03), "paint", 0.012, turn=-0.1))
-        parts += [box((-1.88, y, top + 0.05), (0.16, 0.04, 0.18), "paint", 0.012) for y in (-0.52, 0.52)]
-    for y in (-0.56, 0.56) if "rails" in body else ():
-        top = surface((-0.7, y, 3), (0, 0, -1))[2]
-        parts.append(box((-0.70, y, top + 0.055), (1.9, 0.035, 0.03), "rim", 0.01))
-        parts += [box((x, y, top + 0.01), (0.10, 0.03, 0.10), "trim", 0.01) for x in (0.2, -0.7, -1.58)]
-    for x in body.get("slide", ()):
-        gap = [(x, z) for z in np.linspace(at(x, 2) + 0.10, 0.86 * at(x, 4), 24)]
-        parts += strip(surface, gap, 0.018, "trim")
+        x = body["spoiler"]
+        top = surface((x + 0.06, 0.5, 3), (0, 0, -1))[2]
+        parts.append(box((x, 0, top + 0.13), (0.26, 1.5, 0.03), "paint", 0.012, turn=-0.1))
+        parts += [box((x + 0.04, y, top + 0.05), (0.16, 0.04, 0.18), "paint", 0.012) for y in (-0.52, 0.52)]
+    if "rails" in body:
+        across, length, feet = body["rails"]
+        for y in (-across, across):
+            top = surface((feet[1], y, 3), (0, 0, -1))[2]
+            parts.append(box((feet[1], y, top + 0.055), (length, 0.035, 0.03), "rim", 0.01))
+            parts += [box((x, y, top + 0.01), (0.10, 0.03, 0.10), "trim", 0.01) for x in feet]
     if "slide" in body:
-        rail = [(x, at(x, 3) + 0.02) for x in np.linspace(body["slide"][0], -2.05, 24)]
+        front, back, end = body["slide"]
+        for x in (front, back):
+            gap = [(x, z) for z in np.linspace(at(x, 2) + 0.10, 0.86 * at(x, 4), 24)]
+            parts += strip(surface, gap, 0.018, "trim")
+        rail = [(x, at(x, 3) + 0.02) for x in np.linspace(front, end, 24)]
         parts += strip(surface, rail, 0.03, "trim")
     return parts
 
@@ -1015,6 +1187,13 @@ def parse(argv):
     add("--seed", type=int, default=0, help="of every draw, 0 or more (0)")
     add("--properties", metavar="FILE.json", help="value lists in place of Table 5's, or fixed values: "
         '{"rotation_z": [0, 90], "sun_elevation": 45}')
+    add("--bodies", type=int, metavar="N", help="instead of the six models N drawn ones, body000 …")
+    add("--models", type=parse_models, metavar="NAME,…", help="or these: saloon,van,body060:body066")
+    add("--body-seed", type=int, default=0, metavar="N", help="of the drawn bodies' shapes (0)")
+    add("--depend", type=parse_depend, action="append", default=[], metavar="bg_color_hue=model:0.8",
+        help="in this share of the frames the one follows from the other; may be repeated")
+    add("--exposure", choices=["by-elevation", "fixed"], default="by-elevation",
+        help="does the sky's strength make up for a low sun? (by-elevation)")
     add("--cars", type=Path, metavar="DIR", help=f"your own cars, a file a model ({' '.join(MESHES)})")
     add("--paint-material", metavar="NAME,…", help="those to recolour (paint, body or carpaint)")
     add("--masks", action="store_true", help="write masks/000000.png …: 255 where the car is, else 0")
@@ -1029,9 +1208,13 @@ def parse(argv):
     add("--verbose", action="store_true", help="show Blender's log")
     add("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    for name, low, high in (("seed", 0, 2 ** 63), ("size", 16, 8192), ("samples", 1, 65536)):
-        if not low <= getattr(args, name) <= high:
-            fail(f"--{name} {getattr(args, name)}: expected {low} to {high}")
+    for name, low, high in (("seed", 0, 2 ** 63), ("body_seed", 0, 2 ** 63), ("size", 16, 8192),
+                            ("samples", 1, 65536), ("bodies", 1, MOST_BODIES)):
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            fail(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
+    if sum(map(bool, (args.bodies, args.models, args.cars))) > 1:
+        fail("--bodies, --models and --cars each say which models there are; give one of them")
     return args
 
 
@@ -1055,13 +1238,23 @@ def main():
     if args.cars:
         cars = find_cars(args.cars)
         hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in cars.items()}
-    properties = read_properties(args.properties, list(cars or PROPERTIES["model"]))
+    models = args.models or list(cars or PROPERTIES["model"])
+    if args.bodies:
+        models = [f"body{j:03d}" for j in range(args.bodies)]
+    properties = read_properties(args.properties, models)
+    rules = dependence(properties, args.seed, args.depend)
     if args.worker:
         return work(args, cars, properties)
     settings = {"seed": args.seed, "properties": properties, "blender": None, "engine": "CYCLES",
                 "device": args.device, "samples": args.samples, "denoise": args.denoise, "size": args.size,
                 "format": args.format, "paint_material": args.paint_material or "", "meshes": hashes}
-    rows = sample(properties, args.seed, args.frames)
+    if set(models) - {*BODIES, *(cars or ())}:
+        settings["body_seed"] = args.body_seed
+    if rules:
+        settings["depend"] = rules
+    if args.exposure != "by-elevation":
+        settings["exposure"] = args.exposure
+    rows = sample(properties, args.seed, args.frames, rules)
     if args.dry_run:
         write_set(args, settings, rows)
         return say(f"{args.out / 'props.csv'}: frames {args.frames.start} to {args.frames.stop - 1}")

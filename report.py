@@ -153,13 +153,22 @@ def picture_and_maps(members, row, path, size):
 # ---------------------------------------------------------------- what else stands on the page
 
 
-def text_table(section, name, title, header, rows):
-    """A table of words, as those of tables.json are."""
-    return {"section": section, "name": name, "title": title, "kind": "text", "header": header, "rows": rows}
+def own_tables(datasets, gaps):
+    """Tables of words in tables.json's manner: settings of {data set: networks}, what is missing, errata."""
+    from dml_common import files
+
+    path = files.ROOT / "published" / "errata.csv"
+    errata = files.read_table(path) if path.is_file() else {}
+    settings = [("settings", f"settings-{name}", name, *settings_rows(networks))
+                for name, networks in datasets.items()]
+    others = [("warnings", "missing", "Missing", ["Data", "What"], list(dict.fromkeys(gaps))),
+              ("errata", "errata", "Published, and done here", list(errata), list(zip(*errata.values())))]
+    keys = ("section", "name", "title", "header", "rows")
+    return [dict(zip(keys, table), kind="text") for table in settings + others if table[-1]]
 
 
-def settings_table(dataset, networks):
-    """How networks were trained and arrays made, as their JSONs tell: a row a setting, a column a step."""
+def settings_rows(networks):
+    """How networks were trained and arrays made, as their JSONs tell: header and rows, a column a step."""
     steps, values = {"Training": "config", "Embeddings": "emb", "Saliency maps": "maps"}, {}
     for network in networks:
         for step, part in steps.items():
@@ -169,7 +178,7 @@ def settings_table(dataset, networks):
                 if value is not None and key not in NO_SETTING:
                     values.setdefault(key, {step: {} for step in steps})[step][in_words(value)] = None
     rows = [[key.replace("_", " "), *map("\n".join, of_step.values())] for key, of_step in values.items()]
-    return text_table("settings", f"settings-{dataset}", dataset, ["Setting", *steps], rows)
+    return ["Setting", *steps], rows
 
 
 def in_words(value):
@@ -201,9 +210,11 @@ def open_template():
     """templates/report.html with its style, its script and the policy that passes exactly these."""
     try:
         import jinja2
+        style, script = ((TEMPLATES / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     except ImportError:
         raise ValueError("jinja2 is not installed, and the page needs it: pip install '.[report]'") from None
-    style, script = ((TEMPLATES / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    except OSError as error:
+        raise ValueError(f"{error}; the page needs the folder templates/ beside report.py") from None
     for k in range(21):  # the shades of cells; the policy allows no style in an element
         style += f".s{k} {{ background: color-mix(in srgb, var(--high) {5 * k}%, var(--low)); }}\n"
     hashes = [base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in (style, script)]
@@ -231,7 +242,7 @@ def parse(argv):
         help="the pictures of the data set of this name; may be repeated")
     add("--data-root", metavar="DIR", help="folder of the published data sets (DML_DATA_ROOT, else data/)")
     add("--out", type=Path, default=Path("report.html"), metavar="FILE.html", help="the page (report.html)")
-    add("--pictures", type=int, default=300, metavar="N", help="at most so many in the gallery, evenly (300)")
+    add("--pictures", type=int, default=300, metavar="N", help="about so many in the gallery, evenly (300)")
     add("--size", type=int, default=112, metavar="PX", help="longer side of a map; pictures twice that (112)")
     return parser.parse_args(argv)
 
@@ -263,15 +274,8 @@ def main(argv=None):
         gaps += [(name, what) for what in broken]
     networks = [{**network, "dataset": name} for name, several in datasets.items() for network in several]
     pictures = folders.open_pictures(args.dataset, args.data_root, list(datasets))
-    errata = files.read_table(files.ROOT / "published" / "errata.csv")
-    own = [settings_table(name, several) for name, several in datasets.items() if several]
-    if gaps:
-        gaps = list(dict.fromkeys(gaps))
-        own.append(text_table("warnings", "missing", "Missing", ["Data", "What"], gaps))
-    rows = list(zip(*errata.values()))
-    own.append(text_table("errata", "errata", "Published, and done here", list(errata), rows))
-    own += [table for table in tables["tables"] if table["name"] != "errata"]
-    content = template.render(tables | figures, tables=own, datasets=list(datasets), networks=networks,
+    shown = [table for table in tables["tables"] if table["name"] != "errata"] + own_tables(datasets, gaps)
+    content = template.render(tables | figures, tables=shown, datasets=list(datasets), networks=networks,
                               groups=gallery(networks, pictures, args.pictures, args.size))
     files.write_file(args.out, NO_CHARACTER.sub("\ufffd", content).encode("utf-8"))
 

@@ -11,13 +11,15 @@ Output: maps.npy, float16 (n, H, W), values in [0, 1], row i is picture i, at th
     torchrun --nproc-per-node 2 saliency.py --dataset cars196 --loss all --out results
 
 The same command continues an interrupted run. A map depends on the picture, the network, the options and the
-seed, not on batch, order, process or restart: the noise of picture i comes from (seed, name of the network, i)
-alone. What remains is the order of float32 sums. Measured, EfficientNet-Lite0, 50 copies: another batch size
-moves no value by more than 1e-6; another number of threads moves single ones by up to 0.008 (where a unit sits on
-the kink of its ReLU, rounding decides the gradient), at a correlation of 0.9999997. CPU and CUDA draw other noise.
+seed, not on batch, order, process or restart: the noise of picture i comes from (seed, name of the network,
+i) alone. What remains is the order of float32 sums. Measured, EfficientNet-Lite0, 50 copies: another batch
+size moves no value by more than 1e-6; another number of threads moves single ones by up to 0.008 (where a
+unit sits on the kink of its ReLU, rounding decides the gradient), at a correlation of 0.9999997. CPU and
+CUDA draw other noise.
 
-The paper says: absolute value of the averaged gradient, then the mean over channels (--order paper). Its code:
-mean over channels, absolute value of every copy, then the sum (--order released). The maps differ (README).
+The paper says: absolute value of the averaged gradient, then the mean over channels (--order paper). Its
+code: mean over channels, absolute value of every copy, then the sum (--order released). The maps differ
+(README).
 """
 if __name__ == "__main__":  # before torch is imported: Ctrl-C ends in one line from here on
     import sys
@@ -55,9 +57,9 @@ def smoothgrad(network, pictures, baseline, distance, *, samples=50, noise=0.15,
     network: callable, pictures (B, C, H, W) -> embeddings (B, m), in eval mode; needs no preparation, but
         fold_batchnorm and requires_grad_(False) make it faster
     pictures: floating (n, C, H, W), as the network takes them; baseline: (C, H, W) or one each (n, C, H, W)
-    distance: callable, embeddings a (B, m) of pictures, b (B, m) of baselines -> (B,), differentiable. Or k of
-        them, for networks that share a trunk: the network is the trunk, each callable applies its own head to
-        both sides, and the trunk's forward passes are made once for all
+    distance: callable, embeddings a (B, m) of pictures, b (B, m) of baselines -> (B,), differentiable. Or k
+        of them, for networks that share a trunk: the network is the trunk, each callable applies its own head
+        to both sides, and the trunk's forward passes are made once for all
     samples: noisy copies of a picture, l in Eq. 2
     noise: standard deviation of the noise as a share of max - min of each picture
     order: "paper" (mean over copies, absolute value, mean over channels) or "released" (mean over channels,
@@ -70,8 +72,8 @@ def smoothgrad(network, pictures, baseline, distance, *, samples=50, noise=0.15,
     stem: the network's first convolution where the picture enters through it alone (linear_stem finds it):
         with order "paper" its backward pass, linear, runs once a picture instead of once a copy
 
-    Returns maps (n, H, W), or (k, n, H, W), of the pictures' dtype, in [0, 1]: zeros where a map is constant (so
-    of a picture that equals a constant baseline: no distance, no gradient), nan where a gradient is not finite.
+    Returns maps (n, H, W) or (k, n, H, W), of the pictures' dtype, in [0, 1]: zeros where a map is constant
+    (of a picture that equals its constant baseline too: no gradient), nan where a gradient is not finite.
     Raises ValueError for options out of range, a network without 2-D embeddings or without a gradient.
     """
     check_options(samples, noise, order, percentile, batch)
@@ -121,7 +123,7 @@ def check_options(samples, noise, order, percentile, batch):
     if samples < 1:
         raise ValueError(f"samples is {samples}; expected at least 1 noisy copy")
     if not 0 <= noise < float("inf"):
-        raise ValueError(f"noise is {noise}; expected 0 or more, a standard deviation as a share of max - min")
+        raise ValueError(f"noise is {noise}; expected 0 or more: a deviation, as a share of max - min (0.15)")
     if order not in ("paper", "released"):
         raise ValueError(f"order is {order!r}; expected 'paper' or 'released'")
     if not 0 < percentile <= 100:
@@ -186,8 +188,8 @@ def distance_gradients(network, pictures, origins, distances, autocast=None, ste
             gradient, = torch.autograd.grad(values.sum(), held[0], allow_unused=True, retain_graph=left > 0)
         if gradient is None:
             where = gradient_break(network, pictures.detach())
-            raise ValueError("no gradient reaches the pictures: the network detaches, quantises or leaves torch "
-                             + where)
+            raise ValueError("no gradient reaches the pictures: the network detaches, quantises or leaves "
+                             f"torch {where}")
         yield gradient
 
 
@@ -218,7 +220,7 @@ def scale_maps(saliency, percentile=99.0):
 
 
 def module_calls(network, picture):
-    """[(name, module, input, output, versions)] of a forward pass of picture (1, C, H, W), as the modules end.
+    """[(name, module, input, output, versions)] of a picture's forward pass (1, C, H, W), as modules end.
 
     versions: of the input and output tensors then (they change when something writes into them in place).
     """
@@ -237,7 +239,7 @@ def module_calls(network, picture):
 
 
 def fold_batchnorm(network, picture):
-    """A copy of the network in eval mode, each batch norm folded into the convolution before it, if there is one.
+    """A copy of the network in eval mode, with each batch norm folded into a convolution before it.
 
     The pairs are found by following picture (1, C, H, W) through the network; the folded copy must return the
     same embedding (to 1e-4 of its norm), else a copy that is not folded is returned.
@@ -291,7 +293,7 @@ def gradient_break(network, picture):
     for name, module, given, output, _ in module_calls(network, picture)[0]:
         if any(module.children()):
             continue
-        where = "after" if output.requires_grad else "inside" if given.requires_grad else "before"
+        where = "before" if not given.requires_grad else "after" if output.requires_grad else "inside"
         place = f"{where} layer {name} ({type(module).__name__})"
         if where != "after":
             break
@@ -325,9 +327,9 @@ def weighted_layers(network, picture):
 
 
 def randomise(network, layers, pictures, seed):
-    """A copy of the network whose `layers` are untrained (Adebayo et al. 2018; cascading if they are the topmost).
+    """A copy of the network with untrained `layers` (Adebayo et al. 2018; cascading for the topmost layers).
 
-    Convolutions and linear layers draw He-normal weights, from (seed, layer) alone, and zero biases; batch norms
+    Convolutions and linear layers draw He-normal weights from (seed, layer) alone, biases are 0; batch norms
     get weight 1 and bias 0 and take their statistics from one pass of pictures (B, C, H, W): with the trained
     network's, which no longer fit, activations would die or explode. Others use their own reset_parameters.
     """
@@ -398,7 +400,7 @@ def draw_gallery(columns, names, titles, side=168, gap=8):
 
 
 class Mapper:
-    """smoothgrad with the command's options; with half the batch where the device's memory does not suffice."""
+    """smoothgrad with the command's options, and half the batch when the device's memory does not suffice."""
 
     def __init__(self, device, args):
         self.device, self.map_size, self.halved = device, args.map_size, False
@@ -414,7 +416,8 @@ class Mapper:
 
         (network, stem), on_device = ready, (pictures.to(self.device), baselines.to(self.device))
         try:
-            maps = smoothgrad(network, *on_device, distance, seeds=seeds, stem=stem, batch=self.batch, **self.options)
+            maps = smoothgrad(network, *on_device, distance, seeds=seeds, stem=stem, batch=self.batch,
+                              **self.options)
             if self.map_size:
                 maps = adaptive_avg_pool2d(maps, self.map_size)  # of finished maps: still in [0, 1]
             return maps.half().cpu().numpy()
@@ -424,14 +427,14 @@ class Mapper:
         if self.batch == 1:
             raise ValueError(f"out of memory on {self.device} with a single copy; take a smaller network")
         if not self.halved:
-            command.say(f"out of memory with {self.batch} copies at a time: going on with half of them, or fewer")
+            command.say(f"out of memory with {self.batch} copies at a time: going on with half, or fewer")
         self.batch, self.halved = self.batch // 2, True
         torch.cuda.empty_cache()
         return self(ready, pictures, baselines, distance, seeds)
 
 
 def reader(preprocessing, kind, device):
-    """load: path -> a picture and its baseline (2, 3, H, W); stack: list of these -> (2, B, 3, H, W); an example."""
+    """load: path -> a picture and its baseline (2, 3, H, W); stack: these -> (2, B, 3, H, W); an example."""
     from dml_common import pictures
 
     def load(path):
@@ -477,8 +480,8 @@ def make_maps(jobs, mapper, args):
         for k, of_network in zip(which, maps):
             for number, one in zip(numbers, of_network):
                 if np.isnan(one).any():
-                    command.say(f"{loaded[k].name}: {jobs[0].dataset.paths[number]}: a gradient is not finite; "
-                                "its map is nan, compare.py leaves it out")
+                    path = jobs[0].dataset.paths[number]
+                    command.say(f"{loaded[k].name}: {path}: a gradient is not finite; its map is nan")
                     counts["nan (a gradient is not finite)"] += 1
                 elif not one.any():
                     counts["all zeros (a constant map)"] += 1
@@ -493,7 +496,7 @@ def make_maps(jobs, mapper, args):
 
 
 def sanity(job, mapper, args, most=16):
-    """Rows of sanity.csv: how the maps' correlation with the trained network's falls with randomised layers."""
+    """Rows of sanity.csv: how the maps' correlation with the trained one's falls with randomised layers."""
     from dml_common import command, networks
 
     network, distance = networks.load(job.spec), networks.distance(job.about["distance"])
@@ -578,27 +581,27 @@ def parse(argv):
     add = parser.add_argument_group("maps").add_argument
     add("--samples", type=int, default=50, metavar="L", help="noisy copies of a picture (50)")
     add("--noise", type=float, default=0.15, metavar="S", help="deviation, as a share of max - min (0.15)")
-    add("--order", default="paper", choices=["paper", "released"], help="of abs and averages, see above (paper)")
+    add("--order", default="paper", choices=["paper", "released"], help="of mean and abs, see above (paper)")
     add("--distance", choices=list(networks.DISTANCES), help="of l2-normalised embeddings (the loss's own)")
     add("--baseline", default="black", choices=["black", "mean", "blur"],
         help="whose embedding the distance is to: the picture all black, its mean colour, or blurred (black)")
-    add("--map-size", type=int, metavar="N", help="average the maps to N × N pixels (the network's input size)")
+    add("--map-size", type=int, metavar="N", help="average maps to N × N pixels (the network's input size)")
     add("--percentile", type=float, default=99.0, metavar="P", help="values above it are cut to it (99)")
     add("--seed", type=int, default=0, metavar="N", help="of the noise (0)")
-    add("--shared-noise", action="store_true", help="the same noise for all networks, so that those of one trunk "
-        "share its passes; with --ceiling compare.py takes one map of each noise (independent)")
+    add("--shared-noise", action="store_true", help="the same noise for all networks: those of one trunk "
+        "then share its passes; with --ceiling compare.py takes one map of each noise (independent)")
     add("--antithetic", action="store_true",
-        help="every second copy takes the negative noise of the one before: in the paper's order 50 serve like 62")
+        help="every second copy takes the noise before it, negative: 50 serve like 62 (paper's order)")
     add = parser.add_argument_group("can the maps be trusted").add_argument
-    add("--ceiling", action="store_true", help="also maps_ceiling.npy, with other noise, for compare.py's ceiling")
+    add("--ceiling", action="store_true", help="also maps_ceiling.npy, with other noise, for compare.py")
     add("--randomise", type=int, nargs="?", const=8, metavar="STEPS",
         help="also sanity.csv: the first 16 maps with ever more layers re-initialised from the top (8 steps)")
     add = parser.add_argument_group("picture × network").add_argument
-    add("--gallery", type=Path, metavar="FILE.png", help="the first 8 pictures, or all of --pick (FILE_2.png …)")
+    add("--gallery", type=Path, metavar="FILE.png", help="the first 8 pictures or all of --pick: FILE_2 …")
     add("--overlay", action="store_true", help="the maps over the grey pictures")
     add = parser.add_argument_group("speed").add_argument
     command.add_speed(add)
-    add("--batch", type=int, metavar="N", help="copies at a time (10, on a GPU 250; fewer without memory)")
+    add("--batch", type=int, metavar="N", help="copies at a time (10, on a GPU 250; fewer if memory ends)")
     args = parser.parse_args(argv)
     for name in ("limit", "randomise", "workers", "map_size"):
         command.at_least(name.replace("_", "-"), getattr(args, name))
@@ -606,18 +609,19 @@ def parse(argv):
 
 
 def main(argv=None):
-    from dml_common import command, files, networks, pictures, rowfile
+    from dml_common import command, files, pictures, rowfile
 
     args = parse(argv)
     mapper = Mapper(command.torch_device(args.device, args.precision), args)
-    options = {name: getattr(args, name) for name in (
-        "samples", "noise", "order", "baseline", "percentile", "seed", "shared_noise", "antithetic", "precision",
-        "limit", "pick", "map_size")}
+    names = ("samples", "noise", "order", "baseline", "percentile", "seed", "shared_noise", "antithetic",
+             "precision", "limit", "pick", "map_size")
+    options = {name: getattr(args, name) for name in names}
     jobs, ceilings = [], []
-    for job in rowfile.jobs(args, "maps.npy", options, args.network_seed, partial(chosen, args.limit, args.pick)):
+    choose = partial(chosen, args.limit, args.pick)
+    for job in rowfile.jobs(args, "maps.npy", options, args.network_seed, choose):
         size = pictures.input_size(job.about["preprocessing"])
         if args.map_size and args.map_size > min(size):
-            raise ValueError(f"--map-size {args.map_size}: the maps have {size[1]} × {size[0]} pixels; give fewer")
+            raise ValueError(f"--map-size {args.map_size}: the maps have {size[1]} × {size[0]} pixels")
         for ceiling, group in (False, jobs), (True, ceilings):
             path = job.path.with_stem(f"{job.path.stem}_ceiling") if ceiling else job.path
             noise_of = "" if args.shared_noise else job.spec["name"]
@@ -627,13 +631,13 @@ def main(argv=None):
     if args.gallery:
         folds = sorted({job.spec["fold"] for job in jobs if job.dataset.split == "held out"})
         if len(folds) > 1:
-            raise ValueError(f"--gallery: folds {', '.join(map(str, folds))} are analysed on different pictures; "
-                             "give one --fold")
+            raise ValueError(f"--gallery: folds {', '.join(map(str, folds))} are analysed on different "
+                             "pictures; give one --fold")
         dataset = jobs[0].dataset
         files.check_output(args.gallery, [*dataset.paths, dataset.folder / "props.csv", jobs[0].path])
 
     def alike(job):  # jobs that share their passes
-        trunk = args.shared_noise and job.spec["files"] and networks.files_sha256(job.spec["files"][:1])
+        trunk = args.shared_noise and job.spec["files"] and files.files_digest(job.spec["files"][:1])
         about = job.about
         return about["options"]["ceiling"], about["pictures"], about["preprocessing"], trunk or job.path
 

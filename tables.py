@@ -41,15 +41,15 @@ MEASURES = {
     "sanity": ("Sanity check", "Correlation with the trained network's maps, per cent, as layers are "
                "re-initialised from the top; 0 layers: the noise ceiling", 100, 0),
     "pairs": ("Pairs and rankings", "Scores of the second paper, mean over folds", 1, 3),
-    "correlation": ("Correlation of saliency maps", "Pearson correlation of two networks' maps of a picture, "
-                    "per cent, ± standard deviation over pictures; averages through Fisher's z", 100, 0),
+    "correlation": ("Correlation of saliency maps", "Pearson's r of two networks' maps of a picture, per "
+                    "cent, ± standard deviation over pictures; averages through Fisher's z", 100, 0),
     "jsd": ("JSD of saliency maps", "Jensen-Shannon divergence (base 2) of two networks' maps of a picture, "
             "± standard deviation over pictures, both × 100; 0 for identical maps", 100, 1),
     "ceiling": ("Noise ceiling of the correlation", "The most that two networks' maps can correlate, by two "
                 "maps of each that differ in their noise alone, per cent", 100, 0),
     "corrected": ("Correlation corrected for noise", "Divided by its noise ceiling, per cent", 100, 0),
     "cka": ("Linear CKA of embeddings", "1 for embeddings that differ by rotation and scale", 1, 2),
-    "overlap": ("Common nearest neighbours", "Share of a picture's 10 nearest neighbours, per cent", 100, 0)}
+    "overlap": ("Common nearest neighbours", "Share of a picture's 10 nearest, per cent", 100, 0)}
 PAIRS = ("correlation", "jsd", "ceiling", "corrected", "cka", "overlap")
 WITH_SPREAD = ("correlation", "jsd", "sanity")
 TITLES = {  # of columns, in their order
@@ -60,15 +60,15 @@ TITLES = {  # of columns, in their order
               "jsd_null": "JSD, labels permuted", "r_precision": "R-Precision",
               "positive_mean": "Positive mean", "negative_mean": "Negative mean"}}
 BOLD = "Bold mean: the larger type by the exact test; †: by the released way (all folds pooled)."
-TESTED = "p_holm < 0.01 in every fold, permutations of each property, Holm-corrected over the properties"
-PUBLISHED = "NR-Prec > 2.576, the published mark: a z-score's threshold applied to a mean of many"
-NOTES = {"nr_precision": [BOLD],
-         "masks": ["In other masks: the chance level of a map that knows only where objects usually are. "
-                   "Excess: the difference, in points."],
-         "pairs": [BOLD, "JSD of few pairs is biased up: labels permuted shows by how much."],
-         "distance": ["Networks without a loss are left out."]}
+NOTES = {
+    "nr_precision": [BOLD], "distance": ["Networks without a loss are left out."],
+    "masks": ["In other masks: the chance level of a map that knows only where objects usually are."],
+    "pairs": [BOLD, "JSD of few pairs is biased up: labels permuted shows by how much."],
+    "tested": ["* above chance: p_holm < 0.01 in every fold, by permutation of the property."],
+    "published mark": ["* above 2.576, the published mark: a z-score's threshold on a mean of many."]}
 PAPER = {"losses": "Table 1", "properties": "Table 5", "nrprec": "Table 6", "pairs": "Oi et al., Table 1",
          "training": "Oi et al., Table 1", "correlation_sop": "Table 2", "jsd_sop": "Table 2",
+         "nrprec_tests": "Table 6", "properties_published": "Table 5",
          "correlation_by_type_cars196": "Table 3", "correlation_by_type_cub200": "Table 4"}
 
 # ---------------------------------------------------------------- cells and tables
@@ -161,11 +161,10 @@ def grid(one, measure):
                      mark="†" if released.get(key) == kind else "") for key in titles])
     notes, made = list(NOTES.get(measure, ())), one.tables.get("nrprec")
     if measure == "nr_precision" and made and rows:
-        tested = next(iter(cells.values())).note == "tested"
-        notes.insert(0, f"* above chance: {TESTED if tested else PUBLISHED}.")
         options = {key: str(made[0].get(key) or "").removesuffix(".0") for key in (
             "null", "distance", "max_neighbours", "permutations")}
-        notes.append(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in options.items() if value))
+        options = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in options.items() if value)
+        notes = [*NOTES[next(iter(cells.values())).note], *notes, options]
     if measure == "pairs" and rows:
         caption += f": label {one.tables['pairs'][0]['label']}, {next(iter(cells.values())).note}"
     name = "nrprec" if measure == "nr_precision" else measure
@@ -204,12 +203,11 @@ def type_tests(one, measure, name, what):
                      cell(rounded(test.value, 2, "+"), test.value, hint=f"{test.n} losses, {test.note}"),
                      cell(p_text(test.p), test.p), cell(p_text(test.p_holm), test.p_holm), test.mark,
                      cell(p_text(released.p), released.p, hint=released.note), released.mark])
-    least, ways = min([1, *(len(tests) * test.low for test in tests)]), {test.note for test in tests}
+    least, ways = min([1, *(len(tests) * test.low for test in tests)]), sorted({test.note for test in tests})
     notes = [f"p: two-sided Mann-Whitney U on fold averages, {' or '.join(ways)}; the unit is the loss. Holm "
              f"over the rows, 5 %; with so few losses it cannot fall below {p_text(least)}.",
              "Effect: rank-biserial correlation, 1: every ranking loss above every other, −1: below.",
-             "Released p: as in the first paper's code, folds pooled as if independent, not corrected, 1 %, "
-             "half the two-sided p of the normal approximation, its SciPy's default."]
+             "Released p: folds pooled, not corrected, 1 %, half the two-sided p, as the first paper's code."]
     header = [what, "Ranking", "Classification", "Difference", "Effect", "p", "p, Holm", "Larger",
               "Released p", "Released: larger"]
     return table(name, f"Ranking against classification: {title}", "Means over losses. An empty cell under "
@@ -238,7 +236,8 @@ def training(one):
         "training", fold="mean", part="test", epoch=epoch)} for epoch in (0, "best"))
     titles = {key: text for key, text in TITLES["pairs"].items() if any(key in place for place in after)}
     rows, order = [], list(one.types)
-    for name, split in sorted({place[:2] for place in after}, key=lambda place: order.index(place[0])):
+    places = sorted({place[:2] for place in after}, key=lambda place: (order.index(place[0]), place[1]))
+    for name, split in places:
         ends = [(before.get((name, split, key)), after.get((name, split, key))) for key in titles]
         n = next(last.n for _, last in ends if last)
         rows.append([name, split, cell(n or "", n)] + [
@@ -270,8 +269,8 @@ def losses(everything):
 
     known, rows = {row["name"]: row for row in files.losses()}, []
     for one in everything:
-        for name in one.types.keys() - known.keys():
-            known[name] = {"type": one.types[name], "distance": one.distances[name], "year": ""}
+        for name, kind in one.types.items():
+            known.setdefault(name, {"type": kind, "distance": one.distances[name], "year": ""})
     for name, row in known.items():
         distance = "" if name == "None" else (row["distance"] or "").replace("_", " ")
         rows.append([name, cell(row["year"], row["year"] or None), row["type"], distance])
@@ -293,7 +292,7 @@ def properties(one=None):
     for name, values in (one.properties if one else {}).items():
         numbers = all(map(files.is_number, values))
         values = sorted(values, key=float if numbers else pictures.natural_key)
-        words = values[:8] + ["…"] * (len(values) > 8)
+        words = values if len(values) < 9 else [*values[:8], "…"]
         if numbers and len(values) > 4:
             words = [*values[:2], "…", values[-1]]
         rows.append([name, cell(len(values), len(values)), ", ".join(words)])
@@ -559,21 +558,22 @@ def main(argv=None):
     everything.sort(key=lambda one: (-len(one.tables), -len(one.networks)))  # the fullest data set first
     tables_of = {one.name: [properties(one), *dataset_tables(one)] for one in everything}
     contents = [losses(everything), *(table for tables in tables_of.values() for table in tables), errata()]
-    shown = r"(nrprec_tests|correlation_by_type|corrected_by_type|pairs(?!_tests))_"
     if args.published:
-        contents, shown = papers(everything, tables_of), ""
-    for content in contents:
-        if re.match(shown, content["name"]):
-            show(content)
-    if args.published and not args.out:
-        return
+        contents = papers(everything, tables_of)
     contents = [content for content in contents if content["rows"]]
     names = [content["name"] for content in contents]
     if len(set(names)) < len(names):
         raise ValueError(f"two data sets' names give one file name ({max(names, key=names.count)}); rename "
                          "one's folder")
     out = args.out or Path("tables")
-    check_folder(out, [*filter(None, [args.results]), *(one.folder for one in everything)])
+    if args.out or not args.published:
+        check_folder(out, [*filter(None, [args.results]), *(one.folder for one in everything)])
+    for content in contents:
+        if args.published or re.match("nrprec_tests|(correlation|corrected)_by_type|pairs_(?!tests)",
+                                      content["name"]):
+            show(content)
+    if args.published and not args.out:
+        return
     versions = {"python": platform.python_version(), "numpy": version("numpy"), "scipy": version("scipy")}
     options = {"results": str(args.results) if args.results else None, "published": args.published}
     about = {"findings": [finding for one in everything for finding in findings(one)],
@@ -586,8 +586,10 @@ def main(argv=None):
     write(out, contents, parts, about)
     for title, lines in parts.items():
         print(f"\n{title}")
-        for line in lines[:12] + [f"{len(lines) - 12} more in {out / 'tables.md'}"] * (len(lines) > 12):
+        for line in lines[:12]:
             print(textwrap.fill(one_line(line), 110, initial_indent="- ", subsequent_indent="  "))
+        if len(lines) > 12:
+            print(f"  … {len(lines) - 12} more in {out / 'tables.md'}")
     print(f"\n{len(contents)} tables: {out / 'tables.md'}, {out / 'tables.tex'}, {out / 'tables.json'}")
 
 

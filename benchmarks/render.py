@@ -2,6 +2,7 @@
 
     python benchmarks/render.py speed                                # built once against built anew
     python benchmarks/render.py sheets docs/cars.jpg                 # every value of every property
+    python benchmarks/render.py bodies docs/bodies.jpg               # drawn bodies, and how much they differ
     python benchmarks/render.py samples work --embed .venv/bin/python   # NR-Prec with 1 … 128 samples
 
 All three need bpy; samples also needs another environment's Python, in which embed.py runs, and continues
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +26,7 @@ from PIL import Image, ImageDraw
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import render_cars  # noqa: E402
-from render_cars import PROPERTIES  # noqa: E402
+from render_cars import HUES, PROPERTIES  # noqa: E402
 
 # Around this frame the contact sheet changes one property at a time.
 MIDDLE = {"model": "saloon", "rotation_z": 45, "color_hue": 0.0, "color_sat": 1.5, "color_val": 1.5,
@@ -47,7 +49,8 @@ def settings(folder, size, samples, **more):
     for name in ("images", "masks"):
         (folder / name).mkdir(exist_ok=True)
     defaults = {"out": folder, "seed": 0, "size": size, "samples": samples, "denoise": True, "format": "png",
-                "device": "cpu", "masks": True, "paint_material": None, "verbose": False}
+                "device": "cpu", "masks": True, "paint_material": None, "verbose": False, "body_seed": 0,
+                "exposure": "by-elevation"}
     return SimpleNamespace(**defaults | more)
 
 
@@ -118,6 +121,31 @@ def sheets(args):
         print(f"{name:14s} neighbours differ by {min(steps):5.2f} to {max(steps):5.2f} of 255; "
               f"white {burnt:.1%}, black {black:.1%} at most")
     sheet.save(args.file, quality=88)
+
+
+def bodies(args):
+    """Drawn bodies, ten in a row; what two of them have in common from the side, whether all are in frame."""
+    names, height = [f"body{j:03d}" for j in range(args.number)], args.size * 4 // 7
+    place = (0, args.size // 8, args.size, args.size // 8 + height)
+    sheet = Image.new("RGB", (10 * args.size, -(-len(names) // 10) * height), "white")
+    sides, edges = [], 0
+    with tempfile.TemporaryDirectory() as folder:
+        options = settings(Path(folder), args.size, args.samples)
+        scene, models, _ = quiet(render_cars.build, options, None, PROPERTIES | {"model": names})
+        for k, name in enumerate(names):
+            for turn in (0, 45, 90, 225):
+                row = MIDDLE | {"model": name, "frame": 0, "rotation_z": turn, "color_hue": HUES[k % 10]}
+                quiet(render_cars.render_frame, scene, models, row, options, Path(folder))
+                mask = np.asarray(Image.open(Path(folder) / "masks/000000.png")) > 0
+                edges += mask[[0, -1]].any() or mask[:, [0, -1]].any()
+                if turn == 0:
+                    sides.append(mask)
+            picture = Image.open(Path(folder) / "images/000000.png").crop(place)
+            sheet.paste(picture, (k % 10 * args.size, k // 10 * height))
+    common = [(a & b).sum() / (a | b).sum() for a, b in combinations(sides, 2)]
+    print(f"{len(names)} bodies: outlines have {np.mean(common):.2f} in common, at most {max(common):.3f}; "
+          f"{edges} of {4 * len(names)} pictures touch their edge")
+    sheet.save(args.file, quality=85)
 
 
 def nr_prec(near, labels, queries, candidates):
@@ -195,14 +223,16 @@ def main():
     as_it_stands = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_stands)
     commands = parser.add_subparsers(required=True)
-    for function in (speed, sheets, samples):
+    for function in (speed, sheets, bodies, samples):
         command = commands.add_parser(function.__name__, help=function.__doc__.splitlines()[0])
         command.set_defaults(run=function)
-        command.add_argument("--size", type=int, default=96 if function is sheets else 256)
+        command.add_argument("--size", type=int, default={sheets: 96, bodies: 112}.get(function, 256))
         if function is speed:
             command.add_argument("--frames", type=int, default=96, help="with the scene built once (96)")
             command.add_argument("--anew", type=int, default=8, help="rendered each of the other ways (8)")
-        if function is sheets:
+        if function is bodies:
+            command.add_argument("--number", type=int, default=60)
+        if function in (sheets, bodies):
             command.add_argument("file", type=Path)
         if function is samples:
             command.add_argument("folder", type=Path)

@@ -20,7 +20,7 @@ import warnings
 from pathlib import Path
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-MOST = {"threads": 4096, "workers": 4096}  # of options; of others what fits 64 bits
+MOST = {"threads": 4096, "workers": 4096, "replicates": 10**6}  # of options; of others what fits 64 bits
 
 
 class Ended(SystemExit):
@@ -108,14 +108,25 @@ def out_of_memory(error):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that ends as a command does, and refuses options that an unset shell variable left empty."""
+    """argparse that ends as a command does, and refuses empty options and numbers beyond MOST."""
 
     def parse_args(self, args=None, namespace=None):
+        return self.checked(super().parse_args, args)
+
+    def parse_intermixed_args(self, args=None, namespace=None):
+        return self.checked(super().parse_intermixed_args, args)
+
+    def checked(self, parse, args):
         args = list(map(str, sys.argv[1:] if args is None else args))
         for option, value in zip(args, [*args[1:], None]):
             if option.startswith("--") and (value == "" or option.endswith("=")):
                 fail(f"{option.rstrip('=')} is given without a value")
-        return super().parse_args(args, namespace)
+        parsed = parse(args)
+        for name, value in vars(parsed).items():
+            most = MOST.get(name, 2**63 - 1)
+            if isinstance(value, int) and value > most:
+                fail(f"--{name.replace('_', '-')} {value}: expected at most {most}")
+        return parsed
 
     def error(self, message):
         fail(message)
@@ -158,11 +169,9 @@ def add_speed(add):
 
 
 def at_least(name, value, least=1):
-    """Raise ValueError unless the option's value, where it is given, is at least this, at most its MOST."""
-    most = MOST.get(name, 2**63 - 1)
-    if value is not None and not least <= value <= most:
-        limit = f"least {least}" if value < least else f"most {most}"
-        raise ValueError(f"--{name} {value}: expected at {limit}")
+    """Raise ValueError unless the option's value, where it is given, is at least this."""
+    if value is not None and value < least:
+        raise ValueError(f"--{name} {value}: expected at least {least}")
 
 
 # ---------------------------------------------------------------- what this process may take
@@ -285,6 +294,6 @@ def import_figures():
         import figures
     except ModuleNotFoundError as error:
         if error.name == "figures":
-            raise ValueError("--figure draws with figures.py, which is not beside this script; copy it too") from None
+            raise ValueError("--figure is drawn by figures.py, which is not here; copy it too") from None
         raise ValueError(f"--figure needs {error.name}: pip install '.[report]'") from None
     return figures

@@ -1,6 +1,8 @@
 """Arrays and tables in and out, joined by name, with errors that teach. Imports NumPy alone."""
 import contextlib
 import csv
+import fcntl
+import glob
 import hashlib
 import io
 import json
@@ -100,8 +102,8 @@ def read_array(path):
 def read_embeddings(path, table=None, rows=None):
     """Embeddings from a .npy file -> float32 array (n, m), C order, n >= 2, all finite.
 
-    Integers, float16 and float64 are converted. Raises ValueError naming the file, the row and what to do; also where
-    there are not as many as the rows of their table.
+    Integers, float16 and float64 are converted. Raises ValueError naming the file, the row and what to do,
+    also where their table has another number of rows.
     """
     array = read_array(path)
     if array.dtype.kind not in "fiub":
@@ -113,8 +115,8 @@ def read_embeddings(path, table=None, rows=None):
     if len(array) < 2:
         raise ValueError(f"{path} has one row; neighbours need at least two embeddings")
     if rows not in (None, len(array)):
-        raise ValueError(f"{path} has {len(array):,} embeddings, {table} {rows:,} rows; both must list the same pictures "
-                         "in the same order")
+        raise ValueError(f"{path} has {len(array):,} embeddings, {table} {rows:,} rows; both must list the "
+                         "same pictures in the same order")
     result = np.empty(array.shape, np.float32)
     step = max(1, (1 << 22) // array.shape[1])
     for start in range(0, len(array), step):
@@ -247,12 +249,13 @@ def read_table(path):
 
 
 def arrays_and_tables(paths, column=None):
-    """What a command line names, EMB.npy … [TABLE.csv] -> (arrays, the table of each): one for all, or that beside it.
+    """What a command line names, EMB.npy … [TABLE] -> (arrays, each one's table): one for all, or beside.
 
-    column: as of table_beside(). Raises ValueError where a table stands before an array.
+    TABLE: .csv, or .npy with labels (n,). column: as of table_beside().
+    Raises ValueError where a table stands before an array.
     """
     arrays, tables = list(paths), None
-    if len(arrays) > 1 and not arrays[-1].endswith(".npy"):
+    if len(arrays) > 1 and (not arrays[-1].endswith(".npy") or read_array(arrays[-1]).ndim == 1):
         tables = [arrays.pop()] * len(arrays)
     for path in arrays:
         if path.endswith(".csv"):
@@ -329,12 +332,12 @@ def read_properties(path, columns=None, pictures=None, notes=None, missing=None)
     for name in columns or []:
         if name not in properties:
             raise ValueError(f"{path} has no property {name!r}; it has {', '.join(properties)}")
-    rows = slice(None)
-    if pictures is not None and first not in properties:
+    rows, named = slice(None), first not in properties
+    if pictures is not None and named:
         rows = rows_by_name(pictures, table[first], path, notes)
-    elif notes is not None:
-        lacking = "the array's pictures are" if pictures is None else "its rows are"
-        notes.append(f"{path}: rows are taken in their order, because {lacking} not known by name")
+    elif notes is not None and (pictures is not None or named and not is_index(table[first])):
+        lacking = "the array's pictures" if named else "its rows"
+        notes.append(f"{path}: rows are taken in their order: {lacking} are not known by name")
     values = {name: np.array(table[name])[rows] for name in dict.fromkeys(columns or properties)}
     for name, column in values.items():
         if missing is not None:
@@ -371,22 +374,25 @@ def pictures_sha256(relative):
     return hashlib.sha256(b"\n".join(os.fsencode(path) for path in relative)).hexdigest()
 
 
-def picture_names(array, lists=()):
-    """The names of an array's pictures, in the order of its rows; None where they are not known.
+def picture_names(array):
+    """The names of an array's pictures, in the order of its rows; None unless they are known and distinct.
 
-    They stand in the labels.csv that embed.py writes beside the array or for all of a data set's, or in one of
-    the lists; the array's JSON has their SHA-256 and which part of the list was taken.
+    They stand in the labels.csv that embed.py writes beside the array or for its data set.
     """
     array = Path(array)
-    about, n = read_sidecar(array), len(read_array(array))
-    listed, options, lists = about.get("pictures", {}), about.get("options", {}), list(lists)
-    beside = array.with_name(f"{array.stem}.labels.csv")
-    for place in (beside, array.parent / "labels.csv", array.parent.parent.parent / "labels.csv"):
-        if place.is_file():
-            lists.append(next(iter(read_table(place).values())))
+    folders = (array.parent, array.parent.parent.parent)
+    places = [array.with_name(f"{array.stem}.labels.csv"), *(folder / "labels.csv" for folder in folders)]
+    lists = [next(iter(read_table(place).values())) for place in places if place.is_file()]
+    names = listed_names(read_sidecar(array), len(read_array(array)), lists) if lists else None
+    return names if names and len(set(names)) == len(names) else None
+
+
+def listed_names(about, n, lists):
+    """Which of the lists of names are an array's n rows, as its JSON (about) tells; None if none is."""
+    listed, options = about.get("pictures", {}), about.get("options", {})
+    left_out = set(listed.get("left_out") or [])
     for names in lists:
         rows = options.get("pick") or range(len(names))[:options.get("limit")]
-        left_out = set(listed.get("left_out", []))
         part = [names[row] for row in rows if row < len(names) and names[row] not in left_out]
         for known in (part, names):
             if len(known) == n and listed.get("sha256") in (None, pictures_sha256(known)):
@@ -397,8 +403,8 @@ def picture_names(array, lists=()):
 def rows_by_name(pictures, names, source, notes=None):
     """Where each picture stands among the names of source (a table, a folder) -> int array (n,).
 
-    Names are compared as paths, file names, stems or numbers (000017.jpg is frame 17): the first of these that
-    tells all apart on both sides; where names tell nothing, an index 0, 1, … keeps its order.
+    Names are compared as paths, file names, stems or numbers (000017.jpg is frame 17): the first that tells
+    all apart on both sides; where names tell nothing, an index 0, 1, … keeps its order.
     Raises ValueError naming what is missing or stands there twice.
     """
     ways = {"path": name_path, "file name": file_name, "stem": name_stem, "number": name_number}
@@ -418,7 +424,7 @@ def rows_by_name(pictures, names, source, notes=None):
             return rows
         most = max(most, here, key=sum)
     n = len(pictures)
-    if not any(most) and list(names) in (list(map(str, range(n))), list(map(str, range(1, n + 1)))):
+    if not any(most) and len(names) == n and is_index(names):
         return np.arange(n)
     absent = [name for name, there in zip(pictures, most) if not there]
     if absent:
@@ -427,6 +433,12 @@ def rows_by_name(pictures, names, source, notes=None):
                          f"{', '.join(absent[:3])}{more}; give their names there, or no names at all")
     twice = [name for listed in (names, pictures) for name, times in Counter(listed).items() if times > 1]
     raise ValueError(f"{source}: {(twice or pictures)[0]} is the name of two; give each its own")
+
+
+def is_index(names):
+    """Are these 0, 1, 2, … or 1, 2, 3, …?"""
+    first = int(names[0] == "1")
+    return list(names) == list(map(str, range(first, first + len(names))))
 
 
 def file_name(name):
@@ -463,9 +475,9 @@ def check_output(path, inputs=(), others=()):
             raise ValueError(f"{path} is the name of two outputs; give each its own")
     if os.path.lexists(place):
         check_input(place, "another name for the output")
-        for other in filter(None, inputs):
-            if os.path.exists(other) and os.path.samefile(place, other):
-                raise ValueError(f"{path} is an input; writing there would destroy it: choose another name")
+    for other in filter(None, inputs):
+        if os.path.abspath(other) == place or os.path.exists(place) and is_same(place, other):
+            raise ValueError(f"{path} is an input, or another output: choose another name")
     folder = os.path.dirname(place)
     if not os.path.isdir(folder):
         raise ValueError(f"the folder {folder} does not exist; make it first")
@@ -473,49 +485,77 @@ def check_output(path, inputs=(), others=()):
         raise ValueError(f"the folder {folder} can't be written to; choose another")
 
 
-def write_file(path, content):
-    """Write bytes under a temporary name in the same folder, flush, rename: never a half-written file."""
+def is_same(path, other):
+    """Do two names lead to one file?"""
+    try:
+        return os.path.samefile(path, other)
+    except (OSError, ValueError):
+        return False
+
+
+@contextlib.contextmanager
+def unwritable(path):
+    """An OSError of this block says which file it is about and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} can't be written ({error.strerror}); free space or choose another "
+                      "place") from None
+
+
+@contextlib.contextmanager
+def part_of(path):
+    """A file beside `path`, to be written, that takes its name when the block ends well: never half a file.
+
+    A lock tells that its process lives; what killed processes left of the same name is removed.
+    """
     path = Path(os.path.realpath(path))  # the file that a link names, not the link
     if os.path.lexists(path):
         check_input(path, "another name for the output")  # a device would be replaced by a file
-    temporary = None
+    name = {"dir": path.parent, "prefix": f".{path.name}.", "suffix": ".part"}
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with contextlib.suppress(OSError), open(old, "rb") as left:
+            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            old.unlink()
+    while True:
+        with unwritable(path):
+            part = tempfile.NamedTemporaryFile(**name, delete=False)
+        with contextlib.suppress(OSError):  # no locks on this file system
+            fcntl.flock(part, fcntl.LOCK_EX)
+        if os.path.lexists(part.name):
+            break
+        part.close()  # another process took it for a dead one's before it was locked: once more
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's 0600 is for secrets
-        os.replace(temporary, path)
-    except BaseException as error:
-        if temporary:
-            os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise OSError(f"{path} can't be written ({error.strerror}); free space or choose another "
-                          "place") from None
-        raise
+        yield part
+        with unwritable(path):
+            part.flush()
+            os.fsync(part.fileno())
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(part.name, 0o666 & ~mask)  # a temporary file's 0600 is for secrets
+            os.replace(part.name, path)
+    finally:
+        with contextlib.suppress(OSError):  # what did not fit into the disk the first time
+            part.close()
+        Path(part.name).unlink(missing_ok=True)
+
+
+def write_file(path, content):
+    """Write bytes, whole or not at all."""
+    with part_of(path) as part, unwritable(path):
+        part.write(content)
 
 
 @contextlib.contextmanager
 def new_array(path, shape, dtype="float32"):
-    """An .npy array to fill, memory-mapped, its space reserved; it gets its name when the block ends well."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
-    try:
-        try:
-            array = np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=shape)
-            with open(part, "r+b") as file:
-                if hasattr(os, "posix_fallocate"):  # a page written to a full disk would end the process
-                    os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
-        except OSError as error:
-            raise OSError(f"{path} can't be written ({error.strerror}); free some space or choose another place") from None
+    """An .npy array to fill, memory-mapped, its space reserved; it has its name when the block ends well."""
+    with part_of(path) as part:
+        with unwritable(path):
+            array = np.lib.format.open_memmap(part.name, mode="w+", dtype=dtype, shape=shape)
+            if hasattr(os, "posix_fallocate"):  # a page written to a full disk would end the process
+                os.posix_fallocate(part.fileno(), 0, os.fstat(part.fileno()).st_size)
         yield array
         array.flush()
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_table(path, header, rows):

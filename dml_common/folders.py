@@ -174,19 +174,15 @@ def open_pictures(given, root, names):
 def picture_names(about, n, dataset=None):
     """The names of an array's n pictures in their order, from labels.csv beside it or from the data set; None
     where neither agrees with its JSON."""
-    listed, options, beside = about["pictures"], about["options"], about["path"].parent / "labels.csv"
+    beside = about["path"].parent / "labels.csv"
     lists = [next(iter(files.read_table(beside).values()))] if beside.is_file() else []
     if dataset is not None:  # rows: held out when the network was trained
         rows = [row for row in about.get("rows") or [] if row < len(dataset.relative)]
         lists += [dataset.relative, [dataset.relative[row] for row in rows]]
-    for names in lists:
-        rows = options.get("pick") or range(len(names))[:options.get("limit")]
-        chosen = [names[row] for row in rows if row < len(names)]
-        chosen = [name for name in chosen if name not in (listed.get("left_out") or [])]
-        for candidate in (chosen, names):
-            if len(candidate) == n and listed.get("sha256") in (None, pictures.pictures_sha256(candidate)):
-                return candidate
-    return None
+        if dataset.splits is not None:
+            rows = (dataset.splits == about.get("split")).nonzero()[0]
+            lists.append([dataset.relative[row] for row in rows])
+    return files.listed_names(about, n, lists)
 
 
 def read_properties(folder, networks):

@@ -326,6 +326,8 @@ def preprocessing(spec, module=None):
     if own is None:
         return dict(usual)
     try:
+        if isinstance(own.get("resize"), (list, tuple)):
+            usual = {**usual, "crop": None}  # both sides are given: nothing is cut off
         settings = json.loads(json.dumps({**usual, **own}, allow_nan=False))  # lists, no tuples
         resize, crop, mean, std = (settings[key] for key in ("resize", "crop", "mean", "std"))
         sides = [*(resize if isinstance(resize, list) else [resize, resize]), crop]
@@ -334,7 +336,7 @@ def preprocessing(spec, module=None):
                 and (crop is not None or isinstance(resize, list))
                 and settings["channels"] in ("RGB", "BGR") and settings["scale"] in (1, 255)
                 and len(mean) == len(std) == 3 and 0 not in std)
-    except (TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError):
         good = False
     if not good:
         raise ValueError(f"{spec['name']}: preprocessing is {own!r}; expected a dict with keys among "
@@ -388,7 +390,8 @@ BACKBONES = {"bninception": bninception, "inception_v3": inception_v3,
 def imagenet_file(backbone, weights=None):
     """The file of a backbone's ImageNet weights; raises FileNotFoundError with its address."""
     if weights:
-        check_input(weights, "the file of weights")
+        if not Path(weights).is_file():
+            raise FileNotFoundError(f"--weights {weights}: no such file")
         return Path(weights)
     if backbone == "efficientnet_lite0":
         try:

@@ -9,7 +9,6 @@ if __name__ == "__main__":  # Ctrl-C ends in one line from here on
     command.begin()
 
 import difflib
-import hashlib
 import io
 import os
 import re
@@ -17,15 +16,33 @@ import shutil
 import tarfile
 import warnings
 import zipfile
+from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from dml_common.files import ROOT, check_input, files_digest, read_properties, read_table, read_text
+from dml_common.files import (
+    IDENTIFIERS,
+    ROOT,
+    check_input,
+    files_digest,
+    pictures_sha256,
+    read_properties,
+    read_table,
+    read_text,
+    rows_by_name,
+)
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+# Kinds of files that are read as pictures where this Pillow knows them, and pictures of other kinds.
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+OTHERS = (".cr2", ".dng", ".eps", ".exr", ".heic", ".heif", ".ico", ".jxl", ".nef", ".psd", ".svg")
+SPLITS = {"train": "train", "test": "test",
+          **dict.fromkeys(("val", "valid", "dev", "validation"), "validation")}
+LABELS = ("label", "class")  # columns of a table of pictures
+BOX = ("x_1", "y_1", "x_2", "y_2")
 MAX_PIXELS = 500_000_000  # of one picture: 1.5 GB decoded
 LARGE = 1 << 26  # pixels of a resized picture from which on only its crop is made (equal but for rounding)
 Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS takes its place, with an error that names the picture
@@ -67,6 +84,7 @@ class Dataset(NamedTuple):
     masks: list | None = None  # of Path or None, n
     notes: list = []  # of str: what a user should know (a size that differs from the published one, …)
     properties: dict | None = None  # of a rendered set: props.csv's columns, lists of n str
+    splits: np.ndarray | None = None  # str (n,): which split a published data set's picture belongs to
 
 
 def listed(name, folder, relative, **more):
@@ -81,7 +99,7 @@ def rows_of(dataset, rows, split):
         return [values[row] for row in rows]
 
     columns = {name: take(getattr(dataset, name))
-               for name in ("paths", "relative", "labels", "super_labels", "masks")}
+               for name in ("paths", "relative", "labels", "super_labels", "masks", "splits")}
     properties = dataset.properties and {name: take(values) for name, values in dataset.properties.items()}
     return dataset._replace(split=split, properties=properties, **columns)
 
@@ -89,11 +107,11 @@ def rows_of(dataset, rows, split):
 def open_dataset(name_or_folder, root=None, split="test"):
     """List the pictures, labels and masks of a data set.
 
-    name_or_folder: "cars196", "cub200" or "sop"; a folder of pictures (natural order; where every picture
-    lies in a sub-folder, the first one names its class); a rendered set (images/, props.csv, maybe masks/);
-    or a CSV file with a column path (relative to the CSV), perhaps label or class, and split.
+    name_or_folder: "cars196", "cub200" or "sop"; a folder of pictures (natural order; sub-folders are
+    classes, train/, val/, test/ above them splits); a rendered set (images/, props.csv, perhaps masks/); or a
+    CSV file with a column path (relative to the CSV), perhaps label or class, split, x_1, y_1, x_2, y_2.
     root: folder of the published data sets (the environment's DML_DATA_ROOT, else data/ in the checkout).
-    split: "train", "test" or "all", by class as in the papers; folders have no split.
+    split: "train", "test" or "all", by class as in the papers; without splits all pictures are taken.
     Raises FileNotFoundError or ValueError, saying what was expected where.
     """
     if split not in ("train", "test", "all"):
@@ -110,7 +128,7 @@ def open_dataset(name_or_folder, root=None, split="test"):
                                 f"pictures or a CSV file{hint}")
     if (folder / "props.csv").is_file() and (folder / "images").is_dir():
         return open_rendered(folder)
-    return open_folder(folder)
+    return open_folder(folder, split)
 
 
 def held_out(dataset, config):
@@ -140,7 +158,7 @@ def own_pictures(dataset, config, name_or_folder, root=None, split="test"):
 def labels_of(dataset, table=None, column=None, notes=None):
     """(labels (n,) int, what they are): the data set's own, or a column of a table or of its props.csv.
 
-    notes: a list that takes what a user should know.
+    Rows are matched by name where a table has names; notes: a list that takes what is to be said of that.
     """
     if not table and dataset.labels is not None:
         own, column = {"class": dataset.labels, "super_class": dataset.super_labels}, column or "class"
@@ -155,9 +173,8 @@ def labels_of(dataset, table=None, column=None, notes=None):
     table = table or dataset.folder / "props.csv"
     values = read_properties(table, [column], dataset.relative, notes)[column].tolist()
     if len(values) != len(dataset.paths):
-        n = len(dataset.paths)
-        raise ValueError(f"{table} has {len(values):,} labels, {dataset.name} {n:,} pictures; "
-                         "expected a row for each, in the same order")
+        raise ValueError(f"{table} has {len(values):,} labels, {dataset.name} {len(dataset.paths):,} "
+                         "pictures; expected a row for each, in the same order")
     return numbered(values)[0], column
 
 
@@ -174,25 +191,75 @@ def natural_key(name):
     return parts
 
 
-def list_pictures(folder):
-    """Relative paths (str, with /) of the pictures in a folder and its sub-folders, natural order."""
-    relative = []
-    for here, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        relative += [Path(here, name).relative_to(folder).as_posix() for name in names
-                     if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+@cache
+def suffixes():
+    """Endings of the files that are read, in lower case."""
+    Image.init()
+    known = [suffix for suffix, kind in Image.EXTENSION.items() if kind in FORMATS and kind in Image.OPEN]
+    return tuple(sorted(known))
+
+
+def list_pictures(folder, notes=None):
+    """Relative paths (str, with /) of the pictures in a folder and its sub-folders, natural order.
+
+    Links are followed, but for loops (ValueError). notes: a list that takes what is left aside.
+    """
+    relative, aside = [], Counter()
+
+    def walk(here, prefix, above):
+        place = os.path.realpath(here)
+        if place in above:
+            raise ValueError(f"{here} is a link to a folder above itself; remove it")
+        for entry in os.scandir(here):
+            name = prefix + entry.name
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                walk(entry.path, f"{name}/", {*above, place})
+            elif name.lower().endswith(suffixes()):
+                relative.append(name)
+            elif name.lower().endswith(OTHERS):
+                aside[os.path.splitext(name)[1].lower()] += 1
+
+    walk(folder, "", set())
+    if aside and notes is not None:
+        counts = ", ".join(f"{number:,} {suffix}" for suffix, number in sorted(aside.items()))
+        notes.append(f"{folder}: pictures of other kinds are left aside: {counts}")
     return sorted(relative, key=natural_key)
 
 
-def open_folder(folder):
-    relative = list_pictures(folder)
+def open_folder(folder, split="all"):
+    """Sub-folders are classes, train/, val/, test/ above them splits; a picture beside them is left out."""
+    relative = list_pictures(folder, notes := [])
     if not relative:
-        raise ValueError(f"{folder}: no picture in this folder or below; expected files ending in "
-                         f"{' '.join(SUFFIXES)}")
-    labels = classes = None
-    if all("/" in path for path in relative):
-        labels, classes = numbered([path.split("/")[0] for path in relative])
-    return listed(folder.resolve().name, folder, relative, labels=labels, classes=classes)
+        raise ValueError("; ".join([f"{folder}: no picture in this folder or below; expected files ending in "
+                                    f"{' '.join(suffixes())}", *notes]))
+    stray = [name for name in relative if "/" not in name]
+    if stray and len(stray) <= max(1, len(relative) // 100) and len(relative) > 2:
+        notes.append(f"{folder}: left out, for they lie beside the classes' folders: {', '.join(stray)}")
+        relative = [name for name in relative if "/" in name]
+    parts = [name.split("/") for name in relative]
+    splits = [SPLITS.get(part[0]) for part in parts if len(part) > 2]
+    has_splits = len(splits) == len(parts) and None not in splits
+    dataset = listed(folder.resolve().name, folder, relative, notes=notes)
+    if min(map(len, parts)) > 1:
+        labels, classes = numbered([part[1 if has_splits else 0] for part in parts])
+        dataset = dataset._replace(labels=labels, classes=classes)
+    return choose(dataset, splits, split, folder) if has_splits else dataset
+
+
+def choose(dataset, splits, split, source):
+    """The pictures of a split; where there is no test split, validation is taken for it, and that is said."""
+    if split == "all":
+        return dataset
+    there, notes = sorted(set(splits)), list(dataset.notes)
+    if split == "test" and "test" not in there and "validation" in there:
+        split = "validation"
+        notes.append(f"{source}: its splits are {', '.join(there)}; validation is taken for test")
+    rows = [row for row, part in enumerate(splits) if part == split]
+    if not rows:
+        raise ValueError(f"{source}: no row of split {split}; its splits are {', '.join(there)}")
+    return rows_of(dataset, rows, split)._replace(notes=notes)
 
 
 def numbered(names):
@@ -205,22 +272,14 @@ def numbered(names):
 def open_rendered(folder):
     """Rows in the order of props.csv; its first column names the picture: 17, 000017 or 000017.jpg."""
     table = read_table(folder / "props.csv")
-    names = next(iter(table.values()))
-    there = list_pictures(folder / "images")
-    by_name = {key: path for path in there for key in (frame_key(path), frame_key(Path(path).stem))}
-    relative = ["images/" + by_name.get(frame_key(name), name) for name in names]
+    there = list_pictures(folder / "images", notes := [])
+    rows = rows_by_name(next(iter(table.values())), there, folder / "images")
+    relative = ["images/" + there[row] for row in rows]
+    if len(there) > len(rows):
+        notes.append(f"{folder}: {len(there) - len(rows)} pictures are not in props.csv and are left aside")
     masks = [folder / "masks" / f"{Path(path).stem}.png" for path in relative]
-    dataset = listed(folder.resolve().name, folder, relative, masks=existing(masks), properties=table)
-    refuse_absent(dataset, folder / "props.csv", names)
-    if len(there) > len(relative):
-        aside = f"{folder}: {len(there) - len(relative)} pictures are not in props.csv and are left aside"
-        dataset = dataset._replace(notes=[aside])
-    return dataset
-
-
-def frame_key(name):
-    """A frame's number where the name is one: 17 and 000017 are the same frame."""
-    return name.lstrip("0") if name.isdecimal() else name
+    return listed(folder.resolve().name, folder, relative, masks=existing(masks), properties=table,
+                  notes=notes)
 
 
 def existing(masks):
@@ -229,37 +288,55 @@ def existing(masks):
     return masks if any(masks) else None
 
 
-def refuse_absent(dataset, source, names):
-    absent = [name for name, path in zip(names, dataset.paths) if not path.is_file()]
+def refuse_absent(dataset, source):
+    absent = [name for name, path in zip(dataset.relative, dataset.paths) if not path.is_file()]
     if absent:
         more = ", …" if len(absent) > 3 else ""
-        raise ValueError(f"{source}: {len(absent):,} of its {len(names):,} pictures are not in "
+        raise ValueError(f"{source}: {len(absent):,} of its {len(dataset.paths):,} pictures are not in "
                          f"{dataset.folder}: {', '.join(absent[:3])}{more}")
 
 
 def open_csv(path, split):
-    """A table of pictures: path[,label or class][,split]; Open Metric Learning's tables have these names."""
-    table = read_table(path)
-    column = next((name for name in ("path", "file", "image") if name in table), None)
+    """A table of pictures: path[,label or class][,split][,x_1,y_1,x_2,y_2], as in Open Metric Learning."""
+    table, notes = read_table(path), []
+    column = next((name for name in ("path", *IDENTIFIERS) if name in table), None)
     if column is None:
         raise ValueError(f"{path}: no column path; its columns are {', '.join(table)}")
     if "" in table[column]:
         raise ValueError(f"{path}: line {table[column].index('') + 2} has no {column}")
-    labels, classes = numbered(table["label"] if "label" in table else table.get("class", []))
     dataset = listed(path.stem, path.parent, table[column])
-    if classes:
+    if set(BOX) <= set(table):
+        dataset = boxed(dataset, zip(*(table[name] for name in BOX)), path)
+    label = next((name for name in LABELS if name in table), None)
+    if label:
+        labels, classes = numbered(table[label])
         dataset = dataset._replace(labels=labels, classes=classes)
-    if "split" in table and split != "all":
-        splits, notes = sorted(set(table["split"])), []
-        if split == "test" and "test" not in splits and "validation" in splits:
-            split = "validation"
-            notes = [f"{path}: its splits are {', '.join(splits)}; validation is taken for test"]
-        rows = [row for row, part in enumerate(table["split"]) if part == split]
-        if not rows:
-            raise ValueError(f"{path}: no row of split {split}; its splits are {', '.join(splits)}")
-        dataset = rows_of(dataset, rows, split)._replace(notes=notes)
-    refuse_absent(dataset, path, dataset.relative)
+    if others := [name for name in table if name not in (column, label, "split", *BOX)]:
+        notes.append(f"{path}: columns that are not used: {', '.join(others)}")
+    dataset = dataset._replace(notes=notes)
+    if "split" in table:
+        splits = [SPLITS.get(part.lower(), part) for part in table["split"]]
+        dataset = choose(dataset, splits, split, path)
+    refuse_absent(dataset, path)
     return dataset
+
+
+class Boxed(type(Path())):
+    """The path of a picture of which a box counts: (left, upper, right, lower) in pixels."""
+
+    box = None
+
+
+def boxed(dataset, boxes, source):
+    """The data set with a box for each picture (texts of its table), which is part of the picture's name."""
+    paths, relative = [], []
+    for line, (path, name, box) in enumerate(zip(dataset.paths, dataset.relative, boxes), 2):
+        if not all(re.fullmatch(r"[0-9]{1,6}(\.0*)?", side) for side in box):
+            raise ValueError(f"{source}: line {line}: {', '.join(BOX)} are {', '.join(box)}; expected pixels")
+        paths.append(Boxed(path))
+        paths[-1].box = tuple(int(float(side)) for side in box)
+        relative.append(f"{name}[{','.join(map(str, paths[-1].box))}]")
+    return dataset._replace(paths=paths, relative=relative)
 
 
 # ---------------------------------------------------------------- published data sets
@@ -276,10 +353,11 @@ def open_published(name, root, split, check=True):
                                 f"{PUBLISHED[name]['layout']}; from the archives {archives}; see also "
                                 "--data-root")
     dataset, training, source = found
+    dataset = dataset._replace(splits=np.where(training, "train", "test"))
     rows = np.flatnonzero((training == (split == "train")) | (split == "all"))
     dataset = rows_of(dataset, rows, split)
     if check:
-        refuse_absent(dataset, source, dataset.relative)
+        refuse_absent(dataset, source)
     here, there = (len(rows), len(np.unique(dataset.labels))), PUBLISHED[name]["sizes"][split]
     notes = []
     if here != there:
@@ -390,11 +468,6 @@ def read_lines(path, fields):
     return rows
 
 
-def pictures_sha256(relative):
-    """SHA-256 of the list of pictures (names joined by newlines): arrays with the same have the same rows."""
-    return hashlib.sha256(b"\n".join(os.fsencode(path) for path in relative)).hexdigest()
-
-
 # ---------------------------------------------------------------- a picture as a network's input
 
 
@@ -458,18 +531,30 @@ def resized(preprocessing, side):
     return {**preprocessing, **{key: scale(preprocessing[key]) for key in ("resize", "crop")}}
 
 
-def load_mask(path, preprocessing, size=None):
-    """Read a mask through the picture's own geometry, nearest neighbour: bool (H, W), True where the object is.
+def load_mask(path, preprocessing=None, size=None):
+    """Read a mask through its picture's geometry, nearest neighbour: bool (H, W), True on the object.
 
-    preprocessing: {} or None leaves it as it is. size: then averaged to (size, size), what is more than half object.
+    preprocessing: None or {} leaves it as it is. size: then averaged to (size, size): what is more than half
+    object.
+    The object is where alpha is, if that varies; else what is brighter than half of white, or, where nothing
+    is, what is not black (masks of 0 and 1); of a coloured palette what is not black.
     """
     check_input(path, "a mask")
     with Image.open(path) as image:
-        mask = image.convert("L")
-        if preprocessing:
-            mask = resize_and_crop(mask, preprocessing, Image.Resampling.NEAREST)
+        alpha = np.asarray(image.convert("RGBA"))[..., 3] if image.has_transparency_data else np.zeros(1)
+        coloured = image.mode in ("P", "PA", "RGB", "RGBA")
+        colours = np.atleast_3d(np.asarray(image.convert("RGB" if coloured else "L")))
+        values = colours.max(axis=2)
+        if alpha.min() < alpha.max():
+            values = alpha
+        elif image.mode in ("P", "PA") and (colours != colours[..., :1]).any():
+            values = np.where(values > 0, 255, 0)
+    inside = values > (127 if values.max() > 127 else 0)
+    mask = Image.fromarray(np.uint8(255) * inside)
+    if preprocessing:
+        mask = resize_and_crop(mask, preprocessing, Image.Resampling.NEAREST)
     if size:
-        mask = mask.point([0] * 128 + [255] * 128).resize((size, size), Image.Resampling.BOX)
+        mask = mask.resize((size, size), Image.Resampling.BOX)
     return np.asarray(mask) > 127
 
 
@@ -493,6 +578,10 @@ def read_rgb(path, draft=None):
             with Image.open(path) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width} × {image.height} pixels, more than {MAX_PIXELS:,}")
+                if box := getattr(path, "box", None):
+                    if not (box[0] < box[2] <= image.width and box[1] < box[3] <= image.height):
+                        raise ValueError(f"its box {box} is not in its {image.width} × {image.height} pixels")
+                    return image.convert("RGB").crop(box)
                 if draft:
                     image.draft(image.mode, resized_size(image.size, draft["resize"]))
                 return image.convert("RGB")
@@ -568,6 +657,7 @@ def unpack(archive, folder):
     part = folder / f".{archive.name}.part"
     shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
     try:
+        part.mkdir(parents=True)
         if archive.suffix == ".zip":
             with zipfile.ZipFile(archive) as opened:
                 for item in opened.infolist():

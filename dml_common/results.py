@@ -6,8 +6,8 @@
     for row in results.select("nr_precision", fold="mean"):
         print(row.network, row.key, row.value, row.low, row.high, row.mark)
 
-tables.py, figures.py and report.py lay out what stands in Results.rows. Averages are over the seeds of a
-fold, then over folds; correlations are averaged through Fisher's z. The unit of the tests is the loss.
+tables.py, figures.py and report.py lay out Results.rows. Averages are over the seeds of a fold, then over
+folds; correlations are averaged through Fisher's z. The unit of the tests is the loss.
 """
 import math
 from collections import defaultdict, namedtuple
@@ -28,7 +28,8 @@ MOST = 99_999        # partitions tried: the test is exact where there are no mo
 PERMUTATIONS = 9999  # of the order of properties, and of the losses' groups
 
 TEXTS = {"model", "fold", "model_a", "fold_a", "model_b", "fold_b", "loss", "embeddings", "property",
-         "distance", "null", "label", "measure", "lowest", "split"}  # columns of tables that are no numbers
+         "distance", "null", "label", "measure", "lowest", "split", "ties",
+         "normalised"}  # columns of tables that are no numbers
 SCORES = ("recall_at_1", "map_at_r", "jsd", "jsd_null", "r_precision", "positive_mean", "negative_mean")
 TESTED = ("recall_at_1", "map_at_r", "jsd", "r_precision")
 CURVES = ("loss", "positive_mean", "negative_mean", "jsd", "recall_at_1", "map_at_r")  # of history.csv
@@ -40,8 +41,7 @@ POOLED = ("correlation", "jsd", "sanity")      # their spread is over pictures
 #     nr_precision, r_precision   key: the property
 #     correlation, jsd, ceiling, corrected, cka, overlap, overlap_chance: of two, `network` and `other`
 #     masks      key: share, area, other, excess, pointing, pointing_other
-#     sanity     key: "25 of 50" layers randomised
-#     pairs      key: one of SCORES
+#     sanity, pairs              key: "25 of 50" layers randomised; one of SCORES
 #     training   key: one of CURVES; part: train, validation or test; epoch: 0, 1, …; of test 0 and "best"
 #     order, same type, same distance: the other tests (level "test")
 # level:
@@ -50,9 +50,9 @@ POOLED = ("correlation", "jsd", "sanity")      # their spread is over pictures
 #                the range over folds, of one fold its interval, of masks the 95 % interval over all pictures.
 #                spread: as read ± over pictures; of "mean" over all folds' pictures (correlation, jsd,
 #                sanity), else the folds' standard deviation; of masks always the standard error
-#     type       mean over a type's networks, `network`: the type; spread: their standard deviation; low,
-#                high: Student's 95 % interval over them. Of pairs: over those of two different networks,
-#                `network` and `other`: the types; spread: a pair's typical ±; low, high: the pairs' range
+#     type       mean over a type's networks (network: the type); spread: their standard deviation; low, high:
+#                Student's 95 % interval over them. Of pairs: over those of two different networks (network,
+#                other: the types); spread: a pair's typical ±; low, high: the pairs' range
 #     distance   the same by the losses' distances
 #     all        the same over all networks with a loss, or over all where none has one
 #     test       ranking against classification losses: rank-biserial correlation, p, p_holm; low: the
@@ -167,13 +167,16 @@ def read_rows(path, script, required):
 
 
 def ends_of(row, networks):
-    """Whose a table's row is: [(network, fold, seed)], of two networks two."""
+    """Whose a table's row is: [(network, fold, seed)], of two networks two. ValueError: it is no fold."""
+    ends = [(row.get("loss") or row.get("model"), row.get("fold", ""))]  # loss: in tables of older versions
     if "model_a" in row:
-        return [(row[f"model_{end}"], *folders.fold_and_seed(row[f"fold_{end}"])) for end in "ab"]
-    name = row.get("loss") or row.get("model")  # loss: in tables of older versions
-    if name:
-        return [(name, *folders.fold_and_seed(row.get("fold", "")))]
-    return [whose(row["embeddings"], networks)]
+        ends = [(row[f"model_{end}"], row[f"fold_{end}"]) for end in "ab"]
+    elif not ends[0][0]:
+        return [whose(row["embeddings"], networks)]
+    for name, fold in ends:
+        if fold and folders.fold_and_seed(fold)[0] is None:
+            raise ValueError(f"a table's row of {name} has the fold {fold!r}; expected 0, or 0.seed2")
+    return [(name, *folders.fold_and_seed(fold)) for name, fold in ends]
 
 
 def whose(path, networks):
@@ -192,8 +195,8 @@ def whose(path, networks):
 def pair_histograms(folder, networks):
     """pairs.py's histograms.csv of a data set's folder -> (its label, {network: [histograms of a fold …]}).
 
-    Histograms: [counts of positive and negative pairs (2, bins)], with those before training behind them where
-    train.py counted them. Nothing where there is no table.
+    Histograms: [counts of positive and negative pairs (2, bins)], with those before training behind them
+    where train.py counted them. Nothing where there is no table.
     """
     path, histograms = folder / "histograms.csv", defaultdict(list)
     if not path.is_file():
@@ -213,19 +216,23 @@ def pair_histograms(folder, networks):
 
 
 def row_properties(network):
-    """{property: str (n,)} of an emb.npy's rows, from props.csv beside it, else labels.csv; {} without any."""
+    """{property: str (n,)} of an emb.npy's rows: props.csv beside it, else labels.csv, else {}."""
     paths = [network["folder"] / name for name in ("props.csv", "labels.csv")]
     table = next((files.read_table(path) for path in paths if path.is_file()), {})
     if table and len(next(iter(table.values()))) != len(network["emb"]["array"]):
-        raise ValueError(f"{network['folder']}: emb.npy and its props.csv or labels.csv differ in rows; all must "
-                         "list the same pictures in the same order")
+        raise ValueError(f"{network['folder']}: emb.npy and its props.csv or labels.csv differ in rows; all "
+                         "must list the same pictures in the same order")
     return {name: np.array(table[name]) for name in table if name.lower() not in files.IDENTIFIERS}
 
 
 def check_rows(results):
     """Raise ValueError when a table mixes options, or tells of other pictures than the arrays there."""
-    for table, key in product(("nrprec", "pairs"), ("distance", "null", "max_neighbours", "label")):
-        values = dict.fromkeys(str(row.get(key) or "none") for row in results.tables.get(table, []))
+    keys = ("distance", "normalised", "null", "ties", "max_neighbours", "label")
+    for table, key in product(("nrprec", "pairs"), keys):
+        rows = results.tables.get(table, [])
+        if key == "distance":  # normalised: each loss may have its own (nrprec.py --distance own)
+            rows = [row for row in rows if row.get("normalised") != "1"]
+        values = dict.fromkeys(str(row.get(key) or "none") for row in rows)
         if len(values) > 1:
             raise ValueError(f"{results.folder / table}.csv mixes {key} {' and '.join(values)}: such rows do "
                              "not belong together; make all with the same options")
@@ -267,7 +274,10 @@ def table_facts(results):
         for line in lines:
             ends = sorted(line["ends"], key=lambda end: (order.index(end[0]), end[1] or 0))
             names, folds, seeds = zip(*ends)
-            facts = {"network": names[0], "fold": joined(folds), "seed": joined(seeds), "n": line.get("n")}
+            folds = dict.fromkeys(fold for fold in folds if fold is not None)  # "0/1" of two folds
+            facts = {"network": names[0], "n": line.get("n"),
+                     "fold": "/".join(map(str, folds)) if len(folds) > 1 else next(iter(folds), None),
+                     "seed": seeds[0] if len({*seeds}) == 1 else "/".join(map(str, seeds))}
             if len(names) == 1:
                 facts["type"] = results.types[names[0]]
             if table == "nrprec":
@@ -277,7 +287,7 @@ def table_facts(results):
                        "p_holm": line.get("p_holm"),
                        **around(line["nr_precision"], line.get("nr_precision_se"))}
             elif table == "masks":
-                known = line["std"] is not None and line["n"] > 1
+                known = line["std"] is not None and (line["n"] or 0) > 1
                 yield {**facts, "measure": "masks", "key": line["measure"], "value": line["mean"],
                        "spread": line["std"] / math.sqrt(line["n"] - 1) if known else None,
                        "low": line["low"], "high": line["high"]}
@@ -303,18 +313,13 @@ def training_facts(results):
                  "fold": network["fold"], "seed": network["seed"],
                  "split": split.get("kind") if isinstance(split, dict) else split}
         lines = read_rows(network["history"], "train.py", ["epoch", "split", *CURVES[3:]])
+        lines = [line for line in lines if line["epoch"] is not None]
         best = max((line["epoch"] for line in lines if line["split"] == "test"), default=0)
         for line, key in product(lines, CURVES):
             part, epoch = line["split"], int(line["epoch"])
             if part != "test" or epoch in (0, best):
                 epoch = "best" if part == "test" and epoch else epoch
                 yield {**facts, "key": key, "part": part, "epoch": epoch, "value": line.get(key)}
-
-
-def joined(numbers):
-    """The fold (or seed) of one network or of two: theirs, of the one that has one, or "0/1"."""
-    known = list(dict.fromkeys(number for number in numbers if number is not None))
-    return "/".join(map(str, known)) if len(known) > 1 else next(iter(known), None)
 
 
 def around(value, error):
@@ -371,16 +376,10 @@ def fold_means(results, rows):
     for folds in groups.values():
         parts = [mean_row(list(seeds.values()), "folds") for seeds in folds.values()]
         mean = mean_row(parts, "folds", fold="mean", seed=None)
-        if mean.measure == "nr_precision":
-            above = above_chance(mean, tested)
+        if mean.measure == "nr_precision":  # above chance in every fold; p_holm is two-sided
+            above = mean.p_holm < SIGNIFICANCE and mean.value > 0 if tested else mean.value > MARK
             mean = mean._replace(mark="*" if above else "", note="tested" if tested else "published mark")
         yield mean
-
-
-def above_chance(mean, tested):
-    """Is a network's mean NR-Prec above chance? tested: every NR-Prec has a p_holm, which counts in every
-    fold (two-sided, it may also tell of fewer neighbours than by chance); else the published mark counts."""
-    return mean.p_holm < SIGNIFICANCE and mean.value > 0 if tested else mean.value > MARK
 
 
 def group_means(results, means):
@@ -442,33 +441,29 @@ def type_tests(rows, means, measure, keys=None):
 
     The unit is the loss, its mean over folds; the released way takes all folds for independent.
     """
-    def sides(rows, key):
-        return [[row.value for row in rows if (row.measure, row.key, row.type) == (measure, key, kind)]
-                for kind in TYPES[:2]]
-
+    values = defaultdict(list)
+    for row in rows + means:
+        if row.measure == measure:
+            values[row.key, row.type, row.fold == "mean"].append(row.value)
     tests, released = [], []
-    for key in keys or dict.fromkeys(row.key for row in means if row.measure == measure):
-        (x, y), pooled = sides(means, key), sides(rows, key)
+    for key in keys or dict.fromkeys(key for key, _, _ in values):
+        x, y = values[key, "ranking", True], values[key, "classification", True]
         if min(len(x), len(y)) > 1:
+            pooled = values[key, "ranking", False], values[key, "classification", False]
             facts = {"measure": measure, "key": key, "network": "ranking", "other": "classification"}
             (u, p), ways = mann_whitney(x, y), math.comb(len(x + y), len(x))
+            note = "exact" if ways <= MOST else f"{MOST:,} random ways"
             tests.append({**facts, "level": "test", "value": 2 * u / (len(x) * len(y)) - 1, "p": p,
-                          "n": len(x + y), "low": 2 / ways,
-                          "note": "exact" if ways <= MOST else f"{MOST:,} random ways"})
-            difference, p = float(np.mean(x) - np.mean(y)), released_p(*pooled)
-            released.append({**facts, "level": "released", "value": difference, "p": p,
-                             "mark": larger(difference, p < SIGNIFICANCE),
-                             "note": f"{len(pooled[0])} against {len(pooled[1])} fold values"})
+                          "n": len(x + y), "low": 2 / ways, "note": note})
+            note = f"{len(pooled[0])} against {len(pooled[1])} fold values"
+            released.append({**facts, "level": "released", "value": float(np.mean(x) - np.mean(y)),
+                             "p": released_p(*pooled), "note": note})
     for test, p in zip(tests, holm([test["p"] for test in tests])):
-        test |= {"p_holm": float(p), "mark": larger(test["value"], p < LEVEL)}
+        test["p_holm"] = float(p)
+    for test in tests + released:
+        shown = test["p_holm"] < LEVEL if test["level"] == "test" else test["p"] < SIGNIFICANCE
+        test["mark"] = ("ranking" if test["value"] > 0 else "classification") if shown else ""
     return tests + released
-
-
-def larger(difference, shown):
-    """The type that a test has shown to be larger, or ""."""
-    if not shown:
-        return ""
-    return "ranking" if difference > 0 else "classification"
 
 
 def other_tests(results, means, groups):

@@ -9,15 +9,15 @@
 
 `fill` is this loop for pictures: embed.py and saliency.py give it a function and the shape of a row.
 
-While it fills, emb.json.part is the JSON, and emb.npy.part the array, then one byte a row (0 missing, 1 written,
-2 left out) and an end mark. These are cut off in the end; whatever else cuts the part cuts them first. A row is
-marked after its values are on disk: a crash loses at most the last FLUSH seconds. Advisory locks on bytes of the
-part, which the system drops with the process that held them, tell who is there: the holder of byte 0 opens, finishes
-or leaves; all users share byte 1, so that the last one clears up; the byte of a row claims it. On a file system
-without locks rows may be computed twice, to the same values. Any number of processes may come and go.
+While it fills, emb.json.part is the JSON, and emb.npy.part the array, then one byte a row (0 missing, 1
+written, 2 left out) and an end mark. These are cut off in the end; whatever else cuts the part cuts them
+first. A row is marked after its values are on disk: a crash loses at most the last FLUSH seconds. Advisory
+locks on bytes of the part, which the system drops with the process that held them, tell who is there: who
+has byte 0 opens, finishes or leaves; all users share byte 1, so that the last one clears up; the byte of a
+row claims it. Without locks on a file system rows may be computed twice, to the same values. Processes may
+come and go.
 """
 import fcntl
-import glob
 import hashlib
 import io
 import json
@@ -39,7 +39,7 @@ FLUSH = 2.0  # seconds
 MISSING, WRITTEN, LEFT_OUT = 0, 1, 2
 END = b"unfinished rows\n"
 GATE, USERS = 0, 1  # the bytes whose locks tell who is there
-# What may differ between two runs whose rows belong together: where a checkpoint lies (its sha256 counts), versions.
+# May differ between runs whose rows belong together: where a checkpoint lies (its sha256 counts), versions.
 NOT_COMPARED = ("checkpoint", "versions")
 SIZES = "sizes_in_bytes_sha256"
 
@@ -67,8 +67,8 @@ def is_complete(path, about):
         return False
     made = read_json(path.with_suffix(".json"))
     if made is None:
-        raise ValueError(f"{path} exists without {path.stem}.json, or that is damaged: how it was made is unknown; "
-                         "remove it or write elsewhere")
+        raise ValueError(f"{path} exists without {path.stem}.json, or that is damaged: how it was made is "
+                         "unknown; remove it or write elsewhere")
     refuse_other(path, made, about)
     if any(file.exists() for file in working_files(path)):
         leave(open_part(path), path)
@@ -77,10 +77,10 @@ def is_complete(path, about):
 
 def refuse_other(path, made, about):
     """Raise ValueError unless `made`, the JSON of an array, agrees with `about`."""
-    made, now = dict(made), json.loads(json.dumps(about))
+    now = json.loads(json.dumps(about))
     if isinstance(made.get("pictures"), dict) and "pictures" in now:
-        listed = made["pictures"].get("listed", made["pictures"])  # whether or not some were left out
-        made["pictures"] = {**listed, SIZES: listed.get(SIZES, now["pictures"].get(SIZES))}  # older ones lack it
+        listed = made["pictures"].get("listed", made["pictures"])  # whether or not some of them were left out
+        made = {**made, "pictures": {SIZES: now["pictures"].get(SIZES), **listed}}  # older arrays lack it
     if different := differences(made, now):
         raise ValueError(f"{path} was made with other options ({'; '.join(different)}): remove it, or write "
                          "elsewhere")
@@ -102,12 +102,11 @@ def differences(old, new, prefix=""):
 
 
 def read_json(path):
-    """The dictionary in a JSON file; None where there is no such file or something else in it."""
+    """The dictionary in a JSON file; None where there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError, RecursionError):
+        return files.read_json(path, {})
+    except ValueError:
         return None
-    return content if isinstance(content, dict) else None
 
 
 def write_json(path, content):
@@ -118,14 +117,13 @@ def write_json(path, content):
 
 
 def working_files(path):
-    """What lies beside an array while it fills: its JSON, …, a copy without the rows left out, the part."""
-    halves = path.parent.glob(f".{glob.escape(path.stem)}.json.*part")  # of a JSON, after kill -9
-    return [path.with_suffix(".json.part"), *halves, path.with_name(f"{path.name}.rows"),  # an older version's
-            path.with_name(f"{path.name}.part.kept"), path.with_name(f"{path.name}.part")]
+    """What lies beside an array while it fills: JSON, marks of an older version, a smaller copy, the part."""
+    names = [f"{path.name}.rows", f"{path.name}.part.kept", f"{path.name}.part"]
+    return [path.with_suffix(".json.part"), *(path.with_name(name) for name in names)]
 
 
 def lock(descriptor, operation, start, length=1):
-    """fcntl.lockf: True if it succeeds, False if another process has the bytes, None where there are no locks."""
+    """fcntl.lockf: True if it succeeds, False if another process has the bytes, None without locks."""
     try:
         fcntl.lockf(descriptor, operation, length, start)
         return True
@@ -136,7 +134,7 @@ def lock(descriptor, operation, start, length=1):
 
 
 def open_part(path):
-    """The descriptor of an array's part, of which this process is a user from now on, with the gate locked."""
+    """The descriptor of an array's part, which this process uses from now on, with the gate locked."""
     part = working_files(path)[-1]
     while True:
         descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
@@ -163,7 +161,7 @@ def alone(descriptor):
 
 
 def leave(descriptor, path, untouched=False):
-    """Close the part. The last user removes the working files of a complete array, or of one without any row."""
+    """Close the part. The last user removes the working files of an array that is complete or has no row."""
     lock(descriptor, fcntl.LOCK_EX, GATE)
     last = alone(descriptor)
     if last and untouched or last is not False and path.exists():
@@ -182,7 +180,7 @@ class RowFile:
 
     def __init__(self, path, shape, dtype, about, retry=False):
         self.path, self.shape, self.dtype, self.about = Path(path), tuple(shape), np.dtype(dtype), about
-        self.beside, *_, self.kept, self.part = working_files(self.path)
+        self.beside, _, self.kept, self.part = working_files(self.path)
         self.header = npy_header(self.shape, self.dtype)
         self.row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
         self.size = len(self.header) + self.shape[0] * self.row_bytes  # of the array: where the marks begin
@@ -200,8 +198,8 @@ class RowFile:
         except BaseException as error:
             self.give_up()
             if isinstance(error, OSError):
-                raise OSError(f"{self.path}: can't be written ({error.strerror or error}); {self.end / 2**20:,.1f} "
-                              "MiB are needed there: choose another place") from None
+                raise OSError(f"{self.path}: can't be written ({error.strerror or error}); "
+                              f"{self.end / 2**20:,.1f} MiB are needed there: choose another place") from None
             raise
         if self.complete:
             self.give_up()
@@ -209,7 +207,7 @@ class RowFile:
             lock(self.file, fcntl.LOCK_UN, GATE)
 
     def was_finished(self):
-        """With the gate locked: has another process ended in the meantime, or was one killed at the end of rename?"""
+        """With the gate locked: has another process finished, or was one killed at the end of rename()?"""
         final = self.path.with_suffix(".json")
         if not self.path.exists():
             if not final.exists() or os.fstat(self.file).st_size != self.size:
@@ -228,8 +226,8 @@ class RowFile:
                     self.mark(self.left_out(), MISSING)
                 return
         if others:
-            raise ValueError(f"{self.part} or {self.beside.name} was removed or damaged while another process fills "
-                             "it; stop that one, then give the same command again")
+            raise ValueError(f"{self.part} or {self.beside.name} was removed or damaged while another process"
+                             " fills it; stop that one, then give the same command again")
         damaged = self.beside.exists() or self.read_marks().any()
         if damaged:
             command.say(f"{self.part} or {self.beside.name} was removed, cut or damaged: beginning anew")
@@ -256,14 +254,15 @@ class RowFile:
         None of them if another process is at the block; a row is given once to one RowFile.
         """
         rows = self.free(start, stop)
-        if len(rows) and lock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, self.size + start, stop - start) is False:
+        try_lock = fcntl.LOCK_EX | fcntl.LOCK_NB
+        if len(rows) and lock(self.file, try_lock, self.size + start, stop - start) is False:
             return rows[:0]
-        rows = self.free(start, stop)  # with the lock
+        rows = self.free(start, stop)  # as they are now, with the lock
         self.claimed[rows] = True
         return rows
 
     def free(self, start, stop):
-        marks = [] if self.complete else self.read_marks(start, stop)  # none when another process has finished
+        marks = [] if self.complete else self.read_marks(start, stop)  # also none if another one has finished
         rows = start + np.flatnonzero(np.array(marks) == MISSING)
         return rows[~self.claimed[rows]]
 
@@ -307,7 +306,7 @@ class RowFile:
         return np.flatnonzero(self.read_marks() == LEFT_OUT)
 
     def finish(self, about=None):
-        """Rename to the final name if every row is there; True if the array is complete (whoever completed it).
+        """Rename to the final name if every row is there; True if the array is complete, by whatever process.
 
         about: makes the JSON to write when rows were left out, from their numbers.
         """
@@ -315,10 +314,12 @@ class RowFile:
             return True
         self.flush()
         lock(self.file, fcntl.LOCK_EX, GATE)  # after its own rows are marked: the last one sees all
+        if not self.is_whole() and alone(self.file) is None:
+            time.sleep(1)  # without locks another process may be at its end
         if not self.path.exists():
             if not self.is_whole():
-                raise OSError(f"{self.part} was removed, cut or replaced while it was filled; give the same command "
-                              "again")
+                raise OSError(f"{self.part} was removed, cut or replaced while it was filled; give the same "
+                              "command again")
             if self.missing():
                 lock(self.file, fcntl.LOCK_UN, GATE)
                 return False
@@ -342,13 +343,14 @@ class RowFile:
         else:
             os.ftruncate(self.file, self.size)
             os.fsync(self.file)
-        os.replace(array, self.path)
+        if not self.path.exists():  # without locks another process may have been faster
+            os.replace(array, self.path)
         folder = os.open(self.path.parent, os.O_RDONLY)
         os.fsync(folder)  # the name survives a power cut
         os.close(folder)
 
     def give_up(self):
-        """Close, keeping what is there for the next run. Locks end here; the last user leaves nothing needless."""
+        """Close, keeping what is there for the next run; locks end here. The last user tidies up."""
         if self.file is None:
             return
         untouched = False
@@ -381,7 +383,7 @@ def add_output(add, name):
     """--out, --skip-unreadable; add: a parser's add_argument."""
     add("--out", type=Path, default=Path("results"), metavar="FILE.npy|DIR",
         help=f"one network's array, or the folder of all: DIR/<dataset>/<slug>/fold<k>/{name} (results)")
-    add("--skip-unreadable", action="store_true", help="leave out and name pictures that can't be read (stop there)")
+    add("--skip-unreadable", action="store_true", help="leave pictures out that can't be read (stop there)")
 
 
 class Job(NamedTuple):
@@ -396,9 +398,9 @@ class Job(NamedTuple):
 
 
 def jobs(args, name, options, seed, choose=range):
-    """The arrays that a command's options ask for: DIR/<dataset>/<slug>/fold<k>/NAME, or one at --out FILE.npy.
+    """The arrays that a command asks for: DIR/<dataset>/<slug>/fold<k>/NAME, or one at --out FILE.npy.
 
-    options: what the JSON says of the computation; seed: of random layers; choose: n -> numbers of the pictures.
+    options: what the JSON says of the computation; seed: of random layers; choose: n -> numbers of pictures.
     """
     import PIL
     import torch
@@ -410,25 +412,26 @@ def jobs(args, name, options, seed, choose=range):
         files.check_output(args.out)
     dataset = pictures.open_dataset(args.dataset, args.data_root, args.split)
     loss = args.loss or (None if args.model or args.checkpoint else "all")
-    specs = networks.find(args.trained_on or dataset.name, loss, args.fold, args.model, args.checkpoint, args.weights,
-                          seed, args.models)
+    specs = networks.find(args.trained_on or dataset.name, loss, args.fold, args.model, args.checkpoint,
+                          args.weights, seed, args.models)
     if one and len(specs) > 1:
         raise ValueError(f"--out {args.out} is one array, but {len(specs)} networks were asked for "
                          f"({specs[0]['name']}, {specs[1]['name']}, …); give a folder")
     for note in [*dataset.notes, *(spec["note"] for spec in specs)]:
         if note and command.my_share()[0] == 0:
             command.say(note)
-    versions, found = {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__}, []
-    folder = args.out.parent if one else args.out / dataset.name
+    versions = {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
+    wanted, folder = [], args.out.parent if one else args.out / dataset.name
     for spec in specs:
         own = pictures.own_pictures(dataset, spec["config"], args.dataset, args.data_root, args.split)
         numbers, about = list(choose(len(own.paths))), {"dataset": dataset.name, "split": own.split}
         if own.split == "held out":
             about["rows"] = [spec["config"]["split"]["test"][i] for i in numbers]  # of the whole data set
-        about |= {**networks.describe(spec), "options": options, "versions": versions, "pictures": listed(own, numbers)}
+        about |= {**networks.describe(spec), "options": options, "versions": versions,
+                  "pictures": listed(own, numbers)}
         path = args.out if one else folder / spec["slug"] / f"fold{spec['fold'] or 0}" / name
-        found.append(Job(spec, own, numbers, path, about, folder))
-    return found
+        wanted.append(Job(spec, own, numbers, path, about, folder))
+    return wanted
 
 
 def listed(dataset, numbers):
@@ -466,25 +469,25 @@ def fill(jobs, shapes, dtype, load, stack, compute, batch, least, args, unit):
     shapes: of a row of each; least: rows to claim at a time; args: with workers and skip_unreadable
     load: path -> a picture, in threads; ValueError or OSError when it can't be read
     stack: list of up to `batch` of them -> what compute takes, in a thread, while the one before is used
-    compute: (numbers of the arrays that lack these rows, rows, what stack gave) -> for each array (len(rows), …)
+    compute: (numbers of arrays that lack these rows, rows, what stack gave) -> for each array (len(rows), …)
     Returns when every array is complete; what a dying process leaves is taken over.
     """
     paths, (rank, ranks) = [jobs[0].dataset.paths[i] for i in jobs[0].numbers], command.my_share()
     what = jobs[0].spec["name"] if len(jobs) == 1 else f"{len(jobs)} networks"
-    blocks, arrays, rounds = shares(len(paths), rank, ranks, batch * -(-least // batch)), [], 0
+    blocks = shares(len(paths), rank, ranks, batch * -(-least // batch))  # whole batches
+    workers, arrays, rounds = args.workers or min(16, command.available_cpus()), [], 0
     try:
         for job, shape in zip(jobs, shapes):
             shape = (len(paths), *shape)
             arrays.append(RowFile(job.path, shape, dtype, job.about, retry=not args.skip_unreadable))
         with command.bar(sum(array.missing() for array in arrays), what, f" {unit}") as bar:
             bar.disable = bar.disable or rank > 0
-            while not all([array.finish(partial(without, job=job)) for array, job in zip(arrays, jobs)]):
+            while not all([array.finish(partial(without, job=job)) for job, array in zip(jobs, arrays)]):
                 if rounds:
                     time.sleep(0.5)
                 if rounds == 60:
                     command.say(f"{what}: waiting for rows that other processes have begun")
                 rounds += 1
-                workers = args.workers or min(16, command.available_cpus())
                 with closing(prepared(arrays, blocks, batch, paths, load, stack, workers)) as batches:
                     for which, rows, pictures, errors in batches:
                         for row, error in errors:
@@ -532,7 +535,7 @@ def prepared(arrays, blocks, batch, paths, load, stack, workers):
 
 
 def claimed(arrays, start, stop, batch):
-    """The batches to do of a block, [(numbers of the arrays that lack them, rows)], claimed for this process."""
+    """A block's batches to do, [(numbers of the arrays that lack them, rows)], claimed for this process."""
     lacking, batches = {}, []
     for k, array in enumerate(arrays):
         for row in array.claim(start, stop).tolist():

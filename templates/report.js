@@ -65,7 +65,6 @@ for (const grid of all("table[role=grid]")) {
   if ($("td", body)) $("td", body).tabIndex = 0;
   body.addEventListener("keydown", event => {
     const cell = event.target.closest("td"), move = moves[event.key];
-    if (event.key === "Escape") hideTip();
     if (!cell || !move || event.altKey || event.metaKey) return;
     const rows = [...body.rows], corner = event.ctrlKey && ["Home", "End"].includes(event.key);
     const down = corner ? move[1] : move[0];  // Ctrl+Home and Ctrl+End go to the first and last row as well
@@ -144,8 +143,7 @@ function startGallery() {
       return item;
     }));
     $("#second").disabled = !stored(0).second;
-    const tiles = [{name: "Picture"}, ...groups[number].networks].map(tile);
-    $("#tiles").replaceChildren(...tiles);
+    $("#tiles").replaceChildren(...[{name: "Picture"}, ...groups[number].networks].map(tile));
     choose(0);
   }
 

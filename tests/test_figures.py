@@ -1,97 +1,103 @@
 """figures.py: what is drawn against hand-worked numbers, and the command on a small results folder."""
 import csv
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install '.[plots]'")
-pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install '.[plots]'")
+matplotlib = pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install '.[report]'")
+pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install '.[report]'")
 
-from dml_common import files  # noqa: E402
-from dml_common import pictures as data  # noqa: E402
+from conftest import ROOT  # noqa: E402
+
 import figures  # noqa: E402
-from dml_common import results  # noqa: E402
-from conftest import ROOT, SHARED  # noqa: E402
+from dml_common import pictures, results  # noqa: E402
 
 NETWORKS = [(name, name.lower()) for name in ("Contrastive", "Triplet", "ArcFace", "CosFace", "None")]
-EVERYTHING = ["profile", "correlation", "jsd", "gallery", "gallery_2", "tsne", "samples", "pairs", "pairs_all", "training"]
+EVERYTHING = ["profile", "correlation", "jsd", "gallery", "gallery_2", "tsne", "samples", "pairs", "training"]
 PROPERTIES = ["model", "rotation_z", "color_hue", "camera_loc_z"]
+LUMINANCE = [0.2126, 0.7152, 0.0722]
 
 
 def write_rows(path, header, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header.split(","), *rows])
 
 
 def make_results(folder, networks=NETWORKS, folds=2, n=24):
-    """results/cars, models/trained/cars and pictures/cars, small and complete; fold k has every folds-th picture."""
-    rng = np.random.default_rng(5)
-    pictures, results = folder / "pictures" / "cars", folder / "results" / "cars"
-    (pictures / "images").mkdir(parents=True)
-    props = [[i, ("suv", "van", "coupe")[i % 3], 90 * int(rng.integers(4)), i % 5 / 10, [0.5, 1.5][i // 2 % 2]] for i in range(n)]
-    write_rows(pictures / "props.csv", f"frame,{','.join(PROPERTIES)}", props)
+    """results/cars, models/trained/cars and pictures/cars, complete; fold k has every folds-th picture."""
+    rng, header = np.random.default_rng(5), f"frame,{','.join(PROPERTIES)}"
+    props = [[i, ("suv", "van", "coupe")[i % 3], 90 * (i**2 % 4), i % 5 / 10, i // 2 % 2] for i in range(n)]
+    write_rows(folder / "pictures/cars/props.csv", header, props)
+    (folder / "pictures/cars/images").mkdir()
     for i in range(n):
-        Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(pictures / "images" / f"{i:06d}.png")
-    for name, slug in networks:
-        for fold in range(folds):
-            rows = list(range(n))[fold::folds]
-            paths = [f"images/{row:06d}.png" for row in rows]
-            place = results / slug / f"fold{fold}"
-            place.mkdir(parents=True)
-            codes = np.array([row % 3 for row in rows])
-            embeddings = np.eye(3)[codes] @ rng.normal(size=(3, 6)) + rng.normal(size=(len(rows), 6))
-            np.save(place / "emb.npy", embeddings.astype(np.float32))
-            np.save(place / "maps.npy", rng.random((8, 16, 16)).astype(np.float16))
-            write_rows(place / "labels.csv", "path", [[path] for path in paths])
-            write_rows(place / "props.csv", f"frame,{','.join(PROPERTIES)}", [props[row] for row in rows])
-            about = {"dataset": "cars", "loss": name, "fold": fold, "backbone": "efficientnet_lite0",
-                     "preprocessing": {"resize": 18, "crop": 16}}
-            for stem, listed, options in ("emb", paths, {}), ("maps", paths[:8], {"limit": 8, "pick": None}):
-                (place / f"{stem}.json").write_text(json.dumps({**about, "options": options, "pictures": {
-                    "number": len(listed), "sha256": data.pictures_sha256(listed)}}))
-    tables(results, [name for name, _ in networks], folds)
-    for _, slug in networks[:-1]:
-        for fold in range(folds):
-            place = folder / "models" / "trained" / "cars" / slug / f"fold{fold}"
-            place.mkdir(parents=True)
-            write_rows(place / "history.csv", "epoch,split,loss,positive_mean,negative_mean,jsd,recall_at_1,map_at_r,seconds", [
-                [epoch, split, "" if split == "test" else 2 - epoch / 4, .3 + epoch / 20, .2, .1 + epoch / 10, .5, .2, 1]
-                for epoch in range(4) for split in ("train", "validation", "test") if split != "test" or epoch in (0, 3)])
+        image = Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8))
+        image.save(folder / f"pictures/cars/images/{i:06d}.png")
+    for (name, slug), fold in itertools.product(networks, range(folds)):
+        place, rows = folder / f"results/cars/{slug}/fold{fold}", range(n)[fold::folds]
+        names = [f"images/{row:06d}.png" for row in rows]
+        write_rows(place / "props.csv", header, [props[row] for row in rows])
+        write_rows(place / "labels.csv", "path", [[name] for name in names])
+        np.save(place / "emb.npy", rng.normal(size=(len(rows), 6)).astype(np.float32))
+        np.save(place / "maps.npy", rng.random((8, 16, 16)).astype(np.float16))
+        for stem, limit in ("emb", None), ("maps", 8):
+            same = {"number": len(names[:limit]), "sha256": pictures.pictures_sha256(names[:limit])}
+            (place / f"{stem}.json").write_text(json.dumps({
+                "loss": name, "preprocessing": {"resize": 18, "crop": 16}, "options": {"limit": limit},
+                "pictures": same}))
+        if slug != "none":
+            write_rows(folder / f"models/trained/cars/{slug}/fold{fold}/history.csv",
+                       "epoch,split,loss,positive_mean,negative_mean,jsd,recall_at_1,map_at_r", [
+                           [epoch, part, 2 - epoch / 4, .3 + epoch / 20, .2, .1 + epoch / 10, .5, .2]
+                           for epoch in (0, 1, 2) for part in ("train", "validation", "test")])
+    make_tables(folder / "results/cars", networks, folds, n // folds)
     return folder
 
 
-def tables(results, names, folds):
-    rng = np.random.default_rng(6)
-    results.mkdir(parents=True, exist_ok=True)
-    write_rows(results / "nrprec.csv", "loss,fold,embeddings,property,distance,null,max_neighbours,nr_precision,p_value", [
-        [name, fold, "emb.npy", key, "euclidean", "binomial", "", 10 / (k + 1) + rng.random(), ""]
-        for name in names for fold in range(folds) for k, key in enumerate(PROPERTIES)])
-    write_rows(results / "compare.csv", "model_a,fold_a,model_b,fold_b,n,left_out,correlation,correlation_std,correlation_low,"
-               "correlation_high,jsd,jsd_std,ceiling,corrected", [
-                   [a, fold, b, fold, 8, 0, r, .1, r - .05, r + .05, 1 - r, .1, .8, r / .8]
-                   for fold in range(folds) for i, a in enumerate(names) for b in names[:i] for r in [.4 + .3 * rng.random()]])
-    write_rows(results / "pairs.csv", "loss,fold,embeddings,label,n,jsd,jsd_null,bins", [
-        [name, fold, "emb.npy", "model", 12, .3 + fold / 10, .1, 200] for name in names for fold in range(folds)])
+def make_tables(place, networks, folds, n):
+    arrays = [f"results/cars/{slug}/fold{fold}/emb.npy" for _, slug in networks for fold in range(folds)]
+    header = "embeddings,property,queries,distance,null,r_precision,nr_precision,p_holm"
+    write_rows(place / "nrprec.csv", header, [
+        [array, key, n, "euclidean", "binomial", .5, 10 / (k + 1) + i / 10, .001 if k < 2 else .5]
+        for i, array in enumerate(arrays) for k, key in enumerate(PROPERTIES)])
+    header = "model_a,fold_a,model_b,fold_b,n,left_out,correlation,correlation_std,jsd,ceiling"
+    write_rows(place / "compare.csv", header, [
+        [a, fold, b, fold, 8, 0, .4 + i / 50, .1, .6 - i / 50, .8]
+        for fold in range(folds) for i, (a, _) in enumerate(networks) for b, _ in networks[:i]])
+    header = "embeddings,label,n,positive_mean,negative_mean,jsd,bins,r_precision,map_at_r"
+    write_rows(place / "pairs.csv", header, [[array, "model", n, .5, 0, .3, 20, .5, .5] for array in arrays])
+    write_rows(place / "histograms.csv", "embeddings,label,bins,positive,negative", [
+        [array, "model", 20, b // 5, 20 - b] for array in arrays for b in range(20)])
+
+
+def options(folder, *arguments, out="out"):
+    known = ["--dataset", folder / "pictures/cars", "--models", folder / "models", "--out", folder / out]
+    return [str(part) for part in (folder / "results", *known, *arguments)]
+
+
+def listed(folder, out="out"):
+    """figures.json: ({name: figure}, what is missing)."""
+    content = json.loads((folder / out / "figures.json").read_text())
+    return {figure["name"]: figure for figure in content["figures"]}, content["missing"]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """(folder, CompletedProcess): a small results folder and everything drawn from it."""
+    """A small results folder and everything drawn from it."""
     folder = make_results(tmp_path_factory.mktemp("figures"))
-    return folder, draw(folder)
-
-
-def draw(folder, *arguments, out="out", **options):
-    command = [sys.executable, str(ROOT / "figures.py"), str(folder / "results"), "--out", str(folder / out), "--dataset",
-               str(folder / "pictures" / "cars"), "--models", str(folder / "models"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, **options)
+    command = [sys.executable, str(ROOT / "figures.py"), *options(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return folder
 
 
 @pytest.fixture
@@ -100,408 +106,328 @@ def small(tmp_path):
     return make_results(tmp_path, NETWORKS[:2], folds=1, n=12)
 
 
-def refused(folder, *arguments):
-    """The one line on stderr of a command that has to end with status 2 and to leave nothing behind."""
-    done = draw(folder, *arguments, out="refused")
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("figures.py: "), lines
-    assert not [path for path in (folder / "refused").glob("*.part")] and not (folder / "refused" / "figures.json").exists()
-    return lines[0]
+def fact(network, key, value, low=None, high=None, mark="*", **columns):
+    return SimpleNamespace(network=network, key=key, value=value, low=low, high=high, mark=mark, **columns)
 
 
-@pytest.fixture
-def styled():
-    with figures.style.context(figures.STYLE):
-        yield
+def segments(ax):
+    lines = [one for one in ax.collections if hasattr(one, "get_segments")]
+    return [segment[:, 0].tolist() for one in lines for segment in one.get_segments()]
 
 
-# ---------------------------------------------------------------- numbers
+def test_profile_draws_means_whiskers_groups_and_what_is_not_above_chance():
+    types = {"a": "ranking", "b": "ranking", "c": "classification", "d": "none"}
+    values = {"low": [1, 3, 2, 0], "high": [20, 22, 30, 1]}
+    rows = [fact(name, key, value, value - .5, value + .5, "*" if value > 2 else "")
+            for key in values for name, value in zip(types, values[key])]
+    means = [fact("ranking", "high", 21, 8.3, 33.7), fact("classification", "high", 30)]
+    ax, = figures.draw_profile(rows, types, ["high", "low"], means).axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["high", "low"]
+    dots = [line for line in ax.lines if line.get_linestyle() == "None"]
+    places = [(line.get_xdata()[0], round(line.get_ydata()[0], 9)) for line in dots]
+    assert places == [(1, .7), (3, .9), (2, 1.1), (0, 1.3), (20, -.3), (22, -.1), (30, .1), (1, .3)]
+    assert [line.get_xdata()[0] for line in dots if line.get_color() == "white"] == [1, 2, 0, 1]
+    assert [19.5, 20.5] in segments(ax) and [21, 21] in segments(ax) and [30, 30] not in segments(ax)
+    assert any(np.allclose(line.get_xdata(), 2.576) for line in ax.lines)
 
 
-def test_pairs_of_three_vectors():
-    x = np.array([[2, 0], [0, 3], [-1, 0]], dtype=np.float32)  # products 0, -1, 0
-    counts = figures.pair_histograms(x, np.array(["a", "a", "b"]), bins=4)
-    assert counts.tolist() == [[0, 0, 1, 0], [1, 0, 1, 0]]
-    counts = figures.pair_histograms(x[[0, 0]], np.array([1, 1]), bins=4)
-    assert counts.tolist() == [[0, 0, 0, 1], [0, 0, 0, 0]]  # 1 is in the last bin
+def test_heat_map_shows_what_it_was_given():
+    values = np.array([[np.nan, 61.4, 12], [61.4, np.nan, 33], [12, 33, 90]])
+    for kinds in None, ["ranking", "none", "other"]:
+        ax = figures.draw_heat_map(values, "abc", kinds, order=np.array([2, 0, 1]), title="t").axes[0]
+        texts = {tuple(text.get_position()): text.get_text() for text in ax.texts if text.get_text()[0] < "a"}
+        assert texts == {(.5, .5): "90", (1.5, .5): "12", (2.5, .5): "33", (.5, 1.5): "12", (2.5, 1.5): "61",
+                         (.5, 2.5): "33", (1.5, 2.5): "61"}
+        assert [label.get_text() for label in ax.get_yticklabels()] == ["c", "a", "b"]
 
 
-def test_pairs_do_not_depend_on_the_block():
-    rng = np.random.default_rng(0)
-    x, labels = rng.normal(size=(50, 4)), rng.integers(0, 3, 50)
-    one = figures.pair_histograms(x, labels)
-    assert one.sum() == 50 * 49 // 2
-    same = sum(count * (count - 1) // 2 for count in np.bincount(labels))
-    assert one[0].sum() == same
-    for block in 1, 7, 50:
-        np.testing.assert_array_equal(figures.pair_histograms(x, labels, block=block), one)
+def test_clusters_stand_together():
+    group = np.array([0, 1, 0, 1, 0, 1])
+    distances = np.where(group[:, None] == group, 0.1, 0.9)
+    np.fill_diagonal(distances, np.nan)
+    tree, order = results.cluster(distances)
+    assert sorted(order) == list(range(6)) and len(set(group[order][:3])) == 1
+    assert tree[-1, 2] == pytest.approx(0.9)  # average linkage joins the groups at their mean distance
+    assert len(figures.draw_heat_map(distances, "abcdef", tree=tree, order=order).axes[0].child_axes) == 1
+    distances[0, 1] = np.nan
+    assert results.cluster(distances) == (None, None)
+
+
+def test_heat_grows_lighter_and_marks_nan():
+    ramp = figures.heat(np.linspace(0, 1, 50)[None])[0].astype(float) @ LUMINANCE
+    assert (np.diff(ramp) >= 0).all() and ramp[0] < 5 and ramp[-1] > 240
+    assert figures.heat(np.array([[np.nan]]))[0, 0].tolist() == [128, 128, 128]
 
 
 def test_coarser_keeps_every_pair_and_finds_common_bins():
     a, b = np.zeros((2, 200), int), np.zeros((2, 100), int)
     a[0, 150], a[1, 199], b[0, 60] = 5, 2, 3
-    edges, (first, second) = figures.coarser([a, b])
+    edges, (first, second) = figures.coarser([a, b], 40)
     assert first.sum() == 7 and second.sum() == 3 and first.shape == second.shape == (2, len(edges) - 1)
     assert edges[0] <= 0.2 and edges[-1] == 1 and len(edges) <= 41
     np.testing.assert_allclose(edges[:-1][first[0] > 0] <= 0.5, True)  # bin 150 of 200 begins at 0.5
 
 
-def test_clusters_stand_together():
-    near, far = 0.1, 0.9
-    group = np.array([0, 1, 0, 1, 0, 1])
-    distances = np.where(group[:, None] == group, near, far).astype(float)
-    np.fill_diagonal(distances, np.nan)
-    tree, order = figures.cluster(distances)
-    assert sorted(order) == list(range(6)) and len(set(group[order][:3])) == 1
-    assert tree[-1, 2] == pytest.approx(far)  # average linkage joins the groups at their mean distance
-    distances[0, 1] = np.nan
-    tree, order = figures.cluster(distances)
-    assert tree is None and order.tolist() == list(range(6))
+@pytest.mark.parametrize("counted", [True, False])
+def test_pairs_are_drawn_as_counted_and_of_area_1(counted):
+    panel = {"name": "$a$", "positive": np.array([0, 0, 1, 3]), "negative": np.array([4, 4, 0, 0]),
+             "jsd": .25, "positive_mean": None, "negative_mean": None}
+    other = {**panel, "before": [np.ones((2, 4), int)], "positive_mean": .5, "negative_mean": -.25}
+    axes = figures.draw_pair_histograms([panel, other], counted).axes
+    heights = [[patch.get_data().values.tolist() for patch in ax.patches] for ax in axes]  # area, outline …
+    pairs, density = [[0, 0, 1, 3], [4, 4, 0, 0]], [[0, 0, .5, 1.5], [1, 1, 0, 0]]
+    assert heights[0][1::2] == (pairs if counted else density) and heights[-1][1:4:2] == density
+    assert heights[-1][4:] == [[.5] * 4] * 2  # before
+    left, right = "$a$\n4 and 8 pairs", "JSD 0.250 in 4 bins"
+    assert [ax.get_title() for ax in axes] == (
+        [left, right, left, f"{right}\nmeans 0.500, −0.250"] if counted else [f"$a$\n{right}"] * 2)
 
 
-def test_heat_grows_lighter_and_marks_nan():
-    ramp = figures.heat(np.linspace(0, 1, 50)[None])[0].astype(float) @ [0.2126, 0.7152, 0.0722]
-    assert (np.diff(ramp) >= 0).all() and ramp[0] < 5 and ramp[-1] > 240
-    assert figures.heat(np.array([[np.nan]]))[0, 0].tolist() == [128, 128, 128]
+def test_class_curves_by_hand():
+    curves = [("net", {"JSD": [[.8, .6], [.35, .35]], "JSD, labels permuted": [[.2], [.1]]})]
+    left, right = figures.draw_class_curves(curves, [2, 10]).axes
+    assert left.lines[0].get_ydata() == pytest.approx([.7, .35]) and segments(left)[0] == [2, 2]
+    assert left.collections[0].get_segments()[0][:, 1] == pytest.approx([.6, .8])
+    line, = right.lines
+    assert line.get_ydata() == pytest.approx([1, .5]) and line.get_xdata().tolist() == [2, 10]
+
+
+def test_training_draws_before_and_after_and_one_networks_loss():
+    rows = [fact(name, key, epoch, epoch - 1, epoch + 1, part="train", epoch=epoch)
+            for name in "ab" for key in ("loss", "jsd") for epoch in (0, 1, 2)]
+    rows += [fact("a", "jsd", .1, part="test", epoch=0), fact("a", "jsd", .9, part="test", epoch="best")]
+    axes = figures.draw_training(rows, {"a": "ranking", "b": "none"}, "a").axes
+    assert [len(ax.lines) for ax in axes] == [1, 0, 2, 1] and axes[2].get_ylabel() == "JSD"
+    assert axes[3].lines[0].get_xydata().tolist() == [[0, .1], [1, .9]]
+    assert [label.get_text() for label in axes[3].get_xticklabels()] == ["before", "after"]
 
 
 def test_samples_are_nearest_the_middle():
-    properties = {"size": np.array(["1", "1", "2", "2", "10", "10"]), "angle": np.array(["0", "180", "0", "90", "0", "0"]),
-                  "kind": np.array(["b", "b", "b", "b", "b", "a"])}
-    chosen = figures.choose_samples(properties, {"angle"})
-    assert chosen["size"] == (["1", "2", "10"], [0, 2, 4], 3)   # of 1 the row whose angle is the usual one
-    assert chosen["angle"] == (["0", "90", "180"], [2, 3, 1], 3)  # of 0 the row whose size is in the middle
-    assert chosen["kind"][0] == ["a", "b"]
-    many = figures.choose_samples({"n": np.arange(100).astype(str)}, set())["n"]
-    assert many[2] == 100 and len(many[0]) == 10 and many[0][0] == "0" and many[0][-1] == "99"
+    chosen = figures.choose_samples({
+        "size": np.array(["1", "1", "2", "2", "10", "10"]), "kind": np.array(list("bbbbba")),
+        "angle": np.array(["0", "180", "0", "90", "0", "0"])})
+    assert chosen["size"] == ([0, 3, 4], 3)   # of 2 the row whose angle is the middle one; 10 comes behind 2
+    assert chosen["angle"] == ([2, 3, 1], 3)  # of 0 the row whose size is in the middle
+    assert chosen["kind"] == ([5, 3], 2)
+    rows, n = figures.choose_samples({"n": np.arange(100).astype(str)})["n"]
+    assert n == 100 and len(rows) == 10 and rows[0] == 0 and rows[-1] == 99
 
 
-def test_circular_properties_by_name_or_option():
-    names = ["rotation_z", "bg_color_hue", "sun_rotation", "sun_elevation", "model"]
-    assert figures.circular_names(names, None) == {"rotation_z", "bg_color_hue", "sun_rotation"}
-    assert figures.circular_names(names, "model, x") == {"model", "x"}
-    assert figures.period(np.array([0, .9])) == 1 and figures.period(np.array([0, 315])) == 360
-
-
-def test_cyclic_colours_close_and_show_on_white():
-    assert figures.CIRCLE[0] == figures.CIRCLE[-1]
-    light = [np.array([int(colour[i:i + 2], 16) for i in (1, 3, 5)]) @ [0.2126, 0.7152, 0.0722] for colour in figures.CIRCLE]
-    assert np.argmax(light) == 4 and max(light) < 210
-
-
-def test_profile_draws_means_whiskers_and_groups(styled):
-    values = np.array([[1.0, 20], [3, 22], [2, 30], [4, 34], [0, 1]])
-    kinds = ["ranking"] * 2 + ["classification"] * 2 + ["none"]
-    fig = figures.draw_profile(values, values - 0.5, values + 0.5, ["low", "high"], kinds)
-    ax, = fig.axes
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["high", "low"]
-    dots = [line.get_xdata().tolist() for line in ax.lines if line.get_linestyle() == "None"]
-    assert dots == [[20, 22], [30, 34], [1], [1, 3], [2, 4], [0]]
-    ends = [segment[:, 0].tolist() for lines in ax.collections for segment in lines.get_segments()]
-    assert [19.5, 20.5] in ends and [21.0, 21.0] in ends and [32.0, 32.0] in ends
-    half = 12.706 * np.sqrt(2) / np.sqrt(2)  # Student's t with one degree of freedom times sd / sqrt(2)
-    assert any(np.allclose(one, [21 - half, 21 + half], rtol=1e-3) for one in ends)
-    assert any(np.allclose(line.get_xdata(), 2.576) for line in ax.lines)
-
-
-def test_published_group_means(styled):
-    path = SHARED / "reference" / "kobs_table6_nrprec_cars.csv"
-    if not path.is_file():
-        pytest.skip("../shared/reference is not here: the published Table 6")
-    table = files.read_table(path)
-    types = {row["name"]: row["type"] for row in results.losses()}
-    rows = [row for row, name in enumerate(table["loss"]) if name in types]
-    properties = [name for name in table if name != "loss"]
-    values = np.array([[float(table[name][row] or "nan") for name in properties] for row in rows])
-    fig = figures.draw_profile(values, values, values, properties, [types[table["loss"][row]] for row in rows])
-    strokes = np.array([one[0, 0] for lines in fig.axes[0].collections for one in lines.get_segments() if one[0, 0] == one[1, 0]])
-    for name in "Ranking Mean", "Classification Mean":
-        published = [float(table[key][table["loss"].index(name)]) for key in properties]
-        assert all(np.abs(strokes - value).min() < 0.0101 for value in published), name
-
-
-def test_folds_are_averaged_by_fishers_z(tmp_path, monkeypatch, styled):
-    write_rows(tmp_path / "compare.csv", "model_a,model_b,n,correlation,correlation_low,correlation_high,jsd,ceiling,corrected", [
-        ["Triplet", "ArcFace", 8, .2, .1, .3, .4, .8, .25], ["ArcFace", "Triplet", 8, .9, .8, 1, .2, .8, 1.1],
-        ["Triplet", "Contrastive", 8, .5, .4, .6, .3, "", ""], ["ArcFace", "Contrastive", 8, "", "", "", "", "", ""],
-        ["Triplet", "Triplet", 8, .99, .9, 1, 0, "", ""]])
-    seen = []
-    monkeypatch.setattr(figures, "draw_heat_map", lambda *arguments: seen.append(arguments))
-    found = {"folder": tmp_path, "networks": []}
-    for measure in "correlation", "jsd":
-        (_, _, caption, _), = figures.make_heat_map(found, None, measure)
-    values, names, kinds, tree, order, *_ = seen[0]
-    assert names == ["Contrastive", "Triplet", "ArcFace"] and kinds == ["ranking", "ranking", "classification"]
-    assert values[1, 2] == pytest.approx(100 * np.tanh((np.arctanh(.2) + np.arctanh(.9)) / 2)) and values[1, 2] == values[2, 1]
-    assert values[0, 1] == pytest.approx(50) and np.isnan(values[0, 2]) and tree is None  # a pair is missing
-    assert seen[1][0][1, 2] == pytest.approx(30)
-
-
-def test_heat_map_shows_what_it_was_given(styled):
-    values = np.array([[np.nan, 61.4, 12], [61.4, np.nan, 33], [12, 33, np.nan]])
-    fig = figures.draw_heat_map(values, ["a", "b", "c"], ["ranking", "none", "other"], None, np.array([2, 0, 1]))
-    ax = fig.axes[0]
-    texts = {tuple(text.get_position()): text.get_text() for text in ax.texts}
-    assert texts == {(1.5, .5): "12", (2.5, .5): "33", (.5, 1.5): "12", (2.5, 1.5): "61", (.5, 2.5): "33", (1.5, 2.5): "61"}
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["c", "a", "b"]
+def test_tsne_colours_numbers_circles_and_names():
+    light = 255 * figures.CIRCLE(np.linspace(0, 1, 101))[:, :3] @ LUMINANCE
+    assert light[0] == light[-1] and np.argmax(light) == 50 and light.max() < 210  # closes, shows on white
+    places = np.random.default_rng(0).normal(size=(10, 2))
+    n = np.arange(10)
+    values = {"height": n - 5, "rotation (0.3)": 45 * n, "color_hue": n / 10, "model (1.2)": n,
+              "kind": [f"k{i % 9}" for i in n], "constant": n * 0}
+    fig = figures.draw_tsne(places, {name: np.array(column).astype(str) for name, column in values.items()})
+    panels = {ax.get_title(): ax for ax in fig.axes if ax.get_title()}
+    limits = [panels[name].collections[0].get_clim() for name in ("height", "rotation (0.3)", "color_hue")]
+    assert limits == [(-5, 4), (0, 360), (0, 1)]
+    turned = panels["rotation (0.3)"].collections[0]
+    assert turned.get_cmap().name == "circle" and turned.get_array().tolist() == (45 * n % 360).tolist()
+    for name, more in ("model (1.2)", "3 more"), ("kind", "2 more"):
+        assert [text.get_text() for text in panels[name].get_legend().texts][-1] == more
 
 
 def test_tsne_is_repeatable_whatever_the_threads():
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); import figures, numpy as np, hashlib;"
-            "x = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32);"
-            "print(hashlib.sha256(figures.embed_2d(x, 3).tobytes()).hexdigest())")
-    found = {subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, check=True,
-                            env={**os.environ, "OMP_NUM_THREADS": threads}).stdout for threads in "12"}
-    assert len(found) == 1
+    code = ("import figures, numpy as np; x = np.random.default_rng(0).normal(size=(60, 8));"
+            "print(figures.embed_2d(x.astype(np.float32), 3).tolist())")
+    one, two = (subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT,
+                               env={**os.environ, "OMP_NUM_THREADS": threads}).stdout for threads in "12")
+    assert one == two
 
 
-def test_rows_of_other_pictures_are_refused(small):
-    about = {"path": small / "maps.npy", "pictures": {"sha256": "0" * 64}, "options": {"limit": 2, "pick": None}}
-    with pytest.raises(ValueError, match="maps.npy has 2 rows of other pictures than"):
-        figures.picture_names(about, 2, data.open_dataset(small / "pictures" / "cars"))
+def test_names_are_plain_and_the_callers_style_stays():
+    assert figures.plain("a\nb\x00") == "a\ufffdb\ufffd" and figures.plain("") == "–"
+    assert figures.plain("x" * 50, 10) == "x" * 9 + "…"
+    with matplotlib.rc_context({"font.size": 30}):
+        png = figures.png(figures.draw_heat_map(np.eye(2), "ab"))
+        assert matplotlib.rcParams["font.size"] == 30
+    assert png == figures.png(figures.draw_heat_map(np.eye(2), "ab"))
 
 
-# ---------------------------------------------------------------- the command
-
-
-def test_everything_is_drawn(made):
-    folder, done = made
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    about = json.loads((folder / "out" / "figures.json").read_text())
-    assert [one["name"] for one in about["figures"]] == [f"{name}_cars" for name in EVERYTHING] and about["missing"] == []
-    for one in about["figures"]:
-        assert set(one) == {"name", "title", "caption", "dataset", "svg", "png"}
-        assert one["dataset"] == "cars" and one["title"] and one["caption"].endswith(".") and "  " not in one["caption"], one
-        assert one["png"] == f"{one['name']}.png" and (folder / "out" / f"{one['name']}.pdf").read_bytes().startswith(b"%PDF")
-        photograph = one["name"].startswith(("gallery", "samples"))
-        assert one["svg"] == (None if photograph else f"{one['name']}.svg")
-        with Image.open(folder / "out" / one["png"]) as image:
-            assert image.width <= 1100
-    written = {path.name for path in (folder / "out").iterdir()}
-    assert written == {"figures.json"} | {f"{one['name']}.{suffix}" for one in about["figures"]
-                                         for suffix in (["png", "pdf"] + ["svg"] * bool(one["svg"]))}
-
-
-def test_captions_say_what_a_reader_needs(made):
-    captions = {one["name"]: one["caption"] for one in json.loads((made[0] / "out" / "figures.json").read_text())["figures"]}
-    assert all(part in captions["profile_cars"] for part in ("2.576", "2 folds", "null binomial"))
-    assert "Ceiling" in captions["correlation_cars"] and "average linkage on 1 − r" in captions["correlation_cars"].lower()
-    assert "seed 0" in captions["tsne_cars"] and "rotation_z, color_hue" in captions["tsne_cars"]
-    assert "(c) the same before training" in captions["pairs_cars"] and "fold 0" in captions["gallery_cars"]
+def test_everything_is_drawn_and_said(made):
+    drawn, missing = listed(made)
+    assert list(drawn) == [f"{name}_cars" for name in EVERYTHING] and missing == []
+    expected = {"figures.json"}
+    for name, figure in drawn.items():
+        assert [*figure] == ["name", "title", "caption", "dataset", "svg", "png"]
+        assert figure["title"] and figure["caption"].endswith(".") and "  " not in figure["caption"], figure
+        assert figure["svg"] == (None if name.startswith(("gallery", "samples")) else f"{name}.svg")
+        assert (made / f"out/{name}.pdf").read_bytes().startswith(b"%PDF")
+        assert Image.open(made / "out" / figure["png"]).width <= 1100
+        expected |= {f"{name}.pdf", figure["png"], figure["svg"]} - {None}
+    assert {path.name for path in (made / "out").iterdir()} == expected
+    for name, parts in {"profile": ["2 folds", "null binomial", "p_holm", "CosFace"], "tsne": ["seed 0"],
+                        "correlation": ["correlation of 80", "8 pictures"], "gallery": ["fold0"],
+                        "pairs": ["one model"]}.items():
+        assert all(part in drawn[f"{name}_cars"]["caption"] for part in parts), name
 
 
 def test_svgs_are_xml_light_and_alone(made):
-    told = [one["title"] for one in json.loads((made[0] / "out" / "figures.json").read_text())["figures"]]
-    for path in (made[0] / "out").glob("*.svg"):
+    titles = [figure["title"] for figure in listed(made)[0].values()]
+    for path in (made / "out").glob("*.svg"):
         text = path.read_text()
-        root = ET.fromstring(text)
-        assert len(text) < 400_000 and root.tag.endswith("svg"), path
-        assert [one.text for one in root.iter() if one.tag.endswith("}title")][0] in told
-        for element in root.iter():
-            assert not element.tag.endswith("script")
-            for key, value in element.attrib.items():
-                assert not key.lower().startswith("on")
-                if key.endswith("href"):
-                    assert value.startswith(("#", "data:image/png;base64,")), value
-        assert "date" not in re.sub(r"<image[^>]*>", "", text.lower()).split("</metadata>")[0].replace("update", ""), path
+        elements = list(ET.fromstring(text).iter())
+        assert len(text) < 400_000 and not [one for one in elements if one.tag.endswith("script")], path
+        assert [one.text for one in elements if one.tag.endswith("}title")][0] in titles
+        for key, value in itertools.chain(*(element.attrib.items() for element in elements)):
+            assert not key.lower().startswith("on")
+            assert not key.endswith("href") or value.startswith(("#", "data:image/png;base64,")), value
+        head = re.sub(r"<image[^>]*>", "", text.lower()).split("</metadata>")[0]
+        assert "date" not in head.replace("update", ""), path
 
 
 def test_same_input_same_bytes(made, tmp_path):
     (tmp_path / "matplotlibrc").write_text("font.size: 30\nsvg.fonttype: none\n")
-    done = draw(made[0], out="again", cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1", "SOURCE_DATE_EPOCH": "7"})
-    assert done.returncode == 0, done.stderr
-    for path in (made[0] / "out").iterdir():
-        assert path.read_bytes() == (made[0] / "again" / path.name).read_bytes(), path.name
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SOURCE_DATE_EPOCH": "7"}
+    command = [sys.executable, str(ROOT / "figures.py"), *options(made, out="again")]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path, env=environment)
+    for path in (made / "out").iterdir():
+        assert path.read_bytes() == (made / "again" / path.name).read_bytes(), path.name
 
 
 def test_gallery_shows_each_map_under_its_picture(small):
-    place = small / "results" / "cars"
     for slug, bright in ("contrastive", 2), ("triplet", 5):
         maps = np.zeros((8, 16, 16), np.float16)
         maps[bright] = 1
-        np.save(place / slug / "fold0" / "maps.npy", maps)
+        np.save(small / f"results/cars/{slug}/fold0/maps.npy", maps)
     for i in range(12):
-        Image.new("RGB", (20, 20), (10 * i, 200, 0)).save(small / "pictures" / "cars" / "images" / f"{i:06d}.png")
-    assert draw(small, "--only", "gallery", "--pictures", "6").returncode == 0
-    with Image.open(small / "out" / "gallery_cars.png") as image:
-        pixels = np.asarray(image.convert("RGB")).astype(int)
-    # six columns of rows 0, 1, 3, 4, 6, 7: not 2 or 5, whose maps are bright
-    wanted = np.unique(np.linspace(0, 7, 6).round().astype(int))
-    lines = np.flatnonzero((pixels[:, :, 1] == 200).any(axis=1))
-    columns = pixels[lines[len(lines) // 2]]
-    seen = [int(red) for red in dict.fromkeys(columns[columns[:, 1] == 200][:, 0])]
-    assert seen == [10 * row for row in wanted]
-    light = (pixels == [252, 255, 164]).all(axis=2).any()
-    assert light == bool({2, 5} & set(wanted.tolist()))
+        Image.new("RGB", (20, 20), (10 * i, 200, 0)).save(small / f"pictures/cars/images/{i:06d}.png")
+    figures.main(options(small, "--only", "gallery", "--pictures", "8"))
+    for page, rows in ("gallery", [0, 1, 2, 3]), ("gallery_2", [4, 5, 6, 7]):
+        with Image.open(small / "out" / f"{page}_cars.png") as image:
+            pixels = np.asarray(image.convert("RGB")).astype(int)
+        lines = np.flatnonzero((pixels[:, :, 1] == 200).sum(axis=1) > 40)
+        columns = pixels[lines[len(lines) // 2]]
+        x = {row: int(np.flatnonzero((columns == [10 * row, 200, 0]).all(axis=1)).mean()) for row in rows}
+        assert list(x.values()) == sorted(x.values())
+        light = np.abs(pixels - [252, 255, 164]).max(axis=2) <= 2  # the end of the ramp
+        assert [row for row in rows if light[:, x[row]].any()] == sorted({2, 5} & set(rows))
 
 
 def test_a_network_of_choice_and_a_part(made):
-    done = draw(made[0], "--only", "pairs,tsne", "--network", "arcface/fold1", "--points", "10", out="part")
-    assert done.returncode == 0, done.stderr
-    about = {one["name"]: one for one in json.loads((made[0] / "part" / "figures.json").read_text())["figures"]}
-    assert list(about) == ["tsne_cars", "pairs_cars", "pairs_all_cars"]
-    assert "10 of 12 embeddings of ArcFace, fold 1" in about["tsne_cars"]["caption"]
-    assert "ArcFace, fold 1" in about["pairs_cars"]["caption"]
+    only = ["--only", "pairs,tsne", "--network", "arcface/fold1", "--points", "10"]
+    figures.main(options(made, *only, out="part"))
+    tsne, pairs = listed(made, "part")[0].values()
+    assert tsne["name"] == "tsne_cars" and "10 of 12 embeddings of ArcFace, fold1" in tsne["caption"]
+    assert pairs["name"] == "pairs_cars" and "fold1;" in pairs["caption"]
 
 
-def test_names_with_special_letters(tmp_path, styled):
+def test_names_with_special_letters(tmp_path, capsys):
     names = [("$x_1$ & <b>", "dollar"), ("_under_", "under"), ("\\frac{1}{2}--", "frac")]
     folder = make_results(tmp_path, names, folds=1, n=12)
-    for path in [folder / "pictures" / "cars" / "props.csv", *folder.glob("results/cars/*/fold0/props.csv")]:
-        path.write_text(path.read_text().replace("rotation_z", "$rot_z <i>&").replace("suv", "$u$ <v>").replace("van", "_van"))
-    done = draw(folder, "--only", "profile,correlation,tsne,samples,pairs")
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+    for path in [*folder.glob("*/cars/props.csv"), *folder.glob("results/cars/**/*.csv")]:
+        text = path.read_text()
+        text = text.replace("rotation_z", "$rot_z <i>&").replace("suv", "$u$ <v>").replace("van", "_van")
+        path.write_text(text.replace("color_hue", "回"), encoding="utf-8")
+    figures.main(options(folder, "--only", "profile,correlation,tsne,samples,pairs"))
     for path in (folder / "out").glob("*.svg"):
         ET.fromstring(path.read_text())
-    assert figures.plain("a\nb\x00") == "a\ufffdb\ufffd" and figures.plain("") == "–"
-    assert figures.plain("x" * 50, 10) == "x" * 9 + "…"
+    line, = capsys.readouterr().err.splitlines()
+    assert ": note: Glyph" in line and "missing from" in line
 
 
-def test_letters_without_a_glyph_are_told(small):
-    path = small / "results" / "cars" / "nrprec.csv"
-    path.write_text(path.read_text().replace("rotation_z", "回転"), encoding="utf-8")
-    done = draw(small, "--only", "profile")
-    assert done.returncode == 0 and "drawn as boxes" in done.stderr and len(done.stderr.splitlines()) == 1
+def test_what_is_missing_is_left_out_and_listed(small, capsys):
+    place = small / "results/cars"
+    (place / "compare.csv").unlink()
+    (place / "triplet/fold0/emb.npy").rename(place / "triplet/fold0/emb.npy.part")
+    figures.main([str(small / "results"), "--out", str(small / "out"), "--models", str(small)])
+    drawn, missing = listed(small)
+    assert [gap["figure"] for gap in missing] == ["", "correlation", "jsd", "gallery", "samples", "training"]
+    assert list(drawn) == ["profile_cars", "tsne_cars", "pairs_cars"]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 6
+    assert "half-finished" in lines[0] and "compare.csv" in lines[1] and "--dataset" in lines[3]
 
 
-def test_what_is_missing_is_left_out_and_listed(tmp_path, run_script):
-    folder = make_results(tmp_path, NETWORKS[:2], folds=1, n=12)
-    (folder / "results" / "cars" / "compare.csv").unlink()
-    (folder / "results" / "cars" / "triplet" / "fold0" / "emb.npy.part").touch()
-    (folder / "results" / "cars" / "triplet" / "fold0" / "emb.npy").unlink()
-    done = run_script("figures.py", folder / "results", "--out", folder / "out", "--models", folder)
-    assert done.returncode == 0, done.stderr
-    about = json.loads((folder / "out" / "figures.json").read_text())
-    assert [one["figure"] for one in about["missing"]] == ["", "correlation", "jsd", "gallery", "samples", "training"]
-    assert [one["name"] for one in about["figures"]] == ["profile_cars", "tsne_cars", "pairs_cars"]
-    lines = done.stderr.splitlines()
-    assert "half-finished" in lines[0] and len(lines) == 6 and all(line.startswith("figures.py: ") for line in lines)
-    assert "--dataset" in lines[3] and "compare.csv" in lines[1]
-
-
-def test_one_network_without_a_loss(tmp_path, run_script):
-    place = tmp_path / "results" / "mine"
-    place.mkdir(parents=True)
-    rows = [["e.npy", "a", 4, .5], ["e.npy", "b", 1, .2]]
-    write_rows(place / "nrprec.csv", "embeddings,property,nr_precision,nr_precision_se", rows)
-    done = run_script("figures.py", place, "--out", tmp_path / "out", "--only", "profile")
-    assert done.returncode == 0, done.stderr
-    one, = json.loads((tmp_path / "out" / "figures.json").read_text())["figures"]
-    assert one["name"] == "profile_mine" and "e.npy" in one["caption"] and "95 % interval" in one["caption"]
+def test_tables_alone_without_a_loss(tmp_path):
+    rows = [["e.npy", "a", 9, .4, 4, .5], ["e.npy", "b", 9, .4, 1, .2]]
+    header = "embeddings,property,queries,r_precision,nr_precision,nr_precision_se"
+    write_rows(tmp_path / "mine/nrprec.csv", header, rows)
+    figures.main([str(tmp_path / "mine"), "--out", str(tmp_path / "out"), "--only", "profile,pairs"])
+    drawn, missing = listed(tmp_path)
+    assert "e.npy" in drawn["profile_mine"]["caption"] and [gap["figure"] for gap in missing] == ["pairs"]
 
 
 def test_histograms_before_training_come_from_the_training(small):
-    place = small / "models" / "trained" / "cars" / "contrastive" / "fold0"
-    rows = [[epoch, "test", 4, -1 + i / 2, -.5 + i / 2, [1, 0, 2, 7][i], 3] for epoch in (0, 5) for i in range(4)]
-    place.mkdir(parents=True, exist_ok=True)
-    write_rows(place / "histograms.csv", "epoch,split,bins,low,high,positive,negative", rows)
-    import argparse
-
-    folder = small / "results" / "cars"
-    found = {"name": "cars", "folder": folder, "networks": figures.find_networks(folder, small / "models")[0]}
-    started = figures.read_started(found, argparse.Namespace(models=small / "models"))
-    assert {key: value.tolist() for key, value in started.items()} == {("Contrastive", "0"): [[1, 0, 2, 7], [3, 3, 3, 3]]}
-
-
-# ---------------------------------------------------------------- bad input
+    rows = [[epoch, "test", count, 3] for epoch in (0, 5) for count in (1, 0, 2, 7)]
+    home = small / "models/trained/cars/contrastive/fold0"
+    write_rows(home / "histograms.csv", "epoch,split,positive,negative", rows)
+    one, = results.read_all(small / "results", small / "models")
+    label, histograms = results.pair_histograms(one.folder, one.networks)
+    (after, before), = histograms["Contrastive"]
+    assert label == "model" and before.tolist() == [[1, 0, 2, 7], [3, 3, 3, 3]]
+    assert after[0].sum() == 30 and len(histograms["Triplet"][0]) == 1
+    figures.main(options(small, "--only", "pairs"))
 
 
-def test_no_results(tmp_path):
-    (tmp_path / "results" / "cars").mkdir(parents=True)
-    (tmp_path / "pictures" / "cars").mkdir(parents=True)
-    assert "no results" in refused(tmp_path)
-    (tmp_path / "results" / "cars").rmdir()
-    (tmp_path / "results").rmdir()
-    assert "no such folder" in refused(tmp_path)
+def refused(folder, *arguments):
+    """What a command says that has to fail and to leave nothing half-written behind."""
+    with pytest.raises((ValueError, OSError)) as error:
+        figures.main(options(folder, *arguments, out="refused"))
+    assert not list((folder / "refused").glob("*.part")) and not (folder / "refused/figures.json").exists()
+    return str(error.value)
 
 
-def spoil_list(place):
-    about = json.loads((place / "emb.json").read_text())
-    about["pictures"]["sha256"] = "0" * 64
-    (place / "emb.json").write_text(json.dumps(about))
+def spoil_lists(*places):
+    for path in (place / f"{stem}.json" for place in places for stem in ("emb", "maps")):
+        path.write_text(path.read_text().replace('"sha256": "', '"sha256": "0'))
 
 
 def spoil_pictures(place):
-    for path in (place.parents[3] / "pictures" / "cars" / "images").glob("00000[0-9].png"):
+    for path in (place.parents[3] / "pictures/cars/images").glob("00000[0-9].png"):
         path.write_bytes(b"no picture")
 
 
-def spoil_table(*lines):
-    return lambda place: (place.parents[1] / "nrprec.csv").write_text("\n".join(lines))
-
-
-SPOILS = {
-    "other lists": (spoil_list, "profile", "other lists of pictures"),
-    "maps of another shape": (lambda place: np.save(place / "maps.npy", np.zeros((8, 9, 9))), "gallery", "differ in shape"),
-    "maps beyond 1": (lambda place: np.save(place / "maps.npy", np.full((8, 16, 16), 2.0)), "gallery", "expected maps in [0, 1]"),
-    "unreadable picture": (spoil_pictures, "gallery", "can't be read as a picture"),
-    "missing picture": (lambda place: (place.parents[3] / "pictures/cars/images/000000.png").unlink(), "gallery", "not in"),
-    "short properties": (lambda place: write_rows(place.parents[1] / "contrastive/fold0/props.csv", "frame,a", [[1, 2]]),
-                         "tsne", "rows"),
-    "no number": (spoil_table("embeddings,property,nr_precision", "e,a,x"), "profile", "expected a number"),
-    "no column": (spoil_table("a,b", "1,2"), "profile", "lacks the columns embeddings, property"),
-    "mixed options": (spoil_table("embeddings,property,nr_precision,null", "e,a,1,binomial", "f,a,1,hypergeometric"), "profile",
-                      "mixes null"),
-}
+@pytest.mark.parametrize("only, told, spoil", [
+    ("profile", "other lists of pictures", spoil_lists),
+    ("gallery", "its pictures are not in", lambda place: spoil_lists(*place.parents[1].glob("*/fold0"))),
+    ("gallery", "expected (8, 16, 16) in", lambda place: np.save(place / "maps.npy", np.zeros((8, 9, 9)))),
+    ("gallery", "in [0, 1]", lambda place: np.save(place / "maps.npy", np.full((8, 16, 16), 2.0))),
+    ("gallery", "can't be read as a picture", spoil_pictures),
+    ("gallery", "not in", lambda place: (place.parents[3] / "pictures/cars/images/000000.png").unlink()),
+    ("tsne", "differ in rows", lambda at: write_rows(at / "../../contrastive/fold0/props.csv", "a", "1")),
+    ("profile", "lacks embeddings", lambda place: write_rows(place / "../../nrprec.csv", "a,b", ["12"]))])
+def test_spoilt_results(small, only, told, spoil):
+    spoil(small / "results/cars/triplet/fold0")
+    assert told in refused(small, "--only", only)
 
 
 @pytest.mark.parametrize("spoil, told", [
     (lambda path: path.write_bytes(b"maps"), "not a .npy file"),
     (lambda path: os.truncate(path, 300), "truncated"),
     (lambda path: np.save(path, np.array([{}]), allow_pickle=True), "could run code")])
-def test_arrays_that_are_none_are_left_out_and_listed(small, spoil, told):
+def test_arrays_that_are_none_are_left_out_and_listed(small, spoil, told, capsys):
     spoil(small / "results/cars/triplet/fold0/maps.npy")
-    done = draw(small, "--only", "gallery")
-    assert done.returncode == 0 and told in done.stderr and "Traceback" not in done.stderr
-    about = json.loads((small / "out/figures.json").read_text())
-    assert [one["figure"] for one in about["missing"]] == [""] and told in about["missing"][0]["what"]
-    assert about["figures"][0]["name"] == "gallery_cars"
-
-
-def test_what_is_not_above_chance_is_hollow(styled):
-    table = {"nr_precision": np.array([3.0, 2, 4, -9]), "p_holm": ["0.001", "0.02", "0.001", "0.001"],
-             "property": ["a", "a", "b", "c"]}
-    clear = figures.above_chance(table, ["x"] * 4, ["x"], ["a", "b", "c"])
-    assert clear.tolist() == [[False, True, False]]  # one fold of a is not below 0.01, c lies below chance
-    assert figures.above_chance({**table, "p_holm": ["0.001", "", "0.001", "0.001"]}, ["x"] * 4, ["x"], ["a", "b", "c"]) is None
-    values = np.array([[3.0, 4, -9]])
-    ax, = figures.draw_profile(values, values, values, ["a", "b", "c"], ["ranking"], clear).axes
-    white = [line.get_xdata().tolist() for line in ax.lines if line.get_color() == "white"]
-    assert white == [[3.0], [-9.0]]
-
-
-@pytest.mark.parametrize("name", SPOILS)
-def test_spoilt_results(small, name):
-    spoil, only, told = SPOILS[name]
-    spoil(small / "results" / "cars" / "triplet" / "fold0")
-    assert told in refused(small, "--only", only)
+    figures.main(options(small, "--only", "gallery"))
+    drawn, (gap,) = listed(small)
+    assert gap["figure"] == "" and told in gap["what"] and "gallery_cars" in drawn
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments, told", [
     (["--only", "profil"], "expected names among profile"), (["--points", "1"], "at least 4"),
-    (["--network", "tripl"], "triplet/fold0"), (["--seed", "-1"], "at least 0"), (["--pictures", "x"], "invalid int"),
-    (["--label", "colour", "--only", "pairs"], "no property 'colour'"), (["--dataset", "nowhere"], "no such folder")])
+    (["--network", "tripl"], "triplet/fold0"), (["--seed", "-1"], "at least 0"),
+    (["--pictures", "0"], "at least 1"), (["--dataset", "nowhere"], "no such folder"),
+    (["--out", str(ROOT / "README.md")], "exists")])
 def test_options_that_do_not_fit(small, arguments, told):
     assert told in refused(small, *arguments)
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "sklearn"])
-def test_packages_that_are_missing(small, package):
-    code = ("import runpy, sys; sys.modules[sys.argv[1]] = None; script = sys.argv[2]; sys.argv = sys.argv[2:];"
-            "runpy.run_path(script, run_name='__main__')")
-    done = subprocess.run([sys.executable, "-c", code, package, str(ROOT / "figures.py"), str(small / "results"), "--out",
-                           str(small / "out")], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2 and "pip install '.[plots]'" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
-    assert not (small / "out").exists()
+def test_packages_that_are_missing(tmp_path, package):
+    code = ("import runpy, sys; sys.modules[sys.argv[1]] = None; sys.argv = sys.argv[2:];"
+            "runpy.run_path(sys.argv[0], run_name='__main__')")
+    command = [sys.executable, "-c", code, package, "figures.py", "results", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "pip install '.[report]'" in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
-def test_the_output_is_no_folder(small):
-    (small / "file").write_text("")
-    done = draw(small, out="file")
-    assert done.returncode == 2 and "is a file" in done.stderr and (small / "file").read_text() == ""
-
-
-def test_help_names_every_figure(run_script):
+def test_the_command_line(run_script, tmp_path):
     done = run_script("figures.py", "--help")
-    assert done.returncode == 0 and all(f"    {name}" in done.stdout for name in figures.FIGURES if name != "jsd")
+    assert done.returncode == 0 and all(f"    {name}" in done.stdout for name in {*figures.FIGURES} - {"jsd"})
+    done = run_script("figures.py", tmp_path / "nowhere", "--out", tmp_path / "out")
+    assert done.returncode == 2 and done.stderr.startswith("figures.py: ") and done.stderr.count("\n") == 1

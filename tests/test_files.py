@@ -183,11 +183,14 @@ def test_names_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match="a.jpg is the name of two"):
         files.rows_by_name(["a.jpg", "a.jpg"], ["a.jpg", "b.jpg"], "t.csv")
     assert files.rows_by_name(["a.jpg", "b.jpg"], ["0", "1"], "t.csv").tolist() == [0, 1]  # an index
-    for pictures, text, why in [(None, "frame,a\n1,x\n", "the array's pictures"),
+    for pictures, text, why in [(None, "frame,a\nx.jpg,x\n", "the array's pictures"),
                                 (["1"], "b,a\n1,x\n", "its rows")]:
         (tmp_path / "t.csv").write_text(text)
         files.read_properties(tmp_path / "t.csv", ["a"], pictures, notes := [])
-        assert f"rows are taken in their order, because {why} are not known by name" in notes[0]
+        assert f"rows are taken in their order: {why} are not known by name" in notes[0]
+    (tmp_path / "t.csv").write_text("frame,a\n1,x\n2,y\n")  # an index names nothing
+    files.read_properties(tmp_path / "t.csv", ["a"], None, notes := [])
+    assert not notes
 
 
 def test_an_array_knows_its_pictures(tmp_path):
@@ -209,7 +212,7 @@ def test_an_array_knows_its_pictures(tmp_path):
     assert known({"left_out": ["c.jpg"]}, names[:2] + names[3:]) == ["a.jpg", "b.jpg", "d.jpg", "e.jpg"]
     assert known({}, names[1:]) is None  # of another list
     (folder / "emb.labels.csv").write_text("path,class\n" + ",0\n".join(names[1:]) + ",0\n")
-    assert known({}, names[1:]) == names[1:] == files.picture_names(folder / "emb.npy", [names])
+    assert known({}, names[1:]) == names[1:]
     (folder / "emb.json").unlink()
     assert files.picture_names(folder / "emb.npy") == names[1:]
 
@@ -281,11 +284,12 @@ def test_outputs_replace_plain_files_that_are_no_input(tmp_path, monkeypatch):
     os.mkfifo("pipe")
     os.symlink("loop", "loop")
     inputs, others = ["in.csv", None, "missing.csv"], ["other.csv", None]
-    for name in ("new.csv", "old.csv", "./missing.csv/../old.csv"):
+    for name in ("new.csv", "old.csv", "./new.csv/../old.csv"):
         files.check_output(name, inputs, others)
     for name, message in [
             ("in.csv", "is an input"), ("hard.csv", "is an input"), ("link.csv", "is an input"),
-            ("./x/../in.csv", "is an input"), ("./other.csv", "the name of two outputs"), ("", "no name"),
+            ("./x/../in.csv", "is an input"), ("missing.csv", "or another output"), ("", "no name"),
+            ("./other.csv", "the name of two outputs"),
             (".", "no name"), (tmp_path, "is a folder"), ("/dev/null", "a device or a pipe"),
             ("pipe", "a device or a pipe"), ("loop", "can't be opened"), ("no/x.csv", "does not exist")]:
         with pytest.raises(ValueError, match=message):
@@ -306,6 +310,41 @@ def test_files_are_written_whole_with_the_rights_of_new_files(tmp_path):
     assert (tmp_path / "far.csv").stat().st_mode & 0o777 == 0o666 & ~mask
 
 
+def test_an_array_gets_its_name_when_it_is_full(tmp_path):
+    path = tmp_path / "a[1].npy"
+    with pytest.raises(KeyboardInterrupt), files.new_array(path, (2, 3)) as array:
+        array[0] = 1
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    with files.new_array(path, (2, 3), "float16") as array:
+        array[:] = 7
+        assert not path.exists()
+    assert np.load(path).tolist() == [[7] * 3] * 2 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
+    code = ("import os, sys\nfrom dml_common import files\n"
+            f"with files.part_of({str(tmp_path / 'x.csv')!r}) as part:\n"
+            "    print(flush=True)\n    sys.stdin.readline()")
+
+    def start():
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=files.ROOT, stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE)
+        process.stdout.readline()
+        return process
+
+    killed, alive = start(), start()
+    killed.kill()
+    killed.wait()
+    assert len(list(tmp_path.glob(".x.csv.*.part"))) == 2
+    (tmp_path / ".x.csv2.abc.part").touch()
+    files.write_file(tmp_path / "x.csv", b"mine")
+    assert len(list(tmp_path.glob(".x.csv.*.part"))) == 1  # of the one that is at work
+    alive.communicate(b"\n")
+    assert alive.returncode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".x.csv2.abc.part", "x.csv"]
+
+
 def test_a_full_disk_leaves_nothing(tmp_path):
     code = ("import resource, signal\nfrom dml_common import files\n"
             "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
@@ -315,3 +354,21 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=files.ROOT, capture_output=True, text=True)
     assert re.search(r"x.csv can't be written \(.*\); free space", done.stdout)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    """But for the temporary file of a process that lives, which is locked."""
+    (tmp_path / ".a.csv.deadbeef.part").write_text("half")
+    (tmp_path / ".b.csv.deadbeef.part").write_text("half")
+    code = ("import fcntl, sys, time; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); "
+            "print(flush=True); time.sleep(60)")
+    owner = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / ".a.csv.12345678.part")],
+                             stdout=subprocess.PIPE)
+    owner.stdout.readline()
+    files.write_file(tmp_path / "a.csv", b"a\n1\n")
+    owner.kill()
+    owner.communicate()
+    there = sorted(path.name for path in tmp_path.iterdir())
+    assert there == [".a.csv.12345678.part", ".b.csv.deadbeef.part", "a.csv"]
+    files.write_file(tmp_path / "a.csv", b"a\n1\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".b.csv.deadbeef.part", "a.csv"]

@@ -1,5 +1,5 @@
-"""The kernel's counts and lists equal float64 brute force with ties by index: for every distance,
-cardinality, kind of input, block, thread count and instruction set."""
+"""The kernel's counts and lists equal float64 brute force, with ties in expectation and by index: for every
+distance, cardinality, kind of input, block, thread count and instruction set."""
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,12 +7,14 @@ from hypothesis import strategies as st
 
 import nrprec
 
-_knn = pytest.importorskip("_knn", reason="the extension is not built: pip install .")
+_knn = nrprec._knn
+if _knn is None:
+    pytest.skip("this version's extension is not built: pip install .", allow_module_level=True)
 
 
-def brute_force_lists(x, distance):
-    """The literal definition, independent of nrprec.py: every other row, nearest first, ties by index."""
-    x, lists = x.astype(np.float64), []
+def brute_force_distances(x, distance):
+    """The literal definition, independent of nrprec.py: d[q, i]."""
+    x, rows = x.astype(np.float64), []
     for q in range(len(x)):
         if distance in ("euclidean", "squared_euclidean"):
             d = ((x[q] - x) ** 2).sum(1)
@@ -24,29 +26,46 @@ def brute_force_lists(x, distance):
             d = -(x[q] * x).sum(1)
         else:
             d = np.var(x[q] - x, axis=1) / np.var(x[q])
-        order = np.lexsort((np.arange(len(x)), d))
-        lists.append(order[order != q])
-    return lists
+        rows.append(d)
+    return np.array(rows)
 
 
-def brute_force_hits(lists, labels, max_neighbours=None):
-    hits = np.zeros((len(labels), len(lists)), int)
+def brute_force_lists(d):
+    """Of every row the others in order, nearest first, ties by index."""
+    lists = [np.lexsort((np.arange(len(d)), row)) for row in d]
+    return [order[order != q] for q, order in enumerate(lists)]
+
+
+def brute_force_hits(d, labels, max_neighbours=None, by_index=False):
+    """(4, k, n): sure hits, candidates tied at a cut that divides them, hits among these, places left."""
+    hits, others = np.zeros((4, len(labels), len(d)), int), ~np.eye(len(d), dtype=bool)
+    lists = brute_force_lists(d)
     for k, label in enumerate(labels):
         for q, order in enumerate(lists):
-            depth = min((label == label[q]).sum() - 1, max_neighbours or len(label))
-            hits[k, q] = (label[order[:depth]] == label[q]).sum()
+            same = (label == label[q]) & others[q]
+            depth = min(same.sum(), max_neighbours or len(d))
+            if not depth:
+                continue
+            cut = d[q, order[depth - 1]]
+            nearer, tied = (d[q] < cut) & others[q], (d[q] == cut) & others[q]
+            hits[0, k, q] = same[order[:depth]].sum()
+            if nearer.sum() + tied.sum() > depth:
+                hits[1:, k, q] = tied.sum(), 0, depth - nearer.sum()
+                if not by_index:
+                    hits[0, k, q], hits[2, k, q] = (same & nearer).sum(), (same & tied).sum()
     return hits
 
 
-def kernel_hits(x, labels, distance, max_neighbours=None, threads=1, memory_mib=64, avx512=None):
+def kernel_hits(x, labels, distance, max_neighbours=None, threads=1, memory_mib=64, avx512=None, by_index=0):
     space = nrprec.prepare(np.ascontiguousarray(x, np.float32), distance)
     columns = nrprec.make_columns(labels, max_neighbours)
-    hits = np.full((len(labels), len(x)), -1, np.int32)
+    hits = np.full((4, len(labels), len(x)), -1, np.int32)
     before = _knn.AVX512
     try:
         _knn.AVX512 = before if avx512 is None else avx512 and before
-        for part, block in nrprec.count_blocks(space, columns, np.arange(len(x)), threads, memory_mib):
-            hits[:, part] = block
+        queries = np.arange(len(x))
+        for part, block in nrprec.count_blocks(space, columns, queries, threads, memory_mib, by_index):
+            hits[..., part] = block
     finally:
         _knn.AVX512 = before
     return hits
@@ -83,16 +102,19 @@ def test_counts_equal_brute_force(kind, distance):
         except ValueError:
             assert distance in ("cosine", "snr")                # of zero or constant vectors
             continue
-        lists = brute_force_lists(x, distance)
-        twin = nrprec.count_hits_numpy(nrprec.prepare(x, distance), nrprec.make_columns(labels), np.arange(n))
-        np.testing.assert_array_equal(twin, brute_force_hits(lists, labels))
-        np.testing.assert_array_equal(kernel_hits(x, labels, distance), twin)
-        np.testing.assert_array_equal(kernel_hits(x, labels, distance, avx512=False), twin)
-        np.testing.assert_array_equal(kernel_hits(x, labels, distance, max_neighbours=5),
-                                      brute_force_hits(lists, labels, 5))
+        d = brute_force_distances(x, distance)
+        space, columns = nrprec.prepare(x, distance), nrprec.make_columns(labels)
+        for by_index in (False, True):
+            twin = nrprec.count_hits_numpy(space, columns, np.arange(n), by_index)
+            np.testing.assert_array_equal(twin, brute_force_hits(d, labels, by_index=by_index))
+            for avx512 in (True, False):
+                ours = kernel_hits(x, labels, distance, avx512=avx512, by_index=by_index)
+                np.testing.assert_array_equal(ours, twin)
+            np.testing.assert_array_equal(kernel_hits(x, labels, distance, 5, by_index=by_index),
+                                          brute_force_hits(d, labels, 5, by_index))
         for depth in {1, n // 2, n - 1} - {0}:
             indices, distances = nrprec.nearest(x, depth, distance=distance, threads=2)
-            np.testing.assert_array_equal(indices, [order[:depth] for order in lists])
+            np.testing.assert_array_equal(indices, [order[:depth] for order in brute_force_lists(d)])
             assert (np.diff(distances, axis=1) >= 0).all()
 
 
@@ -110,7 +132,7 @@ def test_many_candidates_and_a_class_column():
         before, _knn.AVX512 = _knn.AVX512, avx512 and _knn.AVX512
         try:
             for part, hits in nrprec.count_blocks(space, columns, queries, 2, 64):
-                np.testing.assert_array_equal(hits, expected[:, part])
+                np.testing.assert_array_equal(hits, expected[..., part])
         finally:
             _knn.AVX512 = before
 
@@ -127,7 +149,7 @@ def test_a_sample_that_misleads():
     queries = np.concatenate([np.flatnonzero(sampled)[:10], np.flatnonzero(~sampled)[:10]])
     expected = nrprec.count_hits_numpy(space, columns, queries)
     for part, hits in nrprec.count_blocks(space, columns, queries, 1, 64):
-        np.testing.assert_array_equal(hits, expected[:, part])
+        np.testing.assert_array_equal(hits, expected[..., part])
 
 
 @pytest.mark.parametrize("threads", (1, 2, 5))
@@ -149,11 +171,11 @@ def test_kernel_threads_of_its_own():
     products = np.ascontiguousarray(space.working.T) @ space.working
     results = []
     for threads in (1, 3):
-        hits = np.empty((1, 300), np.int32)
+        hits = np.zeros((4, 1, 300), np.int32)
         _knn.count_hits(products, q, space.bounds, x, space.aux, space.offset, 0, columns.codes,
                         nrprec.bit_planes(columns.codes), columns.members,
                         columns.member_row, columns.values, columns.entry_code, columns.entry_rank,
-                        columns.entry_start, columns.entry_count, columns.ranks, hits, threads)
+                        columns.entry_start, columns.entry_count, columns.ranks, hits, False, threads)
         results.append(hits)
     np.testing.assert_array_equal(*results)
 
@@ -169,11 +191,11 @@ def test_products_may_be_as_wrong_as_their_bound():
     expected = nrprec.count_hits_numpy(space, columns, q)
     for _ in range(5):
         noise = rng.choice([-0.9, 0.0, 0.9], exact.shape) * space.bounds[:, None]
-        products, hits = (exact + noise).astype(np.float32), np.empty_like(expected)
+        products, hits = (exact + noise).astype(np.float32), np.zeros_like(expected)
         _knn.count_hits(products, q, space.bounds, x, space.aux, space.offset, 0, columns.codes,
                         nrprec.bit_planes(columns.codes), columns.members,
                         columns.member_row, columns.values, columns.entry_code, columns.entry_rank,
-                        columns.entry_start, columns.entry_count, columns.ranks, hits, 2)
+                        columns.entry_start, columns.entry_count, columns.ranks, hits, False, 2)
         np.testing.assert_array_equal(hits, expected)
 
 

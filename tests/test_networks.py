@@ -149,7 +149,7 @@ def test_unknown_names_and_missing_files_teach(tmp_path, monkeypatch):
     for name, (file, address) in networks.WEIGHTS.items():
         with pytest.raises(FileNotFoundError, match=f"{file}: download {address}.*--weights FILE"):
             networks.load(networks.find(model=name)[0])
-    with pytest.raises(ValueError, match="x does not exist; give the file of weights"):
+    with pytest.raises(FileNotFoundError, match="no such file"):
         networks.load(networks.find(model="bninception", weights=tmp_path / "x")[0])
 
 
@@ -281,12 +281,15 @@ def test_factories(tmp_path, monkeypatch):
     text += "".join(f"def wrong{i}(): return make(**{settings!r})\n" for i, settings in enumerate(wrong))
     text += ("def number(): return 3\ndef broken(): raise RuntimeError('no')\n"
              "def leaves(): raise SystemExit(0)\n"
+             "def tall():\n    network = make()\n    network.preprocessing = {'resize': (16, 8)}\n"
+             "    return network\n"
              "def listed():\n    network = make()\n    network.preprocessing = [1]\n    return network\n")
     (tmp_path / "mine_for_test.py").write_text(text)
     monkeypatch.chdir(tmp_path)
     network = networks.load(networks.find(model="mine_for_test:make")[0])
     assert network.preprocessing == {**networks.IMAGENET, "resize": 8, "crop": 8}
     assert network.slug == "mine_for_test_make" and network.loss is None
+    assert networks.load(networks.find(model="mine_for_test:tall")[0]).preprocessing["crop"] is None
     unfit = "expected a dict with keys among .*give crop, or resize"
     for name, message in [*((f"wrong{i}", unfit) for i in range(len(wrong))), ("listed", unfit),
                           ("number", "returned int"), ("nothing", "can't be imported"),

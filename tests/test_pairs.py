@@ -1,6 +1,7 @@
 """Pair histograms, JSD, rankings, their intervals: by hand, against independent references, as properties
 that must hold; and the command line with every bad input."""
 import csv
+import itertools
 import os
 import resource
 import subprocess
@@ -33,7 +34,7 @@ def normal(seed, n, m, classes=None):
 
 
 def reference(x, labels, bins, recall):
-    """Everything by plain loops over float64 pairs, independent of pairs.py."""
+    """Everything by plain loops over float64 pairs, ties by index, independent of pairs.py."""
     x = x.astype(np.float64)
     unit, n = x / np.sqrt((x ** 2).sum(1))[:, None], len(x)
     counts, sums = {True: np.zeros(bins, int), False: np.zeros(bins, int)}, {True: [], False: []}
@@ -57,8 +58,9 @@ def reference(x, labels, bins, recall):
             {k: np.mean(v) for k, v in hit.items()}, np.mean(precisions), np.mean(averages))
 
 
-def rank(x, value, relevant):
-    return pairs.rank_queries(pairs.normalise(x), np.array(value), np.array(relevant), 1, 1)
+def rank(x, value, relevant, by_index=False):
+    value, relevant = np.array(value), np.array(relevant)
+    return pairs.rank_queries(pairs.normalise(x), value, relevant, 1, 1, by_index=by_index)
 
 
 @pytest.fixture(params=("kernel", "kernel without AVX-512", "numpy"))
@@ -95,28 +97,32 @@ def test_one_lies_in_the_last_bin(each_counter):
     assert score.jsd[200] == 0                                                # half and half, both
 
 
-def test_average_precision_with_ties_by_index(each_counter):
-    """Query 0 (class a, R = 2): candidates 1 and 2 at the same distance, then 3."""
+def test_average_precision_with_ties(each_counter):
+    """Query 0 (class a, R = 2): candidates 1 (wrong) and 2 (right) at the same distance, then 3."""
     x = angles(0, 10, 350, 30)                                                # 1 and 2: a tie
     assert (x[1, 0], x[1, 1]) == (x[2, 0], -x[2, 1])
-    # Query 0: order 1, 2, 3 = wrong, right, right; among R = 2 one hit at rank 2: Σ = 1/2.
+    # By index, query 0: wrong, right, right; among R = 2 one hit at rank 2: Σ = 1/2. Else half and half: 3/4.
     # Query 2 (350°): order 0 (10°), 1 (20°), 3 (40°): right, wrong: one hit at rank 1: Σ = 1.
     # Query 3 (30°): order 1 (20°), 0 (30°), 2 (40°): wrong, right: Σ = 1/2. Query 1 has no positive.
-    ranked = rank(x, [0, 1, 0, 0], [2, 0, 2, 2])
-    assert [part.tolist() for part in ranked] == [[2, 0, 1, 2], [1, 0, 1, 1], [0.5, 0, 1, 0.5]]
-    score = pair_scores(x, [0, 1, 0, 0], recall=(1, 2))
-    assert score.lone == 1 and score.recall == {1: pytest.approx(1 / 3), 2: 1}
-    assert score.r_precision == 0.5 and score.map_at_r == pytest.approx((1 / 4 + 1 / 2 + 1 / 4) / 3)
-    # The tie goes to the smaller index: exchanged, query 0 finds its positive first.
-    assert rank(x[[0, 2, 1, 3]], [0, 0, 1, 0], [2, 2, 0, 2])[0][0] == 1
+    for ties, ranks, recall, precision in (("index", [1, 1, 1], 1 / 3, [0.5, 0, 1, 0.5]),
+                                           ("expected", [0, 2, 1], 1 / 2, [0.75, 0, 1, 0.5])):
+        ranked = rank(x, [0, 1, 0, 0], [2, 0, 2, 2], ties == "index")
+        assert [part[0] for part in ranked[:3]] == ranks and ranked.precision.tolist() == precision
+        assert ranked.sure.tolist() == [1, 0, 1, 1] and not ranked.tied.any()
+        score = pair_scores(x, [0, 1, 0, 0], recall=(1, 2), ties=ties)
+        assert score.lone == 1 and score.tied == (ties == "expected")
+        assert score.recall == {1: pytest.approx(recall), 2: 1} and score.r_precision == 0.5
+        assert score.map_at_r == pytest.approx(sum(precision) / 2 / 3)
+    # By index the smaller one goes first: exchanged, query 0 finds its positive at once.
+    assert rank(x[[0, 2, 1, 3]], [0, 0, 1, 0], [2, 2, 0, 2], True).begin[0] == 0
 
 
 def test_perfect_average_precision_is_one_and_its_order_counts():
     score = pair_scores(angles(0, 1, 2, 3, 90, 91, 92), [0, 0, 0, 0, 1, 1, 1])
     assert score.map_at_r == score.r_precision == 1
     # Query 0 with R = 3 finds right, wrong, right: AP = (1/1 + 2/3) / 3, R-Precision 2/3.
-    _, hits, precision = rank(angles(0, 1, 2, 3, 50, 51), [0, 0, 1, 0, 0, 1], [3, 3, 1, 3, 3, 1])
-    assert hits[0] == 2 and precision[0] == 1 + 2 / 3
+    ranked = rank(angles(0, 1, 2, 3, 50, 51), [0, 0, 1, 0, 0, 1], [3, 3, 1, 3, 3, 1])
+    assert ranked.sure[0] == 2 and ranked.precision[0] == 1 + 2 / 3
 
 
 def test_jsd_by_hand():
@@ -126,6 +132,24 @@ def test_jsd_by_hand():
     expected = (np.log2(4 / 3) + (np.log2(2 / 3) + 1) / 2) / 2
     assert jensen_shannon(np.array([1, 0]), np.array([3, 3])) == pytest.approx(expected, abs=1e-15)
     assert np.isnan(jensen_shannon(np.array([0, 0]), np.array([1, 1])))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_ties_in_expectation_are_the_mean_over_all_orders(seed, each_counter):
+    """Six rows in all 720 orders, the smaller index first: their mean is what every order gives."""
+    rng = np.random.default_rng(seed)
+    x, labels = rng.integers(0, 2, (6, 2)) + 0.5, np.array([0, 0, 1, *rng.integers(0, 2, 3)])
+    drawn = []
+    for order in map(list, itertools.permutations(range(6))):
+        space, value = pairs.normalise(x[order].astype(np.float32)), labels[order]
+        relevant = np.bincount(value)[value] - 1
+        ranked = pairs.rank_queries(space, value, relevant, 3, 1, by_index=True)
+        metrics = [ranked.begin < k for k in (1, 2, 3)]
+        metrics += [ranked.sure / relevant, ranked.precision / relevant]
+        drawn.append(np.mean(np.where(ranked.hits, metrics, 0)[:, relevant > 0], axis=1))
+    score = pair_scores(x, labels, recall=(1, 2, 3), permutations=0)
+    ours = [*score.recall.values(), score.r_precision, score.map_at_r]
+    np.testing.assert_allclose(ours, np.mean(drawn, 0), atol=1e-12)
 
 
 # ---------------------------------------------------------------- against independent references
@@ -162,8 +186,8 @@ def test_equals_plain_loops(kind, each_counter):
     for n, m, classes in ((5, 1, 2), (40, 3, 4), (67, 9, 30), (60, 130, 3), (50, 300, 6)):
         x, labels = embeddings_of(kind, n, m, rng), rng.integers(0, classes, n)
         labels[:3] = 0, 0, 1
-        options = dict(bins=(1, 7, 40, 80, 200), recall=(1, 3, 10 ** 6), permutations=0, threads=2)
-        score = pair_scores(x, labels, **options)
+        options = dict(bins=(1, 7, 40, 80, 200), recall=(1, 3, 10 ** 6), threads=2, ties="index")
+        score = pair_scores(x, labels, permutations=0, **options)
         for bins in score.jsd:
             positive, negative, *rest = reference(x, labels, bins, options["recall"])
             np.testing.assert_array_equal(score.histograms[bins], [positive, negative])
@@ -185,7 +209,8 @@ def test_kernel_equals_its_twin_on_any_small_input(data):
     x[(x == 0).all(1)] = 1
     labels = np.array([0, 0, 1] + data.draw(st.lists(st.integers(0, 4), min_size=n - 3, max_size=n - 3)))
     bins = data.draw(st.lists(st.integers(1, 5000), min_size=1, max_size=3, unique=True))
-    options = dict(bins=bins, permutations=2, intervals=True, recall=(1, 4))
+    ties = data.draw(st.sampled_from([*pairs.TIES]))
+    options = dict(bins=bins, permutations=2, intervals=True, recall=(1, 4), ties=ties)
     fast = pair_scores(x, labels, **options)
     kernel, pairs._knn = pairs._knn, None
     try:
@@ -196,7 +221,7 @@ def test_kernel_equals_its_twin_on_any_small_input(data):
     for b in bins:
         np.testing.assert_array_equal(fast.histograms[b], slow.histograms[b])
         assert fast.histograms[b].sum() == n * (n - 1) // 2 and 0 <= fast.jsd[b] <= 1
-    assert 0 <= fast.map_at_r <= fast.r_precision <= 1 and fast.recall[1] <= fast.recall[4]
+    assert 0 <= fast.map_at_r <= fast.r_precision + 1e-12 <= 1 + 1e-12 and fast.recall[1] <= fast.recall[4]
 
 
 @pytest.mark.parametrize("classes", (3, 40))
@@ -245,7 +270,7 @@ def test_nothing_but_input_options_and_seed_matters(monkeypatch):
 
 def test_products_may_be_as_wrong_as_their_bound():
     """Whatever the BLAS: products disturbed by up to the stated bound give the same counts and ranks."""
-    knn = pytest.importorskip("_knn")
+    knn = pairs._knn or pytest.skip("the extension is not built: pip install .")
     rng, n = np.random.default_rng(3), 300
     x = np.round(rng.standard_normal((n, 12)) * 4).astype(np.float32) / 4 + np.float32(0.125)
     space, position = pairs.normalise(x), np.arange(n)
@@ -253,22 +278,24 @@ def test_products_may_be_as_wrong_as_their_bound():
     relevant = np.bincount(value, minlength=20)[value] - 1
     ranges = np.array([position + 1, np.searchsorted(value, value, "right"), np.full(n, n)])
     expected = pairs.count_pairs_numpy(space, position, ranges, value, [200, 30])
-    ranked = pairs.rank_queries_numpy(space, value, position, relevant, 4)
+    ranked = [pairs.rank_queries_numpy(space, value, position, relevant, 4, by_index) for by_index in (0, 1)]
     exact = space.unit.astype(np.float64) @ space.unit.T
     for bound in (space.bound, 1e-4, 1e-3, 0.04):        # beyond the true one: many pairs beside edges
         products = (exact + rng.choice([-0.98, 0.0, 0.98], exact.shape) * (bound - 2e-7)).astype(np.float32)
         counts, bins = np.zeros_like(expected), np.array([200, 30])
         knn.pair_histogram(products, 0, 0, ranges, value, position, x, space.norms, bound, bins, counts)
         np.testing.assert_array_equal(counts, expected)
-        got = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n)
-        knn.rank_hits(products, position, np.full(n, bound), x, space.norms, np.zeros(n, np.float32),
-                      value.astype(np.int32), relevant, 4, *got)
-        for a, b in zip(got, ranked):
-            np.testing.assert_array_equal(a, b)
+        for by_index in (0, 1):
+            got = np.zeros((n, 7), np.int64), np.zeros(n)
+            knn.rank_hits(products, position, np.full(n, bound), x, space.norms, np.zeros(n, np.float32),
+                          value.astype(np.int32), relevant, 4, *got, by_index)
+            np.testing.assert_array_equal(got[0], ranked[by_index][0])
+            np.testing.assert_array_equal(got[1], ranked[by_index][1])
 
 
 def test_order_names_and_lengths_of_the_rows_do_not_matter():
     x, labels = normal(4, 200, 6, 9)
+    x[50:150] = np.round(x[50:150, :3] * 2) @ np.ones((3, 6)) + 0.5                       # ties, too
     rng = np.random.default_rng(5)
     one, order = pair_scores(x, labels, permutations=0), rng.permutation(200)
     scaled = x * np.exp2(rng.integers(-3, 4, (200, 1))).astype(np.float32)    # changes no digit
@@ -276,9 +303,9 @@ def test_order_names_and_lengths_of_the_rows_do_not_matter():
     for changed, renamed in ((scaled, labels), (x[order], named[order])):
         other = pair_scores(changed, renamed, permutations=0)
         np.testing.assert_array_equal(other.histograms[200], one.histograms[200])
-        assert other.recall == one.recall and other.jsd == one.jsd
-        assert other[-4:-2] == pytest.approx(one[-4:-2], abs=1e-14)           # R-Precision, MAP@R
-        assert other[5:7] == pytest.approx(one[5:7])                          # means
+        assert other.recall == pytest.approx(one.recall, abs=1e-12) and other.jsd == one.jsd
+        assert other[-4:-2] == pytest.approx(one[-4:-2], abs=1e-12) and other.tied == one.tied > 20
+        assert other[6:8] == pytest.approx(one[6:8])                          # means
 
 
 def test_several_numbers_of_bins_equal_each_alone():
@@ -319,6 +346,7 @@ def test_separated_and_collapsed_classes():
     assert score.jsd[200] == score.recall[1] == score.r_precision == score.map_at_r == 1
     score = pair_scores(np.ones((180, 6)), labels)
     assert score.jsd[200] == 0 and score.positive_mean == score.negative_mean == pytest.approx(1)
+    assert score.recall[1] == score.r_precision == pytest.approx(29 / 179) and score.tied == 180
 
 
 def test_jackknife_against_leaving_each_class_out():
@@ -397,7 +425,7 @@ def test_half_precision_and_integers_are_accepted():
     (dict(labels=[0, 1, 2, 3]), "all distinct"), (dict(labels=[1, 1, 1, 1]), "one class only"),
     (dict(embeddings=np.ones(4)), r"\(n, m\)"), (dict(embeddings=np.ones((4, 2)) * 1j), "complex"),
     (dict(embeddings=np.full((4, 2), np.nan)), "row 0"),
-    (dict(embeddings=np.eye(4, 2)), "row 2 is a zero vector")))
+    (dict(embeddings=np.eye(4, 2)), "row 2 is a zero vector"), (dict(ties="random"), "random")))
 def test_arguments_out_of_range(change, words):
     with pytest.raises(ValueError, match=words):
         pair_scores(**{"embeddings": angles(0, 1, 2, 3), "labels": [0, 0, 1, 1], **change})
@@ -407,7 +435,7 @@ def test_arguments_out_of_range(change, words):
 
 GOOD = ("emb.npy", "emb.csv")
 HEADER = ("embeddings,label,n,positive_pairs,negative_pairs,positive_mean,negative_mean,jsd,jsd_null,bins,"
-          "recall_at_1,recall_at_2,recall_at_4,recall_at_8,r_precision,map_at_r").split(",")
+          "recall_at_1,recall_at_2,recall_at_4,recall_at_8,r_precision,map_at_r,ties,tied").split(",")
 
 
 @pytest.fixture
@@ -417,7 +445,7 @@ def files(tmp_path, monkeypatch):
     rng = np.random.default_rng(12)
     for name, n in (("emb", 60), ("train", 40)):
         np.save(f"{name}.npy", rng.standard_normal((n, 5)).astype(np.float32))
-        rows = [f"{i}.jpg,{'abcdef'[i % 6]},{i % 2}\n" for i in range(n)]
+        rows = [f"{i},{'abcdef'[i % 6]},{i % 2}\n" for i in range(n)]
         Path(f"{name}.csv").write_text("path,class,super_class\n" + "".join(rows))
     return tmp_path
 
@@ -433,7 +461,7 @@ def test_table_and_rows(files, run_script):
     row, = read_rows("pairs.csv")
     assert list(row) == HEADER and [row[key] for key in HEADER[:2]] == ["emb.npy", "class"]
     score = pair_scores(np.load("emb.npy"), np.arange(60) % 6)
-    assert [float(row[key]) for key in HEADER[2:]] == [
+    assert row["ties"] == "expected" and [float(row[key]) for key in HEADER[2:-2]] == [
         60, 270, 1500, score.positive_mean, score.negative_mean, score.jsd[200], score.jsd_null[200], 200,
         *score.recall.values(), score.r_precision, score.map_at_r]
     assert f"{score.jsd[200]:.4f}" in done.stdout and "MAP@R" in done.stdout
@@ -450,7 +478,7 @@ def test_every_option(files, run_script):
     assert done.returncode == 0, done.stderr
     rows = read_rows("o.csv")
     assert list(rows[0]) == (["split", "classes", "repeat"] + HEADER[:10]
-                             + ["recall_at_1", "recall_at_10", "r_precision", "map_at_r"])
+                             + ["recall_at_1", "recall_at_10", "r_precision", "map_at_r", "ties", "tied"])
     assert len(rows) == 3 * 2 * (1 + 2 * 3)                  # files × bins × (all, 2 numbers × 3 repeats)
     assert [r["split"] for r in rows[::14]] == ["test", "test", "train"]
     assert [r["classes"] for r in rows[:14:2]] == ["6", "2", "2", "2", "4", "4", "4"]
@@ -479,11 +507,19 @@ def test_a_figure_without_what_draws_it(files, refused, monkeypatch, hidden, wor
 
 
 def test_lone_pictures_are_named(files, run_script):
-    Path("emb.csv").write_text(Path("emb.csv").read_text().replace("0.jpg,a,0", "0.jpg,only,0", 1))
+    Path("emb.csv").write_text(Path("emb.csv").read_text().replace("0,a,0", "0,only,0", 1))
     done = run_script("pairs.py", "emb.npy", "emb.csv", "--permutations", 0, "--out", "o.csv")
     assert done.returncode == 0 and done.stderr.count("\n") == 1
     assert "1 of 60 pictures are alone" in done.stderr
     assert read_rows("o.csv")[0]["jsd_null"] == ""
+
+
+def test_ties_are_told(files, run_script):
+    for x, words in ((np.load("emb.npy").round(), "positives and others at the same distance"),
+                     (np.ones((60, 5)), "all 60 embeddings are equal")):
+        np.save("emb.npy", x + 3)
+        done = run_script("pairs.py", "emb.npy", "emb.csv")
+        assert done.stderr.count("\n") == 1 and words in done.stderr
 
 
 def test_two_classes_have_no_jackknife(files, run_script):
@@ -516,9 +552,10 @@ def test_help_teaches_and_torch_is_not_loaded(run_script):
     (["--recall", "0"], "--recall 0"), (["--classes", "1"], "--classes 1"), (["--seed", "-1"], "--seed -1"),
     (["--classes", "7"], "--classes 7: emb.csv has 6 classes"), (["--threads", "0"], "--threads 0"),
     (["--classes", "2", "--repeats", "0"], "--repeats 0"), (["--permutations", "-1"], "--permutations -1"),
-    (["--permutations", "x"], "'x'"), (["--colour"], "--colour"), (["--train", "emb.npy"], "--train"),
-    (["--class-figure", "c.png"], "--class-figure needs --classes"), (["--figure", "."], "is a folder"),
-    (["--out", "no/o.csv"], "does not exist"), (["--out", "o.csv", "--intervals", "./o.csv"], "another out"),
+    (["--permutations", "x"], "'x'"), (["--ties", "random"], "random"),
+    (["--colour"], "--colour"), (["--train", "emb.npy"], "--train"),
+    (["--class-figure", "c.png"], "--class-figure needs --classes"), (["--figure", ".."], "is a folder"),
+    (["--out", "no/o.csv"], "does not exist"), (["--out", "o.csv", "--intervals", "./o.csv"], "two outputs"),
     (["--train", "missing.npy", "train.csv"], "missing.npy does not"), (["--out", "emb.csv"], "an input"),
     (["--train", "emb.npy", "train.csv"], "emb.npy has 60 embeddings, train.csv 40 rows")))
 def test_bad_options(files, refused, options, words):

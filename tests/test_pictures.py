@@ -151,6 +151,30 @@ def test_masks_go_through_the_pictures_geometry(tmp_path):
     assert (through != picture).mean() < 0.01
 
 
+def test_masks_of_all_kinds_are_read(tmp_path):
+    """What is not background is object, however that is spelled."""
+    object_ = np.zeros((8, 8), dtype=bool)
+    object_[2:6, 3:7] = True
+    one = object_.astype(np.uint8)
+    palette, alpha = Image.fromarray(one * 3, "P"), Image.fromarray(np.full((8, 8, 4), 77, dtype=np.uint8))
+    palette.putpalette([0, 0, 0, 9, 9, 9, 9, 9, 9, 0, 64, 0])
+    alpha.putalpha(Image.fromarray(one * 200))
+    inverted = Image.fromarray(one, "P")
+    inverted.putpalette([255, 255, 255, 0, 0, 0])
+    cases = {"0 and 255": one * 255, "0 and 1": one, "bool": object_, "index": one * 20,
+             "16 bits": one * np.uint16(999), "red": one[..., None] * np.uint8([255, 0, 0]),
+             "grey": np.repeat(one[..., None] * 200, 3, axis=2)}
+    images = {name: Image.fromarray(array) for name, array in cases.items()}
+    images |= {"palette": palette, "alpha": alpha}
+    for name, image in images.items():
+        image.save(tmp_path / "mask.png")
+        np.testing.assert_array_equal(pictures.load_mask(tmp_path / "mask.png", WHOLE), object_, err_msg=name)
+    inverted.save(tmp_path / "mask.png")
+    np.testing.assert_array_equal(pictures.load_mask(tmp_path / "mask.png", WHOLE), ~object_)
+    Image.new("RGBA", (8, 8)).save(tmp_path / "mask.png")
+    assert not pictures.load_mask(tmp_path / "mask.png", WHOLE).any()
+
+
 def test_black_picture_is_a_black_file(tmp_path):
     Image.new("RGB", (300, 260)).save(tmp_path / "a.png")
     for preprocessing in (BGR, RGB, SQUARE):
@@ -277,7 +301,7 @@ def test_rendered_set(renders, tmp_path):
     assert 0.01 < pictures.load_mask(dataset.masks[17], RGB).mean() < 0.9
     picture(tmp_path / "images" / "0.jpg")
     (tmp_path / "props.csv").write_text("frame,model\n0,a\n1,b\n")
-    with pytest.raises(ValueError, match="1 of its 2 pictures are not in .*: 1"):
+    with pytest.raises(ValueError, match="images lacks 1 of the 2 pictures: 1;"):
         pictures.open_dataset(tmp_path)
 
 
@@ -298,6 +322,62 @@ def test_table_of_pictures(tmp_path):
         table.write_text(text)
         with pytest.raises(ValueError, match=message):
             pictures.open_dataset(table)
+
+
+def test_tables_of_other_tools(tmp_path):
+    """The Hugging Face's metadata.csv, and Open Metric Learning's boxes, splits and columns of its own."""
+    noise(30, 20).save(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,label\na.png,\"x, y\"\n")
+    dataset = pictures.open_dataset(tmp_path / "metadata.csv")
+    assert dataset.relative == ["a.png"] and dataset.classes == ["x, y"] and not dataset.notes
+    table, header = tmp_path / "df.csv", "label,path,split,x_1,y_1,x_2,y_2,is_query,sequence\n"
+    table.write_text(header + "1,a.png,valid,0,0,30,20,1,0\n2,a.png,dev,4,5,14,19.0,1,0\n")
+    dataset = pictures.open_dataset(table)
+    assert dataset.relative == ["a.png[0,0,30,20]", "a.png[4,5,14,19]"] and dataset.classes == ["1", "2"]
+    assert dataset.split == "validation" and "not used: is_query, sequence" in dataset.notes[0]
+    whole, part = (pictures.load_pixels(path, WHOLE) for path in dataset.paths)
+    np.testing.assert_array_equal(part, whole[5:19, 4:14])
+    np.testing.assert_array_equal(part, pictures.load_pixels(dataset.paths[1], WHOLE, draft=True))
+    for box, message in (("0,0,31,20", "its box .* is not in its 30 × 20 pixels"), ("5,0,5,9", "its box")):
+        table.write_text(f"{header}1,a.png,test,{box},1,0\n")
+        with pytest.raises(ValueError, match=message):
+            pictures.load_pixels(pictures.open_dataset(table).paths[0], WHOLE)
+    table.write_text(f"{header}1,a.png,test,0,-1,x,9,1,0\n")
+    with pytest.raises(ValueError, match="line 2: x_1, y_1, x_2, y_2 are 0, -1, x, 9; expected pixels"):
+        pictures.open_dataset(table)
+
+
+def test_folders_of_splits_and_stray_pictures(tmp_path):
+    for name in ("train/cat/1.jpg", "train/dog/2.jpg", "val/cat/3.jpg", "val/cat/4.jpg", "stray.jpg"):
+        picture(tmp_path / name)
+    dataset = pictures.open_dataset(tmp_path)
+    assert dataset.split == "validation" and dataset.relative == ["val/cat/3.jpg", "val/cat/4.jpg"]
+    assert dataset.classes == ["cat", "dog"] and dataset.labels.tolist() == [0, 0]
+    assert "beside the classes' folders: stray.jpg" in dataset.notes[0]
+    assert "validation is taken" in dataset.notes[1]
+    assert pictures.open_dataset(tmp_path, split="train").relative == ["train/cat/1.jpg", "train/dog/2.jpg"]
+    assert len(pictures.open_dataset(tmp_path, split="all").relative) == 4
+    picture(tmp_path / "bus" / "cat" / "5.jpg")
+    assert pictures.open_dataset(tmp_path).classes == ["bus", "train", "val"]  # no splits beside bus/
+    picture(tmp_path / "stray2.jpg")
+    assert pictures.open_dataset(tmp_path).classes is None  # pictures with and without a folder
+
+
+def test_links_are_followed_and_other_kinds_counted(tmp_path):
+    picture(tmp_path / "p/cat/a.jpg")
+    picture(tmp_path / "elsewhere/b.jfif")
+    os.symlink(tmp_path / "elsewhere", tmp_path / "p/fox")
+    os.symlink(tmp_path / "p/cat/a.jpg", tmp_path / "p/cat/link.jpe")
+    noise(9, 9).save(tmp_path / "p/cat/c.jp2")
+    for name in ("x.HEIC", "y.heic", "z.svg", "notes.txt"):
+        (tmp_path / "p/cat" / name).touch()
+    dataset = pictures.open_dataset(tmp_path / "p")
+    assert dataset.relative == ["cat/a.jpg", "cat/c.jp2", "cat/link.jpe", "fox/b.jfif"]
+    assert dataset.classes == ["cat", "fox"]
+    assert dataset.notes[0].endswith("pictures of other kinds are left aside: 2 .heic, 1 .svg")
+    os.symlink(tmp_path / "p", tmp_path / "elsewhere/loop")
+    with pytest.raises(ValueError, match="p/fox/loop is a link to a folder above itself"):
+        pictures.open_dataset(tmp_path / "p")
 
 
 def test_missing_data_sets_say_what_goes_where(tmp_path):
@@ -405,7 +485,7 @@ def test_archives_are_unpacked_whole_or_not_at_all(tmp_path):
         *(["fine.txt", special(kind, target)] for kind, target in [
             (tarfile.SYMTYPE, "/etc"), (tarfile.SYMTYPE, "fine.txt"), (tarfile.LNKTYPE, "/etc/passwd"),
             (tarfile.CHRTYPE, ""), (tarfile.FIFOTYPE, "")]),
-        ["a", "a/b"], ["x" * 300]]]
+        ["a", "a/b"], ["x" * 300], ["", "a"]]]
     bad += [zipped(tmp_path / f"{next(number)}.zip", names, **more) for names, more in [
         (["fine.txt", "../outside.txt"], {}), (["/tmp/absolute.txt"], {}), (["a", "a/b"], {}),
         (["l"], {"external_attr": 0o120777 << 16}),  # a link

@@ -117,6 +117,102 @@ def test_share_of_torchrun_and_slurm(environment, share):
             render_cars.my_share(environment)
 
 
+# ---------------------------------------------------------------- drawn bodies, and dependence on purpose
+
+BODIES = [f"body{j:03d}" for j in range(66)]
+
+
+def test_drawn_bodies_differ_and_depend_on_seed_and_number_alone():
+    bodies = render_cars.draw_bodies(0, BODIES)
+    some = render_cars.draw_bodies(0, ["van", "body003"])
+    assert list(bodies) == BODIES and some == {name: bodies[name] for name in BODIES[:4]}
+    assert render_cars.draw_bodies(1, BODIES[:1]) != {"body000": bodies["body000"]}
+    outlines = [render_cars.outline(body) for body in bodies.values()]
+    common = [(a & b).sum() / (a | b).sum() for a, b in combinations(outlines, 2)]
+    assert max(common) < render_cars.OVERLAP == 0.92 and np.mean(common) < 0.75
+    for body in bodies.values():
+        rows, kinds = render_cars.sections(body)
+        x = [row[0] for row in rows]
+        assert x == sorted(x, reverse=True) and min(np.diff(x[::-1])) > 0.03, body  # from nose to tail
+        assert all(bottom < belt <= top for _, _, bottom, belt, top, _, _ in rows) and kinds.count("w") == 1
+        assert 3.5 <= x[0] - x[-1] <= 5.1 and x[0] > body["wheels"][0] > 0 > body["wheels"][1] > x[-1]
+
+
+def depending(*wanted, seed=0, models=BODIES[:60], frames=20_000):
+    properties = PROPERTIES | {"model": models}
+    rules = render_cars.dependence(properties, seed, wanted)
+    return rules, sample(properties, seed, range(frames), rules), sample(properties, seed, range(frames))
+
+
+def test_dependence_follows_its_share_and_leaves_all_else():
+    rules, rows, free = depending(("bg_color_hue", "model", 0.8))
+    rule = rules["bg_color_hue"]
+    follows = dict(zip(BODIES, rule["values"]))
+    for part in (slice(60), slice(50), slice(50, 60)):  # as often in the first fifty and in the last ten
+        counts = [rule["values"][part].count(hue) for hue in PROPERTIES["bg_color_hue"]]
+        assert len(set(counts)) == 1
+    changed = np.mean([row["bg_color_hue"] == follows[row["model"]] for row in rows])
+    assert changed == pytest.approx(0.8 + 0.2 / 10, abs=0.01)
+    assert [row | {"bg_color_hue": 0} for row in rows] == [row | {"bg_color_hue": 0} for row in free]
+    left = [row["bg_color_hue"] == other["bg_color_hue"] for row, other in zip(rows, free)]
+    assert np.mean(left) == pytest.approx(0.2 + 0.8 / 10, abs=0.01)  # the others keep what was drawn
+    assert depending(("bg_color_hue", "model", 0.8), frames=30)[1] == rows[:30]
+    assert depending(("bg_color_hue", "model", 0.8), seed=1)[0] != rules
+    assert depending(("bg_color_hue", "model", 0))[1] == free
+    whole = depending(("bg_color_hue", "model", 1), frames=1000)[1]
+    assert all(row["bg_color_hue"] == follows[row["model"]] for row in whole)
+
+
+@pytest.mark.parametrize("models, name", [(BODIES[:25], "bg_color_hue"), (BODIES[:6], "sun_elevation"),
+                                          (BODIES[:4], "bg_color_sat")])
+def test_margin_where_the_numbers_do_not_divide(models, name):
+    rules, rows, _ = depending((name, "model", 0.7), models=models)
+    counts = [rules[name]["values"].count(value) for value in PROPERTIES[name]]
+    assert max(counts) - min(counts) <= 1 and sum(counts) == len(models)
+    seen = np.array([sum(row[name] == value for row in rows) for value in PROPERTIES[name]])
+    assert sum(rules[name]["margin"]) == pytest.approx(1)
+    assert abs(deviation(seen, 20_000 * np.array(rules[name]["margin"]), len(seen) - 1)) < 5
+
+
+def test_models_and_dependence_through_the_command(render, tmp_path):
+    options = ["--frames", "0:40", "--dry-run", "--models", "saloon,van,body060:body063", "--body-seed", "4",
+               "--depend", "bg_color_hue=model:0.5", "--depend", "sun_elevation=camera_loc_z:1"]
+    assert render(tmp_path / "set", *options).returncode == 0
+    about, rows = json.loads((tmp_path / "set/render.json").read_text()), read_props(tmp_path / "set")
+    names = ["saloon", "van", "body060", "body061", "body062"]
+    assert about["properties"]["model"] == names and about["body_seed"] == 4
+    assert {row["model"] for row in rows} == set(names)
+    wanted = [("bg_color_hue", "model", 0.5), ("sun_elevation", "camera_loc_z", 1.0)]
+    rules = render_cars.dependence(PROPERTIES | {"model": names}, 0, wanted)
+    assert about["depend"] == rules
+    assert len({(row["sun_elevation"], row["camera_loc_z"]) for row in rows}) == 4
+    failed(render(tmp_path / "set", *options[:-2]), "depend: sun_elevation")
+    failed(render(tmp_path / "set", *options[:5], *options[7:]), "body_seed 4, not 0")
+    plain = ["--frames", "0:40", "--dry-run"]
+    assert render(tmp_path / "six", *plain).returncode == 0
+    assert not {"body_seed", "depend"} & set(json.loads((tmp_path / "six/render.json").read_text()))
+    failed(render(tmp_path / "six", *plain, "--depend", "bg_color_hue=model:0.5"), "made with depend null")
+    assert render(tmp_path / "four", *plain, "--bodies", "4").returncode == 0
+    assert {row["model"] for row in read_props(tmp_path / "four")} == set(BODIES[:4])
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--bodies", "0"], ["--bodies 0", "1 to 300"]), (["--bodies", "301"], ["301"]),
+    (["--body-seed", "-1"], ["-1"]),
+    (["--models", "tank"], ["'tank'", "saloon"]), (["--models", "body300"], ["body300"]),
+    (["--models", "body005:body005"], ["body005:body005"]), (["--models", "van,van"], ["twice"]),
+    (["--models", ""], ["''"]), (["--models", "van", "--bodies", "2"], ["give one"]),
+    (["--models", "van", "--cars", "."], ["give one"]),
+    (["--depend", "hue=model:0.5"], ["hue=model", "color_hue"]),
+    (["--depend", "model=model:0.5"], ["model=model"]), (["--depend", "color_hue=model:1.5"], ["0 to 1"]),
+    (["--depend", "color_hue=model:-1"], ["0 to 1"]), (["--depend", "color_hue=model"], ["0 to 1"]),
+    (["--depend", "color_hue=model:0.5", "--depend", "color_hue=color_sat:0.5"], ["depends once"]),
+    (["--depend", "color_hue=model:0.5", "--depend", "color_sat=color_hue:0.5"], ["doesn't depend"])])
+def test_bad_models_and_dependences(render, tmp_path, options, words):
+    failed(render(tmp_path / "set", "--dry-run", *options), *words)
+    assert not (tmp_path / "set").exists()
+
+
 # ---------------------------------------------------------------- the command line, without Blender
 
 def test_dry_run(render, tmp_path):
@@ -199,6 +295,7 @@ def test_an_existing_set_made_otherwise(render, tmp_path):
     given = write_json(tmp_path / "p.json", {"sun_elevation": 90})
     failed(render(*command, "--seed", 1), "seed 0, not 1")
     failed(render(*command, "--size", 128), "size 256, not 128")
+    failed(render(*command, "--exposure", "fixed"), 'exposure null, not "fixed"')
     failed(render(*command, "--properties", given), "properties: sun_elevation [0, 45, 90], not [90]")
     assert (tmp_path / "set/props.csv").read_bytes() == before
     (tmp_path / "set/render.json").write_text("[]")
@@ -291,6 +388,23 @@ def test_every_car_is_in_frame_and_settings_are_beside(rendered):
 
 
 @blender
+def test_drawn_bodies_are_in_frame_and_have_paint(render, tmp_path):
+    fixed = {name: value for name, value in FIXED.items() if name != "model"} | {"rotation_z": [0, 45, 90]}
+    given = write_json(tmp_path / "p.json", fixed)
+    done = render(tmp_path / "set", "--frames", "0:16", "--masks", "--properties", given, "--models",
+                  "saloon,body000:body005", *TINY)
+    assert done.returncode == 0, done.stderr
+    about = json.loads((tmp_path / "set/render.json").read_text())
+    assert len(set(about["meshes"].values())) == 6
+    for i in range(16):
+        mask = picture(tmp_path / "set", i, "masks", "png")
+        assert 0.04 < (mask > 0).mean() < 0.5
+        assert not np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]]).any(), i
+        red, green, _ = picture(tmp_path / "set", i)[mask > 0].mean(0)
+        assert red > 1.2 * green
+
+
+@blender
 def test_shards_in_another_order_give_the_same_bytes(rendered, render, tmp_path):
     folder, options = rendered
     for frames, shard in ("12:16", "1/2"), ("8:12", "0/2"):
@@ -322,6 +436,16 @@ def test_paint_changes_the_car_and_background_the_rest(render, tmp_path):
     assert inside > 15 and outside < 0.25 * inside
     inside, outside = two_frames(render, tmp_path / "ground", bg_color_val=[0.5, 2.0])
     assert outside > 15 and inside < 0.5 * outside
+
+
+@blender
+def test_fixed_exposure_makes_the_dawn_dark(render, tmp_path):
+    given, light = write_json(tmp_path / "p.json", FIXED | {"sun_elevation": 0, "model": "van"}), {}
+    for exposure in ("by-elevation", "fixed"):
+        options = ["--frames", "0:1", "--properties", given, "--exposure", exposure, *TINY]
+        assert render(tmp_path / exposure, *options).returncode == 0
+        light[exposure] = picture(tmp_path / exposure, 0).mean()
+    assert light["fixed"] < 0.5 * light["by-elevation"]
 
 
 @blender

@@ -240,10 +240,10 @@ def test_nrprec_that_does_not_belong(tmp_path, rows, said):
 
 @pytest.mark.parametrize("text, said", [
     ("a,b\n1,2\n", "lacks model_a, fold_a"), ("a,b\n1\n", "line 2 has 1 field, the header 2"),
-    (None, "compare.csv counts 99 pictures for Triplet")])
+    (0, "compare.csv counts 99 pictures for Triplet"), ("x", "has the fold 'x'; expected 0, or 0.seed2")])
 def test_tables_of_something_else(tmp_path, text, said):
-    write(tmp_path / "compare.csv", COMPARE, [compare_row("Triplet", "ArcFace", 0, 0.5, n=99)])
-    if text:
+    write(tmp_path / "compare.csv", COMPARE, [compare_row("Triplet", "ArcFace", text, 0.5, n=99)])
+    if text and "," in text:
         (tmp_path / "compare.csv").write_text(text)
     add_network(tmp_path, "triplet", kinds=("maps",))
     with pytest.raises(ValueError, match=said):
@@ -355,9 +355,10 @@ def test_beyond_so_many_partitions_random_ones_are_drawn_and_said(monkeypatch):
     kinds = ["ranking"] * 6 + ["classification"] * 6
     rows = [results.Row("cars", "x", "hue", "network", str(k), type=kind, fold="mean", value=float(k))
             for k, kind in enumerate(kinds)]
-    exact, _ = results.type_tests(rows, rows, "x")
+    folds = [row._replace(fold=0) for row in rows]
+    exact, _ = results.type_tests(folds, rows, "x")
     monkeypatch.setattr(results, "MOST", 400)  # of 924
-    drawn, again = (results.type_tests(rows, rows, "x")[0] for _ in range(2))
+    drawn, again = (results.type_tests(folds, rows, "x")[0] for _ in range(2))
     assert exact["note"] == "exact" and exact["p"] == pytest.approx(2 / 924) and drawn["p"] == again["p"]
     assert drawn["note"] == "400 random ways" and 1 / 401 <= drawn["p"] < 0.02 and drawn["low"] == 2 / 924
 

