@@ -168,11 +168,10 @@ def make_loss(row, classes, dimension):
         parameters, objects = {}, {}
         try:
             for key, value in (setting.split("=") for setting in settings.split()):
-                parameters[key] = known[value] if value in known else value
-                if value.endswith("Distance"):
-                    objects[key] = getattr(distances, value)()
-                elif value not in known:
-                    parameters[key] = json.loads(value)
+                if value[0].isupper() and value not in known:
+                    parameters[key], objects[key] = value, getattr(distances, value)()
+                else:
+                    parameters[key] = known[value] if value in known else json.loads(value)
             kind = getattr(library, name)
             if not issubclass(kind, base):
                 raise TypeError(f"expected a kind of {base.__name__}")
@@ -637,7 +636,7 @@ def plan(args, dataset, device):
         parameters = library = None
         if row["class"]:
             classes = len(np.unique(labels[train]))
-            if row["class"] == "NormalizedSoftmaxLoss":
+            if row["slug"] == "normalized_softmax":
                 row = {**row, "parameters": f"{row['parameters']} temperature={1 / args.scale}"}
             criterion, miner, parameters = make_loss(row, classes, args.dim)
             if ":" in row["class"]:  # what is wrong with it is said before the work
