@@ -142,8 +142,7 @@ def test_random_order_follows_the_seed_alone():
 
 def test_folds_are_the_published_ones():
     """The checkpoints' splits (powerful-benchmarker's MLRCSplitManager): fold k trains from the k-th quarter
-    of the
-    first half on, round its end, and validates on what is left."""
+    of the first half on, round its end, and validates on what is left."""
     labels = np.tile(np.arange(16), 2)  # classes 8–15 are tested; runs 0 1 | 2 3 | 4 5 | 6 7
     parts = train.split_rows(labels, "folds", 2)
     assert classes_of(labels, parts) == [[0, 1, 4, 5, 6, 7], [2, 3], list(range(8, 16))]
@@ -317,8 +316,8 @@ def test_normalized_softmax_is_equation_3(p, s):
     assert parameters["temperature"] == pytest.approx(1 / s)
     rng = np.random.default_rng(0)
     x, labels = rng.normal(size=(5, 4)), np.array([0, 2, 1, 2, 0])
-    row = {**LOSSES["normalized_softmax"],
-           "parameters": f"num_classes=classes embedding_size=dimension temperature={parameters['temperature']}"}
+    numbers = f"num_classes=classes embedding_size=dimension temperature={parameters['temperature']}"
+    row = {**LOSSES["normalized_softmax"], "parameters": numbers}
     criterion = train.make_loss(row, 3, 4)[0]
     w = criterion.W.detach().double().numpy()  # (d, C)
     w, unit = w / np.linalg.norm(w, axis=0), x / np.linalg.norm(x, axis=1, keepdims=True)
