@@ -23,7 +23,8 @@ if __name__ == "__main__":
     try:
         from dml_common import command
     except ModuleNotFoundError:
-        print("compare.py: the command needs the folder dml_common/ beside it; copy it too", file=sys.stderr)
+        print("compare.py: the command needs the folder dml_common/ beside it; copy that too",
+              file=sys.stderr)
         sys.exit(2)
     command.begin()
 

@@ -591,7 +591,7 @@ def main(argv=None):
     if args.network and not matching(networks, args.network):
         known = ", ".join(f"{network['slug']}/{network['folder'].name}" for network in networks[:15])
         raise ValueError(f"--network {args.network}: no such network; there are {known or 'none'}")
-    args.out.mkdir(parents=True, exist_ok=True)
+    folders.make_folder(args.out, "figures.json")
     done, missing = [], []
     for one in everything:
         broken = [gap["what"] for gap in one.missing if "left out" in gap["what"]]  # arrays

@@ -546,11 +546,12 @@ def make_gallery(jobs, args):
             one = np.asarray(one.resize(pixels.shape[1::-1], Image.Resampling.BILINEAR))
             cells = (cells or [pixels]) + [heat(one, pixels if args.overlay else None)]
             columns[dataset.relative[number]] = cells
-    one_fold = len({job.spec["fold"] for job in jobs}) == 1
-    names = ["Picture", *(one_fold and job.spec["loss"] or job.spec["name"] for job in jobs)]
+    names = [job.spec["name"] for job in jobs]
+    if len({job.spec["fold"] for job in jobs}) == 1:
+        names = [job.spec["loss"] or job.spec["name"] for job in jobs]
     for page, start in enumerate(range(0, len(columns), 8), 1):
         png, titles = io.BytesIO(), list(columns)[start:start + 8]
-        draw_gallery([columns[title] for title in titles], names, titles).save(png, "PNG")
+        draw_gallery([columns[title] for title in titles], ["Picture", *names], titles).save(png, "PNG")
         path = args.gallery.with_stem(f"{args.gallery.stem}_{page}") if page > 1 else args.gallery
         files.write_file(path, png.getvalue())
 
