@@ -19,7 +19,7 @@ CUDA draw other noise.
 
 The paper says: absolute value of the averaged gradient, then the mean over channels (--order paper). Its
 code: mean over channels, absolute value of every copy, then the sum (--order released). The maps differ
-(README).
+(docs/saliency.md).
 """
 if __name__ == "__main__":  # before torch is imported: Ctrl-C ends in one line from here on
     import sys
