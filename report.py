@@ -213,8 +213,9 @@ def open_template():
         style, script = ((TEMPLATES / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     except ImportError:
         raise ValueError("jinja2 is not installed, and the page needs it: pip install '.[report]'") from None
-    except OSError as error:
-        raise ValueError(f"{error}; the page needs the folder templates/ beside report.py") from None
+    except OSError:
+        raise ValueError(f"the page needs the folder {TEMPLATES}, which lacks report.css or report.js; copy "
+                         "that too") from None
     for k in range(21):  # the shades of cells; the policy allows no style in an element
         style += f".s{k} {{ background: color-mix(in srgb, var(--high) {5 * k}%, var(--low)); }}\n"
     hashes = [base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in (style, script)]
