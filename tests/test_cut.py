@@ -1,4 +1,4 @@
-"""dml_common/cut.py, train.py --train-from and --input-size: a part that runs once gives what it would give."""
+"""dml_common/cut.py, train.py --train-from and --input-size: what runs once gives what it would give."""
 import numpy as np
 import pytest
 import test_train
@@ -24,7 +24,7 @@ class Residual(nn.Module):
 
 
 class Odd(nn.Module):
-    """A shared activation, keywords, positions and functions between modules, a long way round one of them."""
+    """A shared activation, keywords, positions, functions between modules, a way round one of them."""
 
     def __init__(self):
         super().__init__()
@@ -121,7 +121,8 @@ def test_training_from_a_block(p, monkeypatch):  # noqa: F811
 def test_geometry_shrinks_in_proportion():
     for usual, side, expected in (
             ((256, 224), 128, (146, 128)), (([299, 299], None), 128, ([128, 128], None)),
-            (([256, 128], None), 64, ([128, 64], None)), ((256, 227), 227, (256, 227)), ((None, 100), 50, (None, 50))):
+            (([256, 128], None), 64, ([128, 64], None)), ((256, 227), 227, (256, 227)),
+            ((None, 100), 50, (None, 50))):
         made = pictures.resized({"resize": usual[0], "crop": usual[1], "scale": 1}, side)
         assert (made["resize"], made["crop"], made["scale"]) == (*expected, 1)
 
