@@ -24,7 +24,7 @@ class Residual(nn.Module):
 
 
 class Odd(nn.Module):
-    """A shared activation, keywords, positions, functions between modules, a long way round one of them."""
+    """A shared activation, keywords, positions, functions between modules, a way round one of them."""
 
     def __init__(self):
         super().__init__()

@@ -89,7 +89,9 @@ def test_the_page_from_the_loss_to_the_table(tmp_path):
         done = subprocess.run(["bash", "-euc", quick], cwd=tmp_path, capture_output=True, text=True,
                               env={**os.environ, "PATH": programs})
         assert done.returncode == 0, done.stderr
-    assert config_of("my_loss_myloss", 0, "cars", "models")["type"] == "classification"
+    config = config_of("my_loss_myloss", 0, "cars", "models")
+    assert config["type"] == "classification"
+    assert (config["split"]["kind"], config["split"]["label"]) == ("pictures", "model")  # of rendered cars
     assert r"| my\_loss:MyLoss |" in (tmp_path / "tables/nrprec_cars.md").read_text(encoding="utf-8")
     for slug in ("circle", "triplet_hard", "large_margin"):
         assert (place(slug, 0, "cars", "models") / "embedder_best.pth").exists()
