@@ -22,7 +22,7 @@ if __name__ == "__main__":
     import sys
     try:
         from dml_common import command
-    except ModuleNotFoundError:
+    except ImportError:
         print("compare.py: the command needs the folder dml_common/ beside it; copy that too",
               file=sys.stderr)
         sys.exit(2)

@@ -22,7 +22,7 @@ if __name__ == "__main__":  # before matplotlib is imported: Ctrl-C ends in one 
     from importlib.util import find_spec
     try:
         from dml_common import command
-    except ModuleNotFoundError:
+    except ImportError:
         print("figures.py: the command needs the folder dml_common/ beside it; copy that too",
               file=sys.stderr)
         sys.exit(2)

@@ -17,7 +17,7 @@ if __name__ == "__main__":  # before NumPy is imported: Ctrl-C ends in one line 
     import sys
     try:
         from dml_common import command
-    except ModuleNotFoundError:
+    except ImportError:
         print("report.py: the command needs the folder dml_common/ beside it; copy that too", file=sys.stderr)
         sys.exit(2)
     command.begin()
@@ -242,6 +242,8 @@ def parse(argv):
     add("--dataset", action="append", default=[], metavar="FOLDER|CSV|NAME",
         help="the pictures of the data set of this name; may be repeated")
     add("--data-root", metavar="DIR", help="folder of the published data sets (DML_DATA_ROOT, else data/)")
+    add("--models", type=Path, default=Path(__file__).resolve().parent / "models", metavar="DIR",
+        help="has trained/<dataset>/<slug>/fold<k>/ (models/)")
     add("--out", type=Path, default=Path("report.html"), metavar="FILE.html", help="the page (report.html)")
     add("--pictures", type=int, default=300, metavar="N", help="about so many in the gallery, evenly (300)")
     add("--size", type=int, default=112, metavar="PX", help="longer side of a map; pictures twice that (112)")
@@ -270,7 +272,7 @@ def main(argv=None):
     datasets, gaps = {}, [(gap["dataset"], gap["what"]) for gap in tables["missing"] + figures["missing"]]
     for place in folders.find_datasets(args.results):
         name = place.resolve().name
-        datasets[name], broken = folders.find_networks(place, files.ROOT / "models")
+        datasets[name], broken = folders.find_networks(place, args.models)
         folders.check_together(datasets[name])
         gaps += [(name, what) for what in broken]
     networks = [{**network, "dataset": name} for name, several in datasets.items() for network in several]

@@ -24,7 +24,7 @@ if __name__ == "__main__":  # before torch is imported: Ctrl-C ends in one line 
     import sys
     try:
         from dml_common import command
-    except ModuleNotFoundError:
+    except ImportError:
         print("saliency.py: the command needs the folder dml_common/ beside it; copy that too",
               file=sys.stderr)
         sys.exit(2)
@@ -636,6 +636,8 @@ def main(argv=None):
             raise ValueError(f"--gallery: folds {', '.join(map(str, folds))} are analysed on different "
                              "pictures; give one --fold")
         dataset = jobs[0].dataset
+        if args.gallery.suffix.lower() != ".png":
+            raise ValueError(f"--gallery {args.gallery}: expected a name ending in .png")
         files.check_output(args.gallery, [*dataset.paths, dataset.folder / "props.csv", jobs[0].path])
 
     def alike(job):  # jobs that share their passes
