@@ -39,9 +39,10 @@ def embed(module, pictures, precision="fp32"):
     with torch.autocast(pictures.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         try:
             output = module(pictures)
-        except (RuntimeError, TypeError) as error:  # out of memory; a factory's network made for other inputs
+        except Exception as error:  # out of memory; whatever a factory's network does with pictures
             raise ValueError(f"the network fails on {len(pictures)} pictures {tuple(pictures.shape[1:])}: "
-                             f"{error} (a smaller --batch? another preprocessing?)") from None
+                             f"{type(error).__name__}: {error} (a smaller --batch? another preprocessing?)"
+                             ) from None
     if not isinstance(output, torch.Tensor) or output.ndim != 2 or len(output) != len(pictures):
         shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise ValueError(f"the network gives {shape} for {len(pictures)} pictures; expected a tensor "
@@ -122,15 +123,12 @@ def write_labels(job, prefix):
 
 
 def main(argv=None):
-    from dml_common import command, networks, rowfile
+    from dml_common import command, rowfile
 
     parser = command.parser(__doc__)
     add = parser.add_argument
-    command.add_pictures(add)
-    command.add_networks(add, networks.MODELS)
+    rowfile.add_options(add, "emb.npy")
     add("--seed", type=int, default=0, help="of the random layer of --loss None (0)")
-    rowfile.add_output(add, "emb.npy")
-    command.add_speed(add)
     add("--batch", type=int, metavar="N", help="pictures at a time (from the memory)")
     add("--draft", action="store_true", help="let the decoder shrink large JPEGs: faster, other values")
     args = parser.parse_args(argv)

@@ -10,12 +10,11 @@ Output: maps.npy, float16 (n, H, W), values in [0, 1], row i is picture i, at th
     python saliency.py --dataset pictures/ --model efficientnet_lite0 --limit 8 --out 8.npy --gallery 8.png
     torchrun --nproc-per-node 2 saliency.py --dataset cars196 --loss all --out results
 
-The same command continues an interrupted run. A map depends on the picture, the network, the options and the
-seed, not on batch, order, process or restart: the noise of picture i comes from (seed, name of the network,
-i) alone. What remains is the order of float32 sums. Measured, EfficientNet-Lite0, 50 copies: another batch
-size moves no value by more than 1e-6; another number of threads moves single ones by up to 0.008 (where a
-unit sits on the kink of its ReLU, rounding decides the gradient), at a correlation of 0.9999997. CPU and
-CUDA draw other noise.
+The same command continues an interrupted run. A map depends on picture, network, options and seed, not on
+batch, order, process or restart: the noise of picture i comes from (seed, name of the network, i) alone. Of
+the order of float32 sums another batch size moves no value by more than 1e-6, another number of threads
+single ones by up to 0.008 (a unit on the kink of its ReLU), at a correlation of 0.9999997. CPU and CUDA draw
+other noise.
 
 The paper says: absolute value of the averaged gradient, then the mean over channels (--order paper). Its
 code: mean over channels, absolute value of every copy, then the sum (--order released). The maps differ
@@ -67,8 +66,7 @@ def smoothgrad(network, pictures, baseline, distance, *, samples=50, noise=0.15,
     percentile: values above this percentile of a map are cut to it, before the map is scaled to [0, 1]
     seeds: an integer for each picture, of which alone its noise is made (default 0 … n - 1)
     antithetic: every second copy takes the negative noise of the one before it
-    batch: copies in one pass, across pictures
-    autocast: torch.bfloat16 or torch.float16 for mixed precision
+    batch: copies in one pass, across pictures; autocast: torch.bfloat16 or float16 for mixed precision
     stem: the network's first convolution where the picture enters through it alone (linear_stem finds it):
         with order "paper" its backward pass, linear, runs once a picture instead of once a copy
 
@@ -187,7 +185,8 @@ def distance_gradients(network, pictures, origins, distances, autocast=None, ste
         if values.requires_grad:
             gradient, = torch.autograd.grad(values.sum(), held[0], allow_unused=True, retain_graph=left > 0)
         if gradient is None:
-            where = gradient_break(network, pictures.detach())
+            is_module = isinstance(network, nn.Module)
+            where = gradient_break(network, pictures.detach()) if is_module else "somewhere"
             raise ValueError("no gradient reaches the pictures: the network detaches, quantises or leaves "
                              f"torch {where}")
         yield gradient
@@ -253,7 +252,8 @@ def fold_batchnorm(network, picture):
                 if isinstance(module, nn.Conv2d) and count[id(module)] == 1}
         for name, module, given, _, versions in calls:
             source = made.get((id(given), versions[0]))
-            if isinstance(module, nn.BatchNorm2d) and count[id(module)] == 1 and source:
+            normed = isinstance(module, nn.BatchNorm2d) and module.running_mean is not None
+            if normed and count[id(module)] == 1 and source:
                 replace(folded, source[0], fuse_conv_bn_eval(source[1], module))
                 replace(folded, name, nn.Identity())
         is_tensor = isinstance(expected, torch.Tensor)
@@ -287,24 +287,30 @@ def linear_stem(network, picture):
 
 def gradient_break(network, picture):
     """Where a picture's gradient (1, C, H, W) stops: "inside", "before" or "after layer X"."""
-    if not isinstance(network, nn.Module):
-        return "(no layer can be named)"
-    picture, place = picture[:1].clone().requires_grad_(), "(no layer can be named)"
+    where, picture = "(no layer can be named)", picture[:1].clone().requires_grad_()
     for name, module, given, output, _ in module_calls(network, picture)[0]:
         if any(module.children()):
             continue
-        where = "before" if not given.requires_grad else "after" if output.requires_grad else "inside"
-        place = f"{where} layer {name} ({type(module).__name__})"
-        if where != "after":
+        place = "before" if not given.requires_grad else "after" if output.requires_grad else "inside"
+        where = f"{place} layer {name} ({type(module).__name__})"
+        if place != "after":
             break
-    return place
+    return where
 
 
 def prepare(network, example):
     """(network folded, frozen, channels-last; its linear stem or None); example: a picture on its device."""
-    ready = fold_batchnorm(network.to(example.device), example).requires_grad_(False)
-    ready = ready.to(memory_format=torch.channels_last)
-    return ready, linear_stem(ready, example)
+    from dml_common.command import out_of_memory
+
+    try:
+        ready = fold_batchnorm(network.to(example.device), example).requires_grad_(False)
+        ready = ready.to(memory_format=torch.channels_last)
+        return ready, linear_stem(ready, example)
+    except Exception as error:  # whatever a factory's network does with a picture
+        if out_of_memory(error):
+            raise
+        raise ValueError(f"the network fails on a picture {tuple(example.shape[1:])}: "
+                         f"{type(error).__name__}: {error}") from None
 
 
 def baseline_of(pixels, kind):
@@ -406,9 +412,9 @@ class Mapper:
         self.device, self.map_size, self.halved = device, args.map_size, False
         self.batch = (10 if device.type == "cpu" else 250) if args.batch is None else args.batch
         check_options(args.samples, args.noise, args.order, args.percentile, self.batch)
-        self.options = {"samples": args.samples, "noise": args.noise, "order": args.order,
-                        "percentile": args.percentile, "antithetic": args.antithetic,
-                        "autocast": torch.bfloat16 if args.precision == "bf16" else None}
+        self.options = {"autocast": torch.bfloat16 if args.precision == "bf16" else None}
+        for name in ("samples", "noise", "order", "percentile", "antithetic"):
+            self.options[name] = getattr(args, name)
 
     def __call__(self, ready, pictures, baselines, distance, seeds):
         """Maps of what prepare gave -> float16 array (b, H, W), or (k, b, H, W) of k distances."""
@@ -501,7 +507,7 @@ def sanity(job, mapper, args, most=16):
 
     network, distance = networks.load(job.spec), networks.distance(job.about["distance"])
     load, stack, example = reader(network.preprocessing, args.baseline, mapper.device)
-    loaded, rows = {}, []
+    loaded, rows, name = {}, [], job.spec["loss"] or job.spec["name"]
     for number in job.numbers[:most]:
         with contextlib.suppress(ValueError, OSError):  # left out with --skip-unreadable
             loaded[number] = load(job.dataset.paths[number])
@@ -523,9 +529,9 @@ def sanity(job, mapper, args, most=16):
             with np.errstate(invalid="ignore"):
                 r = np.array([np.corrcoef(a, b)[0, 1] for a, b in zip(maps(count, args.seed), trained)])
             z = np.arctanh(np.clip(r[np.isfinite(r)], -0.999999, 0.999999))
-            mean = [float(np.tanh(z.mean())), float(np.tanh(z.std()))] if len(z) else [None, None]
-            rows.append([job.spec["loss"] or job.spec["name"], job.spec["fold"], count, len(layers),
-                         layers[-count] if count else None, len(z), *mean])
+            means = [float(np.tanh(z.mean())), float(np.tanh(z.std()))] if len(z) else [None, None]
+            lowest = layers[-count] if count else None
+            rows.append([name, job.spec["fold"], count, len(layers), lowest, len(z), *means])
     return rows
 
 
@@ -539,18 +545,20 @@ def make_gallery(jobs, args):
         there = [number for number in job.numbers if dataset.relative[number] not in left_out]
         arrays.append((files.read_array(job.path), there, job.about["preprocessing"]))
     for number in jobs[0].numbers[:None if args.pick else 8]:
-        cells = []
-        for array, there, preprocessing in arrays if all(number in there for _, there, _ in arrays) else []:
+        if not all(number in there for _, there, _ in arrays):
+            continue
+        cells = columns[dataset.relative[number]] = []
+        for array, there, preprocessing in arrays:
             pixels = pictures.load_pixels(dataset.paths[number], preprocessing)
             one = Image.fromarray(np.float32(array[there.index(number)]))
             one = np.asarray(one.resize(pixels.shape[1::-1], Image.Resampling.BILINEAR))
-            cells = (cells or [pixels]) + [heat(one, pixels if args.overlay else None)]
-            columns[dataset.relative[number]] = cells
+            cells += [] if cells else [pixels]
+            cells.append(heat(one, pixels if args.overlay else None))
     one_fold = len({job.spec["fold"] for job in jobs}) == 1
-    names = ["Picture", *(one_fold and job.spec["loss"] or job.spec["name"] for job in jobs)]
+    names = [(job.spec["loss"] if one_fold else None) or job.spec["name"] for job in jobs]
     for page, start in enumerate(range(0, len(columns), 8), 1):
         png, titles = io.BytesIO(), list(columns)[start:start + 8]
-        draw_gallery([columns[title] for title in titles], names, titles).save(png, "PNG")
+        draw_gallery([columns[title] for title in titles], ["Picture", *names], titles).save(png, "PNG")
         path = args.gallery.with_stem(f"{args.gallery.stem}_{page}") if page > 1 else args.gallery
         files.write_file(path, png.getvalue())
 
@@ -572,10 +580,8 @@ def parse(argv):
 
     parser = command.parser(__doc__)
     add = parser.add_argument_group("pictures and networks, as embed.py names them").add_argument
-    command.add_pictures(add)
-    command.add_networks(add, networks.MODELS)
+    rowfile.add_options(add, "maps.npy")
     add("--network-seed", type=int, default=0, metavar="N", help="embed.py's --seed, of --loss None (0)")
-    rowfile.add_output(add, "maps.npy")
     add("--limit", type=int, metavar="N", help="only the first N pictures")
     add("--pick", type=integers, metavar="I,J,K", help="only the pictures of these numbers, counted from 0")
     add = parser.add_argument_group("maps").add_argument
@@ -590,17 +596,12 @@ def parse(argv):
     add("--seed", type=int, default=0, metavar="N", help="of the noise (0)")
     add("--shared-noise", action="store_true", help="the same noise for all networks: those of one trunk "
         "then share its passes; with --ceiling compare.py takes one map of each noise (independent)")
-    add("--antithetic", action="store_true",
-        help="every second copy takes the noise before it, negative: 50 serve like 62 (paper's order)")
-    add = parser.add_argument_group("can the maps be trusted").add_argument
+    add("--antithetic", action="store_true", help="every second copy takes the noise before it, negative")
     add("--ceiling", action="store_true", help="also maps_ceiling.npy, with other noise, for compare.py")
     add("--randomise", type=int, nargs="?", const=8, metavar="STEPS",
         help="also sanity.csv: the first 16 maps with ever more layers re-initialised from the top (8 steps)")
-    add = parser.add_argument_group("picture × network").add_argument
     add("--gallery", type=Path, metavar="FILE.png", help="the first 8 pictures or all of --pick: FILE_2 …")
     add("--overlay", action="store_true", help="the maps over the grey pictures")
-    add = parser.add_argument_group("speed").add_argument
-    command.add_speed(add)
     add("--batch", type=int, metavar="N", help="copies at a time (10, on a GPU 250; fewer if memory ends)")
     args = parser.parse_args(argv)
     for name in ("limit", "randomise", "workers", "map_size"):

@@ -428,9 +428,9 @@ def rows_by_name(pictures, names, source, notes=None):
         return np.arange(n)
     absent = [name for name, there in zip(pictures, most) if not there]
     if absent:
-        more = ", …" if len(absent) > 3 else ""
-        raise ValueError(f"{source} lacks {len(absent):,} of the {n:,} pictures: "
-                         f"{', '.join(absent[:3])}{more}; give their names there, or no names at all")
+        some = ", ".join(absent if len(absent) < 4 else [*absent[:3], "…"])
+        raise ValueError(f"{source} lacks {len(absent):,} of the {n:,} pictures: {some}; add what is "
+                         "missing, or leave these out of the other list")
     twice = [name for listed in (names, pictures) for name, times in Counter(listed).items() if times > 1]
     raise ValueError(f"{source}: {(twice or pictures)[0]} is the name of two; give each its own")
 
@@ -503,6 +503,18 @@ def unwritable(path):
                       "place") from None
 
 
+def locked_part(path):
+    """A new file beside the path, locked: nobody takes it for a killed process's."""
+    while True:
+        part = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".part",
+                                           delete=False)
+        with contextlib.suppress(OSError):  # no locks on this file system
+            fcntl.flock(part, fcntl.LOCK_EX)
+        if os.fstat(part.fileno()).st_nlink:
+            return part
+        part.close()  # removed before it was locked
+
+
 @contextlib.contextmanager
 def part_of(path):
     """A file beside `path`, to be written, that takes its name when the block ends well: never half a file.
@@ -512,19 +524,12 @@ def part_of(path):
     path = Path(os.path.realpath(path))  # the file that a link names, not the link
     if os.path.lexists(path):
         check_input(path, "another name for the output")  # a device would be replaced by a file
-    name = {"dir": path.parent, "prefix": f".{path.name}.", "suffix": ".part"}
     for old in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         with contextlib.suppress(OSError), open(old, "rb") as left:
             fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
             old.unlink()
-    while True:
-        with unwritable(path):
-            part = tempfile.NamedTemporaryFile(**name, delete=False)
-        with contextlib.suppress(OSError):  # no locks on this file system
-            fcntl.flock(part, fcntl.LOCK_EX)
-        if os.path.lexists(part.name):
-            break
-        part.close()  # another process took it for a dead one's before it was locked: once more
+    with unwritable(path):
+        part = locked_part(path)
     try:
         yield part
         with unwritable(path):

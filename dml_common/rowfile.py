@@ -79,8 +79,9 @@ def refuse_other(path, made, about):
     """Raise ValueError unless `made`, the JSON of an array, agrees with `about`."""
     now = json.loads(json.dumps(about))
     if isinstance(made.get("pictures"), dict) and "pictures" in now:
-        listed = made["pictures"].get("listed", made["pictures"])  # whether or not some of them were left out
-        made = {**made, "pictures": {SIZES: now["pictures"].get(SIZES), **listed}}  # older arrays lack it
+        listed = made["pictures"].get("listed", made["pictures"])  # whether or not some were left out
+        sizes = listed.get(SIZES, now["pictures"].get(SIZES))  # older arrays lack it
+        made = {**made, "pictures": {**listed, SIZES: sizes}}
     if different := differences(made, now):
         raise ValueError(f"{path} was made with other options ({'; '.join(different)}): remove it, or write "
                          "elsewhere")
@@ -212,7 +213,7 @@ class RowFile:
         if not self.path.exists():
             if not final.exists() or os.fstat(self.file).st_size != self.size:
                 return False
-            os.replace(self.part, self.path)
+            self.replace(self.part)
         refuse_other(self.path, read_json(final) or {}, self.about)
         return True
 
@@ -314,10 +315,9 @@ class RowFile:
             return True
         self.flush()
         lock(self.file, fcntl.LOCK_EX, GATE)  # after its own rows are marked: the last one sees all
-        if not self.is_whole() and alone(self.file) is None:
-            time.sleep(1)  # without locks another process may be at its end
-        if not self.path.exists():
-            if not self.is_whole():
+        whole = self.is_whole()  # asked before: without locks another process may cut it now
+        if not self.was_finished():
+            if not whole:
                 raise OSError(f"{self.part} was removed, cut or replaced while it was filled; give the same "
                               "command again")
             if self.missing():
@@ -343,11 +343,17 @@ class RowFile:
         else:
             os.ftruncate(self.file, self.size)
             os.fsync(self.file)
-        if not self.path.exists():  # without locks another process may have been faster
-            os.replace(array, self.path)
+        self.replace(array)
         folder = os.open(self.path.parent, os.O_RDONLY)
         os.fsync(folder)  # the name survives a power cut
         os.close(folder)
+
+    def replace(self, array):
+        try:
+            os.replace(array, self.path)
+        except FileNotFoundError:  # without locks another process may have been faster
+            if not self.path.exists():
+                raise
 
     def give_up(self):
         """Close, keeping what is there for the next run; locks end here. The last user tidies up."""
@@ -379,8 +385,11 @@ def write_all(descriptor, content, offset):
 # ---------------------------------------------------------------- pictures through networks
 
 
-def add_output(add, name):
-    """--out, --skip-unreadable; add: a parser's add_argument."""
+def add_options(add, name):
+    """Which pictures, which networks, where to; add: a parser's add_argument."""
+    command.add_pictures(add)
+    command.add_networks(add, files.ROOT / "models")
+    command.add_speed(add)
     add("--out", type=Path, default=Path("results"), metavar="FILE.npy|DIR",
         help=f"one network's array, or the folder of all: DIR/<dataset>/<slug>/fold<k>/{name} (results)")
     add("--skip-unreadable", action="store_true", help="leave pictures out that can't be read (stop there)")
@@ -446,7 +455,8 @@ def listed(dataset, numbers):
 
 def without(left_out, job):
     """The JSON of an array that lacks these rows: their pictures could not be read."""
-    kept = [number for row, number in enumerate(job.numbers) if row not in left_out]
+    rows = set(left_out)
+    kept = [number for row, number in enumerate(job.numbers) if row not in rows]
     names = [job.dataset.relative[job.numbers[row]] for row in left_out]
     pictures = {**listed(job.dataset, kept), "left_out": names, "listed": job.about["pictures"]}
     return {**job.about, "pictures": pictures}
@@ -466,7 +476,8 @@ def incomplete(jobs, alike):
 def fill(jobs, shapes, dtype, load, stack, compute, batch, least, args, unit):
     """Make the arrays of jobs that share their pictures, together with whatever other processes do the same.
 
-    shapes: of a row of each; least: rows to claim at a time; args: with workers and skip_unreadable
+    shapes: of a row of each; least: rows to claim at a time
+    args: workers and skip_unreadable (None where there is no such option)
     load: path -> a picture, in threads; ValueError or OSError when it can't be read
     stack: list of up to `batch` of them -> what compute takes, in a thread, while the one before is used
     compute: (numbers of arrays that lack these rows, rows, what stack gave) -> for each array (len(rows), …)
@@ -490,20 +501,25 @@ def fill(jobs, shapes, dtype, load, stack, compute, batch, least, args, unit):
                 rounds += 1
                 with closing(prepared(arrays, blocks, batch, paths, load, stack, workers)) as batches:
                     for which, rows, pictures, errors in batches:
-                        for row, error in errors:
-                            if args.skip_unreadable is None:  # no such option
-                                raise error
-                            if not args.skip_unreadable:
-                                raise ValueError(f"{error}, or leave it out with --skip-unreadable")
-                            command.say(f"left out: {error}")
-                            for k in which:
-                                arrays[k].leave_out([row])
+                        leave_out(errors, [arrays[k] for k in which], args.skip_unreadable)
                         for k, values in zip(which, compute(which, rows, pictures) if rows else []):
                             arrays[k].write(rows, values)
                             bar.update(len(rows))
     finally:
         for array in arrays:
             array.give_up()
+
+
+def leave_out(errors, arrays, allowed):
+    """The rows of pictures that can't be read, errors: [(row, error)]."""
+    for row, error in errors:
+        if allowed is None:
+            raise error
+        if not allowed:
+            raise ValueError(f"{error}, or leave it out with --skip-unreadable")
+        command.say(f"left out: {error}")
+        for array in arrays:
+            array.leave_out([row])
 
 
 def prepared(arrays, blocks, batch, paths, load, stack, workers):

@@ -392,7 +392,10 @@ def test_networks_are_analysed_on_pictures_held_out(tmp_path, run, held_out_netw
         return original(module, given, precision)
 
     monkeypatch.setattr(embed, "embed", counted)
-    arguments = ("--dataset", "cars", "--model", "small_for_test:seven", "--models", "models", "--batch", 4)
+    arguments = ("--dataset", "cars", "--models", "models", "--batch", 4)
+    status, said = run(*arguments, "--loss", "triplet,arcface")
+    assert status == 2 and "names code, small_for_test:seven; if you trust it" in said
+    arguments += ("--model", "small_for_test:seven")
     assert run(*arguments, "--loss", "triplet,arcface")[0] == 0
     # the pictures of either fold once for both losses (5 = 4 + 1); heads and trials are of one
     assert sum(n for n in passes if n != 1) == 5 + 4 - 1

@@ -387,7 +387,7 @@ def spoil_pictures(place):
     ("gallery", "expected (8, 16, 16) in", lambda place: np.save(place / "maps.npy", np.zeros((8, 9, 9)))),
     ("gallery", "in [0, 1]", lambda place: np.save(place / "maps.npy", np.full((8, 16, 16), 2.0))),
     ("gallery", "can't be read as a picture", spoil_pictures),
-    ("gallery", "not in", lambda place: (place.parents[3] / "pictures/cars/images/000000.png").unlink()),
+    ("gallery", "lacks 1 of", lambda place: (place.parents[3] / "pictures/cars/images/000000.png").unlink()),
     ("tsne", "differ in rows", lambda at: write_rows(at / "../../contrastive/fold0/props.csv", "a", "1")),
     ("profile", "lacks embeddings", lambda place: write_rows(place / "../../nrprec.csv", "a,b", ["12"]))])
 def test_spoilt_results(small, only, told, spoil):

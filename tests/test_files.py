@@ -345,6 +345,14 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".x.csv2.abc.part", "x.csv"]
 
 
+def test_processes_that_write_one_file_at_once_all_succeed(tmp_path):
+    code = ("from dml_common import files\n"
+            f"for i in range(300): files.write_file({str(tmp_path / 'x.csv')!r}, b'same')")
+    processes = [subprocess.Popen([sys.executable, "-c", code], cwd=files.ROOT) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["x.csv"]
+
+
 def test_a_full_disk_leaves_nothing(tmp_path):
     code = ("import resource, signal\nfrom dml_common import files\n"
             "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
@@ -354,21 +362,3 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=files.ROOT, capture_output=True, text=True)
     assert re.search(r"x.csv can't be written \(.*\); free space", done.stdout)
     assert not list(tmp_path.iterdir())
-
-
-def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
-    """But for the temporary file of a process that lives, which is locked."""
-    (tmp_path / ".a.csv.deadbeef.part").write_text("half")
-    (tmp_path / ".b.csv.deadbeef.part").write_text("half")
-    code = ("import fcntl, sys, time; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); "
-            "print(flush=True); time.sleep(60)")
-    owner = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / ".a.csv.12345678.part")],
-                             stdout=subprocess.PIPE)
-    owner.stdout.readline()
-    files.write_file(tmp_path / "a.csv", b"a\n1\n")
-    owner.kill()
-    owner.communicate()
-    there = sorted(path.name for path in tmp_path.iterdir())
-    assert there == [".a.csv.12345678.part", ".b.csv.deadbeef.part", "a.csv"]
-    files.write_file(tmp_path / "a.csv", b"a\n1\n")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".b.csv.deadbeef.part", "a.csv"]
