@@ -18,7 +18,7 @@ if __name__ == "__main__":  # before torch is imported: Ctrl-C ends in one line 
     import sys
     try:
         from dml_common import command
-    except ModuleNotFoundError:
+    except ImportError:
         print("embed.py: the command needs the folder dml_common/ beside it; copy that too", file=sys.stderr)
         sys.exit(2)
     command.begin()

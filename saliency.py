@@ -18,13 +18,13 @@ other noise.
 
 The paper says: absolute value of the averaged gradient, then the mean over channels (--order paper). Its
 code: mean over channels, absolute value of every copy, then the sum (--order released). The maps differ
-(README).
+(docs/saliency.md).
 """
 if __name__ == "__main__":  # before torch is imported: Ctrl-C ends in one line from here on
     import sys
     try:
         from dml_common import command
-    except ModuleNotFoundError:
+    except ImportError:
         print("saliency.py: the command needs the folder dml_common/ beside it; copy that too",
               file=sys.stderr)
         sys.exit(2)
@@ -554,8 +554,9 @@ def make_gallery(jobs, args):
             one = np.asarray(one.resize(pixels.shape[1::-1], Image.Resampling.BILINEAR))
             cells += [] if cells else [pixels]
             cells.append(heat(one, pixels if args.overlay else None))
-    one_fold = len({job.spec["fold"] for job in jobs}) == 1
-    names = [(job.spec["loss"] if one_fold else None) or job.spec["name"] for job in jobs]
+    names = [job.spec["name"] for job in jobs]
+    if len({job.spec["fold"] for job in jobs}) == 1:
+        names = [job.spec["loss"] or job.spec["name"] for job in jobs]
     for page, start in enumerate(range(0, len(columns), 8), 1):
         png, titles = io.BytesIO(), list(columns)[start:start + 8]
         draw_gallery([columns[title] for title in titles], ["Picture", *names], titles).save(png, "PNG")
@@ -635,6 +636,8 @@ def main(argv=None):
             raise ValueError(f"--gallery: folds {', '.join(map(str, folds))} are analysed on different "
                              "pictures; give one --fold")
         dataset = jobs[0].dataset
+        if args.gallery.suffix.lower() != ".png":
+            raise ValueError(f"--gallery {args.gallery}: expected a name ending in .png")
         files.check_output(args.gallery, [*dataset.paths, dataset.folder / "props.csv", jobs[0].path])
 
     def alike(job):  # jobs that share their passes

@@ -25,7 +25,7 @@ if __name__ == "__main__":  # before torch is imported: Ctrl-C ends in one line 
     import sys
     try:
         from dml_common import command
-    except ModuleNotFoundError:
+    except ImportError:
         print("train.py: the command needs the folder dml_common/ beside it; copy that too", file=sys.stderr)
         sys.exit(2)
     command.begin()
@@ -682,7 +682,8 @@ def work(mine, trunk, width, feed, device, team, bar):
 def main(argv=None):
     from dml_common import command, cut, networks, pictures
     args = parse(argv)
-    if importlib.util.find_spec("pairs") is None:
+    found = importlib.util.find_spec("pairs")
+    if found is None or found.origin is None:  # a folder of that name has no origin
         raise ValueError("the scores are those of pairs.py; copy that too, beside train.py")
     device, (rank, ranks) = command.torch_device(args.device, args.precision), command.my_share()
     dataset = pictures.open_dataset(args.dataset, args.data_root, "all")
