@@ -682,7 +682,7 @@ def test_labels_that_do_not_fit(p, refused, tmp_path):
     (r"odd:broken fails on a picture \(3, 224, 224\): ", ("--model", "odd:broken")),
     ("ImageNet weights of inception_v3 are not at .*inception_v3_google-0cc3c7bd.pth: download https://.* "
      "--weights FILE", ("--model", "inception_v3")),
-    ("none.pth does not exist; give the file of", ("--model", "bninception", "--weights", "none.pth")),
+    ("none.pth(: no such file| does not exist)", ("--model", "bninception", "--weights", "none.pth")),
     ("p/1/3.png: can't be read as a picture", ("--freeze-trunk",)),
     ("p/1/3.png: can't be read as a picture", ())])
 def test_what_can_not_be(p, refused, pattern, arguments):
