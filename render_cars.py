@@ -191,18 +191,40 @@ def my_share(environment=os.environ):
 
 # ---------------------------------------------------------------- files: complete, or not there
 
+def lock(descriptor, wait=True):
+    """An exclusive lock, which ends with its process; False where another one has it."""
+    with contextlib.suppress(ImportError):  # Windows
+        import fcntl
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks
+            return wait
+    return True
+
+
 def save(path, content):
     """Write bytes so that the file is complete under its name, or not there at all."""
     partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
     try:
         with open(partial, "wb") as file:
+            lock(file)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+            os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def sweep(folders):
+    """Remove what killed processes left half-written; a living one's is locked."""
+    for partial in [path for folder in folders for path in folder.glob(".*.????????.part")]:
+        with contextlib.suppress(OSError), open(partial, "rb") as file:
+            if lock(file, wait=False):
+                partial.unlink()
 
 
 def read_picture(path):
@@ -240,13 +262,13 @@ def write_set(args, settings, rows):
     about, props, merged = args.out / "render.json", args.out / "props.csv", {}
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        lock = open(args.out / ".lock", "w")
+        # the folder itself is locked, so that no file is left of it; Windows can't
+        gate = os.open(args.out, os.O_RDONLY) if os.name == "posix" else None
     except OSError as error:
         raise OSError(f"{args.out}: can't be written ({error.strerror}); choose another --out") from None
-    with lock:
-        with contextlib.suppress(ImportError, OSError):  # Windows, and file systems without locks
-            import fcntl
-            fcntl.lockf(lock, fcntl.LOCK_EX)
+    try:
+        if gate is not None:
+            lock(gate)
         if about.exists():
             settings = settings | same_settings(about, settings)
         elif props.exists():
@@ -261,6 +283,9 @@ def write_set(args, settings, rows):
                 merged = {int(row["frame"]): row for row in csv.DictReader(file)}
         merged |= {row["frame"]: row for row in rows}
         save(props, table([merged[i] for i in sorted(merged)]))
+    finally:
+        if gate is not None:
+            os.close(gate)
 
 
 def same_settings(path, settings):
@@ -1279,6 +1304,7 @@ def main():
         renderer = render_all(renderer, missing, argv, args)
         if not missing:
             say("all frames are there already")
+        sweep([args.out, *(args.out / folder for folder in folders_of(args))])
     finally:
         renderer.close()
 
@@ -1292,11 +1318,22 @@ def fail(message):
     sys.exit(2)
 
 
+def stop(number, frame):
+    raise KeyboardInterrupt(number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
     try:
         main()
     except (ValueError, OSError) as error:
         fail(error)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as signalled:
         say("stopped; the same command continues")
-        sys.exit(130)
+        sys.exit(128 + (signalled.args or [signal.SIGINT])[0])
+    except Exception as error:
+        if os.environ.get("DML_TRACEBACK"):
+            raise
+        say(f"{type(error).__name__}: {error}: this is a fault of render_cars.py; DML_TRACEBACK=1 shows "
+            "where")
+        sys.exit(1)

@@ -460,6 +460,7 @@ def test_kill_and_run_again(rendered, tmp_path):
     process.wait()
     there = len(list(images.glob("0*.jpg")))
     assert 3 <= there < 9
+    (images / ".000000.jpg.deadbeef.part").write_bytes(b"half")
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     left = int(done.stderr.split("/")[0])  # the orphaned worker may have finished the frame at hand
@@ -469,6 +470,7 @@ def test_kill_and_run_again(rendered, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in images.iterdir()}
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "all frames are there already" in done.stderr
+    assert not list((tmp_path / "set").rglob(".*"))
     assert before == {path: path.stat().st_mtime_ns for path in images.iterdir()}
 
 
@@ -546,3 +548,16 @@ def test_bad_meshes(render, tmp_path, name, content, words):
 def test_a_device_that_is_not_there(render, tmp_path):
     failed(render(tmp_path / "set", "--frames", "0:1", "--device", "metal", *TINY), "--device metal", "cpu")
     assert not (tmp_path / "set").exists()
+
+
+def test_sigterm_and_faults_end_in_one_line(tmp_path):
+    code = ("import runpy, sys, os, signal, numpy; real = numpy.random.default_rng\n"
+            "def broken(*seed): {}\n"
+            "numpy.random.default_rng = broken\n"
+            "sys.argv = ['render_cars.py', '--dry-run', '--frames', '0:3', '--out', 'set']\n"
+            "runpy.run_path(sys.path[0] + '/render_cars.py', run_name='__main__')")
+    for what, status, text in (("os.kill(os.getpid(), signal.SIGTERM)", 143, "stopped; the same command"),
+                               ("raise KeyError('x')", 1, "KeyError: 'x': this is a fault of")):
+        line = f"import sys; sys.path[0] = {str(Path(SCRIPT).parent)!r}\n" + code.format(what)
+        done = subprocess.run([sys.executable, "-c", line], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == status and done.stderr.count("\n") == 1 and text in done.stderr, done.stderr
