@@ -411,7 +411,7 @@ def test_arrays_that_are_none_are_left_out_and_listed(small, spoil, told, capsys
     (["--only", "profil"], "expected names among profile"), (["--points", "1"], "at least 4"),
     (["--network", "tripl"], "triplet/fold0"), (["--seed", "-1"], "at least 0"),
     (["--pictures", "0"], "at least 1"), (["--dataset", "nowhere"], "no such folder"),
-    (["--out", str(ROOT / "README.md")], "exists")])
+    (["--out", str(ROOT / "README.md")], "is a file; give a folder")])
 def test_options_that_do_not_fit(small, arguments, told):
     assert told in refused(small, *arguments)
 

@@ -175,7 +175,7 @@ def test_rows_are_matched_by_name(tmp_path, names, how):
 
 
 def test_names_that_do_not_fit_are_refused(tmp_path):
-    for names, message in [(["2", "0", "11"], "lacks 1 of the 3 pictures: images/000010.jpg; give"),
+    for names, message in [(["2", "0", "11"], "lacks 1 of the 3 pictures: images/000010.jpg; add"),
                            (["2", "2", "0", "10"], "2 is the name of two"),
                            (["x", "y", "z"], "lacks 3 of the 3")]:
         with pytest.raises(ValueError, match=f"t.csv:? {message}"):
