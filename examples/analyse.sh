@@ -26,14 +26,15 @@ number=0
 ticker=
 trap '[ -z "$ticker" ] || kill "$ticker" 2> /dev/null || true' EXIT
 
-watch() {  # watch "the step's line" log: how long it runs and what it said last; elsewhere than on a terminal now and then
-    local started=$SECONDS line
+watch() {  # watch "what the step does" log: how long it runs and the newest line of its log, cut at the margin
+    local seconds=0 line
     while sleep 1 > /dev/null 2>&1; do
-        line=$(tail -n 1 "$2" | tr '\r' '\n' | tail -n 1 | cut -c 1-60)
+        seconds=$((seconds + 1))
+        line=$(tail -n 1 "$2" 2> /dev/null | tr '\r' '\n' | tail -n 1) || true
         if [ -t 1 ]; then
-            printf '\r%s%4d s  %s\033[K' "$1" $((SECONDS - started)) "$line"
-        elif [ $(((SECONDS - started) % 30)) = 0 ]; then
-            printf 'analyse.sh: step %d, %d s: %s\n' "$number" $((SECONDS - started)) "$line" >&2
+            printf '\r\033[?7l%2d/10  %4d s  %s · %s\033[K\033[?7h' "$number" "$seconds" "$line" "$1"
+        elif [ $((seconds % 30)) = 0 ]; then
+            printf 'analyse.sh: step %d, %d s: %s\n' "$number" "$seconds" "$line" >&2
         fi
     done
 }
@@ -41,18 +42,18 @@ watch() {  # watch "the step's line" log: how long it runs and what it said last
 step() {  # step "what it does" command …
     local what started=$SECONDS log status=0
     number=$((number + 1))
-    what=$(printf '%2d/10  %-58s' "$number" "$1")
+    what=$1
     shift
     log=$results/log/$number-$(basename "$2" .py).txt
     : > "$log"
-    printf '%s' "$what"
+    printf '%2d/10  %-58s' "$number" "$what"
     watch "$what" "$log" &
     ticker=$!
     "$@" > "$log" 2>&1 || status=$?
     kill "$ticker" 2> /dev/null || true
     wait "$ticker" 2> /dev/null || true
     ticker=
-    [ ! -t 1 ] || printf '\r%s\033[K' "$what"
+    [ ! -t 1 ] || printf '\r%2d/10  %-58s\033[K' "$number" "$what"
     if [ "$status" = 3 ]; then  # train.py: some losses diverged, the others go on
         grep diverged "$log" >&2 || true
     elif [ "$status" != 0 ]; then
@@ -65,20 +66,22 @@ step() {  # step "what it does" command …
 }
 
 step "14 losses and the untrained layer, on one frozen trunk" \
-    python train.py --dataset "$dataset" --model efficientnet_lite0 --dim 128 --freeze-trunk --loss all,None --fold "$fold" \
-    --epochs "$epochs" --label "$label" --models "$models"
+    python train.py --dataset "$dataset" --model efficientnet_lite0 --dim 128 --freeze-trunk --loss all,None \
+    --fold "$fold" --epochs "$epochs" --label "$label" --models "$models"
 step "embeddings of the held-out pictures" \
     python embed.py --dataset "$dataset" --loss all --fold "$fold" --models "$models" --out "$out"
 step "NR-Prec of every property" \
-    python nrprec.py "$results"/*/fold*/emb.npy --null hypergeometric --permutations 2000 --out "$results/nrprec.csv"
+    python nrprec.py "$results"/*/fold*/emb.npy --null hypergeometric --permutations 2000 \
+    --out "$results/nrprec.csv"
 step "pair histograms, JSD, Recall@K, MAP@R" \
-    python pairs.py "$results"/*/fold*/emb.npy --label "$label" --out "$results/pairs.csv" --histograms "$results/histograms.csv"
+    python pairs.py "$results"/*/fold*/emb.npy --label "$label" --out "$results/pairs.csv" \
+    --histograms "$results/histograms.csv"
 step "saliency maps of $pictures pictures a fold, twice for the ceiling" \
     python saliency.py --dataset "$dataset" --loss all --fold "$fold" --models "$models" --limit "$pictures" \
     --samples "$samples" --order released --shared-noise --ceiling --out "$out"
 step "sanity check: maps of one network with layers randomised" \
-    python saliency.py --dataset "$dataset" --loss Triplet --fold "${fold/all/0}" --models "$models" --limit "$pictures" \
-    --samples "$samples" --order released --shared-noise --ceiling --out "$out" --randomise 4
+    python saliency.py --dataset "$dataset" --loss Triplet --fold "${fold/all/0}" --models "$models" \
+    --limit "$pictures" --samples "$samples" --order released --shared-noise --ceiling --out "$out" --randomise 4
 masks=()
 [ ! -d "$dataset/masks" ] || masks=(--masks)
 step "agreement of maps, masks and embeddings" \
