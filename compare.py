@@ -22,8 +22,9 @@ if __name__ == "__main__":
     import sys
     try:
         from dml_common import command
-    except ModuleNotFoundError:
-        print("compare.py: the command needs the folder dml_common/ beside it; copy it too", file=sys.stderr)
+    except ImportError:
+        print("compare.py: the command needs the folder dml_common/ beside it; copy that too",
+              file=sys.stderr)
         sys.exit(2)
     command.begin()
 
@@ -354,9 +355,11 @@ def make_groups(networks, all_folds):
     """
     groups = [networks]
     if all(network.fold is not None for network in networks):
-        keys = [network.fold for network in networks], [network.model for network in networks]
-        groups = [[network for network, key in zip(networks, column) if key == value]
-                  for column in keys[:1 + all_folds] for value in dict.fromkeys(column)]
+        of_folds, of_models = {}, {}
+        for network in networks:
+            of_folds.setdefault(network.fold, []).append(network)
+            of_models.setdefault(network.model, []).append(network)
+        groups = [*of_folds.values(), *(of_models.values() if all_folds else ())]
     counted = []
     for group in groups:
         counts = [a.fold == b.fold or None in (a.fold, b.fold) or (all_folds and a.model == b.model)

@@ -18,7 +18,7 @@ if __name__ == "__main__":  # before torch is imported: Ctrl-C ends in one line 
     import sys
     try:
         from dml_common import command
-    except ModuleNotFoundError:
+    except ImportError:
         print("embed.py: the command needs the folder dml_common/ beside it; copy that too", file=sys.stderr)
         sys.exit(2)
     command.begin()
@@ -39,9 +39,10 @@ def embed(module, pictures, precision="fp32"):
     with torch.autocast(pictures.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         try:
             output = module(pictures)
-        except (RuntimeError, TypeError) as error:  # out of memory; a factory's network made for other inputs
+        except Exception as error:  # out of memory; whatever a factory's network does with pictures
             raise ValueError(f"the network fails on {len(pictures)} pictures {tuple(pictures.shape[1:])}: "
-                             f"{error} (a smaller --batch? another preprocessing?)") from None
+                             f"{type(error).__name__}: {error} (a smaller --batch? another preprocessing?)"
+                             ) from None
     if not isinstance(output, torch.Tensor) or output.ndim != 2 or len(output) != len(pictures):
         shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise ValueError(f"the network gives {shape} for {len(pictures)} pictures; expected a tensor "

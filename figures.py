@@ -22,7 +22,7 @@ if __name__ == "__main__":  # before matplotlib is imported: Ctrl-C ends in one 
     from importlib.util import find_spec
     try:
         from dml_common import command
-    except ModuleNotFoundError:
+    except ImportError:
         print("figures.py: the command needs the folder dml_common/ beside it; copy that too",
               file=sys.stderr)
         sys.exit(2)
@@ -103,7 +103,7 @@ def draw_profile(rows, types, properties, means=()):
     rows: with network, key (the property), value, low, high (or None), mark ("*": filled); types: {network:
     its type}; properties: names; both in the order drawn. means: rows whose network is a type.
     """
-    networks = [name for name in types if name in {row.network for row in rows}]
+    networks = sorted({row.network for row in rows}, key=list(types).index)
     L, P = len(networks), len(properties)
     places = dict(zip(networks, (np.arange(L) - (L - 1) / 2) * 0.8 / L))  # within a property's strip
     fig = Figure(figsize=(WIDTH, 1.0 + P * (0.2 + 0.024 * L)), layout="constrained")
@@ -389,8 +389,8 @@ def draw_training(rows, types, chosen):
         if row.network == chosen or row.key != "loss":
             epoch = 1 if row.epoch == "best" else row.epoch
             curves[row.key, row.part, row.network].append((epoch, row.value, row.low, row.high))
-    parts = list(dict.fromkeys(part for _, part, _ in curves))
-    keys = [key for key in CURVES if key in {key for key, _, _ in curves}]
+    measured, parts, _ = map(dict.fromkeys, zip(*curves))
+    keys, parts = [key for key in CURVES if key in measured], list(parts)
     fig = Figure(figsize=(WIDTH, 0.9 + 1.15 * len(keys)), layout="constrained")
     axes = fig.subplots(len(keys), len(parts), sharey="row", sharex="col", squeeze=False,
                         width_ratios=[0.45 if part == "test" else 1 for part in parts])
@@ -591,7 +591,7 @@ def main(argv=None):
     if args.network and not matching(networks, args.network):
         known = ", ".join(f"{network['slug']}/{network['folder'].name}" for network in networks[:15])
         raise ValueError(f"--network {args.network}: no such network; there are {known or 'none'}")
-    args.out.mkdir(parents=True, exist_ok=True)
+    folders.make_folder(args.out, "figures.json")
     done, missing = [], []
     for one in everything:
         broken = [gap["what"] for gap in one.missing if "left out" in gap["what"]]  # arrays

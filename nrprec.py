@@ -17,7 +17,7 @@ if __name__ == "__main__":  # Ctrl-C ends in one line from here on
 
     try:
         from dml_common import command
-    except ModuleNotFoundError:
+    except ImportError:
         print("nrprec.py: the command needs the folder dml_common/ beside it; copy that too", file=sys.stderr)
         sys.exit(2)
     command.begin()
@@ -688,7 +688,7 @@ def main(argv=None):
     for array, table, name, distance in zip(arrays, tables, names, distances):
         pictures, notes = files.picture_names(array), []
         content = Path(table).read_bytes() if Path(table).is_file() else None
-        content = content, pictures and files.pictures_sha256(pictures)  # the losses of a fold have equal ones
+        content = content, pictures and files.pictures_sha256(pictures)  # those of a fold are equal
         labels = known.get(content) or read_labels(table, pictures, args, notes)
         if results and list(labels) != list(results[0]):
             raise ValueError(f"{tables[0]} and {table} have different properties; give networks of one data "

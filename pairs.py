@@ -19,7 +19,7 @@ if __name__ == "__main__":  # Ctrl-C ends in one line from here on
 
     try:
         from dml_common import command
-    except ModuleNotFoundError:
+    except ImportError:
         print("pairs.py: the command needs the folder dml_common/ beside it; copy that too", file=sys.stderr)
         sys.exit(2)
     command.begin()

@@ -252,8 +252,9 @@ def write_set(args, settings, rows):
         elif props.exists():
             raise ValueError(f"{args.out}: has a props.csv but no render.json: something else made it; "
                              "choose another --out")
-        for folder in ["images", "masks"][:0 if args.dry_run else 1 + args.masks]:
-            (args.out / folder).mkdir(exist_ok=True)
+        if not args.dry_run:
+            for folder in folders_of(args):
+                (args.out / folder).mkdir(exist_ok=True)
         save(about, (json.dumps(settings) + "\n").encode())
         if props.exists():
             with open(props, newline="", encoding="utf-8") as file:
@@ -280,10 +281,15 @@ def same_settings(path, settings):
     return {name: value for name, value in there.items() if settings.get(name) is None}
 
 
+def folders_of(args):
+    """The folders of a set, and the endings of what lies there."""
+    return {"images": args.format, **({"masks": "png"} if args.masks else {})}
+
+
 def complete(args):
     """Numbers of the frames that are there."""
     frames = []
-    for folder, suffix in [("images", args.format), ("masks", "png")][:1 + args.masks]:
+    for folder, suffix in folders_of(args).items():
         names = [re.fullmatch(rf"(\d{{6,}})\.{suffix}", name) for name in os.listdir(args.out / folder)]
         frames.append({int(name[1]) for name in names if name})
     return set.intersection(*frames)

@@ -17,7 +17,7 @@ if __name__ == "__main__":  # before NumPy is imported: Ctrl-C ends in one line 
     import sys
     try:
         from dml_common import command
-    except ModuleNotFoundError:
+    except ImportError:
         print("report.py: the command needs the folder dml_common/ beside it; copy that too", file=sys.stderr)
         sys.exit(2)
     command.begin()
@@ -213,8 +213,9 @@ def open_template():
         style, script = ((TEMPLATES / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     except ImportError:
         raise ValueError("jinja2 is not installed, and the page needs it: pip install '.[report]'") from None
-    except OSError as error:
-        raise ValueError(f"{error}; the page needs the folder templates/ beside report.py") from None
+    except OSError:
+        raise ValueError(f"the page needs the folder {TEMPLATES}, which lacks report.css or report.js; copy "
+                         "that too") from None
     for k in range(21):  # the shades of cells; the policy allows no style in an element
         style += f".s{k} {{ background: color-mix(in srgb, var(--high) {5 * k}%, var(--low)); }}\n"
     hashes = [base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in (style, script)]
@@ -241,6 +242,8 @@ def parse(argv):
     add("--dataset", action="append", default=[], metavar="FOLDER|CSV|NAME",
         help="the pictures of the data set of this name; may be repeated")
     add("--data-root", metavar="DIR", help="folder of the published data sets (DML_DATA_ROOT, else data/)")
+    add("--models", type=Path, default=Path(__file__).resolve().parent / "models", metavar="DIR",
+        help="has trained/<dataset>/<slug>/fold<k>/ (models/)")
     add("--out", type=Path, default=Path("report.html"), metavar="FILE.html", help="the page (report.html)")
     add("--pictures", type=int, default=300, metavar="N", help="about so many in the gallery, evenly (300)")
     add("--size", type=int, default=112, metavar="PX", help="longer side of a map; pictures twice that (112)")
@@ -269,7 +272,7 @@ def main(argv=None):
     datasets, gaps = {}, [(gap["dataset"], gap["what"]) for gap in tables["missing"] + figures["missing"]]
     for place in folders.find_datasets(args.results):
         name = place.resolve().name
-        datasets[name], broken = folders.find_networks(place, files.ROOT / "models")
+        datasets[name], broken = folders.find_networks(place, args.models)
         folders.check_together(datasets[name])
         gaps += [(name, what) for what in broken]
     networks = [{**network, "dataset": name} for name, several in datasets.items() for network in several]

@@ -18,13 +18,13 @@ other noise.
 
 The paper says: absolute value of the averaged gradient, then the mean over channels (--order paper). Its
 code: mean over channels, absolute value of every copy, then the sum (--order released). The maps differ
-(README).
+(docs/saliency.md).
 """
 if __name__ == "__main__":  # before torch is imported: Ctrl-C ends in one line from here on
     import sys
     try:
         from dml_common import command
-    except ModuleNotFoundError:
+    except ImportError:
         print("saliency.py: the command needs the folder dml_common/ beside it; copy that too",
               file=sys.stderr)
         sys.exit(2)
@@ -252,7 +252,8 @@ def fold_batchnorm(network, picture):
                 if isinstance(module, nn.Conv2d) and count[id(module)] == 1}
         for name, module, given, _, versions in calls:
             source = made.get((id(given), versions[0]))
-            if isinstance(module, nn.BatchNorm2d) and count[id(module)] == 1 and source:
+            normed = isinstance(module, nn.BatchNorm2d) and module.running_mean is not None
+            if normed and count[id(module)] == 1 and source:
                 replace(folded, source[0], fuse_conv_bn_eval(source[1], module))
                 replace(folded, name, nn.Identity())
         is_tensor = isinstance(expected, torch.Tensor)
@@ -299,9 +300,17 @@ def gradient_break(network, picture):
 
 def prepare(network, example):
     """(network folded, frozen, channels-last; its linear stem or None); example: a picture on its device."""
-    ready = fold_batchnorm(network.to(example.device), example).requires_grad_(False)
-    ready = ready.to(memory_format=torch.channels_last)
-    return ready, linear_stem(ready, example)
+    from dml_common.command import out_of_memory
+
+    try:
+        ready = fold_batchnorm(network.to(example.device), example).requires_grad_(False)
+        ready = ready.to(memory_format=torch.channels_last)
+        return ready, linear_stem(ready, example)
+    except Exception as error:  # whatever a factory's network does with a picture
+        if out_of_memory(error):
+            raise
+        raise ValueError(f"the network fails on a picture {tuple(example.shape[1:])}: "
+                         f"{type(error).__name__}: {error}") from None
 
 
 def baseline_of(pixels, kind):
@@ -545,8 +554,9 @@ def make_gallery(jobs, args):
             one = np.asarray(one.resize(pixels.shape[1::-1], Image.Resampling.BILINEAR))
             cells += [] if cells else [pixels]
             cells.append(heat(one, pixels if args.overlay else None))
-    one_fold = len({job.spec["fold"] for job in jobs}) == 1
-    names = [(job.spec["loss"] if one_fold else None) or job.spec["name"] for job in jobs]
+    names = [job.spec["name"] for job in jobs]
+    if len({job.spec["fold"] for job in jobs}) == 1:
+        names = [job.spec["loss"] or job.spec["name"] for job in jobs]
     for page, start in enumerate(range(0, len(columns), 8), 1):
         png, titles = io.BytesIO(), list(columns)[start:start + 8]
         draw_gallery([columns[title] for title in titles], ["Picture", *names], titles).save(png, "PNG")
@@ -626,6 +636,8 @@ def main(argv=None):
             raise ValueError(f"--gallery: folds {', '.join(map(str, folds))} are analysed on different "
                              "pictures; give one --fold")
         dataset = jobs[0].dataset
+        if args.gallery.suffix.lower() != ".png":
+            raise ValueError(f"--gallery {args.gallery}: expected a name ending in .png")
         files.check_output(args.gallery, [*dataset.paths, dataset.folder / "props.csv", jobs[0].path])
 
     def alike(job):  # jobs that share their passes

@@ -18,7 +18,7 @@ if __name__ == "__main__":  # from here on Ctrl-C ends in one line
     import sys
     try:
         from dml_common import command
-    except ModuleNotFoundError:
+    except ImportError:
         print("tables.py: the command needs the folder dml_common/ beside it; copy that too", file=sys.stderr)
         sys.exit(2)
     command.begin()
@@ -27,7 +27,6 @@ import json
 import math
 import platform
 import re
-import sys
 import textwrap
 from importlib.metadata import version
 from pathlib import Path
@@ -463,6 +462,8 @@ def to_markdown(content):
 
 def latex_template():
     """templates/table.tex, or None where it or jinja2 (which torch brings) is missing."""
+    from dml_common import command
+
     try:
         import jinja2
         environment = jinja2.Environment(
@@ -471,8 +472,11 @@ def latex_template():
             lstrip_blocks=True)
         environment.filters["latex"] = latex
         return environment.from_string((HERE / "templates" / "table.tex").read_text(encoding="utf-8"))
-    except (ImportError, OSError) as error:
-        print(f"tables.py: no .tex files: {error} (pip install jinja2)", file=sys.stderr)
+    except ImportError:
+        command.say("no .tex files: jinja2 is not installed (pip install jinja2)")
+    except OSError:
+        command.say(f"no .tex files: no {HERE / 'templates' / 'table.tex'}; copy the folder templates/ too")
+    return None
 
 
 def show(content):
@@ -534,21 +538,8 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-def check_folder(out, folders):
-    """Make the folder of the tables. Raises ValueError when it is one of the results' or can't be written."""
-    from dml_common import files
-
-    if out.resolve() in [folder.resolve() for folder in folders]:
-        raise ValueError(f"--out {out} is a folder of results; writing there could destroy them: choose "
-                         "another")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; give a folder")
-    out.mkdir(parents=True, exist_ok=True)
-    files.check_output(out / "tables.json")
-
-
 def main(argv=None):
-    from dml_common import results
+    from dml_common import folders, results
 
     args = parse(argv)
     if args.results is None and not args.published:
@@ -567,7 +558,8 @@ def main(argv=None):
                          "one's folder")
     out = args.out or Path("tables")
     if args.out or not args.published:
-        check_folder(out, [*filter(None, [args.results]), *(one.folder for one in everything)])
+        inputs = [*filter(None, [args.results]), *(one.folder for one in everything)]
+        folders.make_folder(out, "tables.json", inputs)
     for content in contents:
         if args.published or re.match("nrprec_tests|(correlation|corrected)_by_type|pairs_(?!tests)",
                                       content["name"]):

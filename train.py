@@ -25,7 +25,7 @@ if __name__ == "__main__":  # before torch is imported: Ctrl-C ends in one line 
     import sys
     try:
         from dml_common import command
-    except ModuleNotFoundError:
+    except ImportError:
         print("train.py: the command needs the folder dml_common/ beside it; copy that too", file=sys.stderr)
         sys.exit(2)
     command.begin()
@@ -150,26 +150,40 @@ def augment(image, size, rng, scale=(1 / 8, 1), ratio=(3 / 4, 4 / 3)):
 
 
 def make_loss(row, classes, dimension):
-    """A row of losses.csv -> (criterion, miner or None, its parameters); proxies by torch's generator."""
+    """A row of losses.csv -> (criterion, miner or None, its parameters); proxies by torch's generator.
+
+    Its class is one of pytorch-metric-learning, or package.module:Class. ValueError where it can't be made.
+    """
+    if ":" in row["class"]:
+        from dml_common.losses import OwnLoss
+        own = OwnLoss(row["class"], classes, dimension)
+        return own, None, {"class": row["class"], **own.given}
     try:
         from pytorch_metric_learning import distances, losses, miners
     except ImportError:
         raise ValueError("training needs pytorch-metric-learning: pip install '.[train]'") from None
     known = {"classes": classes, "dimension": dimension, "True": True}
 
-    def make(library, name, settings):
+    def make(library, base, name, settings=""):
         parameters, objects = {}, {}
-        for key, value in (setting.split("=") for setting in settings.split()):
-            if value.endswith("Distance"):
-                parameters[key], objects[key] = value, getattr(distances, value)()
-            else:
-                parameters[key] = known[value] if value in known else json.loads(value)
-        return getattr(library, name)(**{**parameters, **objects}), {"class": name, **parameters}
+        try:
+            for key, value in (setting.split("=") for setting in settings.split()):
+                if value[0].isupper() and value not in known:
+                    parameters[key], objects[key] = value, getattr(distances, value)()
+                else:
+                    parameters[key] = known[value] if value in known else json.loads(value)
+            kind = getattr(library, name)
+            if not issubclass(kind, base):
+                raise TypeError(f"expected a kind of {base.__name__}")
+            return kind(**{**parameters, **objects}), {"class": name, **parameters}
+        except (AttributeError, TypeError, ValueError, AssertionError) as error:
+            raise ValueError(f"loss {row['name']}: {name} {settings}: {error}; expected a class of "
+                             "pytorch-metric-learning and key=value with JSON values") from None
 
-    criterion, parameters = make(losses, row["class"], row["parameters"])
+    criterion, parameters = make(losses, losses.BaseMetricLossFunction, row["class"], row["parameters"])
     if not row["miner"]:
         return criterion, None, parameters
-    miner, parameters["miner"] = make(miners, *row["miner"].split(maxsplit=1))
+    miner, parameters["miner"] = make(miners, miners.BaseMiner, *row["miner"].split(maxsplit=1))
     return criterion, miner, parameters
 
 
@@ -270,39 +284,14 @@ def feed_pictures(paths, preprocessing, device, workers, seed):
     return feed
 
 
-def frozen_features(trunk, width, config, dataset, args, device, home):
-    """The trunk's output (n, width): features.npy, made by all processes together; beside it trunk.pth."""
-    from dml_common import files, networks, pictures, rowfile
-
-    def load(path):
-        return pictures.load_pixels(path, config["preprocessing"])
-
-    def stack(pixels):
-        return networks.to_input(torch.from_numpy(np.stack(pixels)).to(device), config["preprocessing"])
-
-    def compute(which, rows, batch):
-        with torch.inference_mode(), autocast(batch, args.precision):
-            return [trunk(batch).float().cpu().numpy()]
-
-    about = {**{key: config[key] for key in ("dataset", "backbone", "preprocessing")},
-             "checkpoint_sha256": config["weights_sha256"], "precision": args.precision,
-             "pictures": config["split"]["pictures"],
-             "bytes": sum(path.stat().st_size for path in dataset.paths)}  # of pictures made anew, too
-    rows, path, state = range(len(dataset.paths)), home / "features.npy", on_cpu(trunk)
-    trunk.to(device)
-    job = rowfile.Job({"name": "features"}, dataset, rows, path, about, home)
-    rowfile.fill([job], [(width,)], np.float32, load, stack, compute, 32, rowfile.BLOCK, args, "pictures")
-    networks.write_state(home / "trunk.pth", state)
-    return np.array(files.read_array(path))
-
-
-def feed_features(features, device):
-    """The same from a frozen trunk's features (n, f)."""
-    features = torch.from_numpy(features).to(device)
-
+def feed_features(features, device, seed=0):
+    """The same from features (n, 1 or 2, …): of pictures and, for half of the training, of mirrored ones."""
     def feed(batches, epoch=None):
         for rows in batches:
-            yield rows, features[torch.from_numpy(rows).to(device)]
+            side = [0] * len(rows)
+            if epoch is not None and features.shape[1] > 1:
+                side = [np.random.default_rng([seed, epoch, row]).integers(2) for row in rows]
+            yield rows, torch.from_numpy(features[rows, side]).to(device)
 
     return feed
 
@@ -363,7 +352,8 @@ class Run:
             raise Diverged(f"epoch {self.epoch}: an embedding is no number")
         if self.team[0] > 0:
             return
-        if self.criterion and (self.known[part] or "num_classes" not in self.row["parameters"]):
+        proxies = {"classes", "num_classes"} & {*(self.config["loss_parameters"] or ())}
+        if self.criterion and (self.known[part] or not proxies):
             rng = np.random.default_rng([options["seed"], self.config["fold"]])
             batches = epoch_batches(codes, options["batch"], options["per_class"], rng)
             labels = torch.from_numpy(codes).to(x.device)
@@ -505,17 +495,19 @@ class Run:
             path.unlink(missing_ok=True)
 
     def write_network(self):
-        from dml_common.networks import write_state
+        from dml_common.networks import read_state, write_state
         state, trunk = on_cpu(self.network), self.folder / "trunk_best.pth"
+        common = self.folder.parent.parent / "trunk.pth"
         if self.config["frozen_trunk"]:  # one file: other scripts see the same bytes and share its work
-            common = self.folder.parent.parent / "trunk.pth"
             trunk.unlink(missing_ok=True)
             try:
                 os.link(common, trunk)
             except OSError:
                 shutil.copyfile(common, trunk)
         else:
-            write_state(trunk, {name[2:]: value for name, value in state.items() if name.startswith("0.")})
+            whole = read_state(common) if "train_from" in self.config else {}
+            whole.update({name[2:]: value for name, value in state.items() if name.startswith("0.")})
+            write_state(trunk, whole)
             state = {name[2:]: value for name, value in state.items() if name.startswith("1.")}
         write_state(self.folder / "embedder_best.pth", state)
 
@@ -558,7 +550,10 @@ def parse(argv):
     add("--data-root", metavar="DIR", help="folder of the published data sets (DML_DATA_ROOT, else data/)")
     add("--labels", type=Path, metavar="FILE.csv", help="a row for each picture (the data set's own classes)")
     add("--label", help="makes pictures alike: class, super_class or a column of the table (class; model)")
-    add("--loss", default="Normalized Softmax", help="of models/losses.csv, with commas; all (%(default)s)")
+    add("--loss", default="Normalized Softmax", help="of models/losses.csv or --losses, with commas; "
+        "package.module:Class; all; None (%(default)s)")
+    add("--type", choices=["ranking", "classification"], help="of a loss package.module:Class (other)")
+    add("--losses", type=Path, metavar="FILE.csv", help="more losses, as in models/losses.csv")
     add("--fold", default="0", help="0, 1, 2, 3, several with commas, or all (%(default)s)")
     add("--split", choices=["default", "random", "pictures", "folds"], help="see above (default, "
         "or pictures by a label other than class and super_class)")
@@ -567,6 +562,9 @@ def parse(argv):
     add("--weights", metavar="FILE", help="ImageNet weights of the backbone (torch's hub cache)")
     add("--dim", type=int, default=64, metavar="M", help="dimension of the embedding (%(default)s)")
     add("--freeze-trunk", action="store_true", help="train the linear layer alone, on features computed once")
+    add("--train-from", metavar="BLOCK", help="train the network from this module on; what comes before is "
+        "computed once, of each picture and its mirror image: no crops")
+    add("--input-size", type=int, metavar="N", help="side of the input; resize and crop in proportion")
     add("--epochs", type=int, default=20, metavar="N", help="(%(default)s)")
     add("--lr", type=float, metavar="X", help="learning rate of the network (1e-4; with --freeze-trunk 1e-3)")
     add("--loss-lr", type=float, default=0.01, metavar="X", help="of the loss's own parameters (%(default)s)")
@@ -584,27 +582,32 @@ def parse(argv):
     parser.set_defaults(skip_unreadable=None)
     args = parser.parse_args(argv)
     least = {"epochs": 1, "dim": 1, "per_class": 2, "batch": 2 * args.per_class, "seed": 0, "train_sample": 0,
-             "workers": 1}  # a batch has two classes or more: losses and miners compare them
+             "workers": 1, "input_size": 1}  # a batch has two classes or more: losses and miners compare them
     for name, number in least.items():
         command.at_least(name.replace("_", "-"), getattr(args, name), number)
     for name in ("lr", "loss_lr", "scale", "weight_decay"):
         value = getattr(args, name)
         if value is not None and not (0 < value < math.inf or (name == "weight_decay" and value == 0)):
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected a positive number")
+    if args.freeze_trunk and args.train_from:
+        raise ValueError("--freeze-trunk trains none of the trunk, --train-from a part: give one of them")
     return args
 
 
 def plan(args, dataset, device):
     """The runs asked for, each with its config.json, and the network that they begin with."""
-    from dml_common import command, networks, pictures
+    from dml_common import command, losses, networks, pictures
     labels, label = pictures.labels_of(dataset, args.labels, args.label, notes := [])
     for note in [*dataset.notes, *notes]:
         command.say(note)
     kind = args.split or ("default" if label in ("class", "super_class") else "pictures")
     rows, parts, runs, published = [], {}, [], None
-    for name in args.loss.split(","):
-        chosen = networks.wanted_losses(name.strip(), None, args.models)
-        rows += [row for row in chosen if row not in rows and (row["class"] or name.strip() != "all")]
+    more = losses.read(args.losses) if args.losses else []
+    for name in map(str.strip, args.loss.split(",")):
+        if ":" in name:
+            more.append(losses.own(name, args.type))
+        chosen = networks.wanted_losses(name, None, args.models, more)
+        rows += [row for row in chosen if row not in rows and (row["class"] or name != "all")]
     for fold in networks.wanted_folds(args.fold, rows[0], "", args.models):
         train, validation, test = split_rows(labels, kind, fold, args.seed)
         scored = train
@@ -614,10 +617,14 @@ def plan(args, dataset, device):
             refuse_without_pairs(labels[scored], f"--train-sample {args.train_sample} of fold {fold}")
         parts[fold] = {"train": train, "scored": scored, "validation": validation, "test": test}
     network = networks.load(networks.find(model=args.model, weights=args.weights)[0])
+    if args.input_size:
+        preprocessing = pictures.resized(network.preprocessing, args.input_size)
+        network = network._replace(preprocessing=preprocessing)
     options = {name: getattr(args, name) for name in OPTIONS}
     options["lr"] = args.lr or LR[args.freeze_trunk]
     if args.dataset in pictures.PUBLISHED:
         published = pictures.open_dataset(args.dataset, args.data_root, "test").relative
+    cut_at = {"train_from": args.train_from} if args.train_from else {}
     listed = {"number": len(labels), "sha256": pictures.pictures_sha256(dataset.relative)}
     digest = hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest()
     for row, fold in product(rows, parts):
@@ -628,9 +635,13 @@ def plan(args, dataset, device):
             split["test"] = test.tolist()
         parameters = library = None
         if row["class"]:
-            if row["class"] == "NormalizedSoftmaxLoss":
+            classes = len(np.unique(labels[train]))
+            if row["slug"] == "normalized_softmax":
                 row = {**row, "parameters": f"{row['parameters']} temperature={1 / args.scale}"}
-            parameters = make_loss(row, len(np.unique(labels[train])), args.dim)[2]
+            criterion, miner, parameters = make_loss(row, classes, args.dim)
+            if ":" in row["class"]:  # what is wrong with it is said before the work
+                x = torch.randn(8, args.dim, requires_grad=True)
+                criterion(x, torch.arange(8) // 2 % classes).backward()
             library = metadata.version("pytorch-metric-learning")
         versions = {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__,
                     "pytorch_metric_learning": library, "device": str(device),
@@ -638,7 +649,7 @@ def plan(args, dataset, device):
         config = {
             "dataset": dataset.name, "loss": row["name"], "type": row["type"], "fold": fold,
             "backbone": args.model, "dimension": args.dim, "distance": row["distance"],
-            "preprocessing": network.preprocessing, "frozen_trunk": args.freeze_trunk,
+            "preprocessing": network.preprocessing, "frozen_trunk": args.freeze_trunk, **cut_at,
             "weights_sha256": network.checkpoint_sha256, "loss_parameters": parameters, "split": split,
             "options": options, "versions": versions}
         folder = args.models / "trained" / dataset.name / row["slug"] / f"fold{fold}"
@@ -669,9 +680,10 @@ def work(mine, trunk, width, feed, device, team, bar):
 
 
 def main(argv=None):
-    from dml_common import command, networks, pictures
+    from dml_common import command, cut, networks, pictures
     args = parse(argv)
-    if importlib.util.find_spec("pairs") is None:
+    found = importlib.util.find_spec("pairs")
+    if found is None or found.origin is None:  # a folder of that name has no origin
         raise ValueError("the scores are those of pairs.py; copy that too, beside train.py")
     device, (rank, ranks) = command.torch_device(args.device, args.precision), command.my_share()
     dataset = pictures.open_dataset(args.dataset, args.data_root, "all")
@@ -688,11 +700,16 @@ def main(argv=None):
         trunk, width, start = network.module, networks.features_of(network), time.perf_counter()
         workers = args.workers or min(16, command.available_cpus())
         feed = feed_pictures(dataset.paths, network.preprocessing, device, workers, args.seed)
-        if args.freeze_trunk:
-            home = todo[0].folder.parent.parent
-            features = frozen_features(trunk, width, todo[0].config, dataset, args, device, home)
-            feed, trunk = feed_features(features, device), None
-            if device.type == "cpu":
+        if args.freeze_trunk or args.train_from:
+            home, head, tail, shape = todo[0].folder.parent.parent, trunk, None, (width,)
+            if args.train_from:
+                size = (3, *pictures.input_size(network.preprocessing))
+                head, tail = cut.cut(trunk, args.train_from, size)
+                shape = (2, *head(torch.zeros(1, *size)).shape[1:])
+            features = cut.cached(head, shape, trunk, todo[0].config, dataset, args, device, home)
+            features = features if tail else np.array(features)[:, None]
+            feed, trunk = feed_features(features, device, args.seed), tail
+            if device.type == "cpu" and args.freeze_trunk:
                 torch.set_num_threads(1)  # for matrices this small a second thread costs more than it saves
         mine, team = todo, (rank, ranks)
         if args.freeze_trunk or not together:  # shares of all runs: processes agree whenever they start
@@ -700,7 +717,7 @@ def main(argv=None):
         with command.bar(len(mine) * args.epochs, "training", " epochs") as bar:
             bar.disable |= rank > 0
             work(mine, trunk, width, feed, device, team, bar)
-        if not args.freeze_trunk and rank == 0:
+        if rank == 0 and not (args.freeze_trunk or args.train_from):
             took = time.perf_counter() - start
             command.say(f"waited for pictures {feed.waited:.1f} of {took:.1f} s ({feed.waited / took:.1%})")
     if together:

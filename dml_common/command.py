@@ -293,7 +293,9 @@ def import_figures():
     try:
         import figures
     except ModuleNotFoundError as error:
-        if error.name == "figures":
-            raise ValueError("--figure is drawn by figures.py, which is not here; copy it too") from None
-        raise ValueError(f"--figure needs {error.name}: pip install '.[report]'") from None
+        if error.name != "figures":
+            raise ValueError(f"--figure needs {error.name}: pip install '.[report]'") from None
+        figures = None
+    if getattr(figures, "__file__", None) is None:  # not there, or a folder of that name was imported
+        raise ValueError("--figure is drawn by figures.py, which is not here; copy it too")
     return figures

@@ -26,7 +26,10 @@ ARRAY, TABLE = "a .npy file saved with numpy.save", "a CSV file with a header li
 def losses():
     """models/losses.csv: dicts of name, slug, year, type, distance, each data set's published folder, and
     what train.py takes from pytorch-metric-learning: class, parameters, miner."""
-    with open(ROOT / "models" / "losses.csv", newline="", encoding="utf-8") as file:
+    path = ROOT / "models" / "losses.csv"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: copy models/losses.csv too, beside the scripts")
+    with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

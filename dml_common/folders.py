@@ -185,6 +185,23 @@ def picture_names(about, n, dataset=None):
     return files.listed_names(about, n, lists)
 
 
+def make_folder(out, name, inputs=()):
+    """Make the folder of an output, in which a file of this name is written last.
+
+    Raises ValueError when it is one of the results' folders (inputs) or can't be written to.
+    """
+    if out.resolve() in [folder.resolve() for folder in inputs]:
+        raise ValueError(f"--out {out} is a folder of results; writing there could destroy them: choose "
+                         "another")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; give a folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out} can't be made ({error.strerror}); choose another folder") from None
+    files.check_output(out / name)
+
+
 def read_properties(folder, networks):
     """{property: its values} of the props.csv of the data set and of its folds (one network's of each)."""
     paths = [network["folder"] / "props.csv" for network in networks]

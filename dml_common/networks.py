@@ -132,9 +132,9 @@ def trained_specs(dataset, loss, fold, weights, seed, folder):
     return specs
 
 
-def wanted_losses(loss, dataset, folder):
-    """Rows of losses.csv, and rows for networks of train.py whose loss is not in it."""
-    rows, trained = losses(), Path(folder) / "trained" / str(dataset)
+def wanted_losses(loss, dataset, folder, more=()):
+    """Rows of losses.csv, more of that kind, and rows for networks of train.py whose loss is in neither."""
+    rows, trained = [*losses(), *more], Path(folder) / "trained" / str(dataset)
     slugs = {row["slug"] for row in rows}
     others = [path.name for path in trained.iterdir() if path.is_dir()] if trained.is_dir() else []
     rows += [foreign_row(name) for name in sorted(set(others) - slugs)]
@@ -143,6 +143,7 @@ def wanted_losses(loss, dataset, folder):
     known = {name.casefold(): row for row in rows for name in (row["slug"], row["name"])}
     chosen = {}
     for name in map(str.strip, loss.split(",")):
+        name = slug(name) if ":" in name else name
         if name.casefold() not in known:
             near = difflib.get_close_matches(name.casefold(), known, n=3, cutoff=0.4)
             names = dict.fromkeys(known[key]["name"] for key in near or known)
@@ -235,6 +236,8 @@ def files_spec(place, files, note, row, fold):
         name = config.get("loss") or place.resolve().name
         row = {**foreign_row(name), "slug": slug(name), "type": config.get("type")}
         settings["loss"] = config.get("loss")
+    elif row["type"] is None:  # a loss of one's own
+        row = {**row, "name": config.get("loss") or row["name"], "type": config.get("type")}
     return make_spec(row, fold, distance=config.get("distance") or row["distance"], **settings)
 
 
@@ -431,14 +434,20 @@ def as_from_here():
         sys.path[:] = path if here in path else [*path, here]  # for what their code imports when it runs
 
 
+def imported(name):
+    """What package.module:name names, found in the current folder first."""
+    module, _, attribute = name.partition(":")
+    with as_from_here():
+        return getattr(importlib.import_module(module), attribute)
+
+
 def from_factory(name):
     """Call package.module:factory, found in the current folder first."""
-    module, _, function = name.partition(":")
     done = "imported"
     try:
+        factory = imported(name)
+        done = "called"
         with as_from_here():
-            factory = getattr(importlib.import_module(module), function)
-            done = "called"
             network = factory()
     except (Exception, SystemExit) as error:  # whatever the user's module raises
         raise ValueError(f"{name}: can't be {done} ({type(error).__name__}: {error}); expected "

@@ -519,6 +519,18 @@ def input_size(preprocessing):
     return tuple(preprocessing["resize"])
 
 
+def resized(preprocessing, side):
+    """The same for inputs whose shorter side has `side` pixels: resize and crop in proportion."""
+    factor = side / min(input_size(preprocessing))
+
+    def scale(value):
+        if isinstance(value, list):
+            return [scale(one) for one in value]
+        return value and max(1, round(value * factor))
+
+    return {**preprocessing, **{key: scale(preprocessing[key]) for key in ("resize", "crop")}}
+
+
 def load_mask(path, preprocessing=None, size=None):
     """Read a mask through its picture's geometry, nearest neighbour: bool (H, W), True on the object.
 

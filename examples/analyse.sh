@@ -89,6 +89,6 @@ step "figures" \
     python figures.py "$results" --models "$models" --dataset "$dataset" --out "$results/figures"
 step "report" \
     python report.py "$results" --tables "$results/tables" --figures "$results/figures" --dataset "$dataset" \
-    --out "$results/report.html"
+    --models "$models" --out "$results/report.html"
 echo
 cat "$results"/log/10-report.txt

@@ -152,6 +152,7 @@ def test_figures_are_drawn_by_figures(folder, script, arguments):
     pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
     shutil.copy(ROOT / f"{script}.py", folder)
     shutil.copytree(ROOT / "dml_common", folder / "dml_common")
+    (folder / "figures").mkdir()  # a folder of figures is no figures.py
     done = run(folder, f"{script}.py", *arguments)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "figures.py" in done.stderr
     shutil.copy(ROOT / "figures.py", folder)

@@ -621,3 +621,19 @@ def test_cars_draw_more_than_their_area(renders, tmp_path):
     geometry, maps = about(tmp_path / "maps.json")["preprocessing"], load(tmp_path / "maps.npy")
     masks = [pictures_of.load_mask(renders / "masks" / f"{i:06d}.png", geometry) for i in range(6)]
     assert (maps * masks).sum() / maps.sum() > 1.3 * np.mean(masks)
+
+
+def test_batch_norms_without_statistics_stay_as_they_are():
+    norm = nn.BatchNorm2d(4, track_running_stats=False)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Flatten()).eval()
+    picture = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(saliency.fold_batchnorm(network, picture)(picture), network(picture))
+
+
+def test_whatever_a_network_raises_ends_in_one_line():
+    class Broken(nn.Module):
+        def forward(self, pictures):
+            return {}["no such key"]
+
+    with pytest.raises(ValueError, match=r"fails on a picture \(3, 8, 8\): KeyError: 'no such key'"):
+        saliency.prepare(Broken(), torch.rand(1, 3, 8, 8))
