@@ -126,7 +126,7 @@ def test_one_command_started_three_times_is_one(tmp_path, option, apart, killed)
     path = tmp_path / "a.npy"
     processes = []
     for _ in range(3):
-        processes.append(writer(path, pause=0.02, option=option))
+        processes.append(writer(path, pause=0.06, option=option))
         time.sleep(apart)
     if killed:
         processes[0].stdout.readline()
