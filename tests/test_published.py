@@ -140,7 +140,7 @@ def test_a_published_data_set_from_its_archives_to_the_page(home, run_script, da
         return done.stdout
 
     chosen = ["--dataset", dataset, *folders]
-    maps = ["--samples", 2, "--limit", 6, "--map-size", 28, "--shared-noise", "--out", "results"]
+    maps = ["--samples", 1, "--limit", 3, "--map-size", 28, "--shared-noise", "--out", "results"]
     run("saliency.py", *chosen, *maps, "--ceiling")
     run("embed.py", *chosen, "--out", "results")
     embeddings = sorted(results.glob("*/fold*/emb.npy"))
@@ -168,7 +168,7 @@ def test_a_published_data_set_from_its_archives_to_the_page(home, run_script, da
     drawn = {one["name"].removesuffix(f"_{dataset}") for one in figures["figures"]}
     assert drawn >= {"profile", "correlation", "gallery", "pairs"}, figures["missing"]
     page = (results / "report.html").read_text()
-    assert len(re.findall(r"data:image/(?:webp|png|jpeg)", page)) >= 6  # pictures, not maps alone
+    assert len(re.findall(r"data:image/(?:webp|png|jpeg)", page)) > 3  # pictures, not maps alone
     assert "Traceback" not in page
 
 
