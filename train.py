@@ -446,8 +446,8 @@ class Run:
 
     def progress(self):
         """"finished", "diverged", "begun" or None: what is there. ValueError where it was made otherwise."""
-        from dml_common import networks, rowfile
-        there = networks.read_config(self.folder / "config.json")
+        from dml_common import files, rowfile
+        there = files.read_sidecar(self.folder / "config.json")
         finished, diverged = (self.folder / "embedder_best.pth").exists(), there.get("diverged")
         if not (finished or diverged or (self.folder / "checkpoint.pth").exists()):
             return None

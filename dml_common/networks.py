@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dml_common.files import GEOMETRY, ROOT, check_input, losses, mismatch, read_json, write_file
+from dml_common.files import GEOMETRY, ROOT, check_input, losses, mismatch, read_sidecar, write_file
 from dml_common.files import files_digest as files_sha256
 from dml_common.pictures import black_picture
 
@@ -226,7 +226,7 @@ def checkpoint_spec(place, loss, fold):
 
 def files_spec(place, files, note, row, fold):
     """The network of these files; what losses.csv (row) does not say of it, its config.json may."""
-    config = read_config(place / "config.json")
+    config = read_sidecar(place / "config.json")  # of train.py, or {}
     backbone = config.get("backbone", "bninception")
     if backbone not in PREPROCESSING and ":" not in backbone:
         raise ValueError(f"{place / 'config.json'}: unknown backbone {backbone!r}; expected "
@@ -239,11 +239,6 @@ def files_spec(place, files, note, row, fold):
     elif row["type"] is None:  # a loss of one's own
         row = {**row, "name": config.get("loss") or row["name"], "type": config.get("type")}
     return make_spec(row, fold, distance=config.get("distance") or row["distance"], **settings)
-
-
-def read_config(path):
-    """config.json of a network that train.py made: backbone, dimension, preprocessing, distance; or {}."""
-    return read_json(path) if os.path.lexists(path) else {}
 
 
 def checkpoint_files(place):
