@@ -2,7 +2,8 @@
 
 Input:  maps.npy files of saliency.py (or any arrays (n, H, W) in [0, 1]), two or more, of the same pictures
 Output: compare.csv    model_a,fold_a,model_b,fold_b,n,left_out,correlation,correlation_std,correlation_low,
-                       correlation_high,jsd,jsd_std,ceiling,corrected: one row a pair
+                       correlation_high,jsd,jsd_std,ceiling,corrected,order,samples: one row a pair (order and
+                       samples are the maps', empty where the two differ); jsd_nats with --as-published
         masks.csv      (--masks) share of saliency inside the object, its chance level, the pointing game
         embeddings.csv (--embeddings) linear CKA (unbiased; the biased one beside it) and common neighbours of
                        the emb.npy beside the maps
@@ -44,7 +45,7 @@ MASK_COLUMNS = ("share", "area", "other", "excess", "pointing", "pointing_other"
 PAIR = ["model_a", "fold_a", "model_b", "fold_b", "n"]
 HEADERS = {
     "compare": [*PAIR, "left_out", "correlation", "correlation_std", "correlation_low", "correlation_high",
-                "jsd", "jsd_std", "ceiling", "corrected"],
+                "jsd", "jsd_std", "ceiling", "corrected", "order", "samples"],
     "masks": ["model", "fold", "measure", "n", "left_out", "mean", "std", "low", "high"],
     "embeddings": [*PAIR, "cka", "cka_low", "cka_high", "cka_biased", "overlap", "overlap_low",
                    "overlap_high", "overlap_chance"]}
@@ -298,6 +299,9 @@ class Network(NamedTuple):
     noise: list  # where two networks' are equal their pictures' noisy copies are
     second: "Network | None"  # maps_ceiling.npy: with other noise
 
+    def option(self, name):
+        return self.record["options"].get(name)
+
 
 def open_maps(path):
     from dml_common import files
@@ -443,8 +447,12 @@ def compare_networks(networks, groups, number, args):
                 if a.second and b.second and (crossed or not same):
                     ceiling = attenuation(reliability[a.path], reliability[b.path])
                     corrected = values[0] / ceiling if ceiling > 0 else np.nan
+                made = [a.option(name) if a.option(name) == b.option(name) else None
+                        for name in ("order", "samples")]
                 rows.append([a.model, a.fold, b.model, b.fold, int(n), a.shape[0] - int(n),
-                             *blank([*values, ceiling, corrected])])
+                             *blank([*values, ceiling, corrected]), *made])
+                if args.as_published:
+                    rows[-1].append(rows[-1][10] and rows[-1][10] * math.log(2))
             crossings, alike = crossings + (sum(shared) if crossed else 0), alike + sum(shared)
     command.say(f"pairs that share their noise, which raises r: {alike} of {len(rows)}, {crossings} of them "
                 "compared across second maps; networks without second maps, and so without a ceiling: "
@@ -542,7 +550,8 @@ def agreement_table(rows, repeats):
 def show(header, rows, most=20):
     """The first rows on stdout."""
     from dml_common import command
-    columns = [k for k, name in enumerate(header) if "std" not in name and name != "left_out"]
+    hidden = {"correlation_std", "jsd_std", "std", "left_out", "order", "samples"}
+    columns = [k for k, name in enumerate(header) if name not in hidden]
     cells = [[header[k].replace("correlation", "r") for k in columns]]
     for row in rows[:most]:
         values = ["" if row[k] is None else row[k] for k in columns]
@@ -566,6 +575,8 @@ def parse(argv):
         "(results/NAME/compare.csv with --dataset alone, else compare.csv)")
     add("--fold", type=int, metavar="K", help="only networks of this fold (fold k with fold k, for every k)")
     add("--all-folds", action="store_true", help="also pairs of two folds of one loss")
+    add("--as-published", action="store_true", help="as Tables 2-4: --fold 0, and JSD with natural logarithms "
+        "in a column jsd_nats")
     add("--per-picture", type=Path, metavar="FILE.npy", help="also r and JSD of every picture, float32 "
         "(n, pairs, 2), pairs as in the table, then each network with its maps_ceiling.npy")
     add("--figure", type=Path, metavar="FILE.png", help="also r as a heat map; diagonal: its second maps")
@@ -576,7 +587,7 @@ def parse(argv):
     add("--replicates", type=int, default=1000, metavar="N", help="of the bootstrap (1000)")
     add("--threads", type=int, default=command.available_cpus(), metavar="N", help="(this process's CPUs)")
     add("--memory-mib", type=int, default=256, metavar="N", help="for the maps read at a time (256)")
-    args = parser.parse_args(argv)
+    args = command.parse_as_published(parser, argv, {"fold": 0, "all_folds": False})
     for name in ("seed", "replicates", "threads", "memory_mib"):
         command.at_least(name.replace("_", "-"), getattr(args, name), int(name != "seed"))
     if not args.maps and not args.dataset:
@@ -607,7 +618,9 @@ def main(argv=None):
     masks = [find_masks(part[0], args) for part in parts.values()] if args.masks else []
     number = max(1, (args.memory_mib << 20) // (8 * len(networks) * math.prod(networks[0].shape[1:])))
 
-    rows = {name: [] for name in tables}
+    rows, headers = {name: [] for name in tables}, dict(HEADERS)
+    if args.as_published:
+        headers["compare"] = [*HEADERS["compare"], "jsd_nats"]
     for part, paths in zip(parts.values(), masks):
         rows["masks"] += mask_rows(part, paths, number, args)
     for group, counts in groups if args.embeddings else []:
@@ -616,8 +629,8 @@ def main(argv=None):
         rows["compare"], repeats = compare_networks(networks, groups, number, args)
     for name in tables:
         if rows[name]:
-            files.write_table(tables[name], HEADERS[name], rows[name])
-            show(HEADERS[name], rows[name])
+            files.write_table(tables[name], headers[name], rows[name])
+            show(headers[name], rows[name])
     if figures and groups:
         models, table = agreement_table(rows["compare"], repeats)
         figure = figures.draw_heat_map(table, models, title="Correlation of saliency maps, per cent")

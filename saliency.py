@@ -404,6 +404,10 @@ def draw_gallery(columns, names, titles, side=168, gap=8):
 
 # ---------------------------------------------------------------- the command
 
+# What --as-published sets: how the maps of the published Tables 2-4 were made.
+PUBLISHED = {"order": "released", "samples": 50, "fold": "0", "noise": 0.15, "percentile": 99.0,
+             "baseline": "black", "antithetic": False, "shared_noise": False, "map_size": None}
+
 
 class Mapper:
     """smoothgrad with the command's options, and half the batch when the device's memory does not suffice."""
@@ -602,9 +606,10 @@ def parse(argv):
     add("--randomise", type=int, nargs="?", const=8, metavar="STEPS",
         help="also sanity.csv: the first 16 maps with ever more layers re-initialised from the top (8 steps)")
     add("--gallery", type=Path, metavar="FILE.png", help="the first 8 pictures or all of --pick: FILE_2 …")
+    add("--as-published", action="store_true", help="as Tables 2-4: --order released --samples 50 --fold 0")
     add("--overlay", action="store_true", help="the maps over the grey pictures")
     add("--batch", type=int, metavar="N", help="copies at a time (10, on a GPU 250; fewer if memory ends)")
-    args = parser.parse_args(argv)
+    args = command.parse_as_published(parser, argv, PUBLISHED)
     for name in ("limit", "randomise", "workers", "map_size"):
         command.at_least(name.replace("_", "-"), getattr(args, name))
     return args

@@ -327,6 +327,23 @@ def test_folds_and_ceilings(place, rng):
     assert folds == ["0", "0", "00", "1", "1", "1", "11", "11", "11"]
 
 
+def test_the_published_settings_and_what_a_row_was_made_with(place, rng):
+    published(place, rng)
+    for path in place.rglob("maps*.json"):
+        options = json.loads(path.read_text())["options"]
+        change(path, options={**options, "order": "released", "samples": 20 if "none" in str(path) else 50})
+    compare.main(["--dataset", "cars196", "--as-published"])
+    rows = read("results/cars196/compare.csv")
+    assert {row["fold_a"] for row in rows} == {"0"}
+    assert [(row["order"], row["samples"]) for row in rows] == [("released", "50")] + [("released", "")] * 2
+    maps = [np.load(f"results/cars196/{slug}/fold0/maps.npy") for slug in ("triplet", "arcface")]
+    nats = np.mean([jensenshannon(*np.reshape(both, (2, -1)).astype(float))**2 for both in zip(*maps)])
+    assert float(rows[0]["jsd_nats"]) == pytest.approx(nats, abs=1e-6)
+    for option in (["--fold", "1"], ["--all-folds"]):
+        with pytest.raises(ValueError, match=f"--as-published means {option[0]} .*leave one out"):
+            compare.main(["--dataset", "cars196", "--as-published", *option])
+
+
 def test_shared_noise_alone_has_no_ceiling(place, rng, capsys):
     published(place, rng, shared=True)
     for path in place.rglob("maps_ceiling.npy"):

@@ -513,6 +513,17 @@ def test_options_reach_the_maps(place):
         assert other.shape == plain.shape and other.max() == 1 and not np.array_equal(other, plain), options
 
 
+def test_as_published_and_what_contradicts_it(place, refused):
+    for options in (["--order", "paper"], ["--samples", "20"], ["--fold", "1"], ["--noise", "0.1"]):
+        said = refused(saliency.main, *OPTIONS[:4], "--as-published", *options, "--out", "maps.npy")
+        assert said == f"--as-published means {options[0]} {saliency.PUBLISHED[options[0][2:]]}, but it is " \
+            f"{options[1]}; leave one out"
+    saliency.main([*OPTIONS[:4], "--as-published", "--limit", "1", "--out", "published.npy"])
+    run("--samples", "50", "--order", "released", "--limit", "1", "--out", "maps.npy")
+    assert about("published.json") == about("maps.json") and about("maps.json")["options"]["samples"] == 50
+    assert np.array_equal(load("published.npy"), load("maps.npy"))
+
+
 def test_gallery_pages_and_overlay(place):
     run("--out", "maps.npy", "--gallery", "g.png", "--pick", ",".join(map(str, range(10))), "--overlay")
     with Image.open("g.png") as one, Image.open("g_2.png") as two:
