@@ -8,6 +8,8 @@ labels.csv lists the pictures, with their classes where the data set has them (n
 
     python embed.py --dataset my_pictures --model efficientnet_lite0 --out emb.npy
     python embed.py --dataset my_pictures --model my_package.networks:resnet --out emb.npy
+    python embed.py --dataset my_pictures --model my_package.networks:resnet --weights mine.pth \
+        --as "My loss" --type ranking --fold 0 --out results
     python embed.py --dataset cars196 --loss all --fold all --out results
     torchrun --nproc-per-node 2 embed.py --dataset cars196 --loss all --fold all --out results
 
@@ -38,7 +40,7 @@ def embed(module, pictures, precision="fp32"):
     """
     with torch.autocast(pictures.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         try:
-            output = module(pictures)
+            output = module(pictures.clone())  # it may write into what it is given
         except Exception as error:  # out of memory; whatever a factory's network does with pictures
             raise ValueError(f"the network fails on {len(pictures)} pictures {tuple(pictures.shape[1:])}: "
                              f"{type(error).__name__}: {error} (a smaller --batch? another preprocessing?)"
@@ -77,9 +79,15 @@ def embed_all(jobs, args, device):
     modules = [networks.load(job.spec, trunks).module.to(device) for job in jobs]
     black = torch.from_numpy(pictures.black_picture(preprocessing))[None].to(device)
     shapes = [embed(module, black).shape[1:] for module in modules]
+    batch = args.batch or batch_size(modules[0], black)
+    own = {job.spec["backbone"]: module for job, module in zip(jobs, modules) if ":" in job.spec["backbone"]}
+    for name, module in own.items():
+        if rowfile.depends_on_batch(lambda batch, own=module: torch.from_numpy(embed(own, batch)), black, name):
+            batch = 1
     shared = Counter(module[0] for module in modules if isinstance(module, torch.nn.Sequential))
 
-    def load(path):
+    def load(row):
+        path = jobs[0].dataset.paths[jobs[0].numbers[row]]
         return pictures.load_pixels(path, preprocessing, args.draft)
 
     def stack(pixels):
@@ -100,7 +108,6 @@ def embed_all(jobs, args, device):
                 raise ValueError(f"{name} gives nan or infinity for {path}; check weights and preprocessing")
             yield values
 
-    batch = args.batch or batch_size(modules[0], black)
     rowfile.fill(jobs, shapes, np.float32, load, stack, compute, batch, rowfile.BLOCK, args, "pictures")
 
 

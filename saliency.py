@@ -42,8 +42,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from scipy.special import stdtrit
 from torch import nn
-from torch.nn.functional import adaptive_avg_pool2d
+from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, interpolate
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # ---------------------------------------------------------------- SmoothGrad
@@ -70,8 +71,8 @@ def smoothgrad(network, pictures, baseline, distance, *, samples=50, noise=0.15,
     stem: the network's first convolution where the picture enters through it alone (linear_stem finds it):
         with order "paper" its backward pass, linear, runs once a picture instead of once a copy
 
-    Returns maps (n, H, W) or (k, n, H, W), of the pictures' dtype, in [0, 1]: zeros where a map is constant
-    (of a picture that equals its constant baseline too: no gradient), nan where a gradient is not finite.
+    Returns maps (n, H, W) or (k, n, H, W), of the pictures' dtype, in [0, 1]: zeros where a map is constant,
+    or the picture is its own baseline (no distance, no gradient), nan where a gradient is not finite.
     Raises ValueError for options out of range, a network without 2-D embeddings or without a gradient.
     """
     check_options(samples, noise, order, percentile, batch)
@@ -96,7 +97,7 @@ def smoothgrad(network, pictures, baseline, distance, *, samples=50, noise=0.15,
             for i in dict.fromkeys(which):
                 first = which.index(i)
                 total[i] = total[i] + sum_copies(gradients[first:first + which.count(i)])
-    nothing = (spans == 0) & (pictures == baseline).flatten(1).all(dim=1)
+    nothing = (pictures == baseline).flatten(1).all(dim=1)  # a picture against itself
     maps = []
     for total in totals:
         if through is not None:
@@ -155,12 +156,12 @@ def noise_seed(seed, name, index):
 def embed(network, pictures, autocast=None):
     """Embeddings (B, m) of pictures (B, C, H, W), in float32 at least. Raises ValueError when not 2-D."""
     with torch.autocast(pictures.device.type, dtype=autocast, enabled=autocast is not None):
-        embeddings = network(pictures)
+        embeddings = network(pictures.clone())  # it may write into what it is given
     if not isinstance(embeddings, torch.Tensor) or embeddings.ndim != 2 or len(embeddings) != len(pictures):
         shape = tuple(embeddings.shape) if isinstance(embeddings, torch.Tensor) else type(embeddings).__name__
         raise ValueError(f"the network returned {shape} for {len(pictures)} pictures; expected embeddings of "
                          f"shape ({len(pictures)}, m): take the output of its last pooled or linear layer")
-    return embeddings if autocast is None else embeddings.float()
+    return embeddings.float() if embeddings.dtype.itemsize < 4 else embeddings
 
 
 def distance_gradients(network, pictures, origins, distances, autocast=None, stem=None):
@@ -221,20 +222,32 @@ def scale_maps(saliency, percentile=99.0):
 def module_calls(network, picture):
     """[(name, module, input, output, versions)] of a picture's forward pass (1, C, H, W), as modules end.
 
-    versions: of the input and output tensors then (they change when something writes into them in place).
+    The last is the network itself, of which a copy of the picture is the input. versions: of the input and
+    output then (they change when something writes into them in place; None of what is no tensor).
     """
     calls, hooks = [], []
     for name, module in network.named_modules():
-        def record(module, given, output, name=name):
-            if given and isinstance(given[0], torch.Tensor) and isinstance(output, torch.Tensor):
-                calls.append((name, module, given[0], output, (given[0]._version, output._version)))
-        hooks.append(module.register_forward_hook(record))
+        def record(module, given, options, output, name=name):
+            given = next(iter([*given, *options.values()]), None)
+            versions = [getattr(one, "_version", None) for one in (given, output)]
+            calls.append((name, module, given, output, versions))
+        hooks.append(module.register_forward_hook(record, with_kwargs=True))
     try:
-        output = network(picture)
+        network(picture.clone())
     finally:
         for hook in hooks:
             hook.remove()
-    return calls, output
+    return calls
+
+
+def copied(network, picture):
+    """A deep copy in eval mode."""
+    try:
+        return copy.deepcopy(network).eval()
+    except RuntimeError:  # of what hooks compute with a gradient (weight_norm): now without one
+        with torch.no_grad():
+            network.eval()(picture.clone())
+        return copy.deepcopy(network)
 
 
 def fold_batchnorm(network, picture):
@@ -243,10 +256,11 @@ def fold_batchnorm(network, picture):
     The pairs are found by following picture (1, C, H, W) through the network; the folded copy must return the
     same embedding (to 1e-4 of its norm), else a copy that is not folded is returned.
     """
-    plain = copy.deepcopy(network).eval()
+    plain = copied(network, picture)
     folded = copy.deepcopy(plain)
     with torch.no_grad():
-        calls, expected = module_calls(folded, picture)
+        calls = module_calls(folded, picture)
+        expected = calls[-1][3]
         count = Counter(id(module) for _, module, *_ in calls)
         made = {(id(output), versions[1]): (name, module) for name, module, _, output, versions in calls
                 if isinstance(module, nn.Conv2d) and count[id(module)] == 1}
@@ -257,7 +271,7 @@ def fold_batchnorm(network, picture):
                 replace(folded, source[0], fuse_conv_bn_eval(source[1], module))
                 replace(folded, name, nn.Identity())
         is_tensor = isinstance(expected, torch.Tensor)
-        same = is_tensor and (folded(picture) - expected).norm() <= 1e-4 * expected.norm()
+        same = is_tensor and (folded(picture.clone()) - expected).norm() <= 1e-4 * expected.norm()
     return folded if same else plain
 
 
@@ -272,8 +286,9 @@ def linear_stem(network, picture):
     Tried out: the gradient through it must be the picture's own.
     """
     with torch.no_grad():
-        calls, output = module_calls(network, picture)
-    stems = [module for _, module, given, *_ in calls if given is picture and isinstance(module, nn.Conv2d)]
+        calls = module_calls(network, picture)
+    *_, entered, output, _ = calls[-1]
+    stems = [module for _, module, given, *_ in calls if given is entered and isinstance(module, nn.Conv2d)]
     if not stems:
         return None
     stem, total = stems[0], [lambda a, b: a.sum(dim=1)]
@@ -288,8 +303,8 @@ def linear_stem(network, picture):
 def gradient_break(network, picture):
     """Where a picture's gradient (1, C, H, W) stops: "inside", "before" or "after layer X"."""
     where, picture = "(no layer can be named)", picture[:1].clone().requires_grad_()
-    for name, module, given, output, _ in module_calls(network, picture)[0]:
-        if any(module.children()):
+    for name, module, given, output, versions in module_calls(network, picture):
+        if any(module.children()) or None in versions:
             continue
         place = "before" if not given.requires_grad else "after" if output.requires_grad else "inside"
         where = f"{place} layer {name} ({type(module).__name__})"
@@ -299,67 +314,153 @@ def gradient_break(network, picture):
 
 
 def prepare(network, example):
-    """(network folded, frozen, channels-last; its linear stem or None); example: a picture on its device."""
+    """(network folded, frozen, channels-last; its linear stem or None); example: a picture on its device.
+
+    What a network does not bear is left out; where it bears nothing it is itself.
+    """
     from dml_common.command import out_of_memory
 
     try:
-        ready = fold_batchnorm(network.to(example.device), example).requires_grad_(False)
-        ready = ready.to(memory_format=torch.channels_last)
-        return ready, linear_stem(ready, example)
+        network = network.to(example.device).eval()
+        with torch.no_grad():
+            expected = embed(network, example)
+        for layout in (torch.channels_last, torch.contiguous_format):  # .view() does not bear the first
+            with contextlib.suppress(Exception):
+                ready = fold_batchnorm(network, example).requires_grad_(False).to(memory_format=layout)
+                stem = linear_stem(ready, example)
+                if (embed(ready, example) - expected).norm() <= 1e-3 * expected.norm():
+                    return ready, stem
     except Exception as error:  # whatever a factory's network does with a picture
         if out_of_memory(error):
             raise
         raise ValueError(f"the network fails on a picture {tuple(example.shape[1:])}: "
                          f"{type(error).__name__}: {error}") from None
+    return network.requires_grad_(False), None
 
 
 def baseline_of(pixels, kind):
-    """A picture's, uint8 (H, W, 3), of a kind: "black", its "mean" colour or its "blur" (side / 16)."""
+    """A picture's, uint8 (H, W, 3), of a kind: "black", its "mean" colour or its "blur" (side / 16; or σ)."""
     if kind == "black":
         return np.zeros_like(pixels)
     if kind == "mean":
         return np.broadcast_to(pixels.mean(axis=(0, 1)).round().astype(np.uint8), pixels.shape)
-    return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(min(pixels.shape[:2]) / 16)))
+    radius = min(pixels.shape[:2]) / 16 if kind == "blur" else kind
+    return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(radius)))
 
 
 # ---------------------------------------------------------------- the sanity check: randomised layers
 
 
 def weighted_layers(network, picture):
-    """Names of the layers with parameters of their own, in the order a picture (1, C, H, W) passes them."""
+    """{layer: names of its parameters}, in the order a picture (1, C, H, W) passes them.
+
+    A layer is a module that is called, and none with parameters inside it is. Below all stands the rest, what
+    belongs to none of them: class tokens, position embeddings, scales of blocks.
+    """
+    parameters = [name for name, _ in network.named_parameters()]
     with torch.no_grad():
-        calls, _ = module_calls(network, picture)
-    return list(dict.fromkeys(name for name, module, *_ in calls if list(module.parameters(recurse=False))))
+        calls = [name for name, *_ in module_calls(network, picture)]
+    inside = {name: [one for one in parameters if one.startswith(name and f"{name}.")] for name in calls}
+    layers, rest = {}, dict.fromkeys(parameters)
+    for name, own in inside.items():  # what ends first is inside of what ends later, if it is inside at all
+        if own and rest.keys() >= set(own) and name:
+            layers[name] = own
+            rest = {one: None for one in rest if one not in own}
+    if not layers:
+        return {"": parameters}
+    named = ", ".join([*rest][:3]) + (", …" if len(rest) > 3 else "")
+    return {f"the rest: {named}": list(rest), **layers} if rest else layers
 
 
 def randomise(network, layers, pictures, seed):
     """A copy of the network with untrained `layers` (Adebayo et al. 2018; cascading for the topmost layers).
 
-    Convolutions and linear layers draw He-normal weights from (seed, layer) alone, biases are 0; batch norms
-    get weight 1 and bias 0 and take their statistics from one pass of pictures (B, C, H, W): with the trained
-    network's, which no longer fit, activations would die or explode. Others use their own reset_parameters.
+    layers: some of weighted_layers. Weights of two dimensions or more are drawn He-normal from (seed, layer)
+    alone, biases are 0, other vectors 1; layers but convolutions and linear ones use their reset_parameters
+    if they have it. Batch norms take their statistics from one pass of pictures (B, C, H, W): with the
+    trained network's, which no longer fit, activations would die or explode.
     """
-    network = copy.deepcopy(network).eval()
-    fresh = []
-    for name in layers:
-        module = network.get_submodule(name)
+    network, fresh = copied(network, pictures[:1]), []
+    for layer, names in layers.items():
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(noise_seed(seed, name, 0))
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.reset_parameters()
-                fresh.append((module, module.momentum))
-                module.train().momentum = 1.0
-            elif isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            torch.manual_seed(noise_seed(seed, layer, 0))
+            for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
+                module = network.get_submodule(owner)
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+                    fresh.append((module, module.momentum))
+                    module.train().momentum = 1.0
+                draw(module)
     with torch.no_grad():
-        network(pictures)
+        network(pictures.clone())
     for module, momentum in fresh:
         module.eval().momentum = momentum
     return network
+
+
+def draw(module):
+    """New values for a module's own parameters."""
+    if hasattr(module, "reset_parameters") and not isinstance(module, (nn.Conv2d, nn.Linear)):
+        return module.reset_parameters()
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.ndim > 1:
+            nn.init.kaiming_normal_(parameter, nonlinearity="relu")
+        else:
+            nn.init.constant_(parameter, 0.0 if "bias" in name else 1.0)
+
+
+# ---------------------------------------------------------------- are the maps faithful?
+
+
+def block_order(saliency_map, size, block=8):
+    """The blocks of a picture of size (H, W), numbered row by row, the most salient first: int64 (blocks,).
+
+    saliency_map: (h, w), stretched to the size; a block counts by its mean, and is cut off at the edge.
+    """
+    stretched = interpolate(saliency_map[None, None], size, mode="bilinear")
+    return avg_pool2d(stretched, block, ceil_mode=True).flatten().argsort(descending=True, stable=True)
+
+
+def replaced_blocks(order, size, steps=20, block=8):
+    """Where the first k / steps of the blocks are, k = 0 … steps: bool (steps + 1, H, W)."""
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device)
+    for axis, side in enumerate(size):
+        rank = rank.view(-(-size[0] // block), -1) if axis == 0 else rank
+        rank = rank.repeat_interleave(block, axis).narrow(axis, 0, side)
+    counts = torch.linspace(0, len(order), steps + 1, device=order.device).round()
+    return rank < counts[:, None, None]
+
+
+@torch.no_grad()
+def faithfulness(network, picture, blurred, orders, distance, *, steps=20, block=8, batch=10, autocast=None):
+    """Areas under the deletion and the insertion curve of each order of a picture's blocks: (orders, 2).
+
+    picture: (C, H, W); blurred: what replaces its blocks in `steps` steps (deletion), or is replaced by them
+    (insertion; Petsiuk et al. 2018); orders: of block_order, or any others. A curve is the distance to the
+    picture's embedding, less the picture's own, as a share of that of the wholly blurred one; its area is the
+    trapezium rule's. A faithful map deletes with a large area and inserts with a small one: a random order
+    has about the same for both. nan where blurring changes nothing.
+    """
+    origin, whole = embed(network, torch.stack([picture, blurred]), autocast)
+    least, most = distance(torch.stack([origin, origin]), torch.stack([origin, whole]))
+    areas = []
+    for order in orders:
+        there = replaced_blocks(order, picture.shape[1:], steps, block)[:, None]  # (steps + 1, 1, H, W)
+        mixed = torch.cat([torch.where(there, blurred, picture), torch.where(there, picture, blurred)])
+        embeddings = torch.cat([embed(network, part, autocast) for part in mixed.split(batch)])
+        values = distance(origin.expand_as(embeddings), embeddings).view(2, -1)  # it is the SNR's anchor
+        areas.append(torch.trapezoid((values - least) / (most - least), dx=1 / steps))
+    return torch.stack(areas).masked_fill(most - least <= 1e-6, torch.nan)
+
+
+def mean_interval(values, level=0.95):
+    """n, mean, standard deviation, and Student's interval of the mean of what is finite in values (n,)."""
+    values = values[np.isfinite(values)]
+    n = len(values)
+    if n < 2:
+        return [n, *values.tolist(), *[None] * (4 - n)]
+    half = stdtrit(n - 1, (1 + level) / 2) * values.std(ddof=1) / n**0.5
+    return [n, *map(float, (values.mean(), values.std(ddof=1), values.mean() - half, values.mean() + half))]
 
 
 # ---------------------------------------------------------------- the gallery
@@ -431,9 +532,11 @@ class Mapper:
             if self.map_size:
                 maps = adaptive_avg_pool2d(maps, self.map_size)  # of finished maps: still in [0, 1]
             return maps.half().cpu().numpy()
-        except (RuntimeError, MemoryError) as error:
-            if not command.out_of_memory(error):
+        except Exception as error:  # whatever a factory's network does with pictures
+            if isinstance(error, ValueError):
                 raise
+            if not command.out_of_memory(error):
+                raise ValueError(f"the network fails: {type(error).__name__}: {error}") from None
         if self.batch == 1:
             raise ValueError(f"out of memory on {self.device} with a single copy; take a smaller network")
         if not self.halved:
@@ -443,13 +546,19 @@ class Mapper:
         return self(ready, pictures, baselines, distance, seeds)
 
 
-def reader(preprocessing, kind, device):
-    """load: path -> a picture and its baseline (2, 3, H, W); stack: these -> (2, B, 3, H, W); an example."""
+def reader(job, kind, device):
+    """load: row -> its picture and baseline (2, 3, H, W); stack: these -> (2, B, 3, H, W); an example."""
     from dml_common import pictures
 
-    def load(path):
-        pixels = pictures.load_pixels(path, preprocessing)
-        return pictures.normalise(np.stack([pixels, baseline_of(pixels, kind)]), preprocessing)
+    preprocessing = job.about["preprocessing"]
+
+    def pixels_of(row):
+        return pictures.load_pixels(job.dataset.paths[job.numbers[row]], preprocessing)
+
+    def load(row):
+        pixels = pixels_of(row)
+        other = pixels_of(row ^ 1) if kind is None else baseline_of(pixels, kind)  # the other of the pair
+        return pictures.normalise(np.stack([pixels, other]), preprocessing)
 
     def stack(pairs):
         return torch.from_numpy(np.stack(pairs, axis=1))
@@ -476,8 +585,10 @@ def make_maps(jobs, mapper, args):
         heads = [network.module[1].to(mapper.device).requires_grad_(False) for network in loaded]
         distances = [with_head(head, distance) for head, distance in zip(heads, distances)]
         module, what = module[0], f"{len(jobs)} networks"
-    load, stack, example = reader(loaded[0].preprocessing, args.baseline, mapper.device)
+    load, stack, example = reader(jobs[0], options["baseline"], mapper.device)
     ready = prepare(module, example)
+    if ":" in loaded[0].backbone and rowfile.depends_on_batch(partial(embed, ready[0]), example, what):
+        mapper.batch = 1
     seed = f"{args.seed} ceiling" if options["ceiling"] else args.seed
 
     def compute(which, rows, both):
@@ -488,11 +599,13 @@ def make_maps(jobs, mapper, args):
         except ValueError as error:
             raise ValueError(f"{what}: {error}") from None
         for k, of_network in zip(which, maps):
-            for number, one in zip(numbers, of_network):
+            for row, number, one in zip(rows, numbers, of_network):
                 if np.isnan(one).any():
                     path = jobs[0].dataset.paths[number]
                     command.say(f"{loaded[k].name}: {path}: a gradient is not finite; its map is nan")
                     counts["nan (a gradient is not finite)"] += 1
+                elif options["against"] and jobs[0].numbers[row ^ 1] == number:
+                    counts["all zeros (a picture against itself)"] += 1
                 elif not one.any():
                     counts["all zeros (a constant map)"] += 1
         return maps
@@ -510,17 +623,18 @@ def sanity(job, mapper, args, most=16):
     from dml_common import command, networks
 
     network, distance = networks.load(job.spec), networks.distance(job.about["distance"])
-    load, stack, example = reader(network.preprocessing, args.baseline, mapper.device)
+    load, stack, example = reader(job, args.baseline, mapper.device)
     loaded, rows, name = {}, [], job.spec["loss"] or job.spec["name"]
-    for number in job.numbers[:most]:
+    for row, number in enumerate(job.numbers[:most]):
         with contextlib.suppress(ValueError, OSError):  # left out with --skip-unreadable
-            loaded[number] = load(job.dataset.paths[number])
+            loaded[number] = load(row)
     inputs, baselines = stack(list(loaded.values()))
-    layers = weighted_layers(network.module, inputs[:1])
+    layers = list(weighted_layers(network.module, inputs[:1]).items())
     counts = np.unique(np.linspace(0, len(layers), args.randomise + 1).round().astype(int)).tolist()
+    sizes = {key: parameter.numel() for key, parameter in network.module.named_parameters()}
 
     def maps(count, seed):
-        module = randomise(network.module, layers[len(layers) - count:], inputs, args.seed)
+        module = randomise(network.module, dict(layers[len(layers) - count:]), inputs, args.seed)
         seeds = [noise_seed(seed, network.name, number) for number in loaded]
         made = mapper(prepare(module, example), inputs, baselines, distance, seeds)
         bar.update()
@@ -534,49 +648,150 @@ def sanity(job, mapper, args, most=16):
                 r = np.array([np.corrcoef(a, b)[0, 1] for a, b in zip(maps(count, args.seed), trained)])
             z = np.arctanh(np.clip(r[np.isfinite(r)], -0.999999, 0.999999))
             means = [float(np.tanh(z.mean())), float(np.tanh(z.std()))] if len(z) else [None, None]
-            lowest = layers[-count] if count else None
-            rows.append([name, job.spec["fold"], count, len(layers), lowest, len(z), *means])
+            lowest = layers[-count][0] if count else None
+            share = sum(sizes[key] for _, keys in layers[len(layers) - count:] for key in keys)
+            share /= max(1, sum(sizes.values()))
+            rows.append([name, job.spec["fold"], count, len(layers), lowest, len(z), *means, share])
     return rows
 
 
+FAITHFULNESS = ["model", "fold", "measure", "n", "left_out", "mean", "std", "low", "high"]
+RANDOM_ORDERS = 5
+
+
+def check_faithfulness(job, mapper, args):
+    """Rows of faithfulness.csv of a network's maps; the areas of each picture lie in maps_faithfulness.npy."""
+    from dml_common import files, networks, rowfile
+
+    kept, maps = kept_rows(job), files.read_array(job.path)
+    job = job._replace(numbers=[job.numbers[row] for row in kept],
+                       path=job.path.with_stem(f"{job.path.stem}_faithfulness"))
+    network, distance = networks.load(job.spec), networks.distance(job.about["distance"])
+    load, stack, example = reader(job, 10, mapper.device)  # blurred with σ = 10 pixels
+    ready, _ = prepare(network.module, example)
+
+    def areas(row, picture, blurred):
+        own, other = (torch.from_numpy(np.float32(maps[k])).to(mapper.device)
+                      for k in (row, (row + 1) % len(maps)))
+        orders = [block_order(one, picture.shape[1:]) for one in (own, other)]
+        seed = noise_seed(args.seed, f"{network.name}, order of blocks", job.numbers[row])
+        generator = torch.Generator().manual_seed(seed)
+        orders += [torch.randperm(len(orders[0]), generator=generator).to(mapper.device)
+                   for _ in range(RANDOM_ORDERS)]
+        values = faithfulness(ready, picture, blurred, orders, distance, batch=mapper.batch,
+                              autocast=mapper.options["autocast"]).cpu().numpy()
+        known = own.isfinite().all() and own.any()
+        return np.stack([values[0] if known else np.full(2, np.nan), values[1], values[2:].mean(axis=0)])
+
+    def compute(which, rows, both):
+        return [np.stack([areas(row, *pair) for row, *pair in zip(rows, *both.to(mapper.device))])]
+
+    for group in rowfile.incomplete([job], str):
+        rowfile.fill(group, [(3, 2)], np.float32, load, stack, compute, 1, 4, args, "pictures")
+    own, other, by_chance = files.read_array(job.path).astype(np.float64).transpose(1, 2, 0)  # (2, n) each
+    rows, unlike = [], other if len(maps) > 1 else other * np.nan  # one picture has no other
+    for k, name in enumerate(("deletion", "insertion")):
+        columns = {name: own[k], f"{name}_random": by_chance[k], f"{name}_other": unlike[k],
+                   f"{name}_less_random": own[k] - by_chance[k], f"{name}_less_other": own[k] - unlike[k]}
+        for measure, values in columns.items():
+            n, *numbers = mean_interval(values)
+            rows.append([job.spec["loss"] or job.spec["name"], job.spec["fold"], measure, n, len(maps) - n,
+                         *numbers])
+    return rows
+
+
+def kept_rows(job):
+    """The rows of job.numbers that its array has: of all pictures, or pairs, that could be read."""
+    from dml_common import files
+
+    left_out = files.read_sidecar(job.path)["pictures"].get("left_out", [])
+    step = 2 if job.about["options"]["against"] else 1
+    names = [job.dataset.relative[number] for number in job.numbers]
+    together = [tuple(names[k:k + step]) for k in range(0, len(names), step)]
+    gone = {tuple(left_out[k:k + step]) for k in range(0, len(left_out), step)}
+    return [row for row in range(len(names)) if together[row // step] not in gone]
+
+
 def make_gallery(jobs, args):
-    """Write the gallery of the first eight pictures, or of all of --pick, eight on a page."""
+    """Write the gallery of the first eight pictures (four pairs), or of all of --pick, eight on a page."""
     from dml_common import files, pictures
 
-    dataset, arrays, columns = jobs[0].dataset, [], {}
-    for job in jobs:
-        left_out = files.read_sidecar(job.path)["pictures"].get("left_out", [])
-        there = [number for number in job.numbers if dataset.relative[number] not in left_out]
-        arrays.append((files.read_array(job.path), there, job.about["preprocessing"]))
-    for number in jobs[0].numbers[:None if args.pick else 8]:
-        if not all(number in there for _, there, _ in arrays):
+    dataset, columns, titles = jobs[0].dataset, [], []
+    kept = [kept_rows(job) for job in jobs]
+    arrays = [files.read_array(job.path) for job in jobs]
+    for row, number in list(enumerate(jobs[0].numbers))[:None if args.pick else 8]:
+        if not all(row in rows for rows in kept):
             continue
-        cells = columns[dataset.relative[number]] = []
-        for array, there, preprocessing in arrays:
-            pixels = pictures.load_pixels(dataset.paths[number], preprocessing)
-            one = Image.fromarray(np.float32(array[there.index(number)]))
+        titles.append(dataset.relative[number])
+        columns.append([])
+        for job, array, rows in zip(jobs, arrays, kept):
+            pixels = pictures.load_pixels(dataset.paths[number], job.about["preprocessing"])
+            one = Image.fromarray(np.float32(array[rows.index(row)]))
             one = np.asarray(one.resize(pixels.shape[1::-1], Image.Resampling.BILINEAR))
-            cells += [] if cells else [pixels]
-            cells.append(heat(one, pixels if args.overlay else None))
+            columns[-1] += [] if columns[-1] else [pixels]
+            columns[-1].append(heat(one, pixels if args.overlay else None))
     names = [job.spec["name"] for job in jobs]
     if len({job.spec["fold"] for job in jobs}) == 1:
         names = [job.spec["loss"] or job.spec["name"] for job in jobs]
     for page, start in enumerate(range(0, len(columns), 8), 1):
-        png, titles = io.BytesIO(), list(columns)[start:start + 8]
-        draw_gallery([columns[title] for title in titles], ["Picture", *names], titles).save(png, "PNG")
+        png, these = io.BytesIO(), slice(start, start + 8)
+        draw_gallery(columns[these], ["Picture", *names], titles[these]).save(png, "PNG")
         path = args.gallery.with_stem(f"{args.gallery.stem}_{page}") if page > 1 else args.gallery
         files.write_file(path, png.getvalue())
 
 
-def chosen(limit, pick, n):
-    """Numbers of the pictures asked for. Raises ValueError for numbers that are not there."""
-    bad = [i for i in pick or [] if not 0 <= i < n]
+def chosen(args, dataset):
+    """(data set, numbers of the pictures asked for); of pairs the two of each, one after the other.
+
+    Raises ValueError for numbers that are not there.
+    """
+    dataset, pairs = pairs_of(args.against, dataset) if args.against else (dataset, None)
+    n = len(dataset.paths if pairs is None else pairs)
+    bad = [i for i in args.pick or [] if not 0 <= i < n]
     if bad:
-        raise ValueError(f"--pick {bad[0]}: there are {n:,} pictures; expected numbers from 0 to {n - 1}")
-    return range(n)[:limit] if pick is None else dict.fromkeys(pick)
+        what = "pictures" if pairs is None else "pairs"
+        raise ValueError(f"--pick {bad[0]}: there are {n:,} {what}; expected numbers from 0 to {n - 1}")
+    picked = list(range(n)[:args.limit] if args.pick is None else dict.fromkeys(args.pick))
+    return dataset, picked if pairs is None else [number for i in picked for number in pairs[i]]
+
+
+def pairs_of(against, dataset):
+    """(data set, [(number, number), …]): each of its pictures with one, or the pairs of a CSV file's rows.
+
+    A picture that is a file of its own joins the data set. Raises ValueError naming pictures that it lacks.
+    """
+    from dml_common import files
+
+    n, names = len(dataset.paths), [against]
+    if Path(against).suffix.lower() == ".csv":
+        table = files.read_table(against)
+        if len(table) < 2:
+            raise ValueError(f"{against} has one column; expected two, with the names of a pair's pictures")
+        first, second, *_ = table.values()
+        names = list(dict.fromkeys([*first, *second]))
+    elif Path(against).is_file():
+        same = [k for k, path in enumerate(dataset.paths) if files.is_same(path, against)]
+        if not same:
+            dataset = dataset._replace(paths=[*dataset.paths, Path(against)],
+                                       relative=[*dataset.relative, against])
+        return dataset, [(k, same[0] if same else n) for k in range(n)]
+    try:
+        number = dict(zip(names, files.rows_by_name(names, dataset.relative, dataset.name).tolist()))
+    except ValueError as error:
+        raise ValueError(f"--against {against}: {error}") from None
+    if names == [against]:
+        return dataset, [(k, number[against]) for k in range(n)]
+    return dataset, [(number[a], number[b]) for a, b in zip(first, second)]
+
+
+def show(row):
+    """A row of a table as texts."""
+    texts = ["" if value is None else value for value in row]
+    return [f"{value:.3f}" if isinstance(value, float) else str(value) for value in texts]
 
 
 def integers(text):
+    """The numbers of --pick."""
     return [int(part) for part in text.split(",")]
 
 
@@ -596,6 +811,8 @@ def parse(argv):
     add("--distance", choices=list(networks.DISTANCES), help="of l2-normalised embeddings (the loss's own)")
     add("--baseline", default="black", choices=["black", "mean", "blur"],
         help="whose embedding the distance is to: the picture all black, its mean colour, or blurred (black)")
+    add("--against", metavar="PICTURE|CSV", help="why are two pictures alike? Maps of the distance of each "
+        "picture to this one, or of the pairs in a CSV file's first two columns, on both: rows 2k and 2k + 1")
     add("--map-size", type=int, metavar="N", help="average maps to N × N pixels (the network's input size)")
     add("--percentile", type=float, default=99.0, metavar="P", help="values above it are cut to it (99)")
     add("--seed", type=int, default=0, metavar="N", help="of the noise (0)")
@@ -605,6 +822,8 @@ def parse(argv):
     add("--ceiling", action="store_true", help="also maps_ceiling.npy, with other noise, for compare.py")
     add("--randomise", type=int, nargs="?", const=8, metavar="STEPS",
         help="also sanity.csv: the first 16 maps with ever more layers re-initialised from the top (8 steps)")
+    add("--faithfulness", action="store_true", help="also faithfulness.csv: does the embedding move sooner when "
+        "the most salient blocks are blurred, than in random order or in that of another picture's map?")
     add("--gallery", type=Path, metavar="FILE.png", help="the first 8 pictures or all of --pick: FILE_2 …")
     add("--as-published", action="store_true", help="as Tables 2-4: --order released --samples 50 --fold 0")
     add("--overlay", action="store_true", help="the maps over the grey pictures")
@@ -612,6 +831,8 @@ def parse(argv):
     args = command.parse_as_published(parser, argv, PUBLISHED)
     for name in ("limit", "randomise", "workers", "map_size"):
         command.at_least(name.replace("_", "-"), getattr(args, name))
+    if args.against and (args.baseline != "black" or args.randomise or args.faithfulness):
+        raise ValueError("--against has the other picture for a baseline, and no --randomise, --faithfulness")
     return args
 
 
@@ -621,11 +842,12 @@ def main(argv=None):
     args = parse(argv)
     mapper = Mapper(command.torch_device(args.device, args.precision), args)
     names = ("samples", "noise", "order", "baseline", "percentile", "seed", "shared_noise", "antithetic",
-             "precision", "limit", "pick", "map_size")
+             "precision", "limit", "pick", "map_size", "against")
     options = {name: getattr(args, name) for name in names}
+    if args.against:
+        options["baseline"] = None  # the other picture
     jobs, ceilings = [], []
-    choose = partial(chosen, args.limit, args.pick)
-    for job in rowfile.jobs(args, "maps.npy", options, args.network_seed, choose):
+    for job in rowfile.jobs(args, "maps.npy", options, args.network_seed, partial(chosen, args)):
         size = pictures.input_size(job.about["preprocessing"])
         if args.map_size and args.map_size > min(size):
             raise ValueError(f"--map-size {args.map_size}: the maps have {size[1]} × {size[0]} pixels")
@@ -654,8 +876,13 @@ def main(argv=None):
         make_maps(group, mapper, args)
     if command.my_share()[0] == 0 and args.randomise:
         rows = [row for job in jobs for row in sanity(job, mapper, args)]
-        header = ["model", "fold", "layers", "of", "lowest", "n", "correlation", "correlation_std"]
+        header = ["model", "fold", "layers", "of", "lowest", "n", "correlation", "correlation_std", "share"]
         files.write_table(jobs[0].folder / "sanity.csv", header, rows)
+    if args.faithfulness:
+        rows = [row for job in jobs for row in check_faithfulness(job, mapper, args)]
+        if command.my_share()[0] == 0:
+            files.write_table(jobs[0].folder / "faithfulness.csv", FAITHFULNESS, rows)
+            command.print_aligned([list(map(str, FAITHFULNESS)), *(show(row) for row in rows)])
     if command.my_share()[0] == 0 and args.gallery:
         make_gallery(jobs, args)
 

@@ -16,8 +16,8 @@ def cached(head, shape, trunk, config, dataset, args, device, home):
     shape (f,) or, with the features of the mirrored pictures, (2, …). config: what config.json says; args:
     with precision, workers, skip_unreadable. trunk.pth beside it has the whole trunk.
     """
-    def load(path):
-        return pictures.load_pixels(path, config["preprocessing"])
+    def load(row):
+        return pictures.load_pixels(dataset.paths[row], config["preprocessing"])
 
     def stack(pixels):
         return networks.to_input(torch.from_numpy(np.stack(pixels)).to(device), config["preprocessing"])

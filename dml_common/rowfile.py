@@ -392,6 +392,9 @@ def add_options(add, name):
     command.add_speed(add)
     add("--out", type=Path, default=Path("results"), metavar="FILE.npy|DIR",
         help=f"one network's array, or the folder of all: DIR/<dataset>/<slug>/fold<k>/{name} (results)")
+    add("--as", dest="name", metavar="NAME", help="the network (--model or --checkpoint, of one --fold) beside "
+        "the others in results/, with a loss of this name; of networks trained elsewhere")
+    add("--type", choices=["ranking", "classification"], help="of that loss (it stands apart, as “other”)")
     add("--skip-unreadable", action="store_true", help="leave pictures out that can't be read (stop there)")
 
 
@@ -406,10 +409,15 @@ class Job(NamedTuple):
     folder: Path  # for the tables of all networks
 
 
-def jobs(args, name, options, seed, choose=range):
+def every(dataset):
+    """The data set and the numbers of its pictures."""
+    return dataset, range(len(dataset.paths))
+
+
+def jobs(args, name, options, seed, choose=every):
     """The arrays that a command asks for: DIR/<dataset>/<slug>/fold<k>/NAME, or one at --out FILE.npy.
 
-    options: what the JSON says of the computation; seed: of random layers; choose: n -> numbers of pictures.
+    options: what the JSON says of the computation; seed: of random layers; choose: like every.
     """
     import PIL
     import torch
@@ -423,6 +431,8 @@ def jobs(args, name, options, seed, choose=range):
     loss = args.loss or (None if args.model or args.checkpoint else "all")
     specs = networks.find(args.trained_on or dataset.name, loss, args.fold, args.model, args.checkpoint,
                           args.weights, seed, args.models)
+    if args.name or args.type:
+        specs = [named(args, specs, dataset.name)]
     if one and len(specs) > 1:
         raise ValueError(f"--out {args.out} is one array, but {len(specs)} networks were asked for "
                          f"({specs[0]['name']}, {specs[1]['name']}, …); give a folder")
@@ -433,24 +443,53 @@ def jobs(args, name, options, seed, choose=range):
     wanted, folder = [], args.out.parent if one else args.out / dataset.name
     for spec in specs:
         own = pictures.own_pictures(dataset, spec["config"], args.dataset, args.data_root, args.split)
-        numbers, about = list(choose(len(own.paths))), {"dataset": dataset.name, "split": own.split}
-        if own.split == "held out":
+        own, numbers = choose(own)
+        about = {"dataset": dataset.name, "split": own.split}
+        if own.split == "held out" and not options.get("against"):
             about["rows"] = [spec["config"]["split"]["test"][i] for i in numbers]  # of the whole data set
         about |= {**networks.describe(spec), "options": options, "versions": versions,
-                  "pictures": listed(own, numbers)}
+                  "pictures": listed(own, numbers, options)}
+        if args.name:
+            about["type"] = spec["type"]
         path = args.out if one else folder / spec["slug"] / f"fold{spec['fold'] or 0}" / name
-        wanted.append(Job(spec, own, numbers, path, about, folder))
+        wanted.append(Job(spec, own, list(numbers), path, about, folder))
     return wanted
 
 
-def listed(dataset, numbers):
-    """What the JSON says of these pictures: arrays with the same sha256 have the same rows."""
+def named(args, specs, dataset):
+    """The one network asked for, as --as and --type name it: beside those of losses.csv in every table."""
+    from dml_common import networks
+
+    fold = "0" if args.fold == "all" else args.fold
+    slug = networks.slug(args.name or "")
+    if not slug or len(specs) > 1 or args.loss:
+        raise ValueError("--as NAME [--type …] names one network that is given by --model or --checkpoint")
+    if slug in [row["slug"] for row in files.losses()]:
+        raise ValueError(f"--as {args.name}: models/losses.csv has a loss of this name; choose another")
+    if not fold.isdecimal() or len(fold) > 9:
+        raise ValueError(f"--as {args.name}: --fold is {fold}; expected one number")
+    spec = {**specs[0], "name": f"{args.name} fold {fold}", "loss": args.name, "slug": slug,
+            "type": args.type, "fold": int(fold)}
+    others = sorted(Path(args.models, "trained", dataset).glob(f"*/fold{fold}/config.json"))
+    config = files.read_sidecar(others[0]) if others and args.split == "test" else {}
+    if "split" in config and "split" not in spec["config"]:
+        spec["config"] = {**spec["config"], "dataset": config.get("dataset"), "split": config["split"]}
+        spec["note"] = f"{spec['name']}: on the pictures that were held out for {others[0].parent}"
+    return spec
+
+
+def listed(dataset, numbers, options):
+    """What the JSON says of these pictures: arrays with the same sha256 have the same rows.
+
+    Of pairs (saliency.py --against) their names too: those of a pair stand one after the other.
+    """
     from dml_common.pictures import pictures_sha256
 
     names, sizes = [dataset.relative[i] for i in numbers], hashlib.sha256()
     for name, path in zip(names, (dataset.paths[i] for i in numbers)):
         sizes.update(b"%s\0%d\n" % (os.fsencode(name), path.stat().st_size if path.exists() else -1))
-    return {"number": len(names), "sha256": pictures_sha256(names), SIZES: sizes.hexdigest()}
+    about = {"number": len(names), "sha256": pictures_sha256(names), SIZES: sizes.hexdigest()}
+    return {**about, "names": names} if options.get("against") else about
 
 
 def without(left_out, job):
@@ -458,7 +497,7 @@ def without(left_out, job):
     rows = set(left_out)
     kept = [number for row, number in enumerate(job.numbers) if row not in rows]
     names = [job.dataset.relative[job.numbers[row]] for row in left_out]
-    pictures = {**listed(job.dataset, kept), "left_out": names, "listed": job.about["pictures"]}
+    pictures = {**listed(job.dataset, kept, job.about["options"]), "left_out": names, "listed": job.about["pictures"]}
     return {**job.about, "pictures": pictures}
 
 
@@ -478,19 +517,18 @@ def fill(jobs, shapes, dtype, load, stack, compute, batch, least, args, unit):
 
     shapes: of a row of each; least: rows to claim at a time
     args: workers and skip_unreadable (None where there is no such option)
-    load: path -> a picture, in threads; ValueError or OSError when it can't be read
+    load: row -> its picture, in threads; ValueError or OSError when it can't be read
     stack: list of up to `batch` of them -> what compute takes, in a thread, while the one before is used
     compute: (numbers of arrays that lack these rows, rows, what stack gave) -> for each array (len(rows), …)
     Returns when every array is complete; what a dying process leaves is taken over.
     """
-    paths, (rank, ranks) = [jobs[0].dataset.paths[i] for i in jobs[0].numbers], command.my_share()
+    n, (rank, ranks) = len(jobs[0].numbers), command.my_share()
     what = jobs[0].spec["name"] if len(jobs) == 1 else f"{len(jobs)} networks"
-    blocks = shares(len(paths), rank, ranks, batch * -(-least // batch))  # whole batches
+    blocks = shares(n, rank, ranks, batch * -(-least // batch))  # whole batches
     workers, arrays, rounds = args.workers or min(16, command.available_cpus()), [], 0
     try:
         for job, shape in zip(jobs, shapes):
-            shape = (len(paths), *shape)
-            arrays.append(RowFile(job.path, shape, dtype, job.about, retry=not args.skip_unreadable))
+            arrays.append(RowFile(job.path, (n, *shape), dtype, job.about, retry=not args.skip_unreadable))
         with command.bar(sum(array.missing() for array in arrays), what, f" {unit}") as bar:
             bar.disable = bar.disable or rank > 0
             while not all([array.finish(partial(without, job=job)) for job, array in zip(jobs, arrays)]):
@@ -499,7 +537,7 @@ def fill(jobs, shapes, dtype, load, stack, compute, batch, least, args, unit):
                 if rounds == 60:
                     command.say(f"{what}: waiting for rows that other processes have begun")
                 rounds += 1
-                with closing(prepared(arrays, blocks, batch, paths, load, stack, workers)) as batches:
+                with closing(prepared(arrays, blocks, batch, load, stack, workers)) as batches:
                     for which, rows, pictures, errors in batches:
                         leave_out(errors, [arrays[k] for k in which], args.skip_unreadable)
                         for k, values in zip(which, compute(which, rows, pictures) if rows else []):
@@ -508,6 +546,28 @@ def fill(jobs, shapes, dtype, load, stack, compute, batch, least, args, unit):
     finally:
         for array in arrays:
             array.give_up()
+
+
+def depends_on_batch(embed, picture, name):
+    """Does a picture's embedding depend on what else is in its batch (batch norms without statistics)?
+
+    It is said. embed: pictures (B, 3, H, W) -> tensor (B, m); picture: (1, 3, H, W). Raises ValueError where two passes
+    of the one picture differ.
+    """
+    import torch
+
+    def differ(a, b):
+        return bool((a - b).norm() > 1e-2 * b.norm())
+
+    other = torch.linspace(-1, 1, picture.numel(), device=picture.device).view_as(picture)
+    once, again, both = embed(picture), embed(picture), embed(torch.cat([picture, other]))
+    if differ(once, again):
+        raise ValueError(f"{name}: two passes of one picture differ: dropout or other chance stays on; switch "
+                         "it off when the network is in eval mode")
+    if differ(both[:1], once):
+        command.say(f"{name}: a picture's embedding depends on its batch: they pass one at a time")
+        return True
+    return False
 
 
 def leave_out(errors, arrays, allowed):
@@ -522,7 +582,7 @@ def leave_out(errors, arrays, allowed):
             array.leave_out([row])
 
 
-def prepared(arrays, blocks, batch, paths, load, stack, workers):
+def prepared(arrays, blocks, batch, load, stack, workers):
     """Claim block after block; yield (arrays that lack them, rows, their pictures stacked, [(row, error)]).
 
     While a block is used the next one is decoded and stacked in threads.
@@ -542,7 +602,7 @@ def prepared(arrays, blocks, batch, paths, load, stack, workers):
         for block in [*blocks, None]:
             current, following = following, []
             for which, rows in claimed(arrays, *block, batch) if block else []:
-                futures = [pool.submit(load, paths[row]) for row in rows]
+                futures = [pool.submit(load, row) for row in rows]
                 following.append((which, pool.submit(ready, rows, futures)))  # its turn comes after theirs
             for which, future in current:
                 yield which, *future.result()
