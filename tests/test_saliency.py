@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import nn
 from torch.nn import functional as F
 
@@ -98,15 +98,15 @@ def test_linear_network_in_closed_form(pictures, order):
 
 
 def literal(network, picture, black, samples, order, seed):
-    """Section 3.1 (or the authors' order) line by line in float64, one copy at a time."""
+    """Section 3.1 (or the authors' order) line by line, one copy at a time."""
     sigma = 0.15 * (picture.max() - picture.min())
     generator = torch.Generator().manual_seed(seed)
     gradients = []
     for _ in range(samples):
-        noise = torch.randn(picture.shape, generator=generator, dtype=torch.float64)
+        noise = torch.randn(picture.shape, generator=generator, dtype=picture.dtype)
         copy = (picture + sigma * noise).requires_grad_()
-        euclidean(network(copy[None]), network(black[None])).backward()
-        gradients.append(copy.grad.numpy())
+        euclidean(network(copy[None].clone()), network(black[None].clone())).backward()
+        gradients.append(copy.grad.double().numpy())
     if order == "paper":
         saliency_map = np.abs(np.mean(gradients, axis=0)).mean(axis=0)
     else:
@@ -268,8 +268,8 @@ def test_networks_that_can_not_be_explained(pictures):
 
 def test_randomised_layers_are_new_and_the_same_again(small, pictures):
     layers = saliency.weighted_layers(small, pictures[:1])
-    assert layers == ["stem", "norm", "left.0", "left.1", "right.0", "right.1", "last"]
-    one, two = (saliency.randomise(small, layers[-2:], pictures, seed=3) for _ in range(2))
+    assert list(layers) == ["stem", "norm", "left.0", "left.1", "right.0", "right.1", "last"]
+    one, two = (saliency.randomise(small, dict(list(layers.items())[-2:]), pictures, seed=3) for _ in range(2))
     for name, old in small.state_dict().items():
         assert torch.equal(one.state_dict()[name], two.state_dict()[name])
         if not name.startswith(("last", "right.1")):
@@ -277,7 +277,42 @@ def test_randomised_layers_are_new_and_the_same_again(small, pictures):
     assert not torch.equal(one.last.weight, small.last.weight) and (one.last.bias == 0).all()
     normed = one.right[:2](one.relu(one.norm(one.stem(pictures))))
     torch.testing.assert_close(normed.mean((0, 2, 3)), torch.zeros(4, dtype=torch.float64), atol=1e-6, rtol=0)
-    assert torch.equal(saliency.randomise(small, [], pictures, 0).last.weight, small.last.weight)
+    assert torch.equal(saliency.randomise(small, {}, pictures, 0).last.weight, small.last.weight)
+
+
+class Transformer(nn.Module):
+    """A class token, position embeddings, attention (called by keyword) and layer scales, as in ViTs."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 4, 4)
+        self.token, self.positions = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 10, 8))
+        self.attention, self.scale = nn.MultiheadAttention(8, 2, batch_first=True), nn.Parameter(torch.rand(8))
+        self.block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, pictures):
+        x = self.patches(input=pictures).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1) + self.positions
+        x = x + self.scale * self.attention(query=x, key=x, value=x, need_weights=False)[0]
+        return self.norm(self.block(x))[:, 0]
+
+
+def test_the_sanity_check_leaves_no_trained_parameter():
+    torch.manual_seed(0)
+    network, pictures = Transformer().eval(), torch.rand(2, 3, 12, 12)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)  # none has the value it begins with
+    layers = saliency.weighted_layers(network, pictures[:1])
+    assert list(layers)[:3] == ["the rest: token, positions, scale", "patches", "attention"]
+    assert list(layers)[-1] == "norm" and layers["attention"][-1] == "attention.out_proj.bias"
+    assert sorted(sum(layers.values(), [])) == sorted(name for name, _ in network.named_parameters())
+    fresh = dict(saliency.randomise(network, layers, pictures, 0).named_parameters())
+    assert not [name for name, old in network.named_parameters() if (old == fresh[name]).any()]
+    top = dict(saliency.randomise(network, {"norm": layers["norm"]}, pictures, 0).named_parameters())
+    changed = [name for name, old in network.named_parameters() if not torch.equal(old, top[name])]
+    assert changed == layers["norm"]
 
 
 @pytest.mark.parametrize("name", ["euclidean", "squared_euclidean", "cosine", "dot_product", "snr"])
@@ -326,6 +361,46 @@ class Cut(nn.Module):
 
     def forward(self, x):
         return self.head(self.body(x).detach().mean((2, 3)))
+
+class Stochastic(nn.Module):
+    preprocessing = {"resize": 32, "crop": 28}
+
+    def __init__(self):
+        super().__init__()
+        self.body = build()
+
+    def forward(self, x):
+        return nn.functional.dropout(self.body(x))
+
+class Fixed(Stochastic):
+    def forward(self, x):
+        torch._assert(x.shape[-1] == 518, "Input height doesn't match model (518).")
+
+class Rounded(Stochastic):
+    def forward(self, x):
+        return self.body(x).mul(64).to(torch.int8).float()
+
+class Broken(Stochastic):
+    def forward(self, x):
+        y = torch.exp(x)
+        z = y.mean((2, 3))
+        y.mul_(2)
+        return z * y.mean((2, 3))
+
+class OfBatch(nn.Module):
+    preprocessing = {"resize": 32, "crop": 28}
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 5), nn.BatchNorm2d(8, track_running_stats=False), nn.Softplus(),
+                                  nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 4))
+
+    def forward(self, x):
+        return self.body(x)
+
+def quantised():
+    return torch.ao.quantization.quantize_dynamic(build().eval(), {nn.Linear}, dtype=torch.qint8)
 
 class Nan(nn.Module):
     preprocessing = {"resize": 32, "crop": 28}
@@ -543,6 +618,8 @@ def test_sanity_check_falls(place):
         rows = list(csv.DictReader(file))
     assert [int(row["layers"]) for row in rows] == [0, 1, 2, 3, 4]
     assert rows[4]["lowest"] == "0" and rows[0]["lowest"] == ""
+    assert (float(rows[0]["share"]), float(rows[4]["share"])) == (0, 1)
+    assert float(rows[1]["share"]) == pytest.approx(198 / 1406)  # the linear layer's of 608 + 16 + 584 + 198
     values = [float(row["correlation"]) for row in rows]
     assert values[0] > 0.5 and values[-1] < values[0] / 2
 
@@ -595,6 +672,17 @@ BAD = [
     (["--map-size", "29"], "28 × 28"),
     (["--model", "tiny_networks:maps"], "expected embeddings of shape"),
     (["--model", "tiny_networks:Cut"], "before layer head (Linear)"),
+    (["--model", "tiny_networks:Stochastic"], "two passes of one picture differ: dropout"),
+    (["--model", "tiny_networks:Fixed"], "AssertionError: Input height doesn't match model (518)."),
+    (["--model", "tiny_networks:Rounded"], "no gradient reaches the pictures"),
+    (["--model", "tiny_networks:Broken"], "modified by an inplace operation"),
+    (["--against", "nowhere.png"], "--against nowhere.png: pictures lacks 1 of the 1 pictures: nowhere.png"),
+    (["--against", "tiny_pairs.csv"], "--against tiny_pairs.csv: pictures lacks 2 of the 3 pictures: x.png, y"),
+    (["--against", "0.png", "--pick", "12"], "--pick 12: there are 12 pairs"),
+    (["--against", "0.png", "--baseline", "blur"], "--against has the other picture for a baseline"),
+    (["--type", "ranking"], "--as NAME [--type …] names one network"),
+    (["--as", "Triplet"], "--as Triplet: models/losses.csv has a loss of this name"),
+    (["--as", "Mine", "--fold", "0,1"], "--as Mine: --fold is 0,1; expected one number"),
     (["--gallery", "nowhere/g.png"], "does not exist"),
     (["--dataset", "nothing"], "nothing"),
     (["--model", "bninceptoin"], "bninceptoin"),
@@ -605,6 +693,7 @@ BAD = [
 def test_bad_input_teaches_and_leaves_nothing(place, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    (place / "tiny_pairs.csv").write_text("a,b\n0.png,x.png\n0.png,y\n")
     before = sorted(place.rglob("*"))
     for arguments, said in BAD:
         with pytest.raises((ValueError, OSError)) as caught:
@@ -648,3 +737,188 @@ def test_whatever_a_network_raises_ends_in_one_line():
 
     with pytest.raises(ValueError, match=r"fails on a picture \(3, 8, 8\): KeyError: 'no such key'"):
         saliency.prepare(Broken(), torch.rand(1, 3, 8, 8))
+
+
+# ---------------------------------------------------------------- pairs, faithfulness
+
+
+def test_why_two_pictures_are_alike(place, capsys):
+    (place / "pairs.csv").write_text("picture,other,note\n3,7,\n5,5,itself\n7,3,turned\n")
+    run("--against", "pairs.csv", "--out", "maps.npy", "--seed", 2, "--gallery", "g.png")
+    maps, made = load("maps.npy"), about("maps.json")
+    assert maps.shape == (6, 28, 28) and made["options"]["against"] == "pairs.csv"
+    assert made["pictures"]["names"] == [f"{k}.png" for k in (3, 7, 5, 5, 7, 3)]
+    assert (maps[2:4] == 0).all() and "2 maps are all zeros (a picture against itself)" in capsys.readouterr().err
+    np.testing.assert_allclose(maps[[5, 4]], maps[:2], atol=1e-3)  # each side's noise is of its picture alone
+    network = networks.load(networks.find(model="tiny_networks:build")[0])
+    three, seven = (torch.from_numpy(pictures_of.load_picture(f"pictures/{k}.png", network.preprocessing))
+                    for k in (3, 7))
+    seeds = [saliency.noise_seed(2, network.name, k) for k in (3, 7)]
+    expected = saliency.smoothgrad(network.module, torch.stack([three, seven]), torch.stack([seven, three]),
+                                   euclidean, samples=4, seeds=seeds)
+    np.testing.assert_allclose(maps[:2], expected, atol=1e-3)
+    with Image.open("g.png") as gallery:
+        assert gallery.height == 24 + 2 * 176 and gallery.width > 6 * 176
+    os.rename("pictures/7.png", "seven.png")  # a picture that is none of the data set's
+    run("--against", "seven.png", "--out", "one.npy", "--seed", 2, "--pick", "3,1")
+    assert about("one.json")["pictures"]["names"] == ["3.png", "seven.png", "1.png", "seven.png"]
+    np.testing.assert_allclose(load("one.npy")[0], maps[0], atol=1e-3)
+    (place / "pictures/1.png").write_bytes(b"none")
+    run("--against", "3.png", "--out", "rest.npy", "--pick", "1,2", "--skip-unreadable", "--gallery", "h.png")
+    assert about("rest.json")["pictures"]["names"] == ["2.png", "3.png"]
+
+
+def test_blocks_of_a_linear_network_by_hand():
+    weights = torch.tensor([4.0, 3, 2, 1])
+
+    def network(pictures):  # the means of four blocks of 8 × 8 pixels
+        return F.avg_pool2d(pictures, 8).flatten(1)
+
+    def distance(a, b):
+        return ((a - b).abs() * weights).sum(dim=1) - 7  # as the dot product's, not 0 of equal ones
+
+    picture, blurred = torch.ones(1, 16, 16), torch.zeros(1, 16, 16)
+    order = saliency.block_order(torch.tensor([[0.9, 0.5], [0.3, 0.1]]), (16, 16))
+    assert order.tolist() == [0, 1, 2, 3]
+    areas = saliency.faithfulness(network, picture, blurred, [order, order.flip(0)], distance, steps=4, batch=3)
+    # deletion 0, 0.4, 0.7, 0.9, 1: (0.4 + 0.7 + 0.9 + 0.5) / 4; insertion 1, 0.6, 0.3, 0.1, 0
+    np.testing.assert_allclose(areas, [[0.625, 0.375], [0.375, 0.625]], atol=1e-6)
+    assert saliency.faithfulness(network, picture, picture, [order], distance).isnan().all()
+
+
+def test_blocks_at_the_edge_and_steps():
+    values = torch.zeros(20, 12)
+    values[16:, 8:] = 0.5  # of the last block 4 × 4 pixels are in the picture
+    values[:8, :8] = 0.4
+    order = saliency.block_order(values, (20, 12))
+    assert order.tolist() == [5, 0, 1, 2, 3, 4]
+    there = saliency.replaced_blocks(order, (20, 12), steps=3)
+    assert there.sum((1, 2)).tolist() == [0, 16 + 64, 16 + 64 + 32 + 64, 240]
+    assert there[1].nonzero().tolist() == ((values > 0).nonzero()).tolist()
+
+
+def test_interval_of_a_mean_against_scipy():
+    from scipy import stats
+    values = np.random.default_rng(0).normal(size=30)
+    n, mean, deviation, *interval = saliency.mean_interval(np.append(values, np.nan))
+    assert (n, mean, deviation) == (30, pytest.approx(values.mean()), pytest.approx(values.std(ddof=1)))
+    np.testing.assert_allclose(interval, stats.t.interval(0.95, 29, mean, deviation / 30**0.5))
+    assert saliency.mean_interval(np.array([2.0])) == [1, 2.0, None, None, None]
+    assert saliency.mean_interval(np.array([np.nan])) == [0, None, None, None, None]
+
+
+def test_faithfulness_through_the_command(place, capsys):
+    Image.new("RGB", (40, 40), "white").save("pictures/2.png")  # its blur is itself
+    run("--out", "maps.npy", "--limit", 5, "--faithfulness")
+    said, areas, maps = capsys.readouterr(), np.load("maps_faithfulness.npy"), torch.from_numpy(load("maps.npy"))
+    assert areas.shape == (5, 3, 2) and np.isnan(areas[2]).all() and "deletion_less_random" in said.out
+    network = networks.load(networks.find(model="tiny_networks:build")[0])
+    pixels = pictures_of.load_pixels("pictures/4.png", network.preprocessing)
+    blurred = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(10))
+    pair = [torch.from_numpy(pictures_of.normalise(np.asarray(one), network.preprocessing))
+            for one in (pixels, blurred)]
+    orders = [saliency.block_order(maps[k].float(), (28, 28)) for k in (4, 0)]
+    expected = saliency.faithfulness(network.module, *pair, orders, networks.distance("euclidean"))
+    np.testing.assert_allclose(areas[4, :2], expected, atol=1e-4)
+    assert 0.2 < areas[4, 2].min() and areas[4, 2].max() < 0.8
+    with open("faithfulness.csv") as file:
+        rows = {row["measure"]: row for row in csv.DictReader(file)}
+    for k, name in enumerate(("deletion", "insertion")):
+        less = (areas[:, 0, k] - areas[:, 1, k])[[0, 1, 3, 4]]
+        row = rows[f"{name}_less_other"]
+        assert (row["n"], row["left_out"]) == ("4", "1")
+        assert float(row["mean"]) == pytest.approx(less.mean(), abs=1e-6)
+        assert float(row["low"]) < less.mean() < float(row["high"])
+    first = (place / "faithfulness.csv").read_bytes()
+    os.remove("maps_faithfulness.npy")
+    run("--out", "maps.npy", "--limit", 5, "--faithfulness", "--batch", 3)
+    assert "nothing to do" in capsys.readouterr().err
+    np.testing.assert_allclose(np.load("maps_faithfulness.npy"), areas, atol=1e-5)
+    assert len((place / "faithfulness.csv").read_bytes()) == pytest.approx(len(first), rel=0.1)
+
+
+def test_networks_whose_embedding_depends_on_the_batch_take_one_at_a_time(place, capsys):
+    for batch in ("1", "9"):
+        run("--model", "tiny_networks:OfBatch", "--out", f"{batch}.npy", "--limit", 2, "--batch", batch)
+    assert "they pass one at a time" in capsys.readouterr().err
+    np.testing.assert_array_equal(load("9.npy"), load("1.npy"))
+
+
+def test_a_network_trained_elsewhere_stands_beside_the_others(place, held_out_networks):
+    held_out_networks(place / "models", "pictures", "tiny_networks:build", 6)
+    run("--models", "models", "--as", "My loss", "--type", "ranking", "--fold", "1", "--out", "results")
+    made = about("results/pictures/my_loss/fold1/maps.json")
+    assert [made[key] for key in ("loss", "type", "fold", "rows")] == ["My loss", "ranking", 1, [1, 3, 5, 7, 9, 11]]
+    run("--as", "My loss", "--split", "all", "--limit", "2", "--out", "more")
+    made = about("more/pictures/my_loss/fold0/maps.json")
+    assert made["type"] is None and "rows" not in made
+
+
+# ---------------------------------------------------------------- whatever a network does
+
+
+class Own(nn.Module):
+    """A small network that is called in an unusual way: `kind` says in which."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.conv, self.norm = kind, nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6)
+        self.second, self.relu = nn.Conv2d(6, 6, 3, padding=1), nn.ReLU(inplace=kind == "in-place layers")
+        self.last = nn.Linear(24, 4)
+        if kind == "no statistics":
+            self.norm = nn.BatchNorm2d(6, track_running_stats=False)
+        if kind == "weight_norm":
+            self.conv = nn.utils.weight_norm(self.conv)
+        if kind == "volumes":
+            self.unused = nn.Conv3d(1, 1, 2)  # bears no channels-last
+
+    def get_extra_state(self):
+        return "no tensor"
+
+    def set_extra_state(self, state):
+        pass
+
+    def forward(self, x):
+        if self.kind == "writes into its input":
+            x.sub_(0.5).div_(0.25)
+        if self.kind == "writes into a view":
+            x[:, 0] -= x[:, 1]
+        x = self.relu(self.norm(self.conv(input=x) if self.kind == "keyword" else self.conv(x)))
+        for _ in range(2 if self.kind == "re-used layers" else 1):
+            x = self.relu(self.norm(self.second(x)))
+        if self.kind == "dropout":
+            x = F.dropout(x, 0.5)
+        if self.kind == "checkpoint":
+            x = torch.utils.checkpoint.checkpoint(self.relu, x, use_reentrant=False)
+        if self.kind == "8 bits":
+            x = x.mul(64).to(torch.uint8).float()
+        if self.kind == "an error in the backward pass":
+            x = x.mul_(torch.exp(x)) if not torch.is_grad_enabled() else torch.exp(x).mul_(x)
+        x = F.adaptive_avg_pool2d(x, 2)
+        return self.last(x.view(len(x), -1) if self.kind == "views" else x.flatten(1))
+
+
+def made(kind):
+    torch.manual_seed(3)
+    network = Own(kind)
+    for name, buffer in network.named_buffers():
+        if "running" in name:
+            buffer.uniform_(*((-0.2, 0.2) if "mean" in name else (0.5, 2)))
+    return network.eval().double()
+
+
+@pytest.mark.parametrize("kind", [
+    "plain", "no statistics", "weight_norm", "volumes", "writes into its input", "writes into a view",
+    "keyword", "in-place layers", "re-used layers", "views", "checkpoint", "TorchScript"])
+@pytest.mark.parametrize("order", ["paper", "released"])
+def test_maps_of_any_network_are_those_of_a_plain_smoothgrad(kind, order):
+    batch = 1 if kind == "no statistics" else 5
+    network, generator = made(kind), torch.Generator().manual_seed(1)
+    pictures = torch.rand(2, 3, 12, 12, generator=generator, dtype=torch.float64)
+    black = torch.full((3, 12, 12), -0.2, dtype=torch.float64)
+    expected = [literal(network, picture, black, 4, order, i) for i, picture in enumerate(pictures)]
+    if kind == "TorchScript":
+        network = torch.jit.trace(network, pictures)
+    ready, stem = saliency.prepare(network, pictures[:1].clone())
+    maps = saliency.smoothgrad(ready, pictures, black, euclidean, samples=4, order=order, stem=stem, batch=batch)
+    np.testing.assert_allclose(maps, np.stack(expected), atol=1e-5)
