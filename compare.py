@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 from scipy.special import stdtrit
 from threadpoolctl import threadpool_limits
 
@@ -89,6 +90,26 @@ def agreement(maps, pixels=8192):
     correlation = (products / spread / spread[:, None])[first, second]
     jsd = (own[first] + own[second] - mixed) / (total[first] + total[second]) + 1
     return np.clip(correlation, -1, 1), np.clip(jsd, 0, 1)
+
+
+def on_common_part(maps, boxes):
+    """Maps of one picture that show different parts of it, on the part that all show: float32 (K, h, w).
+
+    maps: [(H, W), …]; boxes: (K, 4), left, upper, right, lower of what each shows, in one unit. The grid is
+    the coarsest of theirs; finer maps are averaged (Pillow's bilinear filter). ValueError: no common part.
+    """
+    (left, upper), (right, lower) = boxes[:, :2].max(axis=0), boxes[:, 2:].min(axis=0)
+    if not (left < right and upper < lower):
+        raise ValueError("these maps show no common part of the picture")
+    scales = np.array([one.shape[::-1] for one in maps]) / (boxes[:, 2:] - boxes[:, :2])  # pixels a unit
+    size = np.maximum(1, np.round(scales.min(axis=0) * (right - left, lower - upper))).astype(int).tolist()
+    common = []
+    for one, box, scale in zip(maps, boxes, scales):
+        place = (np.array([left, upper, right, lower]) - np.tile(box[:2], 2)) * np.tile(scale, 2)
+        place = np.clip(place, 0, np.tile(one.shape[::-1], 2))  # of rounding
+        image = Image.fromarray(np.asarray(one, dtype=np.float32))
+        common.append(image.resize(size, Image.Resampling.BILINEAR, box=tuple(place)))
+    return np.stack(common)
 
 
 def row_products(a, b):
@@ -295,7 +316,7 @@ class Network(NamedTuple):
     shape: tuple  # n, H, W
     record: dict  # the JSON beside it, which may not say the next three:
     pictures: str  # sha256 of their list
-    geometry: list  # resize, crop
+    part: dict  # of the picture, that the maps show
     noise: list  # where two networks' are equal their pictures' noisy copies are
     second: "Network | None"  # maps_ceiling.npy: with other noise
 
@@ -304,15 +325,15 @@ class Network(NamedTuple):
 
 
 def open_maps(path):
-    from dml_common import files
+    from dml_common import files, pictures
     array, second = files.read_array(path), path.with_name(f"{path.stem}_ceiling.npy")
     if array.ndim != 3 or array.dtype.kind not in "fiub" or 0 in array.shape:
         raise ValueError(f"{path} has shape {array.shape}, dtype {array.dtype}; expected maps (n, H, W)")
     record = {"options": {}, "pictures": {}, "preprocessing": {}, **files.read_sidecar(path), "path": path}
-    geometry = [record["preprocessing"].get(key) for key in ("resize", "crop")]
+    part = record.get("part") or pictures.part_shown(record["preprocessing"])
     noise = [record["options"].get(key) for key in ("noise_of", "seed", "ceiling")]
     return Network(path, record.get("loss") or record.get("backbone") or str(path), record.get("fold"),
-                   array.shape, record, record["pictures"].get("sha256"), any(geometry) and geometry,
+                   array.shape, record, record["pictures"].get("sha256"), part,
                    noise[0] is not None and noise, open_maps(second) if second.exists() else None)
 
 
@@ -341,15 +362,42 @@ def open_networks(args):
 
 
 def check_alike(networks):
-    """Raise ValueError naming two files of maps whose pixels are not the same pixels."""
+    """Raise ValueError naming two files of maps that are not of the same pictures, or second maps that are
+    another network's."""
+    for network in networks:
+        weights = [one.record.get("checkpoint_sha256") for one in (network, network.second) if one]
+        if len({*weights} - {None}) > 1:
+            raise ValueError(f"{network.path} and {network.second.path} are of different weights (their "
+                             "checkpoint_sha256 differ), so they give no ceiling; make both in one run")
     networks = networks + [network.second for network in networks if network.second]
-    for what in ("shape", "pictures", "geometry"):
-        known = [network for network in networks if getattr(network, what)]
-        for network in known:
-            values = [getattr(one, what) for one in (known[0], network)]
-            if values[0] != values[1]:
-                raise ValueError(f"{known[0].path} and {network.path} differ in {what}, {values[0]} and "
-                                 f"{values[1]}; make both from the same pictures with one resize and crop")
+    first = networks[0]
+    for what, values in [("pictures", [one.pictures for one in networks]),
+                         ("number of pictures", [one.shape[0] for one in networks]),
+                         ("shape, without a JSON that says what they show",
+                          [one.shape if first.part is None or one.part is None else None for one in networks])]:
+        known = [(network, value) for network, value in zip(networks, values) if value is not None]
+        for network, value in known:
+            if value != known[0][1]:
+                raise ValueError(f"{known[0][0].path} and {network.path} differ in {what}, {known[0][1]} and "
+                                 f"{value}; make both from the same pictures")
+
+
+def parts_of(networks, args):
+    """Where on the pictures these networks' maps lie: None where all have the same pixels, else boxes
+    (n, K, 4), or (1, K, 4) where one picture is like all others."""
+    from dml_common import command, pictures
+    if len({(network.shape, str(network.part)) for network in networks}) == 1 or None in [
+            network.part for network in networks]:
+        return None
+    sizes, kinds = [(1, 1)], {network.part["of"] for network in networks}
+    if kinds not in ({"shorter side"}, {"each side"}):
+        if not args.dataset:
+            raise ValueError(f"these maps show shares of {' and of '.join(sorted(kinds))} of their pictures; "
+                             "give --dataset, whose pictures' sizes tell what they have in common")
+        sizes = [pictures.size_of(path) for path in pictures_of(networks[0], args)[1]]
+    command.say(f"maps of {len(networks)} networks show different parts of the pictures or have different "
+                "sizes: compared on the part that all show, at the pixels of the coarsest")
+    return np.array([[pictures.part_box(network.part, size) for network in networks] for size in sizes])
 
 
 def make_groups(networks, all_folds):
@@ -383,13 +431,16 @@ def read_blocks(networks, number):
         yield start, [np.array(array[start:start + number]) for array in arrays]
 
 
-def compare_picture(maps, networks, crossed, picture):
+def compare_picture(maps, networks, crossed, picture, boxes):
     """r and JSD (2, pairs) of one picture's maps [(H, W), …], nan where a map is nan or constant."""
-    maps = np.stack([one.astype(np.float32) for one in maps])
-    lows, highs = maps.min(axis=(1, 2)), maps.max(axis=(1, 2))
-    for k in np.flatnonzero((lows < 0) | (highs > 1)):
-        raise ValueError(f"{networks[k].path}: picture {picture} has values from {lows[k]:.6g} to "
-                         f"{highs[k]:.6g}; expected maps in [0, 1], as saliency.py writes them")
+    for one, network in zip(maps, networks):
+        if one.min() < 0 or one.max() > 1:
+            raise ValueError(f"{network.path}: picture {picture} has values from {one.min():.6g} to "
+                             f"{one.max():.6g}; expected maps in [0, 1], as saliency.py writes them")
+    if boxes is None:
+        maps = np.stack([one.astype(np.float32) for one in maps])
+    else:
+        maps = on_common_part(maps, boxes[picture % len(boxes)])
     both = np.stack(across_noises(*agreement(maps)) if crossed else agreement(maps))
     both[:, np.isnan(both).any(axis=0)] = np.nan
     return both
@@ -403,13 +454,15 @@ def compare_group(networks, counts, crossed, kept, column, number, args):
     """
     from dml_common import command
     everyone, pairs = networks + [network.second for network in networks if crossed], sum(counts)
+    boxes = parts_of(everyone, args)
 
     def blocks():
         bar = command.bar(networks[0].shape[0], "maps compared")
         with bar, threadpool_limits(1), ThreadPoolExecutor(args.threads) as pool:
             for start, maps in read_blocks(everyone, number):
                 numbers = range(start, start + len(maps[0]))
-                both = pool.map(lambda i, *one: compare_picture(one, everyone, crossed, i), numbers, *maps)
+                both = pool.map(lambda i, *one: compare_picture(one, everyone, crossed, i, boxes), numbers,
+                                *maps)
                 both = np.stack(list(both))[:, :, counts]  # (b, 2, pairs)
                 if kept is not None:
                     kept[start:start + len(both), column:column + pairs] = both.transpose(0, 2, 1)
@@ -454,14 +507,20 @@ def compare_networks(networks, groups, number, args):
                 if args.as_published:
                     rows[-1].append(rows[-1][10] and rows[-1][10] * math.log(2))
             crossings, alike = crossings + (sum(shared) if crossed else 0), alike + sum(shared)
-    command.say(f"pairs that share their noise, which raises r: {alike} of {len(rows)}, {crossings} of them "
-                "compared across second maps; networks without second maps, and so without a ceiling: "
-                f"{len(networks) - len(repeated)} of {len(networks)}")
+    if alike:
+        command.say(f"pairs that share their noise, which raises r: {alike} of {len(rows)}, {crossings} of "
+                    "them compared across second maps")
+    if len(repeated) < len(networks):
+        command.say("networks without second maps, and so without a ceiling: "
+                    f"{len(networks) - len(repeated)} of {len(networks)}")
     return rows, [(network.model, reliability[network.path]) for network in repeated]
 
 
-def find_masks(network, args):
-    """The mask of each picture of these maps. Raises ValueError where one can't be told."""
+def pictures_of(network, args):
+    """(names, paths, masks or None) of the pictures of these maps, of --dataset's or else the folder --masks.
+
+    Raises ValueError where they can't be told.
+    """
     from dml_common import folders, pictures
     record, n = network.record, network.shape[0]
     if args.dataset:
@@ -473,15 +532,25 @@ def find_masks(network, args):
     if names is None or (network.record["pictures"].get("left_out") and not args.dataset):
         raise ValueError(f"{network.path} has {n:,} maps, {args.dataset or args.masks} "
                          f"{len(dataset.relative):,} other pictures; give saliency.py's --dataset")
-    if args.masks == "own":
-        own = dict(zip(dataset.relative, dataset.masks or []))
-        masks = [own.get(name) for name in names]
-    else:
+    row = {name: number for number, name in enumerate(dataset.relative)}
+    rows = [row.get(name) for name in names]
+    masks = dataset.masks or [None] * len(row)
+    return names, *([None if row is None else column[row] for row in rows] for column in (dataset.paths, masks))
+
+
+def find_masks(network, args):
+    """The mask of each picture of these maps. Raises ValueError where one can't be told."""
+    from dml_common import pictures
+    names, paths, masks = pictures_of(network, args)
+    if args.masks == "alpha":
+        masks = paths
+    elif args.masks != "own":
         masks = [pictures.find_mask(args.masks, name) for name in names]
     missing = [name for name, mask in zip(names, masks) if mask is None]
     if missing:
-        raise ValueError(f"masks are missing for {len(missing)} of {n} pictures ({', '.join(missing[:3])}); "
-                         "expected a PNG of each picture's name, in the data set or in --masks DIR")
+        raise ValueError(f"masks are missing for {len(missing)} of {len(names)} pictures "
+                         f"({', '.join(missing[:3])}); expected a PNG of each picture's name, in the data set "
+                         "or in --masks DIR")
     return masks
 
 
@@ -491,12 +560,14 @@ def mask_rows(networks, paths, number, args):
     (n, H, W), record = networks[0].shape, networks[0].record
     packed, total = [], np.zeros((H, W))
     for path in paths:
-        mask = pictures.load_mask(path, record["preprocessing"], record["options"].get("map_size"))
+        mask = pictures.load_mask(path, record["preprocessing"], record["options"].get("map_size"),
+                                  args.masks == "alpha")
         if mask.shape != (H, W):
             raise ValueError(f"{path} has {mask.shape[1]} × {mask.shape[0]} pixels after resize and crop, "
                              f"the maps {W} × {H}; maps without their JSON need masks of their own size")
         packed.append(np.packbits(mask))
         total += mask
+    pictures.refuse_constant_masks(total / n, args.masks if args.masks != "own" else args.dataset)
 
     def blocks():
         for start, maps in read_blocks(networks, number):
@@ -580,8 +651,8 @@ def parse(argv):
     add("--per-picture", type=Path, metavar="FILE.npy", help="also r and JSD of every picture, float32 "
         "(n, pairs, 2), pairs as in the table, then each network with its maps_ceiling.npy")
     add("--figure", type=Path, metavar="FILE.png", help="also r as a heat map; diagonal: its second maps")
-    add("--masks", nargs="?", const="own", metavar="DIR", help="also masks.csv; DIR: a PNG for each "
-        "picture, above 127 where the object is (the data set's own masks)")
+    add("--masks", nargs="?", const="own", metavar="DIR|alpha", help="also masks.csv; DIR: a PNG for each "
+        "picture, above 127 where the object is; alpha: the pictures' own (the data set's own masks)")
     add("--embeddings", action="store_true", help="also embeddings.csv, of the emb.npy beside the maps")
     add("--seed", type=int, default=0, metavar="N", help="of the bootstrap (0)")
     add("--replicates", type=int, default=1000, metavar="N", help="of the bootstrap (1000)")
@@ -592,9 +663,9 @@ def parse(argv):
         command.at_least(name.replace("_", "-"), getattr(args, name), int(name != "seed"))
     if not args.maps and not args.dataset:
         raise ValueError("which maps? Give two or more files, or --dataset NAME for all of results/NAME")
-    if args.masks == "own" and not args.dataset:
+    if args.masks in ("own", "alpha") and not args.dataset:
         raise ValueError("--masks without a folder takes the data set's own: name it with --dataset")
-    if args.masks not in (None, "own") and not Path(args.masks).is_dir():
+    if args.masks not in (None, "own", "alpha") and not Path(args.masks).is_dir():
         raise ValueError(f"--masks {args.masks}: no such folder; expected a PNG in it for each picture")
     return args
 
@@ -605,7 +676,7 @@ def main(argv=None):
     networks = open_networks(args)
     groups, parts = make_groups(networks, args.all_folds), {}
     for network in networks:
-        parts.setdefault(network.pictures, []).append(network)
+        parts.setdefault((network.pictures, network.shape, str(network.part)), []).append(network)
     out = args.out or (Path() if args.maps else networks[0].path.parents[2]) / "compare.csv"
     tables = {"compare": out if groups else None, "masks": out.with_name("masks.csv") if args.masks else None,
               "embeddings": out.with_name("embeddings.csv") if args.embeddings else None}
@@ -616,7 +687,7 @@ def main(argv=None):
     for some in [group for group, _ in groups] + list(parts.values()):
         check_alike(networks if args.per_picture else some)
     masks = [find_masks(part[0], args) for part in parts.values()] if args.masks else []
-    number = max(1, (args.memory_mib << 20) // (8 * len(networks) * math.prod(networks[0].shape[1:])))
+    number = max(1, (args.memory_mib << 20) // sum(8 * math.prod(network.shape[1:]) for network in networks))
 
     rows, headers = {name: [] for name in tables}, dict(HEADERS)
     if args.as_published:

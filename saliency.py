@@ -856,6 +856,7 @@ def main(argv=None):
             noise_of = "" if args.shared_noise else job.spec["name"]
             group.append(job._replace(path=path, about={
                 **job.about, "distance": args.distance or job.spec["distance"],
+                "part": pictures.part_shown(job.about["preprocessing"]),
                 "options": {**options, "ceiling": ceiling, "noise_of": noise_of}}))
     if args.gallery:
         folds = sorted({job.spec["fold"] for job in jobs if job.dataset.split == "held out"})

@@ -519,6 +519,29 @@ def input_size(preprocessing):
     return tuple(preprocessing["resize"])
 
 
+def part_shown(preprocessing):
+    """Which part of a picture, in its middle, a network's input shows: {"of", "height", "width"}.
+
+    Shares of the picture's "shorter side" or of "each side", or numbers of its own "pixels". None: unknown.
+    """
+    resize, crop = preprocessing.get("resize"), preprocessing.get("crop")
+    if isinstance(resize, list):
+        height, width = (crop / side if crop else 1.0 for side in resize)
+        return {"of": "each side", "height": height, "width": width}
+    if not crop:
+        return None
+    share = crop / resize if resize else crop
+    return {"of": "shorter side" if resize else "pixels", "height": share, "width": share}
+
+
+def part_box(part, size):
+    """Where part_shown's part of a picture of size (width, height) is: (left, upper, right, lower)."""
+    units = {"pixels": (1, 1), "shorter side": (min(size), min(size)), "each side": size}[part["of"]]
+    half = part["width"] * units[0] / 2, part["height"] * units[1] / 2
+    x, y = size[0] / 2, size[1] / 2
+    return x - half[0], y - half[1], x + half[0], y + half[1]
+
+
 def resized(preprocessing, side):
     """The same for inputs whose shorter side has `side` pixels: resize and crop in proportion."""
     factor = side / min(input_size(preprocessing))

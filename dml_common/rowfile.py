@@ -39,8 +39,9 @@ FLUSH = 2.0  # seconds
 MISSING, WRITTEN, LEFT_OUT = 0, 1, 2
 END = b"unfinished rows\n"
 GATE, USERS = 0, 1  # the bytes whose locks tell who is there
-# May differ between runs whose rows belong together: where a checkpoint lies (its sha256 counts), versions.
-NOT_COMPARED = ("checkpoint", "versions")
+# May differ between runs whose rows belong together: where a checkpoint lies (its sha256 counts), versions, what
+# older arrays lack: the part of the picture that maps show (it follows from the preprocessing).
+NOT_COMPARED = ("checkpoint", "versions", "part")
 SIZES = "sizes_in_bytes_sha256"
 
 
