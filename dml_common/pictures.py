@@ -17,6 +17,7 @@ import tarfile
 import warnings
 import zipfile
 from collections import Counter
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +43,7 @@ OTHERS = (".cr2", ".dng", ".eps", ".exr", ".heic", ".heif", ".ico", ".jxl", ".ne
 SPLITS = {"train": "train", "test": "test",
           **dict.fromkeys(("val", "valid", "dev", "validation"), "validation")}
 LABELS = ("label", "class")  # columns of a table of pictures
+COLOURED = ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # modes of a picture with colours
 BOX = ("x_1", "y_1", "x_2", "y_2")
 MAX_PIXELS = 500_000_000  # of one picture: 1.5 GB decoded
 LARGE = 1 << 26  # pixels of a resized picture from which on only its crop is made (equal but for rounding)
@@ -531,31 +533,38 @@ def resized(preprocessing, side):
     return {**preprocessing, **{key: scale(preprocessing[key]) for key in ("resize", "crop")}}
 
 
-def load_mask(path, preprocessing=None, size=None):
+def load_mask(path, preprocessing=None, size=None, alpha=False):
     """Read a mask through its picture's geometry, nearest neighbour: bool (H, W), True on the object.
 
     preprocessing: None or {} leaves it as it is. size: then averaged to (size, size): what is more than half
-    object.
+    object. alpha: the path is the picture's own, whose alpha channel counts; ValueError where it has none.
     The object is where alpha is, if that varies; else what is brighter than half of white, or, where nothing
-    is, what is not black (masks of 0 and 1); of a coloured palette what is not black.
+    is, what is not black (masks of 0 and 1); of colours what is not black.
     """
-    check_input(path, "a mask")
-    with Image.open(path) as image:
-        alpha = np.asarray(image.convert("RGBA"))[..., 3] if image.has_transparency_data else np.zeros(1)
-        coloured = image.mode in ("P", "PA", "RGB", "RGBA")
-        colours = np.atleast_3d(np.asarray(image.convert("RGB" if coloured else "L")))
-        values = colours.max(axis=2)
-        if alpha.min() < alpha.max():
-            values = alpha
-        elif image.mode in ("P", "PA") and (colours != colours[..., :1]).any():
-            values = np.where(values > 0, 255, 0)
-    inside = values > (127 if values.max() > 127 else 0)
-    mask = Image.fromarray(np.uint8(255) * inside)
+    with opened(path, "a mask") as image:
+        if alpha and not image.has_transparency_data:
+            raise ValueError(f"it is {image.mode}, without an alpha channel; --masks alpha needs one")
+        image, mode = image.crop(getattr(path, "box", None)), image.mode
+        seen = np.asarray(image.convert("RGBA"))[..., 3] if image.has_transparency_data else np.zeros(1)
+        colours = np.atleast_3d(np.asarray(image.convert("RGB" if mode in COLOURED else "L")))
+    values = colours.max(axis=2)
+    if alpha or seen.min() < seen.max():
+        values = seen
+    elif (colours != colours[..., :1]).any():
+        values = np.where(values > (0 if mode[0] == "P" else 31), 255, 0)  # a JPEG's black is not quite black
+    mask = Image.fromarray(np.uint8(255) * (values > (127 if values.max() > 127 else 0)))
     if preprocessing:
         mask = resize_and_crop(mask, preprocessing, Image.Resampling.NEAREST)
     if size:
         mask = mask.resize((size, size), Image.Resampling.BOX)
     return np.asarray(mask) > 127
+
+
+def refuse_constant_masks(share, source):
+    """share (H, W): of the masks with their object there. ValueError where all are empty, or all are full."""
+    if not share.any() or (share == 1).all():
+        raise ValueError(f"{source}: every mask is {'full' if share.any() else 'empty'}; expected the object "
+                         "brighter than its background, or an alpha channel")
 
 
 def find_mask(folder, name):
@@ -570,25 +579,32 @@ def read_rgb(path, draft=None):
     grey is repeated, palettes are looked up, alpha is dropped, CMYK converted without a colour profile,
     the EXIF orientation is ignored.
     """
+    with opened(path) as image:
+        if box := getattr(path, "box", None):
+            if not (box[0] < box[2] <= image.width and box[1] < box[3] <= image.height):
+                raise ValueError(f"its box {box} is not in its {image.width} × {image.height} pixels")
+            return image.convert("RGB").crop(box)
+        if draft:
+            image.draft(image.mode, resized_size(image.size, draft["resize"]))
+        return image.convert("RGB")
+
+
+@contextmanager
+def opened(path, expected="a picture"):
+    """The open PIL image of a file; whatever is wrong with it becomes a ValueError that names it."""
     if not isinstance(path, io.IOBase):
-        check_input(path, "a picture")
+        check_input(path, expected)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # palettes with transparency, odd EXIF: nothing a user can act on
         try:
             with Image.open(path) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width} × {image.height} pixels, more than {MAX_PIXELS:,}")
-                if box := getattr(path, "box", None):
-                    if not (box[0] < box[2] <= image.width and box[1] < box[3] <= image.height):
-                        raise ValueError(f"its box {box} is not in its {image.width} × {image.height} pixels")
-                    return image.convert("RGB").crop(box)
-                if draft:
-                    image.draft(image.mode, resized_size(image.size, draft["resize"]))
-                return image.convert("RGB")
+                yield image
         except PermissionError:
             raise
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, …
-            raise ValueError(f"{path}: can't be read as a picture ({error}); replace or remove it") from None
+            raise ValueError(f"{path}: can't be read as {expected} ({error}); replace or remove it") from None
 
 
 def resize_and_crop(image, preprocessing, resample=Image.Resampling.BILINEAR):

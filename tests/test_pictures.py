@@ -171,8 +171,32 @@ def test_masks_of_all_kinds_are_read(tmp_path):
         np.testing.assert_array_equal(pictures.load_mask(tmp_path / "mask.png", WHOLE), object_, err_msg=name)
     inverted.save(tmp_path / "mask.png")
     np.testing.assert_array_equal(pictures.load_mask(tmp_path / "mask.png", WHOLE), ~object_)
+    coloured = np.uint8([[[64, 0, 0], [3, 0, 9]], [[0, 192, 0], [0, 0, 0]]])  # two objects, a JPEG's black
+    Image.fromarray(coloured).save(tmp_path / "mask.png")
+    assert pictures.load_mask(tmp_path / "mask.png").tolist() == [[True, False], [True, False]]
     Image.new("RGBA", (8, 8)).save(tmp_path / "mask.png")
     assert not pictures.load_mask(tmp_path / "mask.png", WHOLE).any()
+    (tmp_path / "mask.png").write_bytes(b"no mask")
+    with pytest.raises(ValueError, match="mask.png: can't be read as a mask"):
+        pictures.load_mask(tmp_path / "mask.png", WHOLE)
+
+
+def test_a_pictures_own_alpha_is_its_mask(tmp_path):
+    object_ = np.arange(64).reshape(8, 8) % 5 < 2
+    for opaque in (255, 90, 1):  # also where it is never more than half
+        image = noise(8, 8)
+        image.putalpha(Image.fromarray(np.uint8(opaque) * object_))
+        image.save(tmp_path / "a.png")
+        np.testing.assert_array_equal(pictures.load_mask(tmp_path / "a.png", WHOLE, alpha=True), object_)
+    noise(8, 8).convert("RGBA").save(tmp_path / "a.png")
+    assert pictures.load_mask(tmp_path / "a.png", WHOLE, alpha=True).all()  # opaque, whatever its colours
+    noise(8, 8).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="a.png: .*it is RGB, without an alpha channel"):
+        pictures.load_mask(tmp_path / "a.png", WHOLE, alpha=True)
+    for share, word in ((np.zeros((2, 2)), "empty"), (np.ones((2, 2)), "full")):
+        with pytest.raises(ValueError, match=f"masks/: every mask is {word}"):
+            pictures.refuse_constant_masks(share, "masks/")
+    pictures.refuse_constant_masks(np.array([[0, 1]]), "masks/")
 
 
 def test_black_picture_is_a_black_file(tmp_path):
