@@ -80,7 +80,7 @@ def embed_all(jobs, args, device):
     shared = Counter(module[0] for module in modules if isinstance(module, torch.nn.Sequential))
 
     def load(path):
-        return pictures.load_pixels(path, preprocessing, args.draft)
+        return pictures.load_input(path, preprocessing, args.draft)
 
     def stack(pixels):
         return networks.to_input(torch.from_numpy(np.stack(pixels)).to(device), preprocessing)
