@@ -27,6 +27,7 @@ if __name__ == "__main__":  # before torch is imported: Ctrl-C ends in one line 
 
 import os
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import torch
@@ -82,13 +83,13 @@ def embed_all(jobs, args, device):
     batch = args.batch or batch_size(modules[0], black)
     own = {job.spec["backbone"]: module for job, module in zip(jobs, modules) if ":" in job.spec["backbone"]}
     for name, module in own.items():
-        if rowfile.depends_on_batch(lambda batch, own=module: torch.from_numpy(embed(own, batch)), black, name):
+        if rowfile.depends_on_batch(partial(embed, module), black, name):
             batch = 1
     shared = Counter(module[0] for module in modules if isinstance(module, torch.nn.Sequential))
 
     def load(row):
         path = jobs[0].dataset.paths[jobs[0].numbers[row]]
-        return pictures.load_pixels(path, preprocessing, args.draft)
+        return pictures.load_input(path, preprocessing, args.draft)
 
     def stack(pixels):
         return networks.to_input(torch.from_numpy(np.stack(pixels)).to(device), preprocessing)

@@ -17,6 +17,7 @@ import tarfile
 import warnings
 import zipfile
 from collections import Counter
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +43,10 @@ OTHERS = (".cr2", ".dng", ".eps", ".exr", ".heic", ".heif", ".ico", ".jxl", ".ne
 SPLITS = {"train": "train", "test": "test",
           **dict.fromkeys(("val", "valid", "dev", "validation"), "validation")}
 LABELS = ("label", "class")  # columns of a table of pictures
+CHANNELS = {"RGB": slice(None), "BGR": slice(None, None, -1), "L": slice(1)}  # of grey all three are equal
+INTERPOLATIONS = {name: Image.Resampling[name.upper()]
+                  for name in ("bilinear", "bicubic", "lanczos", "nearest")}
+COLOURED = ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # modes of a picture with colours
 BOX = ("x_1", "y_1", "x_2", "y_2")
 MAX_PIXELS = 500_000_000  # of one picture: 1.5 GB decoded
 LARGE = 1 << 26  # pixels of a resized picture from which on only its crop is made (equal but for rounding)
@@ -471,33 +476,71 @@ def read_lines(path, fields):
 # ---------------------------------------------------------------- a picture as a network's input
 
 
-def load_picture(path, preprocessing):
-    """Read a picture as a network's input: float32 (3, H, W).
+# preprocessing, a JSON-able dict:
+#   resize         int: shorter side in pixels, with antialiasing · [height, width] · None
+#   crop           int: side of the central square in pixels (smaller pictures are padded with black) · None
+#   channels       "RGB", "BGR" or "L" (one channel of grey)
+#   scale          1 or 255: values are in [0, scale] before
+#   mean, std      a number for each channel, in their order: (value - mean) / std
+#   interpolation  of resize: bilinear where it is not there, bicubic, lanczos, nearest
+# Bit for bit torchvision's Resize, CenterCrop, ToTensor, Normalize. Or a Transform, a function in its place.
 
-    preprocessing (JSON-able dict):
-      resize    int: shorter side in pixels, bilinear with antialiasing · [height, width] · None
-      crop      int: side of the central square in pixels (smaller pictures are padded with black) · None
-      channels  "RGB" or "BGR"
-      scale     1 or 255: values are in [0, scale] before
-      mean, std three numbers, in the order of channels: (value - mean) / std
-    Bit for bit torchvision's Resize, CenterCrop, ToTensor, Normalize.
-    Raises ValueError naming the picture when it can't be decoded, OSError when it can't be opened.
+
+class Transform(dict):
+    """A preprocessing that is a factory's own function: PIL RGB picture -> float tensor (C, H, W).
+
+    As a dict: transform (the factory's name), size [H, W]. Raises ValueError where the function does not fit.
     """
-    return normalise(load_pixels(path, preprocessing), preprocessing)
+
+    def __init__(self, name, function):
+        super().__init__(transform=name, resize=None, crop=None)
+        self.function = function
+        noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+        first, second = self(noise), self(noise)
+        if not np.array_equal(first, second):
+            raise ValueError(f"the transform of {name} gives another tensor each time: what is random in it "
+                             "must go")
+        self["size"] = list(first.shape[1:])
+
+    def __call__(self, pixels):
+        """uint8 (H, W, 3) -> float32 (C, H, W)."""
+        try:
+            values = np.asarray(self.function(Image.fromarray(pixels)), dtype=np.float32)
+        except Exception as error:  # whatever the user's function raises
+            raise ValueError(f"the transform of {self['transform']} fails on a picture {pixels.shape}: "
+                             f"{type(error).__name__}: {error}") from None
+        size = self.get("size", list(values.shape[1:]))
+        if values.ndim != 3 or list(values.shape[1:]) != size or not np.isfinite(values).all():
+            raise ValueError(f"the transform of {self['transform']} gives {values.shape} of a picture "
+                             f"{pixels.shape}; expected finite numbers, (channels, height, width), always "
+                             "the same size")
+        return values
 
 
 def load_pixels(path, preprocessing, draft=False):
-    """The same before normalisation: uint8 RGB (H, W, 3), resized and cropped.
+    """A picture, resized and cropped, before normalisation: uint8 RGB (H, W, 3); as it is for a Transform.
 
     draft: a JPEG may be shrunk while it is decoded, to no less than the resized picture: faster, new values.
+    Raises ValueError naming the picture when it can't be decoded, OSError when it can't be opened.
     """
-    return np.asarray(resize_and_crop(read_rgb(path, preprocessing if draft else None), preprocessing))
+    image = read_rgb(path, preprocessing if draft else None)
+    if preprocessing.get("channels") == "L":
+        image = image.convert("L").convert("RGB")
+    return np.asarray(resize_and_crop(image, preprocessing))
+
+
+def load_input(path, preprocessing, draft=False):
+    """What networks.to_input takes of a picture: its pixels, or what a Transform makes of them."""
+    pixels = load_pixels(path, preprocessing, draft)
+    return preprocessing(pixels) if isinstance(preprocessing, Transform) else pixels
 
 
 def normalise(pixels, preprocessing):
-    """uint8 RGB (..., H, W, 3) -> float32 (..., 3, H, W), in the network's channel order and range."""
-    if preprocessing["channels"] == "BGR":
-        pixels = pixels[..., ::-1]
+    """uint8 RGB (..., H, W, 3) -> float32 (..., C, H, W), in the network's channel order and range."""
+    if isinstance(preprocessing, Transform):
+        values = np.stack([preprocessing(one) for one in pixels.reshape(-1, *pixels.shape[-3:])])
+        return values.reshape(*pixels.shape[:-3], *values.shape[1:])
+    pixels = pixels[..., CHANNELS[preprocessing["channels"]]]
     values = pixels.astype(np.float32) / np.float32(255)
     if preprocessing["scale"] != 1:
         values *= np.float32(preprocessing["scale"])
@@ -514,9 +557,8 @@ def black_picture(preprocessing, size=None):
 
 def input_size(preprocessing):
     """(H, W) of a network's input."""
-    if preprocessing["crop"]:
-        return preprocessing["crop"], preprocessing["crop"]
-    return tuple(preprocessing["resize"])
+    crop = preprocessing["crop"]
+    return (crop, crop) if crop else tuple(preprocessing["resize"] or preprocessing["size"])
 
 
 def part_shown(preprocessing):
@@ -554,31 +596,41 @@ def resized(preprocessing, side):
     return {**preprocessing, **{key: scale(preprocessing[key]) for key in ("resize", "crop")}}
 
 
-def load_mask(path, preprocessing=None, size=None):
+def load_mask(path, preprocessing=None, size=None, alpha=False):
     """Read a mask through its picture's geometry, nearest neighbour: bool (H, W), True on the object.
 
     preprocessing: None or {} leaves it as it is. size: then averaged to (size, size): what is more than half
-    object.
+    object. alpha: the path is the picture's own, whose alpha channel counts; ValueError where it has none.
     The object is where alpha is, if that varies; else what is brighter than half of white, or, where nothing
-    is, what is not black (masks of 0 and 1); of a coloured palette what is not black.
+    is, what is not black (masks of 0 and 1); of colours what is not black.
     """
-    check_input(path, "a mask")
-    with Image.open(path) as image:
-        alpha = np.asarray(image.convert("RGBA"))[..., 3] if image.has_transparency_data else np.zeros(1)
-        coloured = image.mode in ("P", "PA", "RGB", "RGBA")
-        colours = np.atleast_3d(np.asarray(image.convert("RGB" if coloured else "L")))
-        values = colours.max(axis=2)
-        if alpha.min() < alpha.max():
-            values = alpha
-        elif image.mode in ("P", "PA") and (colours != colours[..., :1]).any():
-            values = np.where(values > 0, 255, 0)
-    inside = values > (127 if values.max() > 127 else 0)
-    mask = Image.fromarray(np.uint8(255) * inside)
+    if preprocessing and "transform" in preprocessing:
+        raise ValueError(f"which part of {path} the maps cover is not known: their network has a transform "
+                         "of its own; give it a preprocessing")
+    with opened(path, "a mask") as image:
+        if alpha and not image.has_transparency_data:
+            raise ValueError(f"it is {image.mode}, without an alpha channel; --masks alpha needs one")
+        image, mode = image.crop(getattr(path, "box", None)), image.mode
+        seen = np.asarray(image.convert("RGBA"))[..., 3] if image.has_transparency_data else np.zeros(1)
+        colours = np.atleast_3d(np.asarray(image.convert("RGB" if mode in COLOURED else "L")))
+    values = colours.max(axis=2)
+    if alpha or seen.min() < seen.max():
+        values = seen
+    elif (colours != colours[..., :1]).any():
+        values = np.where(values > (0 if mode[0] == "P" else 31), 255, 0)  # a JPEG's black is not quite black
+    mask = Image.fromarray(np.uint8(255) * (values > (127 if values.max() > 127 else 0)))
     if preprocessing:
         mask = resize_and_crop(mask, preprocessing, Image.Resampling.NEAREST)
     if size:
         mask = mask.resize((size, size), Image.Resampling.BOX)
     return np.asarray(mask) > 127
+
+
+def refuse_constant_masks(share, source):
+    """share (H, W): of the masks with their object there. ValueError where all are empty, or all are full."""
+    if not share.any() or (share == 1).all():
+        raise ValueError(f"{source}: every mask is {'full' if share.any() else 'empty'}; expected the object "
+                         "brighter than its background, or an alpha channel")
 
 
 def find_mask(folder, name):
@@ -593,29 +645,38 @@ def read_rgb(path, draft=None):
     grey is repeated, palettes are looked up, alpha is dropped, CMYK converted without a colour profile,
     the EXIF orientation is ignored.
     """
+    with opened(path) as image:
+        if box := getattr(path, "box", None):
+            if not (box[0] < box[2] <= image.width and box[1] < box[3] <= image.height):
+                raise ValueError(f"its box {box} is not in its {image.width} × {image.height} pixels")
+            return image.convert("RGB").crop(box)
+        if draft:
+            image.draft(image.mode, resized_size(image.size, draft["resize"]))
+        return image.convert("RGB")
+
+
+@contextmanager
+def opened(path, expected="a picture"):
+    """The open PIL image of a file; whatever is wrong with it becomes a ValueError that names it."""
     if not isinstance(path, io.IOBase):
-        check_input(path, "a picture")
+        check_input(path, expected)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # palettes with transparency, odd EXIF: nothing a user can act on
         try:
             with Image.open(path) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width} × {image.height} pixels, more than {MAX_PIXELS:,}")
-                if box := getattr(path, "box", None):
-                    if not (box[0] < box[2] <= image.width and box[1] < box[3] <= image.height):
-                        raise ValueError(f"its box {box} is not in its {image.width} × {image.height} pixels")
-                    return image.convert("RGB").crop(box)
-                if draft:
-                    image.draft(image.mode, resized_size(image.size, draft["resize"]))
-                return image.convert("RGB")
+                yield image
         except PermissionError:
             raise
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, …
-            raise ValueError(f"{path}: can't be read as a picture ({error}); replace or remove it") from None
+            raise ValueError(f"{path}: can't be read as {expected} ({error}); replace or remove it") from None
 
 
-def resize_and_crop(image, preprocessing, resample=Image.Resampling.BILINEAR):
+def resize_and_crop(image, preprocessing, resample=None):
     """torchvision's Resize and CenterCrop of a PIL image (the same rounding)."""
+    if resample is None:
+        resample = INTERPOLATIONS[preprocessing.get("interpolation", "bilinear")]
     new, crop = resized_size(image.size, preprocessing["resize"]), preprocessing["crop"]
     if not crop:
         return image.resize(new, resample) if new != image.size else image

@@ -431,7 +431,7 @@ def jobs(args, name, options, seed, choose=every):
     dataset = pictures.open_dataset(args.dataset, args.data_root, args.split)
     loss = args.loss or (None if args.model or args.checkpoint else "all")
     specs = networks.find(args.trained_on or dataset.name, loss, args.fold, args.model, args.checkpoint,
-                          args.weights, seed, args.models)
+                          args.weights, seed, args.models, args.output)
     if args.name or args.type:
         specs = [named(args, specs, dataset.name)]
     if one and len(specs) > 1:
@@ -552,12 +552,13 @@ def fill(jobs, shapes, dtype, load, stack, compute, batch, least, args, unit):
 def depends_on_batch(embed, picture, name):
     """Does a picture's embedding depend on what else is in its batch (batch norms without statistics)?
 
-    It is said. embed: pictures (B, 3, H, W) -> tensor (B, m); picture: (1, 3, H, W). Raises ValueError where two passes
-    of the one picture differ.
+    It is said. embed: pictures (B, 3, H, W) -> (B, m), a tensor or an array; picture: (1, 3, H, W). Raises
+    ValueError where two passes of the one picture differ.
     """
     import torch
 
     def differ(a, b):
+        a, b = (torch.as_tensor(one) for one in (a, b))
         return bool((a - b).norm() > 1e-2 * b.norm())
 
     other = torch.linspace(-1, 1, picture.numel(), device=picture.device).view_as(picture)

@@ -104,8 +104,8 @@ def embedding_of(path, network):
     if isinstance(network, str):
         network = networks.load(networks.find(model=network)[0])
     with torch.inference_mode():
-        picture = torch.from_numpy(pictures.load_picture(path, network.preprocessing))
-        return network.module(picture[None]).numpy()[0]
+        pixels = torch.from_numpy(pictures.load_pixels(path, network.preprocessing))[None]
+        return network.module(networks.to_input(pixels, network.preprocessing)).numpy()[0]
 
 
 # ---------------------------------------------------------------- one network, one array

@@ -187,7 +187,7 @@ def test_damaged_foreign_and_malicious_checkpoints(tmp_path, trunk, embedder):
     (place / "trunk_best.pth").unlink()
     (place / "trunk_best.pth").write_bytes(good)
     wide = {"net.0.weight": torch.ones(128, 2048), "net.0.bias": torch.ones(128)}
-    for wrong, message in [({"x": torch.ones(1)}, "no single linear layer"),
+    for wrong, message in [({"x": torch.ones(1)}, r"x \(1,\); expected a linear layer"),
                            (wide, r"misshapen.*\(dimension, 1024\)"),
                            ({**embedder, "last_linear.bias": torch.ones(128)}, "differ")]:
         refused(message, wrong, "embedder_best.pth")
