@@ -330,11 +330,10 @@ def open_maps(path):
     if array.ndim != 3 or array.dtype.kind not in "fiub" or 0 in array.shape:
         raise ValueError(f"{path} has shape {array.shape}, dtype {array.dtype}; expected maps (n, H, W)")
     record = {"options": {}, "pictures": {}, "preprocessing": {}, **files.read_sidecar(path), "path": path}
-    part = record.get("part") or pictures.part_shown(record["preprocessing"])
     noise = [record["options"].get(key) for key in ("noise_of", "seed", "ceiling")]
     return Network(path, record.get("loss") or record.get("backbone") or str(path), record.get("fold"),
-                   array.shape, record, record["pictures"].get("sha256"), part,
-                   noise[0] is not None and noise, open_maps(second) if second.exists() else None)
+                   array.shape, record, record["pictures"].get("sha256"),
+                   pictures.part_shown(record["preprocessing"]), noise[0] is not None and noise, open_maps(second) if second.exists() else None)
 
 
 def open_networks(args):
@@ -370,12 +369,13 @@ def check_alike(networks):
             raise ValueError(f"{network.path} and {network.second.path} are of different weights (their "
                              "checkpoint_sha256 differ), so they give no ceiling; make both in one run")
     networks = networks + [network.second for network in networks if network.second]
-    first = networks[0]
-    for what, values in [("pictures", [one.pictures for one in networks]),
-                         ("number of pictures", [one.shape[0] for one in networks]),
-                         ("shape, without a JSON that says what they show",
-                          [one.shape if first.part is None or one.part is None else None for one in networks])]:
-        known = [(network, value) for network, value in zip(networks, values) if value is not None]
+    same = ["pictures", "number of pictures"]
+    if None in [network.part for network in networks]:
+        same.append("shape, without a JSON that says what they show")
+    for what in same:
+        values = [network.pictures if what == "pictures" else network.shape[:3 if "shape" in what else 1]
+                  for network in networks]
+        known = [(network, value) for network, value in zip(networks, values) if value]
         for network, value in known:
             if value != known[0][1]:
                 raise ValueError(f"{known[0][0].path} and {network.path} differ in {what}, {known[0][1]} and "
@@ -384,10 +384,15 @@ def check_alike(networks):
 
 def parts_of(networks, args):
     """Where on the pictures these networks' maps lie: None where all have the same pixels, else boxes
-    (n, K, 4), or (1, K, 4) where one picture is like all others."""
+    (n, K, 4), or (1, K, 4) where all pictures are alike in that."""
     from dml_common import command, pictures
-    if len({(network.shape, str(network.part)) for network in networks}) == 1 or None in [
-            network.part for network in networks]:
+    if len({(network.shape, str(network.part)) for network in networks}) == 1:
+        return None
+    unknown = [network for network in networks if network.part is None]
+    if unknown:
+        if len(unknown) < len(networks):
+            command.say(f"which part of the pictures {unknown[0].path} shows is not known, so it is taken to "
+                        "show what the others do")
         return None
     sizes, kinds = [(1, 1)], {network.part["of"] for network in networks}
     if kinds not in ({"shorter side"}, {"each side"}):

@@ -567,13 +567,12 @@ def part_shown(preprocessing):
     Shares of the picture's "shorter side" or of "each side", or numbers of its own "pixels". None: unknown.
     """
     resize, crop = preprocessing.get("resize"), preprocessing.get("crop")
-    if isinstance(resize, list):
-        height, width = (crop / side if crop else 1.0 for side in resize)
-        return {"of": "each side", "height": height, "width": width}
-    if not crop:
+    sides = resize if isinstance(resize, list) else [resize or 1] * 2
+    if not (crop or isinstance(resize, list)) or len(sides) != 2 or min(sides) <= 0:
         return None
-    share = crop / resize if resize else crop
-    return {"of": "shorter side" if resize else "pixels", "height": share, "width": share}
+    of = "each side" if isinstance(resize, list) else "shorter side" if resize else "pixels"
+    height, width = (crop / side if crop else 1.0 for side in sides)
+    return {"of": of, "height": height, "width": width}
 
 
 def part_box(part, size):
@@ -671,6 +670,13 @@ def opened(path, expected="a picture"):
             raise
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, …
             raise ValueError(f"{path}: can't be read as {expected} ({error}); replace or remove it") from None
+
+
+def size_of(path):
+    """(width, height) of a picture, or of the box of it that counts."""
+    with opened(path) as image:
+        box = getattr(path, "box", None)
+        return (box[2] - box[0], box[3] - box[1]) if box else image.size
 
 
 def resize_and_crop(image, preprocessing, resample=None):
