@@ -491,7 +491,11 @@ class Run:
             self.write_config(diverged=diverged)
         else:
             self.write_network()
-        for path in self.folder.glob("*checkpoint.pth*"):  # and what a kill left of it half-written
+        self.tidy()
+
+    def tidy(self):
+        """Remove what a run that has ended needed to continue, and what a kill left of it half-written."""
+        for path in self.folder.glob("*checkpoint.pth*"):
             path.unlink(missing_ok=True)
 
     def write_network(self):
@@ -689,6 +693,9 @@ def main(argv=None):
     dataset = pictures.open_dataset(args.dataset, args.data_root, "all")
     runs, network = plan(args, dataset, device)
     todo = [run for run in runs if run.progress() in (None, "begun")]
+    for run in runs:
+        if run not in todo:  # ended, but perhaps killed before it had tidied up
+            run.tidy()
     if not todo and rank == 0:
         command.say(f"nothing to do: {len(runs)} of {len(runs)} networks are there")
     together = "RANK" in os.environ and ranks > 1 and todo  # by torchrun: all train the same network

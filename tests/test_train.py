@@ -506,6 +506,10 @@ def test_a_run_killed_at_any_write_continues_to_the_same_numbers(p, monkeypatch,
         run(*options, "--models", f"m{at}")
         same("margin_per_class", f"m{at}", "uninterrupted")
         assert not list(place("margin_per_class", root=f"m{at}").glob("*checkpoint*"))
+    left = place("margin_per_class", root="uninterrupted") / "checkpoint.pth"
+    left.write_bytes(b"killed before this was removed")
+    run(*options, "--models", "uninterrupted")
+    assert not left.exists()
 
 
 def test_another_frozen_trunk_takes_nothing_of_the_last(p, refused):
