@@ -417,8 +417,6 @@ def jobs(args, name, options, seed, choose=range):
     from dml_common import networks, pictures
 
     one = args.out.suffix == ".npy"
-    if one:
-        files.check_output(args.out)
     dataset = pictures.open_dataset(args.dataset, args.data_root, args.split)
     loss = args.loss or (None if args.model or args.checkpoint else "all")
     specs = networks.find(args.trained_on or dataset.name, loss, args.fold, args.model, args.checkpoint,
@@ -426,6 +424,13 @@ def jobs(args, name, options, seed, choose=range):
     if one and len(specs) > 1:
         raise ValueError(f"--out {args.out} is one array, but {len(specs)} networks were asked for "
                          f"({specs[0]['name']}, {specs[1]['name']}, …); give a folder")
+    configs = [Path(spec["files"][0]).with_name("config.json") for spec in specs if spec["files"]]
+    inputs = [args.dataset, dataset.folder / "props.csv", *configs]
+    for ending in (".npy", ".json", ".labels.csv", ".classes.csv", ".props.csv") if one else ():
+        files.check_output(args.out.with_suffix(ending), inputs)
+    if not one and (args.out / dataset.name).resolve() == dataset.folder.resolve():
+        raise ValueError(f"--out {args.out}: results would go into the data set itself, {dataset.folder}, "
+                         "over its tables; give another folder")
     for note in [*dataset.notes, *(spec["note"] for spec in specs)]:
         if note and command.my_share()[0] == 0:
             command.say(note)
