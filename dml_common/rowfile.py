@@ -24,7 +24,7 @@ import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -152,6 +152,26 @@ def is_file(descriptor, path):
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
         return False
+
+
+@contextmanager
+def only_one(path, wait=True):
+    """A block for one process at a time: is it ours (or, without waiting, another's)?
+
+    The lock is on this file, which is there as long as a process has it, or was killed.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        free = lock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), GATE) is not False
+        if not free or is_file(descriptor, path):
+            break
+        os.close(descriptor)  # removed by the one before
+    try:
+        yield free
+    finally:
+        if free:
+            Path(path).unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def alone(descriptor):
