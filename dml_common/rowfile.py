@@ -60,9 +60,12 @@ def shares(n, rank=0, ranks=1, block=BLOCK):
 def is_complete(path, about):
     """Is the array there, made as `about` says? What a killed process left beside it is then removed.
 
-    Raises ValueError naming the differences when it was made otherwise.
+    Raises ValueError naming the differences when it was made otherwise, and for a link that leads nowhere.
     """
     path = Path(path)
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path} is a link to {os.readlink(path)}, which is not there; an array would replace "
+                         "it: remove it, or give that file's name")
     if not path.exists():
         return False
     made = read_json(path.with_suffix(".json"))
