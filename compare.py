@@ -34,7 +34,6 @@ import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -306,135 +305,7 @@ def neighbour_overlap(embeddings, k=10, block=256):
         yield np.stack([(a[:, :, None] == b[:, None, :]).sum(axis=(1, 2)) / k for a, b in pairs], axis=1)
 
 
-# ---------------------------------------------------------------- the command: which maps belong together
-
-class Network(NamedTuple):
-    """A file of maps."""
-    path: Path
-    model: str
-    fold: int | None
-    shape: tuple  # n, H, W
-    record: dict  # the JSON beside it, which may not say the next three:
-    pictures: str  # sha256 of their list
-    part: dict  # of the picture, that the maps show
-    noise: list  # where two networks' are equal their pictures' noisy copies are
-    second: "Network | None"  # maps_ceiling.npy: with other noise
-
-    def option(self, name):
-        return self.record["options"].get(name)
-
-
-def open_maps(path):
-    from dml_common import files, pictures
-    array, second = files.read_array(path), path.with_name(f"{path.stem}_ceiling.npy")
-    if array.ndim != 3 or array.dtype.kind not in "fiub" or 0 in array.shape:
-        raise ValueError(f"{path} has shape {array.shape}, dtype {array.dtype}; expected maps (n, H, W)")
-    record = {"options": {}, "pictures": {}, "preprocessing": {}, **files.read_sidecar(path), "path": path}
-    noise = [record["options"].get(key) for key in ("noise_of", "seed", "ceiling")]
-    return Network(path, record.get("loss") or record.get("backbone") or str(path), record.get("fold"),
-                   array.shape, record, record["pictures"].get("sha256"),
-                   pictures.part_shown(record["preprocessing"]), noise[0] is not None and noise, open_maps(second) if second.exists() else None)
-
-
-def open_networks(args):
-    """The networks of the files given, else of results/NAME, None last; equal names are replaced by paths."""
-    from dml_common import files
-    paths, folder = args.maps, args.results / Path(args.dataset or "").resolve().name
-    if not paths:
-        types = ["ranking", "classification", "none"]
-        losses = sorted(files.losses(), key=lambda row: types.index(row["type"]))
-        order = {row["slug"]: number for number, row in enumerate(losses)}
-        paths = sorted(folder.glob("*/fold*/maps.npy"),
-                       key=lambda path: (order.get(path.parts[-3], len(order)), path.parts[-2], path))
-    if not paths:
-        raise ValueError(f"no maps in {folder}; expected {folder}/<loss>/fold<k>/maps.npy: "
-                         f"python saliency.py --dataset {args.dataset} --loss all --out {args.results}")
-    networks = [open_maps(path) for path in paths]
-    networks = [network for network in networks if args.fold is None or network.fold in (args.fold, None)]
-    if not networks:
-        raise ValueError(f"--fold {args.fold}: none of the {len(paths)} files is of this fold")
-    if len(networks) < 2 and not args.masks:
-        raise ValueError(f"one map file arrived ({paths[0]}), two or more are compared; --masks takes one")
-    keys = [(network.model, network.fold) for network in networks]
-    return [network._replace(model=str(network.path)) if keys.count(key) > 1 else network
-            for network, key in zip(networks, keys)]
-
-
-def check_alike(networks):
-    """Raise ValueError naming two files of maps that are not of the same pictures, or second maps that are
-    another network's."""
-    for network in networks:
-        weights = [one.record.get("checkpoint_sha256") for one in (network, network.second) if one]
-        if len({*weights} - {None}) > 1:
-            raise ValueError(f"{network.path} and {network.second.path} are of different weights (their "
-                             "checkpoint_sha256 differ), so they give no ceiling; make both in one run")
-    networks = networks + [network.second for network in networks if network.second]
-    same = ["pictures", "number of pictures"]
-    if None in [network.part for network in networks]:
-        same.append("shape, without a JSON that says what they show")
-    for what in same:
-        values = [network.pictures if what == "pictures" else network.shape[:3 if "shape" in what else 1]
-                  for network in networks]
-        known = [(network, value) for network, value in zip(networks, values) if value]
-        for network, value in known:
-            if value != known[0][1]:
-                raise ValueError(f"{known[0][0].path} and {network.path} differ in {what}, {known[0][1]} and "
-                                 f"{value}; make both from the same pictures")
-
-
-def parts_of(networks, args):
-    """Where on the pictures these networks' maps lie: None where all have the same pixels, else boxes
-    (n, K, 4), or (1, K, 4) where all pictures are alike in that."""
-    from dml_common import command, pictures
-    if len({(network.shape, str(network.part)) for network in networks}) == 1:
-        return None
-    unknown = [network for network in networks if network.part is None]
-    if unknown:
-        if len(unknown) < len(networks):
-            command.say(f"which part of the pictures {unknown[0].path} shows is not known, so it is taken to "
-                        "show what the others do")
-        return None
-    sizes, kinds = [(1, 1)], {network.part["of"] for network in networks}
-    if kinds not in ({"shorter side"}, {"each side"}):
-        if not args.dataset:
-            raise ValueError(f"these maps show shares of {' and of '.join(sorted(kinds))} of their pictures; "
-                             "give --dataset, whose pictures' sizes tell what they have in common")
-        sizes = [pictures.size_of(path) for path in pictures_of(networks[0], args)[1]]
-    command.say(f"maps of {len(networks)} networks show different parts of the pictures or have different "
-                "sizes: compared on the part that all show, at the pixels of the coarsest")
-    return np.array([[pictures.part_box(network.part, size) for network in networks] for size in sizes])
-
-
-def make_groups(networks, all_folds):
-    """[(networks whose maps are compared at once, for each of their pairs: does it count?)].
-
-    Fold k with fold k; a file without a fold with every other; with all_folds also the folds of one loss.
-    """
-    groups = [networks]
-    if all(network.fold is not None for network in networks):
-        of_folds, of_models = {}, {}
-        for network in networks:
-            of_folds.setdefault(network.fold, []).append(network)
-            of_models.setdefault(network.model, []).append(network)
-        groups = [*of_folds.values(), *(of_models.values() if all_folds else ())]
-    counted = []
-    for group in groups:
-        counts = [a.fold == b.fold or None in (a.fold, b.fold) or (all_folds and a.model == b.model)
-                  for a, b in itertools.combinations(group, 2)]
-        counted += [(group, counts)] if any(counts) else []
-    if len(networks) > 1 and not counted:
-        raise ValueError("no two of these maps are of one fold; --all-folds compares the folds of one loss")
-    return counted
-
-
 # ---------------------------------------------------------------- the command: its tables
-
-def read_blocks(networks, number):
-    """Yield (start, maps [(b, H, W), …]) of every `number` pictures; nothing stays mapped."""
-    for start in range(0, networks[0].shape[0], number):
-        arrays = [np.load(network.path, mmap_mode="r") for network in networks]
-        yield start, [np.array(array[start:start + number]) for array in arrays]
-
 
 def compare_picture(maps, networks, crossed, picture, boxes):
     """r and JSD (2, pairs) of one picture's maps [(H, W), …], nan where a map is nan or constant."""
@@ -457,14 +328,14 @@ def compare_group(networks, counts, crossed, kept, column, number, args):
     crossed: compare each map with the others' second maps. kept: None, or an array (n, …, 2) that gets every
     picture's values, from this column on.
     """
-    from dml_common import command
+    from dml_common import command, mapfiles
     everyone, pairs = networks + [network.second for network in networks if crossed], sum(counts)
-    boxes = parts_of(everyone, args)
+    boxes = mapfiles.parts_of(everyone, args)
 
     def blocks():
         bar = command.bar(networks[0].shape[0], "maps compared")
         with bar, threadpool_limits(1), ThreadPoolExecutor(args.threads) as pool:
-            for start, maps in read_blocks(everyone, number):
+            for start, maps in mapfiles.read_blocks(everyone, number):
                 numbers = range(start, start + len(maps[0]))
                 both = pool.map(lambda i, *one: compare_picture(one, everyone, crossed, i, boxes), numbers,
                                 *maps)
@@ -521,47 +392,9 @@ def compare_networks(networks, groups, number, args):
     return rows, [(network.model, reliability[network.path]) for network in repeated]
 
 
-def pictures_of(network, args):
-    """(names, paths, masks or None) of the pictures of these maps, of --dataset's or else the folder --masks.
-
-    Raises ValueError where they can't be told.
-    """
-    from dml_common import folders, pictures
-    record, n = network.record, network.shape[0]
-    if args.dataset:
-        split = "all" if "rows" in record else record.get("split", "test")
-        dataset = pictures.open_dataset(args.dataset, args.data_root, split)
-    else:  # in natural order, as the pictures are
-        dataset, record = pictures.open_folder(Path(args.masks), "all"), {**record, "pictures": {}}
-    names = folders.picture_names(record, n, dataset)
-    if names is None or (network.record["pictures"].get("left_out") and not args.dataset):
-        raise ValueError(f"{network.path} has {n:,} maps, {args.dataset or args.masks} "
-                         f"{len(dataset.relative):,} other pictures; give saliency.py's --dataset")
-    row = {name: number for number, name in enumerate(dataset.relative)}
-    rows = [row.get(name) for name in names]
-    masks = dataset.masks or [None] * len(row)
-    return names, *([None if row is None else column[row] for row in rows] for column in (dataset.paths, masks))
-
-
-def find_masks(network, args):
-    """The mask of each picture of these maps. Raises ValueError where one can't be told."""
-    from dml_common import pictures
-    names, paths, masks = pictures_of(network, args)
-    if args.masks == "alpha":
-        masks = paths
-    elif args.masks != "own":
-        masks = [pictures.find_mask(args.masks, name) for name in names]
-    missing = [name for name, mask in zip(names, masks) if mask is None]
-    if missing:
-        raise ValueError(f"masks are missing for {len(missing)} of {len(names)} pictures "
-                         f"({', '.join(missing[:3])}); expected a PNG of each picture's name, in the data set "
-                         "or in --masks DIR")
-    return masks
-
-
 def mask_rows(networks, paths, number, args):
     """Rows of masks.csv of networks with the same pictures."""
-    from dml_common import pictures
+    from dml_common import mapfiles, pictures
     (n, H, W), record = networks[0].shape, networks[0].record
     packed, total = [], np.zeros((H, W))
     for path in paths:
@@ -575,7 +408,7 @@ def mask_rows(networks, paths, number, args):
     pictures.refuse_constant_masks(total / n, args.masks if args.masks != "own" else args.dataset)
 
     def blocks():
-        for start, maps in read_blocks(networks, number):
+        for start, maps in mapfiles.read_blocks(networks, number):
             bits = np.unpackbits(np.stack(packed[start:start + number]), axis=1, count=H * W)
             masks = bits.reshape(-1, H, W).astype(bool)
             yield np.concatenate([mask_shares(one, masks, total / n, n) for one in maps], axis=1)
@@ -651,8 +484,8 @@ def parse(argv):
         "(results/NAME/compare.csv with --dataset alone, else compare.csv)")
     add("--fold", type=int, metavar="K", help="only networks of this fold (fold k with fold k, for every k)")
     add("--all-folds", action="store_true", help="also pairs of two folds of one loss")
-    add("--as-published", action="store_true", help="as Tables 2-4: --fold 0, and JSD with natural logarithms "
-        "in a column jsd_nats")
+    add("--as-published", action="store_true", help="as Tables 2-4: --fold 0, and JSD with natural "
+        "logarithms in a column jsd_nats")
     add("--per-picture", type=Path, metavar="FILE.npy", help="also r and JSD of every picture, float32 "
         "(n, pairs, 2), pairs as in the table, then each network with its maps_ceiling.npy")
     add("--figure", type=Path, metavar="FILE.png", help="also r as a heat map; diagonal: its second maps")
@@ -676,23 +509,28 @@ def parse(argv):
 
 
 def main(argv=None):
-    from dml_common import command, files
+    from dml_common import command, files, mapfiles
     args = parse(argv)
-    networks = open_networks(args)
-    groups, parts = make_groups(networks, args.all_folds), {}
+    networks = mapfiles.open_networks(args)
+    groups, parts = mapfiles.make_groups(networks, args.all_folds), {}
     for network in networks:
         parts.setdefault((network.pictures, network.shape, str(network.part)), []).append(network)
     out = args.out or (Path() if args.maps else networks[0].path.parents[2]) / "compare.csv"
     tables = {"compare": out if groups else None, "masks": out.with_name("masks.csv") if args.masks else None,
               "embeddings": out.with_name("embeddings.csv") if args.embeddings else None}
     outputs = list(filter(None, [*tables.values(), args.per_picture, args.figure]))
+    read = [network.path.with_name(name) for network in networks
+            for name in (network.path.name, f"{network.path.stem}_ceiling.npy", "emb.npy")]
     for number, path in enumerate(outputs):
-        files.check_output(path, [network.path for network in networks], outputs[:number])
+        files.check_output(path, read, outputs[:number])
     figures = command.import_figures() if args.figure else None
     for some in [group for group, _ in groups] + list(parts.values()):
-        check_alike(networks if args.per_picture else some)
-    masks = [find_masks(part[0], args) for part in parts.values()] if args.masks else []
-    number = max(1, (args.memory_mib << 20) // sum(8 * math.prod(network.shape[1:]) for network in networks))
+        mapfiles.check_alike(networks if args.per_picture else some)
+    masks = [mapfiles.find_masks(part[0], args) for part in parts.values()] if args.masks else []
+    for path in outputs:
+        files.check_output(path, itertools.chain(*masks))
+    pixels = sum(math.prod(network.shape[1:]) for network in networks)
+    number = max(1, (args.memory_mib << 20) // (8 * pixels))
 
     rows, headers = {name: [] for name in tables}, dict(HEADERS)
     if args.as_published:

@@ -74,7 +74,7 @@ def batch_size(module, picture):
 
 def embed_all(jobs, args, device):
     """Make the arrays of networks that share their pictures and a preprocessing."""
-    from dml_common import networks, pictures, rowfile
+    from dml_common import arrays, networks, pictures, rowfile
 
     trunks, preprocessing = {}, jobs[0].about["preprocessing"]
     modules = [networks.load(job.spec, trunks).module.to(device) for job in jobs]
@@ -83,7 +83,7 @@ def embed_all(jobs, args, device):
     batch = args.batch or batch_size(modules[0], black)
     own = {job.spec["backbone"]: module for job, module in zip(jobs, modules) if ":" in job.spec["backbone"]}
     for name, module in own.items():
-        if rowfile.depends_on_batch(partial(embed, module), black, name):
+        if arrays.depends_on_batch(partial(embed, module), black, name):
             batch = 1
     shared = Counter(module[0] for module in modules if isinstance(module, torch.nn.Sequential))
 
@@ -131,11 +131,11 @@ def write_labels(job, prefix):
 
 
 def main(argv=None):
-    from dml_common import command, rowfile
+    from dml_common import arrays, command
 
     parser = command.parser(__doc__)
     add = parser.add_argument
-    rowfile.add_options(add, "emb.npy")
+    arrays.add_options(add, "emb.npy")
     add("--seed", type=int, default=0, help="of the random layer of --loss None (0)")
     add("--batch", type=int, metavar="N", help="pictures at a time (from the memory)")
     add("--draft", action="store_true", help="let the decoder shrink large JPEGs: faster, other values")
@@ -143,8 +143,8 @@ def main(argv=None):
     command.at_least("batch", args.batch)
     command.at_least("workers", args.workers)
     device = command.torch_device(args.device, args.precision)
-    jobs = rowfile.jobs(args, "emb.npy", {"precision": args.precision, "draft": args.draft}, args.seed)
-    for group in rowfile.incomplete(jobs, lambda job: (job.about["preprocessing"], job.about["pictures"])):
+    jobs = arrays.jobs(args, "emb.npy", {"precision": args.precision, "draft": args.draft}, args.seed)
+    for group in arrays.incomplete(jobs, lambda job: (job.about["preprocessing"], job.about["pictures"])):
         embed_all(group, args, device)
     for job in jobs:
         if job.path == args.out:

@@ -33,7 +33,6 @@ if __name__ == "__main__":  # before torch is imported: Ctrl-C ends in one line 
 import contextlib
 import copy
 import hashlib
-import io
 import itertools
 from collections import Counter
 from functools import partial
@@ -41,7 +40,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageFilter
 from scipy.special import stdtrit
 from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, interpolate
@@ -463,46 +462,6 @@ def mean_interval(values, level=0.95):
     return [n, *map(float, (values.mean(), values.std(ddof=1), values.mean() - half, values.mean() + half))]
 
 
-# ---------------------------------------------------------------- the gallery
-
-# Dark violet over red to light yellow: lightness grows evenly, also for the colour-blind and in grey print.
-HEAT = np.array([[0, 0, 4], [31, 12, 72], [85, 15, 109], [136, 34, 106], [186, 54, 85], [227, 89, 51],
-                 [249, 142, 9], [249, 203, 53], [252, 255, 164]], dtype=np.float64)
-
-
-def heat(saliency_map, picture=None):
-    """Map (H, W) in [0, 1] -> uint8 (H, W, 3), over the picture (H, W, 3) made grey if given; nan is grey."""
-    known = np.isfinite(saliency_map)
-    values = np.where(known, saliency_map, 0).astype(np.float64)
-    colours = np.stack([np.interp(values, np.linspace(0, 1, len(HEAT)), ramp) for ramp in HEAT.T], axis=-1)
-    colours[~known] = 128
-    if picture is not None:
-        strength = 0.25 + 0.75 * values[..., None]
-        colours = strength * colours + (1 - strength) * picture.mean(axis=2, keepdims=True)
-    return colours.round().astype(np.uint8)
-
-
-def draw_gallery(columns, names, titles, side=168, gap=8):
-    """Pictures × networks as one PIL image: a column for each picture under its title, a row for each name.
-
-    columns: each picture's cells, uint8 (H, W, 3): itself, then a map of each network; names: of the cells.
-    """
-    font = ImageFont.load_default(size=13)
-    left, top, step = 2 * gap + int(max(map(font.getlength, names))), 24, side + gap
-    sheet = Image.new("RGB", (left + len(columns) * step, top + len(names) * step), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, name in enumerate(names):
-        draw.text((gap, top + row * step + side / 2), name, fill="black", font=font, anchor="lm")
-    for column, (cells, title) in enumerate(zip(columns, titles)):
-        while font.getlength(title) > side:
-            title = "…" + title[2:]
-        draw.text((left + column * step, top / 2), title, fill="black", font=font, anchor="lm")
-        for row, pixels in enumerate(cells):
-            cell = Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS)
-            sheet.paste(cell, (left + column * step, top + row * step))
-    return sheet
-
-
 # ---------------------------------------------------------------- the command
 
 # What --as-published sets: how the maps of the published Tables 2-4 were made.
@@ -575,7 +534,7 @@ def with_head(head, distance):
 
 def make_maps(jobs, mapper, args):
     """The maps of one network, or of several that share their pictures, their trunk and the noise."""
-    from dml_common import command, networks, rowfile
+    from dml_common import arrays, command, networks, rowfile
 
     trunks, options, counts = {}, jobs[0].about["options"], Counter()
     loaded = [networks.load(job.spec, trunks) for job in jobs]
@@ -587,7 +546,7 @@ def make_maps(jobs, mapper, args):
         module, what = module[0], f"{len(jobs)} networks"
     load, stack, example = reader(jobs[0], options["baseline"], mapper.device)
     ready = prepare(module, example)
-    if ":" in loaded[0].backbone and rowfile.depends_on_batch(partial(embed, ready[0]), example, what):
+    if ":" in loaded[0].backbone and arrays.depends_on_batch(partial(embed, ready[0]), example, what):
         mapper.batch = 1
     seed = f"{args.seed} ceiling" if options["ceiling"] else args.seed
 
@@ -660,10 +619,10 @@ RANDOM_ORDERS = 5
 
 
 def check_faithfulness(job, mapper, args):
-    """Rows of faithfulness.csv of a network's maps; the areas of each picture lie in maps_faithfulness.npy."""
-    from dml_common import files, networks, rowfile
+    """Rows of faithfulness.csv of a network's maps; each picture's areas are in maps_faithfulness.npy."""
+    from dml_common import arrays, files, networks, rowfile
 
-    kept, maps = kept_rows(job), files.read_array(job.path)
+    kept, maps = arrays.kept_rows(job), files.read_array(job.path)
     job = job._replace(numbers=[job.numbers[row] for row in kept],
                        path=job.path.with_stem(f"{job.path.stem}_faithfulness"))
     network, distance = networks.load(job.spec), networks.distance(job.about["distance"])
@@ -686,7 +645,7 @@ def check_faithfulness(job, mapper, args):
     def compute(which, rows, both):
         return [np.stack([areas(row, *pair) for row, *pair in zip(rows, *both.to(mapper.device))])]
 
-    for group in rowfile.incomplete([job], str):
+    for group in arrays.incomplete([job], str):
         rowfile.fill(group, [(3, 2)], np.float32, load, stack, compute, 1, 4, args, "pictures")
     own, other, by_chance = files.read_array(job.path).astype(np.float64).transpose(1, 2, 0)  # (2, n) each
     rows, unlike = [], other if len(maps) > 1 else other * np.nan  # one picture has no other
@@ -698,90 +657,6 @@ def check_faithfulness(job, mapper, args):
             rows.append([job.spec["loss"] or job.spec["name"], job.spec["fold"], measure, n, len(maps) - n,
                          *numbers])
     return rows
-
-
-def kept_rows(job):
-    """The rows of job.numbers that its array has: of all pictures, or pairs, that could be read."""
-    from dml_common import files
-
-    left_out = files.read_sidecar(job.path)["pictures"].get("left_out", [])
-    step = 2 if job.about["options"]["against"] else 1
-    names = [job.dataset.relative[number] for number in job.numbers]
-    together = [tuple(names[k:k + step]) for k in range(0, len(names), step)]
-    gone = {tuple(left_out[k:k + step]) for k in range(0, len(left_out), step)}
-    return [row for row in range(len(names)) if together[row // step] not in gone]
-
-
-def make_gallery(jobs, args):
-    """Write the gallery of the first eight pictures (four pairs), or of all of --pick, eight on a page."""
-    from dml_common import files, pictures
-
-    dataset, columns, titles = jobs[0].dataset, [], []
-    kept = [kept_rows(job) for job in jobs]
-    arrays = [files.read_array(job.path) for job in jobs]
-    for row, number in list(enumerate(jobs[0].numbers))[:None if args.pick else 8]:
-        if not all(row in rows for rows in kept):
-            continue
-        titles.append(dataset.relative[number])
-        columns.append([])
-        for job, array, rows in zip(jobs, arrays, kept):
-            pixels = pictures.load_pixels(dataset.paths[number], job.about["preprocessing"])
-            one = Image.fromarray(np.float32(array[rows.index(row)]))
-            one = np.asarray(one.resize(pixels.shape[1::-1], Image.Resampling.BILINEAR))
-            columns[-1] += [] if columns[-1] else [pixels]
-            columns[-1].append(heat(one, pixels if args.overlay else None))
-    names = [job.spec["name"] for job in jobs]
-    if len({job.spec["fold"] for job in jobs}) == 1:
-        names = [job.spec["loss"] or job.spec["name"] for job in jobs]
-    for page, start in enumerate(range(0, len(columns), 8), 1):
-        png, these = io.BytesIO(), slice(start, start + 8)
-        draw_gallery(columns[these], ["Picture", *names], titles[these]).save(png, "PNG")
-        path = args.gallery.with_stem(f"{args.gallery.stem}_{page}") if page > 1 else args.gallery
-        files.write_file(path, png.getvalue())
-
-
-def chosen(args, dataset):
-    """(data set, numbers of the pictures asked for); of pairs the two of each, one after the other.
-
-    Raises ValueError for numbers that are not there.
-    """
-    dataset, pairs = pairs_of(args.against, dataset) if args.against else (dataset, None)
-    n = len(dataset.paths if pairs is None else pairs)
-    bad = [i for i in args.pick or [] if not 0 <= i < n]
-    if bad:
-        what = "pictures" if pairs is None else "pairs"
-        raise ValueError(f"--pick {bad[0]}: there are {n:,} {what}; expected numbers from 0 to {n - 1}")
-    picked = list(range(n)[:args.limit] if args.pick is None else dict.fromkeys(args.pick))
-    return dataset, picked if pairs is None else [number for i in picked for number in pairs[i]]
-
-
-def pairs_of(against, dataset):
-    """(data set, [(number, number), …]): each of its pictures with one, or the pairs of a CSV file's rows.
-
-    A picture that is a file of its own joins the data set. Raises ValueError naming pictures that it lacks.
-    """
-    from dml_common import files
-
-    n, names = len(dataset.paths), [against]
-    if Path(against).suffix.lower() == ".csv":
-        table = files.read_table(against)
-        if len(table) < 2:
-            raise ValueError(f"{against} has one column; expected two, with the names of a pair's pictures")
-        first, second, *_ = table.values()
-        names = list(dict.fromkeys([*first, *second]))
-    elif Path(against).is_file():
-        same = [k for k, path in enumerate(dataset.paths) if files.is_same(path, against)]
-        if not same:
-            dataset = dataset._replace(paths=[*dataset.paths, Path(against)],
-                                       relative=[*dataset.relative, against])
-        return dataset, [(k, same[0] if same else n) for k in range(n)]
-    try:
-        number = dict(zip(names, files.rows_by_name(names, dataset.relative, dataset.name).tolist()))
-    except ValueError as error:
-        raise ValueError(f"--against {against}: {error}") from None
-    if names == [against]:
-        return dataset, [(k, number[against]) for k in range(n)]
-    return dataset, [(number[a], number[b]) for a, b in zip(first, second)]
 
 
 def show(row):
@@ -796,11 +671,11 @@ def integers(text):
 
 
 def parse(argv):
-    from dml_common import command, networks, rowfile
+    from dml_common import arrays, command, networks
 
     parser = command.parser(__doc__)
     add = parser.add_argument_group("pictures and networks, as embed.py names them").add_argument
-    rowfile.add_options(add, "maps.npy")
+    arrays.add_options(add, "maps.npy")
     add("--network-seed", type=int, default=0, metavar="N", help="embed.py's --seed, of --loss None (0)")
     add("--limit", type=int, metavar="N", help="only the first N pictures")
     add("--pick", type=integers, metavar="I,J,K", help="only the pictures of these numbers, counted from 0")
@@ -822,8 +697,8 @@ def parse(argv):
     add("--ceiling", action="store_true", help="also maps_ceiling.npy, with other noise, for compare.py")
     add("--randomise", type=int, nargs="?", const=8, metavar="STEPS",
         help="also sanity.csv: the first 16 maps with ever more layers re-initialised from the top (8 steps)")
-    add("--faithfulness", action="store_true", help="also faithfulness.csv: does the embedding move sooner when "
-        "the most salient blocks are blurred, than in random order or in that of another picture's map?")
+    add("--faithfulness", action="store_true", help="also faithfulness.csv: does the embedding move sooner "
+        "when the most salient blocks are blurred, than in random order or in that of another picture's map?")
     add("--gallery", type=Path, metavar="FILE.png", help="the first 8 pictures or all of --pick: FILE_2 …")
     add("--as-published", action="store_true", help="as Tables 2-4: --order released --samples 50 --fold 0")
     add("--overlay", action="store_true", help="the maps over the grey pictures")
@@ -837,7 +712,7 @@ def parse(argv):
 
 
 def main(argv=None):
-    from dml_common import command, files, pictures, rowfile
+    from dml_common import arrays, command, files, gallery, pictures
 
     args = parse(argv)
     mapper = Mapper(command.torch_device(args.device, args.precision), args)
@@ -847,7 +722,7 @@ def main(argv=None):
     if args.against:
         options["baseline"] = None  # the other picture
     jobs, ceilings = [], []
-    for job in rowfile.jobs(args, "maps.npy", options, args.network_seed, partial(chosen, args)):
+    for job in arrays.jobs(args, "maps.npy", options, args.network_seed, partial(arrays.chosen, args)):
         size = pictures.input_size(job.about["preprocessing"])
         if args.map_size and args.map_size > min(size):
             raise ValueError(f"--map-size {args.map_size}: the maps have {size[1]} × {size[0]} pixels")
@@ -866,14 +741,15 @@ def main(argv=None):
         dataset = jobs[0].dataset
         if args.gallery.suffix.lower() != ".png":
             raise ValueError(f"--gallery {args.gallery}: expected a name ending in .png")
-        files.check_output(args.gallery, [*dataset.paths, dataset.folder / "props.csv", jobs[0].path])
+        for path in gallery.pages(args.gallery, len(jobs[0].numbers) if args.pick else 8):
+            files.check_output(path, dataset.paths)
 
     def alike(job):  # jobs that share their passes
         trunk = args.shared_noise and job.spec["files"] and files.files_digest(job.spec["files"][:1])
         about = job.about
         return about["options"]["ceiling"], about["pictures"], about["preprocessing"], trunk or job.path
 
-    for group in rowfile.incomplete(jobs + ceilings if args.ceiling else jobs, alike):
+    for group in arrays.incomplete(jobs + ceilings if args.ceiling else jobs, alike):
         make_maps(group, mapper, args)
     if command.my_share()[0] == 0 and args.randomise:
         rows = [row for job in jobs for row in sanity(job, mapper, args)]
@@ -885,7 +761,7 @@ def main(argv=None):
             files.write_table(jobs[0].folder / "faithfulness.csv", FAITHFULNESS, rows)
             command.print_aligned([list(map(str, FAITHFULNESS)), *(show(row) for row in rows)])
     if command.my_share()[0] == 0 and args.gallery:
-        make_gallery(jobs, args)
+        gallery.make_gallery(jobs, args)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dml_common import checkpoints, files, networks, pictures, rowfile
+from dml_common import arrays, checkpoints, files, networks, pictures, rowfile
 
 
 def cached(head, shape, trunk, config, dataset, args, device, home):
@@ -38,7 +38,7 @@ def cached(head, shape, trunk, config, dataset, args, device, home):
     rows, path = range(len(dataset.paths)), home / "features.npy"
     state = {name: tensor.cpu() for name, tensor in trunk.state_dict().items()}
     trunk.to(device)
-    job = rowfile.Job({"name": "features"}, dataset, rows, path, about, home)
+    job = arrays.Job({"name": "features"}, dataset, rows, path, about, home)
     rowfile.fill([job], [shape], np.float32, load, stack, compute, 32, rowfile.BLOCK, args, "pictures")
     checkpoints.write_state(home / "trunk.pth", state)
     return files.read_array(path)

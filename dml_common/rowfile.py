@@ -7,7 +7,7 @@
     rows.finish()                                         # whoever ends last renames emb.npy.part to emb.npy
     rows.give_up()                                        # in any case
 
-`fill` is this loop for pictures: embed.py and saliency.py give it a function and the shape of a row.
+`fill` is this loop for pictures: embed.py and saliency.py give it jobs, a function and the shape of a row.
 
 While it fills, emb.json.part is the JSON, and emb.npy.part the array, then one byte a row (0 missing, 1
 written, 2 left out) and an end mark. These are cut off in the end; whatever else cuts the part cuts them
@@ -18,17 +18,14 @@ row claims it. Without locks on a file system rows may be computed twice, to the
 come and go.
 """
 import fcntl
-import hashlib
 import io
 import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from functools import partial
+from contextlib import closing, contextmanager
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -39,8 +36,8 @@ FLUSH = 2.0  # seconds
 MISSING, WRITTEN, LEFT_OUT = 0, 1, 2
 END = b"unfinished rows\n"
 GATE, USERS = 0, 1  # the bytes whose locks tell who is there
-# May differ between runs whose rows belong together: where a checkpoint lies (its sha256 counts), versions, what
-# older arrays lack: the part of the picture that maps show (it follows from the preprocessing).
+# May differ between runs whose rows belong together: where a checkpoint lies (its sha256 counts), versions,
+# the part of the picture that maps show (which older arrays lack, and which the preprocessing tells).
 NOT_COMPARED = ("checkpoint", "versions", "part")
 SIZES = "sizes_in_bytes_sha256"
 
@@ -61,9 +58,12 @@ def shares(n, rank=0, ranks=1, block=BLOCK):
 def is_complete(path, about):
     """Is the array there, made as `about` says? What a killed process left beside it is then removed.
 
-    Raises ValueError naming the differences when it was made otherwise.
+    Raises ValueError naming the differences when it was made otherwise, and for a link that leads nowhere.
     """
     path = Path(path)
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path} is a link to {os.readlink(path)}, which is not there; the array would "
+                         "take its place: remove it, or give that file's name")
     if not path.exists():
         return False
     made = read_json(path.with_suffix(".json"))
@@ -153,6 +153,26 @@ def is_file(descriptor, path):
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
         return False
+
+
+@contextmanager
+def only_one(path, wait=True):
+    """A block for one process at a time: is it ours (or, without waiting, another's)?
+
+    The lock is on this file, which is there as long as a process has it, or was killed.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        free = lock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), GATE) is not False
+        if not free or is_file(descriptor, path):
+            break
+        os.close(descriptor)  # removed by the one before
+    try:
+        yield free
+    finally:
+        if free:
+            Path(path).unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def alone(descriptor):
@@ -386,133 +406,6 @@ def write_all(descriptor, content, offset):
 # ---------------------------------------------------------------- pictures through networks
 
 
-def add_options(add, name):
-    """Which pictures, which networks, where to; add: a parser's add_argument."""
-    command.add_pictures(add)
-    command.add_networks(add, files.ROOT / "models")
-    command.add_speed(add)
-    add("--out", type=Path, default=Path("results"), metavar="FILE.npy|DIR",
-        help=f"one network's array, or the folder of all: DIR/<dataset>/<slug>/fold<k>/{name} (results)")
-    add("--as", dest="name", metavar="NAME", help="the network (--model or --checkpoint, of one --fold) beside "
-        "the others in results/, with a loss of this name; of networks trained elsewhere")
-    add("--type", choices=["ranking", "classification"], help="of that loss (it stands apart, as “other”)")
-    add("--skip-unreadable", action="store_true", help="leave pictures out that can't be read (stop there)")
-
-
-class Job(NamedTuple):
-    """One array to make: what a network gives for some pictures of a data set, a row each."""
-
-    spec: dict  # of networks.find
-    dataset: NamedTuple  # pictures.Dataset: what the network is analysed on
-    numbers: list  # in it, of the rows' pictures
-    path: Path
-    about: dict  # the JSON beside the array
-    folder: Path  # for the tables of all networks
-
-
-def every(dataset):
-    """The data set and the numbers of its pictures."""
-    return dataset, range(len(dataset.paths))
-
-
-def jobs(args, name, options, seed, choose=every):
-    """The arrays that a command asks for: DIR/<dataset>/<slug>/fold<k>/NAME, or one at --out FILE.npy.
-
-    options: what the JSON says of the computation; seed: of random layers; choose: like every.
-    """
-    import PIL
-    import torch
-
-    from dml_common import networks, pictures
-
-    one = args.out.suffix == ".npy"
-    if one:
-        files.check_output(args.out)
-    dataset = pictures.open_dataset(args.dataset, args.data_root, args.split)
-    loss = args.loss or (None if args.model or args.checkpoint else "all")
-    specs = networks.find(args.trained_on or dataset.name, loss, args.fold, args.model, args.checkpoint,
-                          args.weights, seed, args.models, args.output)
-    if args.name or args.type:
-        specs = [named(args, specs, dataset.name)]
-    if one and len(specs) > 1:
-        raise ValueError(f"--out {args.out} is one array, but {len(specs)} networks were asked for "
-                         f"({specs[0]['name']}, {specs[1]['name']}, …); give a folder")
-    for note in [*dataset.notes, *(spec["note"] for spec in specs)]:
-        if note and command.my_share()[0] == 0:
-            command.say(note)
-    versions = {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
-    wanted, folder = [], args.out.parent if one else args.out / dataset.name
-    for spec in specs:
-        own = pictures.own_pictures(dataset, spec["config"], args.dataset, args.data_root, args.split)
-        own, numbers = choose(own)
-        about = {"dataset": dataset.name, "split": own.split}
-        if own.split == "held out" and not options.get("against"):
-            about["rows"] = [spec["config"]["split"]["test"][i] for i in numbers]  # of the whole data set
-        about |= {**networks.describe(spec), "options": options, "versions": versions,
-                  "pictures": listed(own, numbers, options)}
-        if args.name:
-            about["type"] = spec["type"]
-        path = args.out if one else folder / spec["slug"] / f"fold{spec['fold'] or 0}" / name
-        wanted.append(Job(spec, own, list(numbers), path, about, folder))
-    return wanted
-
-
-def named(args, specs, dataset):
-    """The one network asked for, as --as and --type name it: beside those of losses.csv in every table."""
-    from dml_common import networks
-
-    fold = "0" if args.fold == "all" else args.fold
-    slug = networks.slug(args.name or "")
-    if not slug or len(specs) > 1 or args.loss:
-        raise ValueError("--as NAME [--type …] names one network that is given by --model or --checkpoint")
-    if slug in [row["slug"] for row in files.losses()]:
-        raise ValueError(f"--as {args.name}: models/losses.csv has a loss of this name; choose another")
-    if not fold.isdecimal() or len(fold) > 9:
-        raise ValueError(f"--as {args.name}: --fold is {fold}; expected one number")
-    spec = {**specs[0], "name": f"{args.name} fold {fold}", "loss": args.name, "slug": slug,
-            "type": args.type, "fold": int(fold)}
-    others = sorted(Path(args.models, "trained", dataset).glob(f"*/fold{fold}/config.json"))
-    config = files.read_sidecar(others[0]) if others and args.split == "test" else {}
-    if "split" in config and "split" not in spec["config"]:
-        spec["config"] = {**spec["config"], "dataset": config.get("dataset"), "split": config["split"]}
-        spec["note"] = f"{spec['name']}: on the pictures that were held out for {others[0].parent}"
-    return spec
-
-
-def listed(dataset, numbers, options):
-    """What the JSON says of these pictures: arrays with the same sha256 have the same rows.
-
-    Of pairs (saliency.py --against) their names too: those of a pair stand one after the other.
-    """
-    from dml_common.pictures import pictures_sha256
-
-    names, sizes = [dataset.relative[i] for i in numbers], hashlib.sha256()
-    for name, path in zip(names, (dataset.paths[i] for i in numbers)):
-        sizes.update(b"%s\0%d\n" % (os.fsencode(name), path.stat().st_size if path.exists() else -1))
-    about = {"number": len(names), "sha256": pictures_sha256(names), SIZES: sizes.hexdigest()}
-    return {**about, "names": names} if options.get("against") else about
-
-
-def without(left_out, job):
-    """The JSON of an array that lacks these rows: their pictures could not be read."""
-    rows = set(left_out)
-    kept = [number for row, number in enumerate(job.numbers) if row not in rows]
-    names = [job.dataset.relative[job.numbers[row]] for row in left_out]
-    pictures = {**listed(job.dataset, kept, job.about["options"]), "left_out": names, "listed": job.about["pictures"]}
-    return {**job.about, "pictures": pictures}
-
-
-def incomplete(jobs, alike):
-    """Groups of the jobs whose arrays are not complete yet; alike: job -> what all jobs of a group share."""
-    groups = {}
-    for job in jobs:
-        if not is_complete(job.path, job.about):
-            groups.setdefault(repr(alike(job)), []).append(job)
-    if not groups and command.my_share()[0] == 0:
-        command.say(f"nothing to do: {len(jobs)} of {len(jobs)} arrays are there")
-    return list(groups.values())
-
-
 def fill(jobs, shapes, dtype, load, stack, compute, batch, least, args, unit):
     """Make the arrays of jobs that share their pictures, together with whatever other processes do the same.
 
@@ -532,7 +425,7 @@ def fill(jobs, shapes, dtype, load, stack, compute, batch, least, args, unit):
             arrays.append(RowFile(job.path, (n, *shape), dtype, job.about, retry=not args.skip_unreadable))
         with command.bar(sum(array.missing() for array in arrays), what, f" {unit}") as bar:
             bar.disable = bar.disable or rank > 0
-            while not all([array.finish(partial(without, job=job)) for job, array in zip(jobs, arrays)]):
+            while not all([array.finish(job.without) for job, array in zip(jobs, arrays)]):
                 if rounds:
                     time.sleep(0.5)
                 if rounds == 60:
@@ -547,29 +440,6 @@ def fill(jobs, shapes, dtype, load, stack, compute, batch, least, args, unit):
     finally:
         for array in arrays:
             array.give_up()
-
-
-def depends_on_batch(embed, picture, name):
-    """Does a picture's embedding depend on what else is in its batch (batch norms without statistics)?
-
-    It is said. embed: pictures (B, 3, H, W) -> (B, m), a tensor or an array; picture: (1, 3, H, W). Raises
-    ValueError where two passes of the one picture differ.
-    """
-    import torch
-
-    def differ(a, b):
-        a, b = (torch.as_tensor(one) for one in (a, b))
-        return bool((a - b).norm() > 1e-2 * b.norm())
-
-    other = torch.linspace(-1, 1, picture.numel(), device=picture.device).view_as(picture)
-    once, again, both = embed(picture), embed(picture), embed(torch.cat([picture, other]))
-    if differ(once, again):
-        raise ValueError(f"{name}: two passes of one picture differ: dropout or other chance stays on; switch "
-                         "it off when the network is in eval mode")
-    if differ(both[:1], once):
-        command.say(f"{name}: a picture's embedding depends on its batch: they pass one at a time")
-        return True
-    return False
 
 
 def leave_out(errors, arrays, allowed):

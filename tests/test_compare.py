@@ -314,9 +314,9 @@ def test_folds_and_ceilings(place, rng):
         assert float(row["corrected"]) == pytest.approx(float(row["correlation"]) / float(row["ceiling"]))
     values = np.load("p.npy")  # the pairs of the table, then each network with its second maps
     assert values.shape == (6, 6 + 6, 2)
-    for column, files in (4, ("triplet/fold1/maps", "none/fold1/maps")), \
+    for column, pair_of in (4, ("triplet/fold1/maps", "none/fold1/maps")), \
             (8, ("arcface/fold0/maps", "arcface/fold0/maps_ceiling")):
-        np.testing.assert_allclose(np.arctanh(values[:, column, 0]), by_numpy(*files), atol=1e-5)
+        np.testing.assert_allclose(np.arctanh(values[:, column, 0]), by_numpy(*pair_of), atol=1e-5)
     compare.main(["--dataset", "cars196", "--fold", "1"])
     assert {row["fold_a"] for row in read("results/cars196/compare.csv")} == {"1"}
     compare.main(["--dataset", "cars196", "--all-folds", "--out", "all.csv"])
@@ -535,13 +535,16 @@ def test_bad_input_teaches_and_leaves_nothing(place, rng):
         save(place / f"{name}.npy", array)
     np.save(place / "objects.npy", np.array([{}]), allow_pickle=True)
     (place / "text.npy").write_text("no array")
+    (place / "masks").mkdir()
+    for number in range(4):
+        Image.new("L", (9, 9)).save(place / f"masks/{number}.png")
     before = sorted(place.iterdir())
     for arguments, message in [
         (["a.npy", "small.npy"],
          r"a\.npy and small\.npy differ in shape, without .*, \(4, 6, 6\) and \(4, 5"),
         (["a.npy", "few.npy"], r"a\.npy and few\.npy differ in number of pictures, \(4,\) and \(3,\)"),
         (["a.npy", "other.npy"], r"a\.npy and other\.npy differ in pictures"),
-        (["a.npy", "sides.npy"], r"shares of each side and of shorter side of their pictures; give --dataset"),
+        (["a.npy", "sides.npy"], r"of each side and of shorter side of their pictures; give --dataset"),
         (["two.npy", "two.npy"],
          r"two\.npy and two_ceiling\.npy are of different weights .*make both in one run"),
         (["a.npy", "high.npy", "--per-picture", "p.npy"], r"high\.npy: picture 2 has values from .* to 1\.5"),
@@ -555,6 +558,9 @@ def test_bad_input_teaches_and_leaves_nothing(place, rng):
         (["a.npy", "a.npy", "--figure", "compare.csv"], "compare.csv is the name of two outputs"),
         (["a.npy", "a.npy", "--out", "x", "--per-picture", "./x"], "x is the name of two outputs"),
         (["a.npy", "few.npy", "--out", "few.npy"], "few.npy is an input"),
+        (["a.npy", "a.npy", "--per-picture", "emb.npy"], "emb.npy is an input"),
+        (["a.npy", "a.npy", "--per-picture", "a_ceiling.npy"], "a_ceiling.npy is an input"),
+        (["a.npy", "a.npy", "--masks", "masks", "--figure", "masks/0.png"], "0.png is an input"),
         (["a.npy", "a.npy", "--masks", ".", "--out", "masks.csv"], "masks.csv is the name of two outputs"),
         (["a.npy", "a.npy", "--masks", "nowhere"], "no such folder"),
         (["a.npy", "a.npy", "--masks"], "name it with --dataset"),

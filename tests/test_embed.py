@@ -23,7 +23,7 @@ from PIL import Image
 from torch import nn
 
 import embed
-from dml_common import command, networks, pictures, rowfile
+from dml_common import arrays, command, networks, pictures, rowfile
 
 SMALL = """
 import os, time, torch
@@ -162,7 +162,7 @@ def test_a_picture_is_decoded_once_for_all_networks_of_a_preprocessing(tmp_path,
     jobs = []
     for name in ("seven", "nine"):
         options.model, options.out = f"small_for_test:{name}", Path(f"{name}.npy")
-        jobs += rowfile.jobs(options, "emb.npy", {}, 0)
+        jobs += arrays.jobs(options, "emb.npy", {}, 0)
     opened, read = [], pictures.load_pixels
     monkeypatch.setattr(pictures, "load_pixels", lambda path, *rest: opened.append(path) or read(path, *rest))
     embed.embed_all(jobs, options, torch.device("cpu"))
@@ -427,6 +427,22 @@ def test_labels_of_a_folder_with_classes_lie_beside_its_array(tmp_path, run):
     labels = "path,class\na/0.png,0\na/1.png,0\nb/0.png,1\nb/1.png,1\n"
     assert Path("out/emb.labels.csv").read_text() == labels
     assert Path("out/emb.classes.csv").read_text() == "class,name\n0,a\n1,b\n"
+
+
+def test_no_table_goes_over_the_data_sets_own(tmp_path, run):
+    make_pictures(tmp_path / "images", 2)
+    (tmp_path / "emb.labels.csv").write_text("path,class\nimages/0.png,a\nimages/1.png,b\n")
+    (tmp_path / "cars").mkdir()
+    os.rename("images", "cars/images")
+    os.symlink("cars/images", "images")
+    (tmp_path / "cars/props.csv").write_text("frame,model\n0,a\n1,b\n")
+    for dataset, out, message in [("emb.labels.csv", "emb.npy", "emb.labels.csv is an input"),
+                                  ("cars", "cars/props.npy", None),
+                                  ("cars", ".", "into the data set itself")]:
+        status, said = run("--dataset", dataset, *SEVEN[2:], "--out", out)
+        assert (status == 2 and message in said) if message else status == 0, said
+    assert Path("emb.labels.csv").read_text().count(",a") == 1
+    assert Path("cars/props.csv").read_text() == "frame,model\n0,a\n1,b\n"
 
 
 # ---------------------------------------------------------------- bad input
