@@ -456,20 +456,6 @@ def agreement_table(rows, repeats):
     return models, table
 
 
-def show(header, rows, most=20):
-    """The first rows on stdout."""
-    from dml_common import command
-    hidden = {"correlation_std", "jsd_std", "std", "left_out", "order", "samples"}
-    columns = [k for k, name in enumerate(header) if name not in hidden]
-    cells = [[header[k].replace("correlation", "r") for k in columns]]
-    for row in rows[:most]:
-        values = ["" if row[k] is None else row[k] for k in columns]
-        cells.append([f"{value:.3f}" if isinstance(value, float) else str(value) for value in values])
-    command.print_aligned(cells)
-    if len(rows) > most:
-        print(f"… {len(rows) - most:,} more rows in the file")
-
-
 # ---------------------------------------------------------------- the command
 
 def parse(argv):
@@ -544,7 +530,7 @@ def main(argv=None):
     for name in tables:
         if rows[name]:
             files.write_table(tables[name], headers[name], rows[name])
-            show(headers[name], rows[name])
+            command.print_rows(headers[name], rows[name])
     if figures and groups:
         models, table = agreement_table(rows["compare"], repeats)
         figure = figures.draw_heat_map(table, models, title="Correlation of saliency maps, per cent")

@@ -118,16 +118,15 @@ def sum_copies(gradients):
 
 def check_options(samples, noise, order, percentile, batch):
     """Raise ValueError for options of smoothgrad that are out of range."""
-    if samples < 1:
-        raise ValueError(f"samples is {samples}; expected at least 1 noisy copy")
-    if not 0 <= noise < float("inf"):
-        raise ValueError(f"noise is {noise}; expected 0 or more: a deviation, as a share of max - min (0.15)")
-    if order not in ("paper", "released"):
-        raise ValueError(f"order is {order!r}; expected 'paper' or 'released'")
-    if not 0 < percentile <= 100:
-        raise ValueError(f"percentile is {percentile}; expected a number above 0, at most 100")
-    if batch < 1:
-        raise ValueError(f"batch is {batch}; expected at least 1 copy at a time")
+    for good, text in (
+            (samples >= 1, f"samples is {samples}; expected at least 1 noisy copy"),
+            (0 <= noise < float("inf"), f"noise is {noise}; expected 0 or more: a deviation, as a share of "
+             "max - min (0.15)"),
+            (order in ("paper", "released"), f"order is {order!r}; expected 'paper' or 'released'"),
+            (0 < percentile <= 100, f"percentile is {percentile}; expected a number above 0, at most 100"),
+            (batch >= 1, f"batch is {batch}; expected at least 1 copy at a time")):
+        if not good:
+            raise ValueError(text)
 
 
 def noisy_copies(pictures, sigmas, seeds, samples, antithetic=False):
@@ -356,9 +355,11 @@ def weighted_layers(network, picture):
     A layer is a module that is called, and none with parameters inside it is. Below all stands the rest, what
     belongs to none of them: class tokens, position embeddings, scales of blocks.
     """
+    if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
+        raise ValueError("layers of a TorchScript network can't be re-initialised; give it as Python code")
     parameters = [name for name, _ in network.named_parameters()]
     with torch.no_grad():
-        calls = [name for name, *_ in module_calls(network, picture)]
+        calls = [name for name, *_ in module_calls(network, picture) if ".parametrizations." not in name]
     inside = {name: [one for one in parameters if one.startswith(name and f"{name}.")] for name in calls}
     layers, rest = {}, dict.fromkeys(parameters)
     for name, own in inside.items():  # what ends first is inside of what ends later, if it is inside at all
@@ -423,11 +424,9 @@ def replaced_blocks(order, size, steps=20, block=8):
     """Where the first k / steps of the blocks are, k = 0 … steps: bool (steps + 1, H, W)."""
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device)
-    for axis, side in enumerate(size):
-        rank = rank.view(-(-size[0] // block), -1) if axis == 0 else rank
-        rank = rank.repeat_interleave(block, axis).narrow(axis, 0, side)
+    rank = rank.view(-(-size[0] // block), -1).repeat_interleave(block, 0).repeat_interleave(block, 1)
     counts = torch.linspace(0, len(order), steps + 1, device=order.device).round()
-    return rank < counts[:, None, None]
+    return rank[:size[0], :size[1]] < counts[:, None, None]
 
 
 @torch.no_grad()
@@ -639,30 +638,32 @@ def check_faithfulness(job, mapper, args):
                    for _ in range(RANDOM_ORDERS)]
         values = faithfulness(ready, picture, blurred, orders, distance, batch=mapper.batch,
                               autocast=mapper.options["autocast"]).cpu().numpy()
-        known = own.isfinite().all() and own.any()
-        return np.stack([values[0] if known else np.full(2, np.nan), values[1], values[2:].mean(axis=0)])
+        if not own.isfinite().all() or not own.any():
+            values[0] = np.nan
+        if len(maps) == 1:
+            values[1] = np.nan  # there is no other
+        return np.stack([values[0], values[1], values[2:].mean(axis=0)])
 
     def compute(which, rows, both):
         return [np.stack([areas(row, *pair) for row, *pair in zip(rows, *both.to(mapper.device))])]
 
     for group in arrays.incomplete([job], str):
         rowfile.fill(group, [(3, 2)], np.float32, load, stack, compute, 1, 4, args, "pictures")
-    own, other, by_chance = files.read_array(job.path).astype(np.float64).transpose(1, 2, 0)  # (2, n) each
-    rows, unlike = [], other if len(maps) > 1 else other * np.nan  # one picture has no other
-    for k, name in enumerate(("deletion", "insertion")):
-        columns = {name: own[k], f"{name}_random": by_chance[k], f"{name}_other": unlike[k],
-                   f"{name}_less_random": own[k] - by_chance[k], f"{name}_less_other": own[k] - unlike[k]}
-        for measure, values in columns.items():
-            n, *numbers = mean_interval(values)
-            rows.append([job.spec["loss"] or job.spec["name"], job.spec["fold"], measure, n, len(maps) - n,
-                         *numbers])
+    rows, own_name = [], job.spec["loss"] or job.spec["name"]
+    for measure, values in faithfulness_measures(files.read_array(job.path).astype(np.float64)):
+        n, *numbers = mean_interval(values)
+        rows.append([own_name, job.spec["fold"], measure, n, len(maps) - n, *numbers])
     return rows
 
 
-def show(row):
-    """A row of a table as texts."""
-    texts = ["" if value is None else value for value in row]
-    return [f"{value:.3f}" if isinstance(value, float) else str(value) for value in texts]
+def faithfulness_measures(areas):
+    """Yield (measure, its values (n,)) of areas (n, 3, 2): of the own, another, random order; of both curves."""
+    own, other, by_chance = areas.transpose(1, 2, 0)
+    for k, name in enumerate(("deletion", "insertion")):
+        yield name, own[k]
+        for what, values in ("random", by_chance[k]), ("other", other[k]):
+            yield f"{name}_{what}", values
+            yield f"{name}_less_{what}", own[k] - values
 
 
 def integers(text):
@@ -734,15 +735,7 @@ def main(argv=None):
                 "part": pictures.part_shown(job.about["preprocessing"]),
                 "options": {**options, "ceiling": ceiling, "noise_of": noise_of}}))
     if args.gallery:
-        folds = sorted({job.spec["fold"] for job in jobs if job.dataset.split == "held out"})
-        if len(folds) > 1:
-            raise ValueError(f"--gallery: folds {', '.join(map(str, folds))} are analysed on different "
-                             "pictures; give one --fold")
-        dataset = jobs[0].dataset
-        if args.gallery.suffix.lower() != ".png":
-            raise ValueError(f"--gallery {args.gallery}: expected a name ending in .png")
-        for path in gallery.pages(args.gallery, len(jobs[0].numbers) if args.pick else 8):
-            files.check_output(path, dataset.paths)
+        gallery.check(jobs, args)
 
     def alike(job):  # jobs that share their passes
         trunk = args.shared_noise and job.spec["files"] and files.files_digest(job.spec["files"][:1])
@@ -759,7 +752,7 @@ def main(argv=None):
         rows = [row for job in jobs for row in check_faithfulness(job, mapper, args)]
         if command.my_share()[0] == 0:
             files.write_table(jobs[0].folder / "faithfulness.csv", FAITHFULNESS, rows)
-            command.print_aligned([list(map(str, FAITHFULNESS)), *(show(row) for row in rows)])
+            command.print_rows(FAITHFULNESS, rows)
     if command.my_share()[0] == 0 and args.gallery:
         gallery.make_gallery(jobs, args)
 

@@ -1,4 +1,4 @@
-"""Which arrays embed.py and saliency.py are asked for: of what networks and pictures, what their JSON says."""
+"""Which arrays embed.py and saliency.py are asked for: networks, pictures, and what their JSON says."""
 import hashlib
 import os
 from pathlib import Path

@@ -305,6 +305,19 @@ def print_aligned(lines):
         print("  ".join(cells).rstrip())
 
 
+def print_rows(header, rows, most=20):
+    """The first rows of a CSV file on stdout, without its columns of spread and settings."""
+    hidden = {"correlation_std", "jsd_std", "std", "left_out", "order", "samples"}
+    columns = [k for k, name in enumerate(header) if name not in hidden]
+    cells = [[header[k].replace("correlation", "r") for k in columns]]
+    for row in rows[:most]:
+        values = ["" if row[k] is None else row[k] for k in columns]
+        cells.append([f"{value:.3f}" if isinstance(value, float) else str(value) for value in values])
+    print_aligned(cells)
+    if len(rows) > most:
+        print(f"… {len(rows) - most:,} more rows in the file")
+
+
 class Lines:
     """stderr for a bar where it is no terminal: each of its states is a line."""
 

@@ -45,6 +45,18 @@ def draw_gallery(columns, names, titles, side=168, gap=8):
     return sheet
 
 
+def check(jobs, args):
+    """Raise ValueError where the gallery can't be drawn, or written."""
+    folds = sorted({job.spec["fold"] for job in jobs if job.dataset.split == "held out"})
+    if len(folds) > 1:
+        raise ValueError(f"--gallery: folds {', '.join(map(str, folds))} are analysed on different pictures; "
+                         "give one --fold")
+    if args.gallery.suffix.lower() != ".png":
+        raise ValueError(f"--gallery {args.gallery}: expected a name ending in .png")
+    for path in pages(args.gallery, len(jobs[0].numbers) if args.pick else 8):
+        files.check_output(path, jobs[0].dataset.paths)
+
+
 def make_gallery(jobs, args):
     """Write the gallery of the first eight pictures (four pairs), or of all of --pick, eight on a page."""
     dataset, columns, titles = jobs[0].dataset, [], []
