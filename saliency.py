@@ -657,7 +657,7 @@ def check_faithfulness(job, mapper, args):
 
 
 def faithfulness_measures(areas):
-    """Yield (measure, its values (n,)) of areas (n, 3, 2): of the own, another, random order; of both curves."""
+    """Yield (measure, its values (n,)) of areas (n, 3, 2): of own, another, random order; of both curves."""
     own, other, by_chance = areas.transpose(1, 2, 0)
     for k, name in enumerate(("deletion", "insertion")):
         yield name, own[k]

@@ -509,8 +509,8 @@ def test_networks_of_one_trunk_and_noise_share_its_passes(place, held_out_networ
 
     monkeypatch.setattr(saliency, "embed", counted)
     saliency.main([*options, "--loss", ",".join(slugs), "--ceiling"])
-    # two folds and noises: two probes of the stem, three baselines, three pictures' copies; not thrice that
-    assert sum(passes) == 2 * 2 * (2 + 3 + 3 * 4)
+    # two folds and noises: eight trials, three baselines, three pictures' copies; not thrice that
+    assert sum(passes) == 2 * 2 * (8 + 3 + 3 * 4)
     made = about("results/pictures/arcface/fold1/maps.json")
     assert made["rows"] == [1, 3, 5]
     names = [whole.relative[i] for i in (1, 3, 5)]
@@ -677,7 +677,7 @@ BAD = [
     (["--limit", "0"], "--limit 0"),
     (["--pick", "12"], "--pick 12: there are 12 pictures"),
     (["--map-size", "29"], "28 × 28"),
-    (["--model", "tiny_networks:maps"], "expected embeddings of shape"),
+    (["--model", "tiny_networks:maps"], "expected a tensor (pictures, dimension)"),
     (["--model", "tiny_networks:Cut"], "before layer head (Linear)"),
     (["--model", "tiny_networks:Stochastic"], "two passes of one picture differ: dropout"),
     (["--model", "tiny_networks:Fixed"], "AssertionError: Input height doesn't match model (518)."),
