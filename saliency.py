@@ -723,7 +723,8 @@ def main(argv=None):
     if args.against:
         options["baseline"] = None  # the other picture
     jobs, ceilings = [], []
-    for job in arrays.jobs(args, "maps.npy", options, args.network_seed, partial(arrays.chosen, args)):
+    name = "pair_maps.npy" if args.against else "maps.npy"
+    for job in arrays.jobs(args, name, options, args.network_seed, partial(arrays.chosen, args)):
         size = pictures.input_size(job.about["preprocessing"])
         if args.map_size and args.map_size > min(size):
             raise ValueError(f"--map-size {args.map_size}: the maps have {size[1]} × {size[0]} pixels")

@@ -50,6 +50,14 @@ def broken():
     module = Small(7)
     module.layers[3] = nn.Linear(5, 7)
     return module
+def inplace():
+    module = Small(5)
+    module.register_forward_pre_hook(lambda module, given: (given[0].mul_(0.5),))
+    return module
+def dropout():
+    module = Small(7)
+    module.layers[1].forward = lambda x: nn.functional.dropout(x)
+    return module
 def image(): return nn.Identity()
 def nan():
     module = Small(7)
@@ -161,7 +169,7 @@ def test_a_picture_is_decoded_once_for_all_networks_of_a_preprocessing(tmp_path,
         weights=None, models=None, batch=16, workers=2, draft=False, precision="fp32", skip_unreadable=False,
         output=None, name=None, type=None)
     jobs = []
-    for name in ("seven", "nine"):
+    for name in ("seven", "inplace", "nine"):  # what one writes into its input does not reach the next
         options.model, options.out = f"small_for_test:{name}", Path(f"{name}.npy")
         jobs += arrays.jobs(options, "emb.npy", {}, 0)
     opened, read = [], pictures.load_pixels
@@ -457,8 +465,9 @@ BAD = [
     (("--dataset", "nowhere"), r"nowhere: no such folder"),
     (("--model", "resnet"), r"unknown network 'resnet': expected bninception"),
     (("--model", "no.such:thing"), r"can't be imported"),
-    (("--model", "small_for_test:broken"), r"the network fails on 1 pictures \(3, 32, 32\)"),
+    (("--model", "small_for_test:broken"), r"fails on 2 pictures \(3, 32, 32\)"),
     (("--model", "small_for_test:image"), r"expected a tensor \(pictures, dimension\)"),
+    (("--model", "small_for_test:dropout"), r"two passes of one picture differ: dropout"),
     (("--model", "small_for_test:nan"), r"gives nan or infinity for p/0.png"),
     (("--model", "bninception"), r"http://data.lip6.fr.*--weights"),
     (("--model", "inception_v3", "--weights", "none.pth"), r"none.pth"),
