@@ -310,20 +310,17 @@ def load(spec, trunks=None):
     Raises ValueError or OSError naming a file that is missing, damaged, of another network or would run code.
     """
     backbone, files = spec["backbone"], spec["files"]
-    if backbone in BACKBONES:
-        module = BACKBONES[backbone]()
-    else:
-        module = made(backbone, spec["weights"], not files)
+    ours = backbone in BACKBONES
+    module = BACKBONES[backbone]() if ours else copied(backbone, spec["weights"], not files)
     settings, (checkpoint, digest) = preprocessing(spec, module), source(spec, module)
     if files:
         key = backbone, files_sha256(files[:1])
         if trunks is None or key not in trunks:
-            module = module if backbone in BACKBONES else a_copy(module, backbone)
-            load_weights(getattr(module, "network", module) if backbone in BACKBONES else module, files[0])
-            module = adapted(module, settings, spec)
+            load_weights(getattr(module, "network", module) if ours else module, files[0])
+            module = module if ours else adapted(module, settings, spec)
         trunk = module if trunks is None else trunks.setdefault(key, module)
         module = nn.Sequential(trunk, load_embedder(files[1], FEATURES.get(backbone)))
-    elif backbone in BACKBONES:
+    elif ours:
         load_weights(getattr(module, "network", module), imagenet_file(backbone, spec["weights"]))
         if spec["loss"]:
             layer = random_linear(FEATURES[backbone], DIMENSION, spec["seed"], spec["fold"])
@@ -350,12 +347,13 @@ def made(backbone, weights=None, whole=True):
     return module.float().eval()
 
 
-def a_copy(module, backbone):
-    """A module of its own for each checkpoint; all its tensors come from there."""
+def copied(backbone, weights, whole):
+    """A module for whoever loads it: what is made stays as it is."""
+    module = made(backbone, weights, whole)
     try:
         return copy.deepcopy(module)
-    except Exception:  # weight_norm can't be copied, TorchScript neither
-        return made.__wrapped__(backbone, whole=False)
+    except Exception:  # as with weight_norm: a checkpoint brings all tensors, else it is this one
+        return module if whole else made.__wrapped__(backbone, weights, whole)
 
 
 def preprocessing(spec, module=None):

@@ -3,15 +3,16 @@
 timm:NAME, torchvision:NAME, hf:OWNER/NAME (or hf:FOLDER) of the package transformers. Only these packages
 download, pretrained weights where none are given; code from the hub is never run (trust_remote_code is off).
 """
+import contextlib
 import difflib
 import importlib
+import io
 import logging
 import math
+import sys
 from pathlib import Path
 
 from torch import nn
-
-from dml_common.checkpoints import say_once
 
 INSTALL = {"timm": "timm", "torchvision": "torchvision", "hf": "transformers"}
 RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
@@ -40,16 +41,16 @@ def build(name, pretrained=True, weights=None):
                          ) from None
     for library in ("huggingface_hub", "timm", "transformers"):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # what goes wrong is said below, in one line
-    if pretrained:
-        say_once(f"{name}: its weights come from {package}, which downloads what is not here")
+    said = sys.stderr if sys.stderr.isatty() else io.StringIO()  # progress of a download: for a terminal
     try:
-        return BUILDERS[kind](module, model, pretrained, weights)
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            return BUILDERS[kind](module, model, pretrained, weights)
     except Refused as error:
         raise ValueError(f"--model {name}: {error}") from None
     except Exception as error:  # of a download or a broken file, many kinds
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(f"--model {name}: {package} can't give it ({type(error).__name__}: {reason}); is "
-                         "the name right? Where nothing can be downloaded, give --weights FILE") from None
+                         "the name right? What lies on disk: --weights FILE, or hf:FOLDER") from None
 
 
 class Refused(ValueError):
