@@ -116,7 +116,7 @@ def test_the_one_dictionary_that_fits_is_found_and_said(tmp_path, capsys, name):
 
 
 @pytest.mark.parametrize("content, message", [
-    ({"student": named("", 1), "teacher": named("", 2)}, r"holds the network twice, as student\.\* and teacher"),
+    ({"student": named("", 1), "teacher": named("", 2)}, r"the network twice, as student\.\* and teacher"),
     (named("a.") | named("b.", 2), r"twice, as \.a\.\* and \.b\.\*"),
     (named("", **HEAD), r"another architecture; 1 unexpected: head.weight$"),
     ({"net": {key: named("x.")[key] for key in named("x.") if "0." not in key}}, "2 missing: 0.weight"),
