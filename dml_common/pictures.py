@@ -51,24 +51,30 @@ BOX = ("x_1", "y_1", "x_2", "y_2")
 MAX_PIXELS = 500_000_000  # of one picture: 1.5 GB decoded
 LARGE = 1 << 26  # pixels of a resized picture from which on only its crop is made (equal but for rounding)
 Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS takes its place, with an error that names the picture
-# The file that shows a folder is the right one; archives with md5; pictures and classes of each split.
+TABLES = ("props.csv", "samples.csv")  # of rendered sets: ours, and the first paper's own
+# What lies where, archives with md5, where they are to be had, pictures and classes of each split.
 PUBLISHED = {
     "cars196": {
         "layout": "cars_annos.mat and car_ims/000001.jpg …, or torchvision's stanford_cars/devkit, "
                   "cars_train, cars_test",
         "archives": {"car_ims.tgz": "d5c8f0aa497503f355e17dc7886c3f14",
                      "cars_annos.mat": "b407c6086d669747186bd1d764ff9dbc"},
+        "source": "copies alone, for their home is gone since 2023: some are named in "
+                  "https://github.com/pytorch/vision/issues/7545",
         "sizes": {"train": (8054, 98), "test": (8131, 98), "all": (16185, 196)},
     },
     "cub200": {
         "layout": "CUB_200_2011/images.txt, image_class_labels.txt and images/; perhaps segmentations/",
         "archives": {"CUB_200_2011.tgz": "97eceeb196236b17998738112f37df78",
                      "segmentations.tgz": "4d47ba1228eae64f2fa547c47bc65255"},
+        "source": "https://data.caltech.edu/records/65de6-vp158, masks https://data.caltech.edu/records/"
+                  "w9d68-gec53",
         "sizes": {"train": (5864, 100), "test": (5924, 100), "all": (11788, 200)},
     },
     "sop": {
         "layout": "Stanford_Online_Products/Ebay_train.txt, Ebay_test.txt and the pictures' folders",
         "archives": {"Stanford_Online_Products.zip": "7f73d41a2f44250d4779881525aea32e"},
+        "source": "https://cvgl.stanford.edu/projects/lifted_struct/",
         "sizes": {"train": (59551, 11318), "test": (60502, 11316), "all": (120053, 22634)},
     },
 }
@@ -131,8 +137,9 @@ def open_dataset(name_or_folder, root=None, split="test"):
         hint = f"; did you mean {near[0]}?" if near else ""
         raise FileNotFoundError(f"{folder}: no such folder; expected {', '.join(PUBLISHED)}, a folder of "
                                 f"pictures or a CSV file{hint}")
-    if (folder / "props.csv").is_file() and (folder / "images").is_dir():
-        return open_rendered(folder)
+    table = properties_table(folder)
+    if table and ((folder / "images").is_dir() or table.name != "props.csv"):
+        return open_rendered(folder, table)
     return open_folder(folder, split)
 
 
@@ -175,7 +182,7 @@ def labels_of(dataset, table=None, column=None, notes=None):
         raise ValueError(f"{dataset.name} has no labels; put each class's pictures into a folder of its own, "
                          "or give a table with a row for each picture: --labels FILE.csv --label COLUMN")
     column = column or ("class" if table else "model")
-    table = table or dataset.folder / "props.csv"
+    table = table or properties_table(dataset.folder)
     values = read_properties(table, [column], dataset.relative, notes)[column].tolist()
     if len(values) != len(dataset.paths):
         raise ValueError(f"{table} has {len(values):,} labels, {dataset.name} {len(dataset.paths):,} "
@@ -274,14 +281,24 @@ def numbered(names):
     return np.array([number[name] for name in names], dtype=np.int64), classes
 
 
-def open_rendered(folder):
-    """Rows in the order of props.csv; its first column names the picture: 17, 000017 or 000017.jpg."""
-    table = read_table(folder / "props.csv")
-    there = list_pictures(folder / "images", notes := [])
-    rows = rows_by_name(next(iter(table.values())), there, folder / "images")
-    relative = ["images/" + there[row] for row in rows]
+def properties_table(folder):
+    """The path of a rendered set's table; None without one."""
+    return next((folder / name for name in TABLES if (folder / name).is_file()), None)
+
+
+def open_rendered(folder, path):
+    """Rows in the order of the table, whose first column names the picture: 17, 000017 or 000017.jpg.
+
+    Pictures lie in images/, or (of the first paper's set) beside the table.
+    """
+    table, place = read_table(path), folder / "images" if (folder / "images").is_dir() else folder
+    if "frame" in table:  # wherever it stands
+        table = {"frame": table.pop("frame"), **table}
+    there = list_pictures(place, notes := [])
+    rows = rows_by_name(next(iter(table.values())), there, place)
+    relative = [("images/" if place != folder else "") + there[row] for row in rows]
     if len(there) > len(rows):
-        notes.append(f"{folder}: {len(there) - len(rows)} pictures are not in props.csv and are left aside")
+        notes.append(f"{folder}: {len(there) - len(rows)} pictures are not in {path.name} and are left aside")
     masks = [folder / "masks" / f"{Path(path).stem}.png" for path in relative]
     return listed(folder.resolve().name, folder, relative, masks=existing(masks), properties=table,
                   notes=notes)
@@ -355,8 +372,8 @@ def open_published(name, root, split, check=True):
     if not found:
         archives = ", ".join(f"{archive} (md5 {md5})" for archive, md5 in PUBLISHED[name]["archives"].items())
         raise FileNotFoundError(f"{name} is neither in {root / name} nor in {root}: expected "
-                                f"{PUBLISHED[name]['layout']}; from the archives {archives}; see also "
-                                "--data-root")
+                                f"{PUBLISHED[name]['layout']}; from the archives {archives}, to be had from "
+                                f"{PUBLISHED[name]['source']}; see also --data-root")
     dataset, training, source = found
     dataset = dataset._replace(splits=np.where(training, "train", "test"))
     rows = np.flatnonzero((training == (split == "train")) | (split == "all"))
