@@ -491,8 +491,6 @@ def read_lines(path, fields):
 
 
 # ---------------------------------------------------------------- a picture as a network's input
-
-
 # preprocessing, a JSON-able dict:
 #   resize         int: shorter side in pixels, with antialiasing · [height, width] · None
 #   crop           int: side of the central square in pixels (smaller pictures are padded with black) · None
@@ -500,38 +498,7 @@ def read_lines(path, fields):
 #   scale          1 or 255: values are in [0, scale] before
 #   mean, std      a number for each channel, in their order: (value - mean) / std
 #   interpolation  of resize: bilinear where it is not there, bicubic, lanczos, nearest
-# Bit for bit torchvision's Resize, CenterCrop, ToTensor, Normalize. Or a Transform, a function in its place.
-
-
-class Transform(dict):
-    """A preprocessing that is a factory's own function: PIL RGB picture -> float tensor (C, H, W).
-
-    As a dict: transform (the factory's name), size [H, W]. Raises ValueError where the function does not fit.
-    """
-
-    def __init__(self, name, function):
-        super().__init__(transform=name, resize=None, crop=None)
-        self.function = function
-        noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
-        first, second = self(noise), self(noise)
-        if not np.array_equal(first, second):
-            raise ValueError(f"the transform of {name} gives another tensor each time: what is random in it "
-                             "must go")
-        self["size"] = list(first.shape[1:])
-
-    def __call__(self, pixels):
-        """uint8 (H, W, 3) -> float32 (C, H, W)."""
-        try:
-            values = np.asarray(self.function(Image.fromarray(pixels)), dtype=np.float32)
-        except Exception as error:  # whatever the user's function raises
-            raise ValueError(f"the transform of {self['transform']} fails on a picture {pixels.shape}: "
-                             f"{type(error).__name__}: {error}") from None
-        size = self.get("size", list(values.shape[1:]))
-        if values.ndim != 3 or list(values.shape[1:]) != size or not np.isfinite(values).all():
-            raise ValueError(f"the transform of {self['transform']} gives {values.shape} of a picture "
-                             f"{pixels.shape}; expected finite numbers, (channels, height, width), always "
-                             "the same size")
-        return values
+# Bit for bit torchvision's Resize, CenterCrop, ToTensor, Normalize. Or foreign.Transform, a function.
 
 
 def load_pixels(path, preprocessing, draft=False):
@@ -549,12 +516,12 @@ def load_pixels(path, preprocessing, draft=False):
 def load_input(path, preprocessing, draft=False):
     """What networks.to_input takes of a picture: its pixels, or what a Transform makes of them."""
     pixels = load_pixels(path, preprocessing, draft)
-    return preprocessing(pixels) if isinstance(preprocessing, Transform) else pixels
+    return preprocessing(pixels) if callable(preprocessing) else pixels
 
 
 def normalise(pixels, preprocessing):
     """uint8 RGB (..., H, W, 3) -> float32 (..., C, H, W), in the network's channel order and range."""
-    if isinstance(preprocessing, Transform):
+    if callable(preprocessing):
         values = np.stack([preprocessing(one) for one in pixels.reshape(-1, *pixels.shape[-3:])])
         return values.reshape(*pixels.shape[:-3], *values.shape[1:])
     pixels = pixels[..., CHANNELS[preprocessing["channels"]]]
@@ -581,13 +548,9 @@ def input_size(preprocessing):
 def resized(preprocessing, side):
     """The same for inputs whose shorter side has `side` pixels: resize and crop in proportion."""
     factor = side / min(input_size(preprocessing))
-
-    def scale(value):
-        if isinstance(value, list):
-            return [scale(one) for one in value]
-        return value and max(1, round(value * factor))
-
-    return {**preprocessing, **{key: scale(preprocessing[key]) for key in ("resize", "crop")}}
+    scaled = {key: np.maximum(1, np.multiply(preprocessing[key], factor).round()).astype(int).tolist()
+              for key in ("resize", "crop") if preprocessing[key]}
+    return {**preprocessing, **scaled}
 
 
 def load_mask(path, preprocessing=None, size=None, alpha=False):
@@ -764,30 +727,28 @@ def unpack(archive, folder):
 def main(argv=None):
     parser = command.parser("The published data sets: check them, unpack their archives.",
                             prog="python -m dml_common.pictures")
-    commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("verify", help="layout, numbers of pictures and classes, md5 of the archives")
-    check.add_argument("name", choices=PUBLISHED)
-    extract = commands.add_parser("unpack", help="an archive into its data set's folder, after its md5 was "
-                                                 "checked")
-    extract.add_argument("archive", type=Path)
-    for add in (check.add_argument, extract.add_argument):
-        add("--data-root", metavar="DIR", help="folder of the data sets (DML_DATA_ROOT, else data/)")
+    add = parser.add_argument
+    add("what", choices=["verify", "unpack"], help="layout, numbers of pictures and classes, md5 of archives; "
+        "or an archive into its data set's folder, after its md5 was checked")
+    add("name", metavar="NAME|ARCHIVE", help=", ".join(PUBLISHED))
+    add("--data-root", metavar="DIR", help="folder of the data sets (DML_DATA_ROOT, else data/)")
     args = parser.parse_args(argv)
-    root = data_root(args.data_root)
-    if args.command == "verify":
-        lines = []
-        for line, as_published in verify(args.name, root):
+    root, archive = data_root(args.data_root), Path(args.name)
+    if args.what == "verify" and args.name in PUBLISHED:
+        as_published = True
+        for line, good in verify(args.name, root):
             print(line, flush=True)
-            lines.append(as_published)
-        return 0 if all(lines) else 1
-    name = next((name for name, row in PUBLISHED.items() if args.archive.name in row["archives"]), None)
-    if name is None:
-        names = [archive for row in PUBLISHED.values() for archive in row["archives"]]
-        raise ValueError(f"{args.archive}: expected one of {', '.join(names)}")
-    if files_digest([args.archive], "md5") != PUBLISHED[name]["archives"][args.archive.name]:
-        raise ValueError(f"{args.archive}: its md5 is not the published one: download it again")
-    unpack(args.archive, root / name)
-    print(f"{args.archive} is unpacked in {root / name}")
+            as_published &= good
+        return 0 if as_published else 1
+    owner = {file: name for name, row in PUBLISHED.items() for file in row["archives"]}
+    if args.what == "verify" or archive.name not in owner:
+        names = PUBLISHED if args.what == "verify" else owner
+        raise ValueError(f"{args.what} {args.name}: expected one of {', '.join(names)}")
+    place = root / owner[archive.name]
+    if files_digest([archive], "md5") != PUBLISHED[place.name]["archives"][archive.name]:
+        raise ValueError(f"{archive}: its md5 is not the published one: download it again")
+    unpack(archive, place)
+    print(f"{archive} is unpacked in {place}")
 
 
 if __name__ == "__main__":

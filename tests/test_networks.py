@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from dml_common import files, networks, packages, pictures
+from dml_common import files, foreign, networks, pictures
 
 TRIPLET = "cars_triplet46_reproduction0"
 
@@ -499,13 +499,13 @@ def test_torchvision(tmp_path, run_script):
     with torch.inference_mode():
         torch.testing.assert_close(network.module(given), whole(given), atol=1e-5, rtol=1e-4)
     assert network.checkpoint == "mine.pth" and network.slug == "torchvision_resnet18"
-    old = packages.build("torchvision:mobilenet_v2", False, "mobilenet_v2-b0353104.pth")  # version 1
-    new = packages.build("torchvision:mobilenet_v2", False, "x/mine.pth")
+    old = foreign.build("torchvision:mobilenet_v2", False, "mobilenet_v2-b0353104.pth")  # version 1
+    new = foreign.build("torchvision:mobilenet_v2", False, "x/mine.pth")
     assert (old.preprocessing["resize"], new.preprocessing["resize"]) == (256, 232)
     for name, message in [("resnet19", "unknown there; did you mean resnet18"),
                           ("squeezenet1_0", "its classifier is no linear layer that could be taken off")]:
         with pytest.raises(ValueError, match=f"^--model torchvision:{name}: {message}"):
-            packages.build(f"torchvision:{name}", False)
+            foreign.build(f"torchvision:{name}", False)
     environment = {**os.environ, "TORCH_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9"}
     done = run_script("embed.py", "--dataset", tmp_path, "--model", "torchvision:resnet18", "--out", "e.npy",
                       cwd=tmp_path, env=environment)  # nothing is at that address
@@ -515,7 +515,7 @@ def test_torchvision(tmp_path, run_script):
 
 @pytest.mark.parametrize("name", ["timm:resnet18", "hf:facebook/dinov2-small", "torchvision:resnet18"])
 def test_a_package_that_is_missing_is_named(monkeypatch, name):
-    package = packages.INSTALL[name.split(":")[0]]
+    package = foreign.INSTALL[name.split(":")[0]]
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=f"^--model {name} needs the package {package}: pip install"):
         networks.load(networks.find(model=name)[0])
@@ -564,7 +564,7 @@ def test_transformers(tmp_path, monkeypatch):
         networks.load(networks.find(model=f"hf:{tmp_path / 'vit'}")[0])
     for settings in ({"do_pad": True}, {"rescale_factor": 2}):
         with pytest.raises(ValueError, match="its preprocessing is not understood .(do_pad|2)"):
-            packages.of_processor({**processor.to_dict(), **settings})
+            foreign.of_processor({**processor.to_dict(), **settings})
     with pytest.raises(ValueError, match="^--model hf:no/such: transformers can't give it"):
         networks.load(networks.find(model="hf:no/such")[0])
 
