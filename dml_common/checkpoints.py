@@ -83,10 +83,12 @@ def read_safetensors(path):
         try:
             header = json.loads(file.read(length), object_pairs_hook=once)
             header.pop("__metadata__", None)
-            entries = [(*entry["data_offsets"], name, entry["dtype"], tuple(entry["shape"]))
-                       for name, entry in header.items()]
-            if not all(type(n) is int and 0 <= n for entry in entries for n in (*entry[:-3], *entry[-1])):
-                raise ValueError("sizes are no whole numbers")
+            entries = []
+            for name, entry in header.items():
+                (begin, end), shape = entry["data_offsets"], tuple(entry["shape"])
+                if not all(type(number) is int and 0 <= number for number in (begin, end, *shape)):
+                    raise ValueError(f"{name} has sizes that are no whole numbers")
+                entries.append((begin, end, name, entry["dtype"], shape))
             entries.sort()
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise damaged(f"its header: {error}") from None
@@ -94,13 +96,14 @@ def read_safetensors(path):
         for begin, end, name, kind, shape in entries:
             if kind not in DTYPES:
                 raise ValueError(f"{path}: {name} is {kind}; expected {', '.join(DTYPES)}")
-            bytes_ = math.prod(shape) * torch.empty((), dtype=DTYPES[kind]).element_size()
-            if begin != position or end - begin != bytes_:
+            tensor = torch.empty(0, dtype=DTYPES[kind])
+            if begin != position or end - begin != math.prod(shape) * tensor.element_size():
                 raise damaged(f"{name} {shape} at bytes {begin:,} to {end:,}, after {position:,}")
             if end > size - 8 - length:
                 raise damaged(f"{name} ends at byte {end:,} of {size - 8 - length:,}")
-            raw, position = np.fromfile(file, np.uint8, end - begin), end
-            state[name] = torch.from_numpy(raw).view(DTYPES[kind]).reshape(shape)
+            if end > begin:
+                tensor = torch.from_numpy(np.fromfile(file, np.uint8, end - begin)).view(tensor.dtype)
+            state[name], position = tensor.reshape(shape), end
     if position != size - 8 - length:
         raise damaged(f"{size - 8 - length - position:,} bytes too many")
     return state

@@ -27,11 +27,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from dml_common import packages
 from dml_common.checkpoints import CLASSIFIERS, load_embedder, load_weights
 from dml_common.files import GEOMETRY, ROOT, losses, mismatch, read_sidecar
 from dml_common.files import files_digest as files_sha256
-from dml_common.pictures import INTERPOLATIONS, Transform, black_picture, input_size, normalise
+from dml_common.foreign import Transform, adapted, build, is_package
+from dml_common.pictures import INTERPOLATIONS, black_picture
 
 MODELS = ROOT / "models"
 FOLDS = (0, 1, 2, 3)
@@ -56,7 +56,6 @@ WEIGHTS = {
     "inception_v3": ("inception_v3_google-0cc3c7bd.pth",
                      "https://download.pytorch.org/models/inception_v3_google-0cc3c7bd.pth"),
 }
-PREFERRED = ("pooler_output", "image_embeds")  # of what a network gives by name: its embedding
 
 
 class Network(NamedTuple):
@@ -113,7 +112,7 @@ def find(dataset=None, loss=None, fold="all", model=None, checkpoint=None, weigh
 
 def is_code(backbone):
     """package.module:factory, not a name of ours or of another package?"""
-    return ":" in backbone and not packages.is_package(backbone)
+    return ":" in backbone and not is_package(backbone)
 
 
 def allow_code(spec, model=None):
@@ -310,26 +309,23 @@ def load(spec, trunks=None):
     Raises ValueError or OSError naming a file that is missing, damaged, of another network or would run code.
     """
     backbone, files = spec["backbone"], spec["files"]
-    if backbone in BACKBONES:
-        module = BACKBONES[backbone]()
-    else:
-        module = made(backbone, spec["weights"], not files)
+    ours = backbone in BACKBONES
+    module = BACKBONES[backbone]() if ours else copied(backbone, spec["weights"], not files)
     settings, (checkpoint, digest) = preprocessing(spec, module), source(spec, module)
     if files:
         key = backbone, files_sha256(files[:1])
         if trunks is None or key not in trunks:
-            module = module if backbone in BACKBONES else a_copy(module, backbone)
-            load_weights(getattr(module, "network", module) if backbone in BACKBONES else module, files[0])
-            module = adapted(module, settings, spec)
+            load_weights(getattr(module, "network", module) if ours else module, files[0])
+            module = module if ours else adapted(module, settings, spec["name"], spec["output"])
         trunk = module if trunks is None else trunks.setdefault(key, module)
         module = nn.Sequential(trunk, load_embedder(files[1], FEATURES.get(backbone)))
-    elif backbone in BACKBONES:
+    elif ours:
         load_weights(getattr(module, "network", module), imagenet_file(backbone, spec["weights"]))
         if spec["loss"]:
             layer = random_linear(FEATURES[backbone], DIMENSION, spec["seed"], spec["fold"])
             module = nn.Sequential(module, layer)
     else:
-        module = adapted(module, settings, spec)
+        module = adapted(module, settings, spec["name"], spec["output"])
     kept = {key: spec[key] for key in ("name", "loss", "slug", "type", "fold", "distance", "backbone")}
     return Network(**kept, checkpoint=checkpoint, checkpoint_sha256=digest, preprocessing=settings,
                    module=module.eval())
@@ -341,8 +337,8 @@ def made(backbone, weights=None, whole=True):
 
     whole: with the weights that its package has for it, or with those of the file.
     """
-    if packages.is_package(backbone):
-        module = packages.build(backbone, whole and not weights, weights)
+    if is_package(backbone):
+        module = build(backbone, whole and not weights, weights)
     else:
         module = from_factory(backbone)
     if weights:
@@ -350,12 +346,13 @@ def made(backbone, weights=None, whole=True):
     return module.float().eval()
 
 
-def a_copy(module, backbone):
-    """A module of its own for each checkpoint; all its tensors come from there."""
+def copied(backbone, weights, whole):
+    """A module for whoever loads it: what is made stays as it is."""
+    module = made(backbone, weights, whole)
     try:
         return copy.deepcopy(module)
-    except Exception:  # weight_norm can't be copied, TorchScript neither
-        return made.__wrapped__(backbone, whole=False)
+    except Exception:  # as with weight_norm: a checkpoint brings all tensors, else it is this one
+        return module if whole else made.__wrapped__(backbone, weights, whole)
 
 
 def preprocessing(spec, module=None):
@@ -388,97 +385,6 @@ def preprocessing(spec, module=None):
     if settings["interpolation"] == "bilinear":  # as in the JSON of older arrays, which lacks the key
         del settings["interpolation"]
     return settings
-
-
-# ---------------------------------------------------------------- what a network takes and gives
-
-
-class Adapted(nn.Module):
-    """A network that gives more than (B, m), writes into its input, or has a method for pictures."""
-
-    def __init__(self, network, output=None):
-        super().__init__()
-        self.adapted, self.output = network, output
-
-    def forward(self, pictures):
-        call = getattr(self.adapted, "get_image_features", self.adapted)  # of a transformers' pair of towers
-        return embedding_of(call(pictures.clone()), self.output)
-
-
-def embedding_of(output, key=None):
-    """The embeddings (B, m) in what a network gives: a tensor (B, m) or (B, m, 1, 1), a dict or a tuple.
-
-    Of several: pooler_output or image_embeds, else the only one of these shapes, else key says which; it may
-    go on with dots: last_hidden_state.0 is the first token of (B, T, m). Raises ValueError, never guesses.
-    """
-    for part in key.split(".") if key else ():
-        try:
-            if isinstance(output, torch.Tensor):
-                output = output[:, int(part)]
-            else:
-                output = output[int(part)] if type(output) in (tuple, list) else of_names(output)[part]
-        except (KeyError, IndexError, ValueError, TypeError):
-            raise ValueError(f"--output {key}: {part!r} is not there; the network gives {shown(output)}"
-                             ) from None
-    if not isinstance(output, torch.Tensor):
-        there = of_names(output)
-        fit = [name for name in PREFERRED if there.get(name) is not None] or [
-            name for name, value in there.items() if is_embedding(value)]
-        if len(fit) != 1:
-            raise ValueError(f"the network gives {shown(output)}; which is the embedding (pictures, "
-                             "dimension)? Say so with --output KEY, or in a factory of yours")
-        output = there[fit[0]]
-    if not is_embedding(output):
-        raise ValueError(f"the network gives {shown(output)}; expected a tensor (pictures, dimension); "
-                         "--output KEY takes another one, or last_hidden_state.0 the first token")
-    return output.flatten(1)
-
-
-def is_embedding(value):
-    return isinstance(value, torch.Tensor) and (value.ndim == 2 or value.shape[2:] == (1, 1))
-
-
-def of_names(output):
-    """{name or number: value} of a dict, a named tuple, a tuple or a list; {} of anything else."""
-    if isinstance(output, dict):
-        return dict(output)
-    if isinstance(output, (tuple, list)):
-        names = getattr(output, "_fields", map(str, range(len(output))))
-        return dict(zip(names, output))
-    return {}
-
-
-def shown(output):
-    """What a network gives, for people."""
-    if isinstance(output, torch.Tensor):
-        return str(tuple(output.shape))
-    parts = [f"{name} {shown(value)}" for name, value in of_names(output).items()]
-    return ", ".join(parts) or type(output).__name__
-
-
-def adapted(module, settings, spec):
-    """The module where it gives (B, m) and leaves its input alone, else it in Adapted. Tried on two pictures.
-
-    Raises ValueError where it fails on them, or where its embedding can't be told.
-    """
-    noise = np.random.default_rng(0).integers(0, 256, (*input_size(settings), 3), dtype=np.uint8)
-    pictures = torch.from_numpy(normalise(np.stack([np.zeros_like(noise), noise]), settings))
-    given, module = pictures.clone(), module.cpu().eval()
-    call = getattr(module, "get_image_features", module)
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            output = call(given)
-    except Exception as error:  # whatever a factory's network does with pictures
-        raise ValueError(f"{spec['name']} fails on 2 pictures {tuple(pictures.shape[1:])}: "
-                         f"{type(error).__name__}: {error} (another preprocessing?)") from None
-    plain = isinstance(output, torch.Tensor) and output.ndim == 2 and torch.equal(given, pictures)
-    if plain and call is module and not spec["output"]:
-        return module
-    try:
-        embedding_of(output, spec["output"])
-    except ValueError as error:
-        raise ValueError(f"{spec['name']}: {error}") from None
-    return Adapted(module, spec["output"])
 
 
 class EfficientNetLite0(nn.Module):

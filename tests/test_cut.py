@@ -109,11 +109,11 @@ def test_training_from_a_block(p, monkeypatch):  # noqa: F811
         if path.name == "checkpoint.pth":
             raise KeyboardInterrupt
 
-    for module in (files, networks):
+    for module in (files, checkpoints):
         monkeypatch.setattr(module, "write_file", dies)
     with pytest.raises(KeyboardInterrupt):
         run(*options, "--models", "killed")
-    for module in (files, networks):
+    for module in (files, checkpoints):
         monkeypatch.setattr(module, "write_file", whole)
     run(*options, "--models", "killed")
     same("triplet", "killed")

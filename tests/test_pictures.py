@@ -38,7 +38,8 @@ def torchvision_pipeline(preprocessing):
     """The papers' pipeline, written with torchvision."""
     from torchvision import transforms as t
 
-    steps = [t.Resize(preprocessing["resize"])]
+    interpolation = t.InterpolationMode(preprocessing.get("interpolation", "bilinear"))
+    steps = [t.Resize(preprocessing["resize"], interpolation)]
     if preprocessing["crop"]:
         steps.append(t.CenterCrop(preprocessing["crop"]))
     steps.append(t.ToTensor())
@@ -51,7 +52,9 @@ def torchvision_pipeline(preprocessing):
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 400), st.integers(1, 400),
-       st.sampled_from([BGR, RGB, SQUARE, {**RGB, "resize": 32, "crop": 61}]))
+       st.sampled_from([BGR, RGB, SQUARE, {**RGB, "resize": 32, "crop": 61},
+                        {**RGB, "interpolation": "bicubic"}, {**SQUARE, "interpolation": "lanczos"},
+                        {**BGR, "interpolation": "nearest"}]))
 def test_preprocessing_is_torchvisions_bit_for_bit(width, height, preprocessing):
     if max(width, height) > 40 * min(width, height):
         width = height  # the resized picture would be huge; the next test has one
@@ -334,6 +337,19 @@ def test_rendered_set(renders, tmp_path):
         pictures.open_dataset(tmp_path)
 
 
+@pytest.mark.parametrize("place", ["images/", ""])
+def test_the_first_papers_own_rendered_set(tmp_path, place):
+    for number in (1, 2, 10):
+        picture(tmp_path / f"{place}{number:04d}.png")
+    (tmp_path / "samples.csv").write_text("model,frame,rotation_z\na,10,0\nb,1,45\n")
+    dataset = pictures.open_dataset(tmp_path)
+    assert dataset.relative == [f"{place}0010.png", f"{place}0001.png"]
+    assert "1 pictures are not in samples.csv" in dataset.notes[0]
+    assert list(dataset.properties.items())[:2] == [("frame", ["10", "1"]), ("model", ["a", "b"])]
+    labels, column = pictures.labels_of(dataset)
+    assert labels.tolist() == [0, 1] and column == "model"
+
+
 def test_table_of_pictures(tmp_path):
     for name in ("a 1.jpg", "sub/b.jpg", "c.jpg"):
         picture(tmp_path / name)
@@ -413,7 +429,8 @@ def test_missing_data_sets_say_what_goes_where(tmp_path):
     for name, row in pictures.PUBLISHED.items():
         with pytest.raises(FileNotFoundError) as error:
             pictures.open_dataset(name, tmp_path)
-        assert all(word in str(error.value) for archive in row["archives"].items() for word in archive)
+        words = [row["source"], *(word for archive in row["archives"].items() for word in archive)]
+        assert all(word in str(error.value) for word in words)
     with pytest.raises(FileNotFoundError, match="did you mean cars196"):
         pictures.open_dataset("cars169", tmp_path)
     with pytest.raises(ValueError, match="no picture"):

@@ -1,17 +1,23 @@
-"""Networks by their names in other packages, without their classifiers, with the preprocessing they have.
+"""Networks of other people: names in their packages, what they take of a picture, where their embedding is.
 
 timm:NAME, torchvision:NAME, hf:OWNER/NAME (or hf:FOLDER) of the package transformers. Only these packages
 download, pretrained weights where none are given; code from the hub is never run (trust_remote_code is off).
 """
+import contextlib
 import difflib
 import importlib
+import io
 import logging
 import math
+import sys
 from pathlib import Path
 
+import numpy as np
+import torch
+from PIL import Image
 from torch import nn
 
-from dml_common.checkpoints import say_once
+from dml_common.pictures import input_size, normalise
 
 INSTALL = {"timm": "timm", "torchvision": "torchvision", "hf": "transformers"}
 RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
@@ -40,16 +46,16 @@ def build(name, pretrained=True, weights=None):
                          ) from None
     for library in ("huggingface_hub", "timm", "transformers"):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # what goes wrong is said below, in one line
-    if pretrained:
-        say_once(f"{name}: its weights come from {package}, which downloads what is not here")
+    said = sys.stderr if sys.stderr.isatty() else io.StringIO()  # progress of a download: for a terminal
     try:
-        return BUILDERS[kind](module, model, pretrained, weights)
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            return BUILDERS[kind](module, model, pretrained, weights)
     except Refused as error:
         raise ValueError(f"--model {name}: {error}") from None
     except Exception as error:  # of a download or a broken file, many kinds
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(f"--model {name}: {package} can't give it ({type(error).__name__}: {reason}); is "
-                         "the name right? Where nothing can be downloaded, give --weights FILE") from None
+                         "the name right? What lies on disk: --weights FILE, or hf:FOLDER") from None
 
 
 class Refused(ValueError):
@@ -147,3 +153,127 @@ def of_processor(made):
 
 
 BUILDERS = {"timm": timm, "torchvision": torchvision, "hf": transformers}
+
+
+# ---------------------------------------------------------------- what a network takes and gives
+
+PREFERRED = ("pooler_output", "image_embeds")  # of what it gives by name: its embedding
+
+
+class Transform(dict):
+    """A preprocessing that is a factory's own function: PIL RGB picture -> float tensor (C, H, W).
+
+    As a dict: transform (the factory's name), size [H, W]. Raises ValueError where the function does not fit.
+    """
+
+    def __init__(self, name, function):
+        super().__init__(transform=name, resize=None, crop=None)
+        self.function = function
+        noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+        first, second = self(noise), self(noise)
+        if not np.array_equal(first, second):
+            raise ValueError(f"the transform of {name} gives another tensor each time: what is random in it "
+                             "must go")
+        self["size"] = list(first.shape[1:])
+
+    def __call__(self, pixels):
+        """uint8 (H, W, 3) -> float32 (C, H, W)."""
+        try:
+            values = np.asarray(self.function(Image.fromarray(pixels)), dtype=np.float32)
+        except Exception as error:  # whatever the user's function raises
+            raise ValueError(f"the transform of {self['transform']} fails on a picture {pixels.shape}: "
+                             f"{type(error).__name__}: {error}") from None
+        size = self.get("size", list(values.shape[1:]))
+        if values.ndim != 3 or list(values.shape[1:]) != size or not np.isfinite(values).all():
+            raise ValueError(f"the transform of {self['transform']} gives {values.shape} of a picture "
+                             f"{pixels.shape}; expected finite numbers, (channels, height, width), always "
+                             "the same size")
+        return values
+
+
+class Adapted(nn.Module):
+    """A network that gives more than (B, m), writes into its input, or has a method for pictures."""
+
+    def __init__(self, network, output=None):
+        super().__init__()
+        self.adapted, self.output = network, output
+
+    def forward(self, pictures):
+        call = getattr(self.adapted, "get_image_features", self.adapted)  # of a transformers' pair of towers
+        return embedding_of(call(pictures.clone()), self.output)
+
+
+def embedding_of(output, key=None):
+    """The embeddings (B, m) in what a network gives: a tensor (B, m) or (B, m, 1, 1), a dict or a tuple.
+
+    Of several: pooler_output or image_embeds, else the only one of these shapes, else key says which; it may
+    go on with dots: last_hidden_state.0 is the first token of (B, T, m). Raises ValueError, never guesses.
+    """
+    for part in key.split(".") if key else ():
+        try:
+            if isinstance(output, torch.Tensor):
+                output = output[:, int(part)]
+            else:
+                output = of_names(output)[part]
+        except (KeyError, IndexError, ValueError):
+            raise ValueError(f"--output {key}: {part!r} is not there; the network gives {shown(output)}"
+                             ) from None
+    if not isinstance(output, torch.Tensor):
+        there = of_names(output)
+        fit = [name for name in PREFERRED if there.get(name) is not None] or [
+            name for name, value in there.items() if is_embedding(value)]
+        if len(fit) != 1:
+            raise ValueError(f"the network gives {shown(output)}; which is the embedding (pictures, "
+                             "dimension)? Say so with --output KEY, or in a factory of yours")
+        output = there[fit[0]]
+    if not is_embedding(output):
+        raise ValueError(f"the network gives {shown(output)}; expected a tensor (pictures, dimension); "
+                         "--output KEY takes another one, or last_hidden_state.0 the first token")
+    return output.flatten(1)
+
+
+def is_embedding(value):
+    return isinstance(value, torch.Tensor) and (value.ndim == 2 or value.shape[2:] == (1, 1))
+
+
+def of_names(output):
+    """{name or number: value} of a dict, a named tuple, a tuple or a list; {} of anything else."""
+    if isinstance(output, dict):
+        return dict(output)
+    if isinstance(output, (tuple, list)):
+        names = getattr(output, "_fields", map(str, range(len(output))))
+        return dict(zip(names, output))
+    return {}
+
+
+def shown(output):
+    """What a network gives, for people."""
+    if isinstance(output, torch.Tensor):
+        return str(tuple(output.shape))
+    parts = [f"{name} {shown(value)}" for name, value in of_names(output).items()]
+    return ", ".join(parts) or type(output).__name__
+
+
+def adapted(module, settings, name, output=None):
+    """The module where it gives (B, m) and leaves its input alone, else it in Adapted. Tried on two pictures.
+
+    Raises ValueError where it fails on them, or where its embedding can't be told.
+    """
+    noise = np.random.default_rng(0).integers(0, 256, (*input_size(settings), 3), dtype=np.uint8)
+    pictures = torch.from_numpy(normalise(np.stack([np.zeros_like(noise), noise]), settings))
+    given, module = pictures.clone(), module.cpu().eval()
+    call = getattr(module, "get_image_features", module)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            made = call(given)
+    except Exception as error:  # whatever a factory's network does with pictures
+        raise ValueError(f"{name} fails on 2 pictures {tuple(pictures.shape[1:])}: "
+                         f"{type(error).__name__}: {error} (another preprocessing?)") from None
+    plain = isinstance(made, torch.Tensor) and made.ndim == 2 and torch.equal(given, pictures)
+    if plain and call is module and not output:
+        return module
+    try:
+        embedding_of(made, output)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return Adapted(module, output)
