@@ -295,7 +295,8 @@ def linear_stem(network, picture):
         held = next(distance_gradients(network, picture.clone(), output, total, stem=stem))[0]
     except ValueError:  # no gradient at all: smoothgrad says so
         return None
-    return stem if (pull_back(stem, held, picture[0]) - whole).norm() <= 1e-4 * whole.norm() else None
+    back = pull_back(stem, held, -picture[0])  # the same anywhere, if the stem is linear
+    return stem if (back - whole).norm() <= 1e-4 * whole.norm() else None
 
 
 def gradient_break(network, picture):

@@ -115,13 +115,6 @@ def literal(network, picture, black, samples, order, seed):
     return (saliency_map - saliency_map.min()) / (saliency_map.max() - saliency_map.min())
 
 
-@pytest.mark.parametrize("order", ["paper", "released"])
-def test_both_orders_against_a_literal_transcription(small, pictures, order):
-    maps = saliency.smoothgrad(small, pictures, BLACK, euclidean, samples=6, order=order, seeds=[7, 8, 9])
-    for i in range(3):
-        np.testing.assert_allclose(maps[i], literal(small, pictures[i], BLACK, 6, order, 7 + i), atol=1e-10)
-
-
 def test_the_orders_differ(small, pictures):
     maps = [saliency.smoothgrad(small, pictures, BLACK, euclidean, order=order, samples=8)
             for order in ("paper", "released")]
@@ -154,28 +147,6 @@ def test_prepared_network_gives_the_same_maps(small, pictures):
         maps = saliency.smoothgrad(folded, pictures, BLACK, euclidean, samples=5, order=order, stem=stem,
                                    batch=4)
         np.testing.assert_allclose(maps, expected, atol=1e-9)
-
-
-class WrittenBetween(nn.Module):
-    """A ReLU writes in place between convolution and batch norm, and the picture has a second way in."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
-
-    def forward(self, pictures):
-        x = self.norm(F.relu_(self.conv(pictures)))
-        return x.mean((2, 3)) + pictures.mean((1, 2, 3))[:, None]
-
-
-def test_what_can_not_be_folded_is_left_alone(pictures):
-    torch.manual_seed(0)
-    network = WrittenBetween().double().eval()
-    network.norm.running_mean.uniform_(-1, 1)
-    folded = saliency.fold_batchnorm(network, pictures[:1])
-    assert isinstance(folded.norm, nn.BatchNorm2d)
-    torch.testing.assert_close(folded(pictures), network(pictures))
-    assert saliency.linear_stem(network, pictures[:1]) is None
 
 
 # ---------------------------------------------------------------- noise
@@ -240,27 +211,13 @@ def test_bad_options_teach(small, pictures):
             saliency.smoothgrad(small, pictures, BLACK, euclidean, **options)
 
 
-class Detached(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
-        self.last = nn.Linear(4, 2)
-
-    def forward(self, pictures):
-        return self.last(self.inner(pictures).mean((2, 3)).detach())
-
-
 def test_networks_that_can_not_be_explained(pictures):
-    pictures = pictures.float()
     with pytest.raises(ValueError, match=r"returned \(1, 4, 12, 11\) for 1 pictures"):
-        saliency.smoothgrad(nn.Conv2d(3, 4, 3), pictures, BLACK.float(), euclidean)
-    for network in (Detached(), Detached().requires_grad_(False)):
-        with pytest.raises(ValueError, match="before layer last"):
-            saliency.smoothgrad(network, pictures, BLACK.float(), euclidean)
-    network = Detached()
-    network.inner[1].forward = lambda x: torch.sign(x).detach()
-    with pytest.raises(ValueError, match=r"inside layer inner\.1"):
-        saliency.smoothgrad(network, pictures, BLACK.float(), euclidean)
+        saliency.smoothgrad(nn.Conv2d(3, 4, 3).double(), pictures, BLACK, euclidean)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten()).double()
+    network[1].forward = lambda x: torch.sign(x).detach()
+    with pytest.raises(ValueError, match=r"inside layer 1 \(ReLU\)"):
+        saliency.smoothgrad(network, pictures, BLACK, euclidean)
 
 
 # ---------------------------------------------------------------- layers, distances
@@ -535,37 +492,26 @@ def start(*arguments, slow=0.0, command=(sys.executable, str(ROOT / "saliency.py
                             env=variables)
 
 
-@pytest.mark.parametrize("apart, killed", [(0, True), (1.0, False)])
-def test_one_command_started_three_times(place, capsys, apart, killed):
-    """Together or apart, one of them killed: all end with 0 and the bytes of one process, and all is done."""
-    run("--out", "one.npy")
-    processes = []
-    for _ in range(3):
-        processes.append(start("--out", "maps.npy", "--ceiling", slow=0.1))
-        time.sleep(apart)
-    if killed:
-        while not (place / "maps.npy.part").exists():
-            time.sleep(0.01)
-        processes[0].send_signal(signal.SIGKILL)
-    said = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [-9 if killed else 0, 0, 0], said
-    assert (place / "maps.npy").read_bytes() == (place / "one.npy").read_bytes()
-    names = ["maps.json", "maps.npy", "maps_ceiling.json", "maps_ceiling.npy"]
-    assert sorted(path.name for path in place.glob("*maps*")) == names
-    run("--out", "maps.npy", "--ceiling")
-    assert "nothing to do: 2 of 2 arrays are there" in capsys.readouterr().err
-
-
-def test_what_two_processes_leave_out_is_in_the_json(place):
-    """The JSON is made under the lock: whoever finishes names what the other could not read."""
+def test_one_command_started_three_times(place, capsys):
+    """One is killed: the others end with 0 and the bytes of one; who finishes names what all left out."""
     (place / "pictures" / "3.png").write_bytes(b"not a picture")
     (place / "pictures" / "11.png").write_bytes(b"not a picture")
-    processes = [start("--out", "maps.npy", "--skip-unreadable", slow=0.05) for _ in range(2)]
+    run("--out", "one.npy", "--skip-unreadable")
+    options = ("--out", "maps.npy", "--ceiling", "--skip-unreadable")
+    processes = [start(*options, slow=0.1) for _ in range(3)]
+    while not (place / "maps.npy.part").exists():
+        time.sleep(0.01)
+    processes[0].send_signal(signal.SIGKILL)
     said = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
-    listed = about("maps.json")["pictures"]
-    assert len(np.load("maps.npy")) == listed["number"] == 10 and listed["left_out"] == ["3.png", "11.png"]
-    assert "".join(said).count("left out") == 2
+    assert [process.returncode for process in processes] == [-9, 0, 0], said
+    assert (place / "maps.npy").read_bytes() == (place / "one.npy").read_bytes()
+    for name in ("maps", "maps_ceiling"):
+        listed = about(f"{name}.json")["pictures"]
+        assert listed["number"] == 10 and listed["left_out"] == ["3.png", "11.png"]
+    names = ["maps.json", "maps.npy", "maps_ceiling.json", "maps_ceiling.npy"]
+    assert sorted(path.name for path in place.glob("*maps*")) == names
+    run(*options)
+    assert "nothing to do: 2 of 2 arrays are there" in capsys.readouterr().err
 
 
 def test_two_ranks_write_one_array_and_draw_its_gallery(place):
@@ -730,13 +676,6 @@ def test_cars_draw_more_than_their_area(renders, tmp_path):
     assert (maps * masks).sum() / maps.sum() > 1.3 * np.mean(masks)
 
 
-def test_batch_norms_without_statistics_stay_as_they_are():
-    norm = nn.BatchNorm2d(4, track_running_stats=False)
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Flatten()).eval()
-    picture = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(saliency.fold_batchnorm(network, picture)(picture), network(picture))
-
-
 def test_whatever_a_network_raises_ends_in_one_line():
     class Broken(nn.Module):
         def forward(self, pictures):
@@ -875,11 +814,15 @@ class Own(nn.Module):
         super().__init__()
         self.kind, self.conv, self.norm = kind, nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6)
         self.second, self.relu = nn.Conv2d(6, 6, 3, padding=1), nn.ReLU(inplace=kind == "in-place layers")
-        self.last = nn.Linear(24, 4)
+        self.last, self.norms = nn.Linear(24, 4), [self.norm, self.norm]
+        if kind != "re-used layers":
+            self.norms = nn.ModuleList([self.norm, nn.BatchNorm2d(6)])
         if kind == "no statistics":
-            self.norm = nn.BatchNorm2d(6, track_running_stats=False)
+            self.norms[0] = nn.BatchNorm2d(6, track_running_stats=False)
         if kind == "weight_norm":
             self.conv = nn.utils.weight_norm(self.conv)
+        if kind == "written between":
+            self.conv.register_forward_hook(lambda module, given, output: F.relu_(output))
         if kind == "volumes":
             self.unused = nn.Conv3d(1, 1, 2)  # bears no channels-last
 
@@ -890,23 +833,19 @@ class Own(nn.Module):
         pass
 
     def forward(self, x):
+        entered = x.mean((2, 3))
         if self.kind == "writes into its input":
             x.sub_(0.5).div_(0.25)
         if self.kind == "writes into a view":
             x[:, 0] -= x[:, 1]
-        x = self.relu(self.norm(self.conv(input=x) if self.kind == "keyword" else self.conv(x)))
+        x = self.relu(self.norms[0](self.conv(input=x) if self.kind == "keyword" else self.conv(x)))
         for _ in range(2 if self.kind == "re-used layers" else 1):
-            x = self.relu(self.norm(self.second(x)))
-        if self.kind == "dropout":
-            x = F.dropout(x, 0.5)
+            x = self.relu(self.norms[1](self.second(x)))
         if self.kind == "checkpoint":
             x = torch.utils.checkpoint.checkpoint(self.relu, x, use_reentrant=False)
-        if self.kind == "8 bits":
-            x = x.mul(64).to(torch.uint8).float()
-        if self.kind == "an error in the backward pass":
-            x = x.mul_(torch.exp(x)) if not torch.is_grad_enabled() else torch.exp(x).mul_(x)
         x = F.adaptive_avg_pool2d(x, 2)
-        return self.last(x.view(len(x), -1) if self.kind == "views" else x.flatten(1))
+        x = self.last(x.view(len(x), -1) if self.kind == "views" else x.flatten(1))
+        return x + entered[:, :1] if self.kind == "two ways in" else x
 
 
 def made(kind):
@@ -920,7 +859,8 @@ def made(kind):
 
 @pytest.mark.parametrize("kind", [
     "plain", "no statistics", "weight_norm", "volumes", "writes into its input", "writes into a view",
-    "keyword", "in-place layers", "re-used layers", "views", "checkpoint", "TorchScript"])
+    "keyword", "in-place layers", "written between", "two ways in", "re-used layers", "views",
+    "checkpoint", "TorchScript"])
 @pytest.mark.parametrize("order", ["paper", "released"])
 def test_maps_of_any_network_are_those_of_a_plain_smoothgrad(kind, order):
     batch = 1 if kind == "no statistics" else 5
@@ -933,4 +873,4 @@ def test_maps_of_any_network_are_those_of_a_plain_smoothgrad(kind, order):
     ready, stem = saliency.prepare(network, pictures[:1].clone())
     maps = saliency.smoothgrad(ready, pictures, black, euclidean, samples=4, order=order, stem=stem,
                                batch=batch)
-    np.testing.assert_allclose(maps, np.stack(expected), atol=1e-5)
+    np.testing.assert_allclose(maps, np.stack(expected), atol=1e-7)
