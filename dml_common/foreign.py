@@ -229,7 +229,7 @@ def embedding_of(output, key=None):
     if not is_embedding(output):
         raise ValueError(f"the network gives {shown(output)}; expected a tensor (pictures, dimension); "
                          "--output KEY takes another one, or last_hidden_state.0 the first token")
-    return output.flatten(1)
+    return output.flatten(1) if output.ndim > 2 else output
 
 
 def is_embedding(value):
@@ -257,7 +257,7 @@ def shown(output):
 def adapted(module, settings, name, output=None):
     """The module where it gives (B, m) and leaves its input alone, else it in Adapted. Tried on two pictures.
 
-    Raises ValueError where it fails on them, or where its embedding can't be told.
+    Raises ValueError where it fails on them, where its embedding can't be told, or is another each time.
     """
     noise = np.random.default_rng(0).integers(0, 256, (*input_size(settings), 3), dtype=np.uint8)
     pictures = torch.from_numpy(normalise(np.stack([np.zeros_like(noise), noise]), settings))
@@ -265,15 +265,15 @@ def adapted(module, settings, name, output=None):
     call = getattr(module, "get_image_features", module)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            made = call(given)
+            made, again = call(given), call(pictures.clone())
     except Exception as error:  # whatever a factory's network does with pictures
         raise ValueError(f"{name} fails on 2 pictures {tuple(pictures.shape[1:])}: "
                          f"{type(error).__name__}: {error} (another preprocessing?)") from None
-    plain = isinstance(made, torch.Tensor) and made.ndim == 2 and torch.equal(given, pictures)
-    if plain and call is module and not output:
-        return module
     try:
-        embedding_of(made, output)
+        first, second = embedding_of(made, output), embedding_of(again, output)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    return Adapted(module, output)
+    if not torch.allclose(first, second, rtol=1e-3, atol=1e-4 * float(first.abs().max()), equal_nan=True):
+        raise ValueError(f"{name} gives another embedding each time: does dropout stay on in eval()?")
+    plain = made is first and torch.equal(given, pictures) and call is module and not output
+    return module if plain else Adapted(module, output)

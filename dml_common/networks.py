@@ -296,7 +296,10 @@ def source(spec, module=None):
     if spec["files"]:
         return str(spec["files"][0].parent), files_sha256(spec["files"])
     if spec["backbone"] not in BACKBONES:
-        return spec["weights"] and Path(spec["weights"]).name, state_sha256(module)
+        try:
+            return spec["weights"] and Path(spec["weights"]).name, state_sha256(module)
+        except RuntimeError as error:  # of sparse tensors, or ones that have no shape yet
+            raise ValueError(f"{spec['name']}: its tensors can't be read ({error})") from None
     path = imagenet_file(spec["backbone"], spec["weights"])
     return path.name, files_sha256([path])
 
@@ -527,9 +530,14 @@ def features_of(network):
 def state_sha256(module):
     """SHA-256 of a module's names, shapes and values: notices a factory that draws its weights anew."""
     digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for name, value in module.state_dict().items():
+        for tensor in value if isinstance(value, (tuple, list)) else [value]:  # of quantised layers
+            if not isinstance(tensor, torch.Tensor):  # extra state
+                digest.update(f"{name} {type(tensor).__name__}".encode())
+                continue
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            tensor = tensor.dequantize() if tensor.is_quantized else tensor
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -757,7 +757,7 @@ def main(argv=None):
     parser = command.parser("The published data sets: check them, unpack their archives.",
                             prog="python -m dml_common.pictures")
     add = parser.add_argument
-    add("what", choices=["verify", "unpack"], help="layout, numbers of pictures and classes, md5 of archives; "
+    add("what", choices=["verify", "unpack"], help="layout, counts, md5 of archives; "
         "or an archive into its data set's folder, after its md5 was checked")
     add("name", metavar="NAME|ARCHIVE", help=", ".join(PUBLISHED))
     add("--data-root", metavar="DIR", help="folder of the data sets (DML_DATA_ROOT, else data/)")

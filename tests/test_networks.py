@@ -349,6 +349,7 @@ GIVEN = {  # what a network makes of x (B, 12), options, what its embedding is o
     "two preferred": ("{'pooler_output': x, 'image_embeds': x}", {}, "which is the embedding"),
     "tokens": ("x.view(-1, 3, 4)", {}, r"gives \(2, 3, 4\); expected a tensor \(pictures, dimension\)"),
     "no such": ("{'a': x}", {"output": "b"}, r"--output b: 'b' is not there; the network gives a \(2, 12\)"),
+    "dropout": ("nn.functional.dropout(x, 0.5, True)", {}, "gives another embedding each time"),
     "raises": ("1 / 0", {}, r"fails on 2 pictures \(3, 2, 2\): ZeroDivisionError"),
 }
 
@@ -401,6 +402,48 @@ half, brain, double = (lambda kind=kind: small(kind) for kind in (torch.half, to
     for name in ("half", "brain", "double"):
         module = networks.load(networks.find(model=f"writes:{name}")[0]).module
         assert module(torch.ones(1, 3, 224, 224)).dtype == torch.float32
+
+
+WEIRD = """
+from torch.nn.utils import weight_norm
+class Extra(nn.Sequential):
+    def get_extra_state(self): return {"a": object}
+    def set_extra_state(self, state): pass
+def small(kind=nn.Sequential):
+    torch.manual_seed(0)
+    network = kind(nn.Conv2d(3, 4, 5, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64, 5))
+    return network.eval()
+make, extra = small, lambda: small(Extra)
+script = lambda: torch.jit.script(small())
+traced = lambda: torch.jit.trace(small(), torch.rand(1, 3, 224, 224))
+quantised = lambda: torch.ao.quantization.quantize_dynamic(small(), {nn.Linear}, dtype=torch.qint8)
+def normed():  # its deepcopy fails
+    network = small()
+    network[4] = weight_norm(network[4])
+    return network
+def sparse():
+    network = small()
+    network.register_buffer("x", torch.eye(2).to_sparse())
+    return network
+def lazy():
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(2))
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_networks_of_all_kinds_have_one_digest_and_the_right_output(tmp_path, monkeypatch):
+    x, expected = torch.rand(2, 3, 224, 224), None
+    for name in ("make", "extra", "script", "traced", "quantised", "normed"):
+        if expected is None:
+            expected = own_network(monkeypatch, tmp_path, "weird", WEIRD).module(x)
+        spec, = networks.find(model=f"weird:{name}")
+        first, again = networks.load(spec), networks.load(spec)
+        assert first.checkpoint_sha256 == again.checkpoint_sha256
+        assert first.checkpoint_sha256 == networks.describe(spec)["checkpoint_sha256"]
+        assert (again.module(x) - expected).abs().max() < (2e-3 if name == "quantised" else 1e-6)
+    for name in ("sparse", "lazy"):
+        with pytest.raises(ValueError, match=f"weird:{name}: its tensors can't be read"):
+            networks.load(networks.find(model=f"weird:{name}")[0])
 
 
 def test_pictures_of_one_channel(tmp_path, monkeypatch):
