@@ -470,7 +470,8 @@ def read_state(path):
         raise ValueError(f"{path}: truncated, or no PyTorch checkpoint ({type(error).__name__}); download it "
                          "again"
                          ) from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+            isinstance(value, torch.Tensor) and not value.is_meta for value in state.values()):
         raise ValueError(f"{path}: holds {type(state).__name__}, expected a state_dict: tensors by name")
     return {key.removeprefix("module."): value for key, value in state.items()}
 
