@@ -471,7 +471,8 @@ def read_state(path):
                          "again"
                          ) from None
     if not isinstance(state, dict) or not all(
-            isinstance(value, torch.Tensor) and not value.is_meta for value in state.values()):
+            isinstance(name, str) and isinstance(value, torch.Tensor) and not value.is_meta
+            for name, value in state.items()):
         raise ValueError(f"{path}: holds {type(state).__name__}, expected a state_dict: tensors by name")
     return {key.removeprefix("module."): value for key, value in state.items()}
 
