@@ -519,11 +519,13 @@ def features_of(network):
     black = torch.from_numpy(black_picture(network.preprocessing))[None]
     try:
         with torch.inference_mode():
-            shape = tuple(network.module(black).shape)
+            features = network.module(black)
+            shape = tuple(features.shape)
     except Exception as error:  # whatever a factory's network does with a picture
         raise ValueError(f"{network.name} fails on a picture {tuple(black.shape[1:])}: {error}") from None
-    if len(shape) != 2 or shape[0] != 1:
-        raise ValueError(f"{network.name} gives {shape} for one picture; expected (1, features)")
+    if len(shape) != 2 or shape[0] != 1 or not features.is_floating_point():
+        raise ValueError(f"{network.name} gives {shape} of {features.dtype} for one picture; expected "
+                         "(1, features) of floating-point numbers")
     return shape[1]
 
 
