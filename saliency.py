@@ -2,8 +2,8 @@
 
 Input:  pictures (a data set's name, a folder, a CSV) and networks, named as for embed.py
 Output: maps.npy, float16 (n, H, W), values in [0, 1], row i is picture i, at the network's input size;
-        maps.json beside it; with --ceiling maps_ceiling.npy, the same with other noise;
-        with --gallery a PNG; with --randomise sanity.csv
+        maps.json beside it; with --ceiling maps_ceiling.npy, the same with other noise; with --gallery a PNG;
+        with --randomise sanity.csv, with --faithfulness faithfulness.csv; with --against maps of pairs
 
     python saliency.py --dataset pictures/ --model efficientnet_lite0 --out maps.npy
     python saliency.py --dataset cars196 --loss all --fold 0 --limit 500 --out results
@@ -377,9 +377,9 @@ def randomise(network, layers, pictures, seed):
     """A copy of the network with untrained `layers` (Adebayo et al. 2018; cascading for the topmost layers).
 
     layers: some of weighted_layers. Weights of two dimensions or more are drawn He-normal from (seed, layer)
-    alone, biases are 0, other vectors 1; layers but convolutions and linear ones use their reset_parameters
-    if they have it. Batch norms take their statistics from one pass of pictures (B, C, H, W): with the
-    trained network's, which no longer fit, activations would die or explode.
+    alone, biases are 0, other vectors 1; other layers than Conv2d and Linear use their reset_parameters, if
+    any. Batch norms take their statistics from one pass of pictures (B, C, H, W): with the trained network's,
+    which no longer fit, activations would die or explode.
     """
     network, fresh = copied(network, pictures[:1]), []
     for layer, names in layers.items():
@@ -436,9 +436,8 @@ def faithfulness(network, picture, blurred, orders, distance, *, steps=20, block
 
     picture: (C, H, W); blurred: what replaces its blocks in `steps` steps (deletion), or is replaced by them
     (insertion; Petsiuk et al. 2018); orders: of block_order, or any others. A curve is the distance to the
-    picture's embedding, less the picture's own, as a share of that of the wholly blurred one; its area is the
-    trapezium rule's. A faithful map deletes with a large area and inserts with a small one: a random order
-    has about the same for both. nan where blurring changes nothing.
+    picture's embedding, less the picture's own, as a share of that of the wholly blurred one; its area the
+    trapezium rule's: large of deletion and small of insertion for a faithful map. nan: blurring does nothing.
     """
     origin, whole = embed(network, torch.stack([picture, blurred]), autocast)
     least, most = distance(torch.stack([origin, origin]), torch.stack([origin, whole]))
@@ -480,7 +479,7 @@ class Mapper:
         for name in ("samples", "noise", "order", "percentile", "antithetic"):
             self.options[name] = getattr(args, name)
 
-    def __call__(self, ready, pictures, baselines, distance, seeds):
+    def __call__(self, what, ready, pictures, baselines, distance, seeds):
         """Maps of what prepare gave -> float16 array (b, H, W), or (k, b, H, W) of k distances."""
         from dml_common import command
 
@@ -492,17 +491,16 @@ class Mapper:
                 maps = adaptive_avg_pool2d(maps, self.map_size)  # of finished maps: still in [0, 1]
             return maps.half().cpu().numpy()
         except Exception as error:  # whatever a factory's network does with pictures
-            if isinstance(error, ValueError):
-                raise
             if not command.out_of_memory(error):
-                raise ValueError(f"the network fails: {type(error).__name__}: {error}") from None
+                kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+                raise ValueError(f"{what}: {kind}{error}") from None
         if self.batch == 1:
             raise ValueError(f"out of memory on {self.device} with a single copy; take a smaller network")
         if not self.halved:
             command.say(f"out of memory with {self.batch} copies at a time: going on with half, or fewer")
         self.batch, self.halved = self.batch // 2, True
         torch.cuda.empty_cache()
-        return self(ready, pictures, baselines, distance, seeds)
+        return self(what, ready, pictures, baselines, distance, seeds)
 
 
 def reader(job, kind, device):
@@ -527,9 +525,9 @@ def reader(job, kind, device):
     return load, stack, torch.from_numpy(pictures.normalise(pixels, preprocessing)).to(device)
 
 
-def with_head(head, distance):
-    """The distance of two trunk's outputs through one network's own head."""
-    return lambda a, b: distance(head(a), head(b))
+def through_head(head, distance, a, b):
+    """The distance of two of a trunk's outputs through one network's own head."""
+    return distance(head(a), head(b))
 
 
 def make_maps(jobs, mapper, args):
@@ -542,7 +540,7 @@ def make_maps(jobs, mapper, args):
     module, what = loaded[0].module, loaded[0].name
     if len(jobs) > 1:
         heads = [network.module[1].to(mapper.device).requires_grad_(False) for network in loaded]
-        distances = [with_head(head, distance) for head, distance in zip(heads, distances)]
+        distances = [partial(through_head, *both) for both in zip(heads, distances)]
         module, what = module[0], f"{len(jobs)} networks"
     load, stack, example = reader(jobs[0], options["baseline"], mapper.device)
     ready = prepare(module, example)
@@ -553,10 +551,7 @@ def make_maps(jobs, mapper, args):
     def compute(which, rows, both):
         numbers = [jobs[0].numbers[row] for row in rows]
         seeds = [noise_seed(seed, options["noise_of"], number) for number in numbers]
-        try:
-            maps = mapper(ready, *both, [distances[k] for k in which], seeds)
-        except ValueError as error:
-            raise ValueError(f"{what}: {error}") from None
+        maps = mapper(what, ready, *both, [distances[k] for k in which], seeds)
         for k, of_network in zip(which, maps):
             for row, number, one in zip(rows, numbers, of_network):
                 if np.isnan(one).any():
@@ -595,7 +590,7 @@ def sanity(job, mapper, args, most=16):
     def maps(count, seed):
         module = randomise(network.module, dict(layers[len(layers) - count:]), inputs, args.seed)
         seeds = [noise_seed(seed, network.name, number) for number in loaded]
-        made = mapper(prepare(module, example), inputs, baselines, distance, seeds)
+        made = mapper(network.name, prepare(module, example), inputs, baselines, distance, seeds)
         bar.update()
         return made.reshape(len(inputs), -1).astype(np.float64)
 
@@ -608,14 +603,13 @@ def sanity(job, mapper, args, most=16):
             z = np.arctanh(np.clip(r[np.isfinite(r)], -0.999999, 0.999999))
             means = [float(np.tanh(z.mean())), float(np.tanh(z.std()))] if len(z) else [None, None]
             lowest = layers[-count][0] if count else None
-            share = sum(sizes[key] for _, keys in layers[len(layers) - count:] for key in keys)
-            share /= max(1, sum(sizes.values()))
+            fresh = [sizes[key] for _, keys in layers[len(layers) - count:] for key in keys]
+            share = sum(fresh) / max(1, sum(sizes.values()))
             rows.append([name, job.spec["fold"], count, len(layers), lowest, len(z), *means, share])
     return rows
 
 
 FAITHFULNESS = ["model", "fold", "measure", "n", "left_out", "mean", "std", "low", "high"]
-RANDOM_ORDERS = 5
 
 
 def check_faithfulness(job, mapper, args):
@@ -636,7 +630,7 @@ def check_faithfulness(job, mapper, args):
         seed = noise_seed(args.seed, f"{network.name}, order of blocks", job.numbers[row])
         generator = torch.Generator().manual_seed(seed)
         orders += [torch.randperm(len(orders[0]), generator=generator).to(mapper.device)
-                   for _ in range(RANDOM_ORDERS)]
+                   for _ in range(5)]
         values = faithfulness(ready, picture, blurred, orders, distance, batch=mapper.batch,
                               autocast=mapper.options["autocast"]).cpu().numpy()
         if not own.isfinite().all() or not own.any():
@@ -667,11 +661,6 @@ def faithfulness_measures(areas):
             yield f"{name}_less_{what}", own[k] - values
 
 
-def integers(text):
-    """The numbers of --pick."""
-    return [int(part) for part in text.split(",")]
-
-
 def parse(argv):
     from dml_common import arrays, command, networks
 
@@ -679,8 +668,7 @@ def parse(argv):
     add = parser.add_argument_group("pictures and networks, as embed.py names them").add_argument
     arrays.add_options(add, "maps.npy")
     add("--network-seed", type=int, default=0, metavar="N", help="embed.py's --seed, of --loss None (0)")
-    add("--limit", type=int, metavar="N", help="only the first N pictures")
-    add("--pick", type=integers, metavar="I,J,K", help="only the pictures of these numbers, counted from 0")
+    arrays.add_choice(add)
     add = parser.add_argument_group("maps").add_argument
     add("--samples", type=int, default=50, metavar="L", help="noisy copies of a picture (50)")
     add("--noise", type=float, default=0.15, metavar="S", help="deviation, as a share of max - min (0.15)")
@@ -688,8 +676,6 @@ def parse(argv):
     add("--distance", choices=list(networks.DISTANCES), help="of l2-normalised embeddings (the loss's own)")
     add("--baseline", default="black", choices=["black", "mean", "blur"],
         help="whose embedding the distance is to: the picture all black, its mean colour, or blurred (black)")
-    add("--against", metavar="PICTURE|CSV", help="why are two pictures alike? Maps of the distance of each "
-        "picture to this one, or of the pairs in a CSV file's first two columns, on both: rows 2k and 2k + 1")
     add("--map-size", type=int, metavar="N", help="average maps to N × N pixels (the network's input size)")
     add("--percentile", type=float, default=99.0, metavar="P", help="values above it are cut to it (99)")
     add("--seed", type=int, default=0, metavar="N", help="of the noise (0)")

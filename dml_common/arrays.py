@@ -158,6 +158,19 @@ def depends_on_batch(embed, picture, name):
 # ---------------------------------------------------------------- some of the pictures, and pairs of them
 
 
+def add_choice(add):
+    """Which of the pictures; add: a parser's add_argument."""
+    add("--limit", type=int, metavar="N", help="only the first N pictures (pairs)")
+    add("--pick", type=integers, metavar="I,J,K", help="only the pictures (pairs) of these numbers, from 0")
+    add("--against", metavar="PICTURE|CSV", help="why are two pictures alike? Maps of the distance of each "
+        "picture to this one, or of the pairs in a CSV file's first two columns, on both: rows 2k and 2k + 1")
+
+
+def integers(text):
+    """The numbers of --pick."""
+    return [int(part) for part in text.split(",")]
+
+
 def chosen(args, dataset):
     """(data set, numbers of the pictures asked for); of pairs the two of each, one after the other.
 
