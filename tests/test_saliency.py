@@ -583,7 +583,7 @@ BAD = [
     (["--limit", "0"], "--limit 0"),
     (["--pick", "12"], "--pick 12: there are 12 pictures"),
     (["--map-size", "29"], "28 × 28"),
-    (["--model", "tiny_networks:maps"], "expected embeddings of shape"),
+    (["--model", "tiny_networks:maps"], "expected a tensor (pictures, dimension)"),
     (["--model", "tiny_networks:Cut"], "before layer head (Linear)"),
     (["--gallery", "nowhere/g.png"], "does not exist"),
     (["--dataset", "nothing"], "nothing"),

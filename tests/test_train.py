@@ -481,7 +481,7 @@ def test_a_run_killed_at_any_write_continues_to_the_same_numbers(p, monkeypatch,
     names, whole = [], files.write_file
 
     def patch(write):
-        for module in (files, networks):
+        for module in (files, checkpoints):
             monkeypatch.setattr(module, "write_file", write)
 
     patch(lambda path, content: names.append(path.name) or whole(path, content))
@@ -678,8 +678,8 @@ def test_labels_that_do_not_fit(p, refused, tmp_path):
     ("--device mps: unknown; expected auto, cpu, cuda", ("--device", "mps")),
     ("--device cuda:99: (no GPU that torch|torch can use)", ("--device", "cuda:99")),
     ("--precision tf32 is an NVIDIA GPU's", ("--precision", "tf32")),
-    (r"odd:image gives \(1, 3, 224, 224\) for one picture; expected", ("--model", "odd:image")),
-    (r"odd:broken fails on a picture \(3, 224, 224\): ", ("--model", "odd:broken")),
+    (r"odd:image: the network gives \(2, 3, 224, 224\); expected a tensor", ("--model", "odd:image")),
+    (r"odd:broken fails on 2 pictures \(3, 224, 224\): ", ("--model", "odd:broken")),
     ("ImageNet weights of inception_v3 are not at .*inception_v3_google-0cc3c7bd.pth: download https://.* "
      "--weights FILE", ("--model", "inception_v3")),
     ("none.pth(: no such file| does not exist)", ("--model", "bninception", "--weights", "none.pth")),
