@@ -7,7 +7,8 @@ Output: emb.npy, float32 (n, m), the raw output, row i is picture i; emb.json be
 labels.csv lists the pictures, with their classes where the data set has them (names in classes.csv).
 
     python embed.py --dataset my_pictures --model efficientnet_lite0 --out emb.npy
-    python embed.py --dataset my_pictures --model my_package.networks:resnet --out emb.npy
+    python embed.py --dataset my_pictures --model timm:vit_small_patch14_dinov2 --out emb.npy
+    python embed.py --dataset my_pictures --model my_package.networks:resnet --weights a.safetensors
     python embed.py --dataset cars196 --loss all --fold all --out results
     torchrun --nproc-per-node 2 embed.py --dataset cars196 --loss all --fold all --out results
 
@@ -80,7 +81,7 @@ def embed_all(jobs, args, device):
     shared = Counter(module[0] for module in modules if isinstance(module, torch.nn.Sequential))
 
     def load(path):
-        return pictures.load_pixels(path, preprocessing, args.draft)
+        return pictures.load_input(path, preprocessing, args.draft)
 
     def stack(pixels):
         return networks.to_input(torch.from_numpy(np.stack(pixels)).to(device), preprocessing)

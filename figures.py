@@ -490,8 +490,8 @@ def make_tsne(one, dataset, args):
 
 def make_samples(one, dataset, args):
     from dml_common import files, pictures
-    if dataset and (dataset.folder / "props.csv").is_file() and (dataset.folder / "images").is_dir():
-        properties, rows = files.read_properties(dataset.folder / "props.csv"), []
+    if dataset and dataset.properties:
+        properties, rows = files.read_properties(pictures.properties_table(dataset.folder)), []
         for name, (members, n) in choose_samples(properties).items():
             cells = [np.asarray(pictures.read_rgb(dataset.paths[row])) for row in members]
             part = "" if n == len(members) else f" ({len(members)} of {n} values)"

@@ -476,7 +476,7 @@ class Run:
 
     def save(self):
         """What the same command needs to continue; random numbers come from (seed, fold, epoch)."""
-        from dml_common.networks import write_state
+        from dml_common.checkpoints import write_state
         modules = {name: getattr(self, name).state_dict() for name in ("network", "criterion", "optimizer")}
         state = {name: getattr(self, name) for name in ("epoch", "history", "counts", "best")}
         write_state(self.folder / "checkpoint.pth", {"modules": modules, "state": state})
@@ -519,7 +519,7 @@ class Run:
             path.unlink(missing_ok=True)
 
     def write_network(self):
-        from dml_common.networks import read_state, write_state
+        from dml_common.checkpoints import read_state, write_state
         state, trunk = on_cpu(self.network), self.folder / "trunk_best.pth"
         common = self.folder.parent.parent / "trunk.pth"
         if self.config["frozen_trunk"]:  # one file: other scripts see the same bytes and share its work
@@ -641,6 +641,9 @@ def plan(args, dataset, device):
             refuse_without_pairs(labels[scored], f"--train-sample {args.train_sample} of fold {fold}")
         parts[fold] = {"train": train, "scored": scored, "validation": validation, "test": test}
     network = networks.load(networks.find(model=args.model, weights=args.weights)[0])
+    if "transform" in network.preprocessing:
+        raise ValueError(f"--model {args.model} has a transform of its own, which can't be cut at random; "
+                         "give it an attribute preprocessing instead")
     if args.input_size:
         preprocessing = pictures.resized(network.preprocessing, args.input_size)
         network = network._replace(preprocessing=preprocessing)

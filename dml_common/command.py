@@ -181,14 +181,17 @@ def add_pictures(add):
 
 def add_networks(add, models):
     """--model, --loss … --weights; models: the folder of the checkpoints."""
-    add("--model", help="a network without a loss: bninception, inception_v3, efficientnet_lite0 or "
-        "package.module:factory")
+    add("--model", help="a network without a loss: bninception, inception_v3, efficientnet_lite0, timm:NAME, "
+        "torchvision:NAME, hf:OWNER/NAME or package.module:factory")
+    add("--output", metavar="KEY", help="which of several outputs is the embedding (pooler_output, "
+        "image_embeds, or the only one)")
     add("--loss", help="losses of models/losses.csv with commas, None, or all: what is there (all)")
     add("--fold", default="all", help="0, 1, 2, 3, several with commas, or all (all)")
     add("--trained-on", metavar="DATASET", help="the data set whose checkpoints are taken (--dataset)")
     add("--checkpoint", metavar="DIR", help="a folder with trunk_best.pth and embedder_best.pth")
     add("--models", default=models, metavar="DIR", help="folder of the checkpoints (models/)")
-    add("--weights", metavar="FILE", help="ImageNet weights of the backbone (torch's hub cache)")
+    add("--weights", metavar="FILE", help="tensors of --model or --loss None, .pth or .safetensors (those of "
+        "its package, or in torch's hub cache)")
 
 
 def add_speed(add):

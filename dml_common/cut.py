@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dml_common import files, networks, pictures, rowfile
+from dml_common import checkpoints, files, networks, pictures, rowfile
 
 
 def cached(head, shape, trunk, config, dataset, args, device, home):
@@ -40,7 +40,7 @@ def cached(head, shape, trunk, config, dataset, args, device, home):
     trunk.to(device)
     job = rowfile.Job({"name": "features"}, dataset, rows, path, about, home)
     rowfile.fill([job], [shape], np.float32, load, stack, compute, 32, rowfile.BLOCK, args, "pictures")
-    networks.write_state(home / "trunk.pth", state)
+    checkpoints.write_state(home / "trunk.pth", state)
     return files.read_array(path)
 
 

@@ -576,7 +576,8 @@ def new_array(path, shape, dtype="float32"):
 def write_table(path, header, rows):
     """Write a CSV file whole or not at all. None becomes an empty field; floats keep all digits."""
     text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv.writer(text, lineterminator="\r\n")  # so that names with \r are quoted, too
     writer.writerow(header)
     writer.writerows(["" if value is None else value for value in row] for row in rows)
-    write_file(path, text.getvalue().encode("utf-8", "surrogateescape"))  # a file name may be any bytes
+    text = text.getvalue().replace("\r\n", "\n")
+    write_file(path, text.encode("utf-8", "surrogateescape"))  # a file name may be any bytes

@@ -10,16 +10,16 @@ from dml_common import command
 if __name__ == "__main__":  # before torch is imported: Ctrl-C ends in one line from here on
     command.begin()
 
+import copy
 import difflib
 import hashlib
 import importlib
-import io
 import json
 import os
 import re
 import sys
-import warnings
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,16 +27,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from dml_common.files import GEOMETRY, ROOT, check_input, losses, mismatch, read_sidecar, write_file
+from dml_common.checkpoints import CLASSIFIERS, load_embedder, load_weights
+from dml_common.files import GEOMETRY, ROOT, losses, mismatch, read_sidecar
 from dml_common.files import files_digest as files_sha256
-from dml_common.pictures import black_picture
+from dml_common.foreign import Transform, adapted, build, is_package
+from dml_common.pictures import INTERPOLATIONS, black_picture
 
 MODELS = ROOT / "models"
 FOLDS = (0, 1, 2, 3)
 DIMENSION = 128  # of the papers' embeddings
 LARGEST = 10_000  # side of an input in pixels
 DATASETS = ("cars196", "cub200", "sop")  # of the papers' checkpoints
-# How a picture becomes each backbone's input; pictures.load_picture says what the fields mean.
+# How a picture becomes each backbone's input; pictures.py says what the fields mean.
 # A factory's network without an attribute `preprocessing` gets torchvision's usual one, IMAGENET.
 IMAGENET = {"resize": 256, "crop": 224, "channels": "RGB", "scale": 1,
             "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -54,8 +56,6 @@ WEIGHTS = {
     "inception_v3": ("inception_v3_google-0cc3c7bd.pth",
                      "https://download.pytorch.org/models/inception_v3_google-0cc3c7bd.pth"),
 }
-# What ImageNet files hold beyond the embedding network: classifiers and the auxiliary head.
-CLASSIFIERS = ("last_linear.", "fc.", "AuxLogits.", "network._fc.")
 
 
 class Network(NamedTuple):
@@ -78,35 +78,46 @@ class Network(NamedTuple):
 
 
 def find(dataset=None, loss=None, fold="all", model=None, checkpoint=None, weights=None, seed=0,
-         folder=MODELS):
+         folder=MODELS, output=None):
     """List the networks asked for, as specs (dicts) for load and describe.
 
     dataset: the data set they were trained on.
     loss: names or slugs of losses.csv with commas, "None" (train.py's untrained network, else BN-Inception's
     ImageNet trunk and a random linear layer), or "all": what is there. fold: numbers with commas, or "all".
-    model: a backbone without a loss ("bninception", "inception_v3", "efficientnet_lite0" or
-    "package.module:factory"); beside loss or checkpoint the factory that their config.json may name.
-    checkpoint: a folder with trunk and embedder. weights: file of ImageNet weights. folder: the checkpoints'.
+    model: a backbone without a loss ("bninception", "inception_v3", "efficientnet_lite0", a name in another
+    package, "timm:NAME", or "package.module:factory"); beside loss or checkpoint the factory that their
+    config.json may name. checkpoint: a folder with trunk and embedder. weights: file of the backbone's.
+    folder: the checkpoints'. output: which of a network's outputs is the embedding.
     Raises ValueError (unknown name) or FileNotFoundError (no checkpoint), saying what was looked for where.
     """
-    if model and (loss or checkpoint) and ":" not in model:
+    if model and (loss or checkpoint) and not is_code(model):
         raise ValueError("a model is a backbone without a loss: give --model, or --loss, or --checkpoint")
     if checkpoint:
         specs = [checkpoint_spec(Path(checkpoint), loss, fold)]
     elif loss:
         specs = trained_specs(dataset, loss, fold, weights, seed, Path(folder))
     elif model:
-        return [backbone_spec(model, weights)]
+        specs = [backbone_spec(model, weights)]
     else:
         raise ValueError("which network? Give --model, --loss or --checkpoint")
+    if weights and not any(spec["weights"] for spec in specs):
+        raise ValueError(f"--weights {weights}: these networks have checkpoints of their own; it is for "
+                         "--model or --loss None")
     for spec in specs:
         allow_code(spec, model)
-    return specs
+        if output and spec["backbone"] in BACKBONES:
+            raise ValueError(f"--output {output}: {spec['backbone']} has one output")
+    return [{**spec, "output": output} for spec in specs]
+
+
+def is_code(backbone):
+    """package.module:factory, not a name of ours or of another package?"""
+    return ":" in backbone and not is_package(backbone)
 
 
 def allow_code(spec, model=None):
     """Raise ValueError where a file names code and the command line does not: its sender would run it."""
-    if ":" in spec["backbone"] and spec["backbone"] != model:
+    if is_code(spec["backbone"]) and spec["backbone"] != model:
         raise ValueError(f"{spec['files'][0].parent}: its config.json names code, {spec['backbone']}; if you "
                          f"trust it, name it too: --model {spec['backbone']}")
 
@@ -174,7 +185,7 @@ def make_spec(row, fold=None, **more):
     name = row["name"] if fold is None else f"{row['name']} fold {fold}"
     return {"name": name, "loss": row["name"], "slug": row["slug"], "type": row["type"], "fold": fold,
             "distance": row["distance"], "backbone": "bninception", "files": None, "weights": None,
-            "seed": None, "config": {}, "note": None, **more}
+            "seed": None, "config": {}, "note": None, "output": None, **more}
 
 
 def backbone_spec(model, weights=None):
@@ -182,8 +193,8 @@ def backbone_spec(model, weights=None):
     if model not in PREPROCESSING and ":" not in model:
         near = difflib.get_close_matches(model, PREPROCESSING, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"unknown network {model!r}: expected {', '.join(PREPROCESSING)} or "
-                         f"package.module:factory{hint}")
+        raise ValueError(f"unknown network {model!r}: expected {', '.join(PREPROCESSING)}, timm:NAME, "
+                         f"torchvision:NAME, hf:OWNER/NAME or package.module:factory{hint}")
     return make_spec(foreign_row(model), loss=None, slug=slug(model), backbone=model, weights=weights)
 
 
@@ -270,20 +281,25 @@ def slug(name):
 
 def describe(spec):
     """What the JSON beside an array says of a network: loss, fold, distance, backbone, checkpoint,
-    its SHA-256, preprocessing, seed. Builds no network but a factory's, whose SHA-256 is of its tensors."""
-    own = ":" in spec["backbone"] and not (spec["files"] and spec["config"].get("preprocessing"))
-    module = from_factory(spec["backbone"]) if own else None
+    its SHA-256, preprocessing, seed. Builds no network but a factory's or another package's."""
+    own = spec["backbone"] not in BACKBONES and not (spec["files"] and spec["config"].get("preprocessing"))
+    module = made(spec["backbone"], spec["weights"], not spec["files"]) if own else None
     checkpoint, digest = source(spec, module)
+    output = {"output": spec["output"]} if spec["output"] else {}
     return {**{key: spec[key] for key in ("loss", "fold", "distance", "backbone")}, "checkpoint": checkpoint,
-            "checkpoint_sha256": digest, "preprocessing": preprocessing(spec, module), "seed": spec["seed"]}
+            "checkpoint_sha256": digest, "preprocessing": preprocessing(spec, module), "seed": spec["seed"],
+            **output}
 
 
 def source(spec, module=None):
-    """(where a network's weights come from, their SHA-256): of files' bytes, else of a factory's tensors."""
+    """(where a network's weights come from, their SHA-256): of files' bytes, else of the module's tensors."""
     if spec["files"]:
         return str(spec["files"][0].parent), files_sha256(spec["files"])
-    if ":" in spec["backbone"]:
-        return None, state_sha256(module)
+    if spec["backbone"] not in BACKBONES:
+        try:
+            return spec["weights"] and Path(spec["weights"]).name, state_sha256(module)
+        except RuntimeError as error:  # of sparse tensors, or ones that have no shape yet
+            raise ValueError(f"{spec['name']}: its tensors can't be read ({error})") from None
     path = imagenet_file(spec["backbone"], spec["weights"])
     return path.name, files_sha256([path])
 
@@ -296,22 +312,50 @@ def load(spec, trunks=None):
     Raises ValueError or OSError naming a file that is missing, damaged, of another network or would run code.
     """
     backbone, files = spec["backbone"], spec["files"]
-    module = from_factory(backbone) if ":" in backbone else BACKBONES[backbone]()
+    ours = backbone in BACKBONES
+    module = BACKBONES[backbone]() if ours else copied(backbone, spec["weights"], not files)
     settings, (checkpoint, digest) = preprocessing(spec, module), source(spec, module)
     if files:
         key = backbone, files_sha256(files[:1])
         if trunks is None or key not in trunks:
-            load_weights(module, files[0])
+            load_weights(getattr(module, "network", module) if ours else module, files[0])
+            module = module if ours else adapted(module, settings, spec["name"], spec["output"])
         trunk = module if trunks is None else trunks.setdefault(key, module)
-        module = nn.Sequential(trunk, load_linear(files[1], FEATURES.get(backbone)))
-    elif ":" not in backbone:
-        load_weights(module, imagenet_file(backbone, spec["weights"]))
+        module = nn.Sequential(trunk, load_embedder(files[1], FEATURES.get(backbone)))
+    elif ours:
+        load_weights(getattr(module, "network", module), imagenet_file(backbone, spec["weights"]))
         if spec["loss"]:
             layer = random_linear(FEATURES[backbone], DIMENSION, spec["seed"], spec["fold"])
             module = nn.Sequential(module, layer)
+    else:
+        module = adapted(module, settings, spec["name"], spec["output"])
     kept = {key: spec[key] for key in ("name", "loss", "slug", "type", "fold", "distance", "backbone")}
     return Network(**kept, checkpoint=checkpoint, checkpoint_sha256=digest, preprocessing=settings,
                    module=module.eval())
+
+
+@cache
+def made(backbone, weights=None, whole=True):
+    """A factory's or another package's network, in float32: made once a run, whoever asks.
+
+    whole: with the weights that its package has for it, or with those of the file.
+    """
+    if is_package(backbone):
+        module = build(backbone, whole and not weights, weights)
+    else:
+        module = from_factory(backbone)
+    if weights:
+        load_weights(module, weights, getattr(module, "heads", CLASSIFIERS))
+    return module.float().eval()
+
+
+def copied(backbone, weights, whole):
+    """A module for whoever loads it: what is made stays as it is."""
+    module = made(backbone, weights, whole)
+    try:
+        return copy.deepcopy(module)
+    except Exception:  # as with weight_norm: a checkpoint brings all tensors, else it is this one
+        return module if whole else made.__wrapped__(backbone, weights, whole)
 
 
 def preprocessing(spec, module=None):
@@ -319,24 +363,30 @@ def preprocessing(spec, module=None):
     own = spec["config"].get("preprocessing") or getattr(module, "preprocessing", None)
     usual = PREPROCESSING.get(spec["backbone"], IMAGENET)
     if own is None:
-        return dict(usual)
+        transform = getattr(module, "transform", None)
+        return Transform(spec["backbone"], transform) if callable(transform) else dict(usual)
     try:
         if isinstance(own.get("resize"), (list, tuple)):
             usual = {**usual, "crop": None}  # both sides are given: nothing is cut off
+        usual = {**usual, "interpolation": "bilinear"}
         settings = json.loads(json.dumps({**usual, **own}, allow_nan=False))  # lists, no tuples
         resize, crop, mean, std = (settings[key] for key in ("resize", "crop", "mean", "std"))
         sides = [*(resize if isinstance(resize, list) else [resize, resize]), crop]
         good = (set(settings) == set(usual) and not mismatch(settings, GEOMETRY) and len(sides) == 3
                 and all(side is None or 0 < side <= LARGEST for side in sides)
                 and (crop is not None or isinstance(resize, list))
-                and settings["channels"] in ("RGB", "BGR") and settings["scale"] in (1, 255)
-                and len(mean) == len(std) == 3 and 0 not in std)
+                and settings["interpolation"] in INTERPOLATIONS
+                and settings["channels"] in ("RGB", "BGR", "L") and settings["scale"] in (1, 255)
+                and len(mean) == len(std) == (1 if settings["channels"] == "L" else 3) and 0 not in std)
     except (AttributeError, TypeError, ValueError):
         good = False
     if not good:
         raise ValueError(f"{spec['name']}: preprocessing is {own!r}; expected a dict with keys among "
                          f"{', '.join(usual)}; give crop, or resize as [height, width], at most {LARGEST} "
-                         "pixels; channels RGB or BGR, scale 1 or 255, mean and std of three numbers")
+                         "pixels; channels RGB, BGR or L, scale 1 or 255, mean and std with a number for "
+                         f"each channel, interpolation {', '.join(INTERPOLATIONS)}")
+    if settings["interpolation"] == "bilinear":  # as in the JSON of older arrays, which lacks the key
+        del settings["interpolation"]
     return settings
 
 
@@ -453,84 +503,6 @@ def from_factory(name):
     return network
 
 
-def read_state(path):
-    """A checkpoint's tensors by name, running no code: {str: Tensor}, `module.` of DataParallel removed."""
-    check_input(path, "a PyTorch checkpoint")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols: what matters is refused below
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # UnpicklingError, RuntimeError, EOFError, KeyError, …
-        code = re.search(r"(?:GLOBAL|global:?|function|instruction)\s+(?:GLOBAL )?(\w+\.[\w.]+)", str(error))
-        if code:
-            raise ValueError(f"{path}: refused, because loading it would run code ({code[1]}); "
-                             "save the state_dict alone") from None
-        raise ValueError(f"{path}: truncated, or no PyTorch checkpoint ({type(error).__name__}); download it "
-                         "again"
-                         ) from None
-    if not isinstance(state, dict) or not all(
-            isinstance(name, str) and isinstance(value, torch.Tensor) and not value.is_meta
-            for name, value in state.items()):
-        raise ValueError(f"{path}: holds {type(state).__name__}, expected a state_dict: tensors by name")
-    return {key.removeprefix("module."): value for key, value in state.items()}
-
-
-def write_state(path, state):
-    """torch.save that leaves the old file or the new one, never half of it."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    write_file(path, file.getvalue())
-
-
-def load_weights(trunk, path):
-    """Fill a backbone from a checkpoint or a file of ImageNet weights."""
-    own, state = trunk.state_dict(), read_state(path)
-    if isinstance(trunk, EfficientNetLite0):
-        state = {f"network.{key.removeprefix('network.')}": value for key, value in state.items()}
-    state = {key: value for key, value in state.items() if key in own or not key.startswith(CLASSIFIERS)}
-    for key, value in state.items():  # the older file of BN-Inception has (1, C) batch-norm tensors
-        if key in own and value.ndim == 2 and own[key].ndim == 1 and value.shape[0] == 1:
-            state[key] = value.squeeze(0)
-    problems = {
-        "missing": [key for key in own if key not in state and not key.endswith("num_batches_tracked")],
-        "unexpected": [key for key in state if key not in own],
-        "misshapen": [f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-                      for key in own if key in state and state[key].shape != own[key].shape],
-    }
-    words = []
-    for kind, keys in problems.items():
-        if keys:
-            more = ", …" if len(keys) > 3 else ""
-            words.append(f"{len(keys)} {kind}: {', '.join(keys[:3])}{more}")
-    if words:
-        raise ValueError(f"{path}: another architecture; {'; '.join(words)}")
-    trunk.load_state_dict(state, strict=False)
-
-
-def load_linear(path, features=None):
-    """The embedder's linear layer: `net.0.*` (the same again as `last_linear.*`), or `weight` and `bias`."""
-    state = read_state(path)
-    layers = []
-    for prefix in ("net.0.", "last_linear.", ""):
-        if {f"{prefix}weight", f"{prefix}bias"} <= set(state):
-            layers.append((state.pop(f"{prefix}weight"), state.pop(f"{prefix}bias")))
-    if not layers or state:
-        keys = ", ".join(list(state)[:4]) or "none"
-        raise ValueError(f"{path}: no single linear layer; expected net.0.weight and net.0.bias, other keys: "
-                         f"{keys}")
-    weight, bias = layers[0]
-    if any(not (torch.equal(weight, w) and torch.equal(bias, b)) for w, b in layers):
-        raise ValueError(f"{path}: net.0.* and last_linear.* differ; expected the same layer twice")
-    if weight.ndim != 2 or bias.shape != weight.shape[:1] or features not in (None, weight.shape[1]):
-        raise ValueError(f"{path}: misshapen: weight {tuple(weight.shape)}, bias {tuple(bias.shape)}; "
-                         f"expected (dimension, {features or 'features'}) and (dimension,)")
-    linear = nn.Linear(weight.shape[1], weight.shape[0])
-    linear.load_state_dict({"weight": weight, "bias": bias})
-    return linear
-
-
 def random_linear(features, dimension, seed, fold):
     """nn.Linear's own initialisation, uniform in ±1/sqrt(features), from (seed, fold) alone."""
     generator = np.random.default_rng([seed, fold])
@@ -543,33 +515,34 @@ def random_linear(features, dimension, seed, fold):
 
 
 def features_of(network):
-    """How many features a network gives for a picture. ValueError where it gives something else."""
-    black = torch.from_numpy(black_picture(network.preprocessing))[None]
-    try:
-        with torch.inference_mode():
-            features = network.module(black)
-            shape = tuple(features.shape)
-    except Exception as error:  # whatever a factory's network does with a picture
-        raise ValueError(f"{network.name} fails on a picture {tuple(black.shape[1:])}: {error}") from None
-    if len(shape) != 2 or shape[0] != 1 or not features.is_floating_point():
-        raise ValueError(f"{network.name} gives {shape} of {features.dtype} for one picture; expected "
-                         "(1, features) of floating-point numbers")
-    return shape[1]
+    """How many features a network gives for a picture."""
+    black = torch.from_numpy(black_picture(network.preprocessing))
+    with torch.inference_mode():
+        return network.module(torch.stack([black, black])).shape[1]
 
 
 def state_sha256(module):
     """SHA-256 of a module's names, shapes and values: notices a factory that draws its weights anew."""
     digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for name, value in module.state_dict().items():
+        for tensor in value if isinstance(value, (tuple, list)) else [value]:  # of quantised layers
+            if not isinstance(tensor, torch.Tensor):  # extra state
+                digest.update(f"{name} {type(tensor).__name__}".encode())
+                continue
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            tensor = tensor.dequantize() if tensor.is_quantized else tensor
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def to_input(pixels, preprocessing):
-    """uint8 RGB (B, H, W, 3) -> float32 (B, 3, H, W), channels-last: pictures.normalise in torch."""
+    """uint8 RGB (B, H, W, 3) -> float32 (B, C, H, W), channels-last: pictures.normalise in torch."""
+    if pixels.is_floating_point():  # a Transform's
+        return pixels.to(memory_format=torch.channels_last)
     if preprocessing["channels"] == "BGR":
         pixels = pixels.flip(-1)
+    if preprocessing["channels"] == "L":
+        pixels = pixels[..., :1]
     values = pixels.float() / 255
     if preprocessing["scale"] != 1:
         values *= preprocessing["scale"]

@@ -17,6 +17,7 @@ import tarfile
 import warnings
 import zipfile
 from collections import Counter
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -42,28 +43,38 @@ OTHERS = (".cr2", ".dng", ".eps", ".exr", ".heic", ".heif", ".ico", ".jxl", ".ne
 SPLITS = {"train": "train", "test": "test",
           **dict.fromkeys(("val", "valid", "dev", "validation"), "validation")}
 LABELS = ("label", "class")  # columns of a table of pictures
+CHANNELS = {"RGB": slice(None), "BGR": slice(None, None, -1), "L": slice(1)}  # of grey all three are equal
+INTERPOLATIONS = {name: Image.Resampling[name.upper()]
+                  for name in ("bilinear", "bicubic", "lanczos", "nearest")}
+COLOURED = ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # modes of a picture with colours
 BOX = ("x_1", "y_1", "x_2", "y_2")
 MAX_PIXELS = 500_000_000  # of one picture: 1.5 GB decoded
 LARGE = 1 << 26  # pixels of a resized picture from which on only its crop is made (equal but for rounding)
 Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS takes its place, with an error that names the picture
-# The file that shows a folder is the right one; archives with md5; pictures and classes of each split.
+TABLES = ("props.csv", "samples.csv")  # of rendered sets: ours, and the first paper's own
+# What lies where, archives with md5, where they are to be had, pictures and classes of each split.
 PUBLISHED = {
     "cars196": {
         "layout": "cars_annos.mat and car_ims/000001.jpg …, or torchvision's stanford_cars/devkit, "
                   "cars_train, cars_test",
         "archives": {"car_ims.tgz": "d5c8f0aa497503f355e17dc7886c3f14",
                      "cars_annos.mat": "b407c6086d669747186bd1d764ff9dbc"},
+        "source": "copies alone, for their home is gone since 2023: some are named in "
+                  "https://github.com/pytorch/vision/issues/7545",
         "sizes": {"train": (8054, 98), "test": (8131, 98), "all": (16185, 196)},
     },
     "cub200": {
         "layout": "CUB_200_2011/images.txt, image_class_labels.txt and images/; perhaps segmentations/",
         "archives": {"CUB_200_2011.tgz": "97eceeb196236b17998738112f37df78",
                      "segmentations.tgz": "4d47ba1228eae64f2fa547c47bc65255"},
+        "source": "https://data.caltech.edu/records/65de6-vp158, masks https://data.caltech.edu/records/"
+                  "w9d68-gec53",
         "sizes": {"train": (5864, 100), "test": (5924, 100), "all": (11788, 200)},
     },
     "sop": {
         "layout": "Stanford_Online_Products/Ebay_train.txt, Ebay_test.txt and the pictures' folders",
         "archives": {"Stanford_Online_Products.zip": "7f73d41a2f44250d4779881525aea32e"},
+        "source": "https://cvgl.stanford.edu/projects/lifted_struct/",
         "sizes": {"train": (59551, 11318), "test": (60502, 11316), "all": (120053, 22634)},
     },
 }
@@ -126,8 +137,9 @@ def open_dataset(name_or_folder, root=None, split="test"):
         hint = f"; did you mean {near[0]}?" if near else ""
         raise FileNotFoundError(f"{folder}: no such folder; expected {', '.join(PUBLISHED)}, a folder of "
                                 f"pictures or a CSV file{hint}")
-    if (folder / "props.csv").is_file() and (folder / "images").is_dir():
-        return open_rendered(folder)
+    table = properties_table(folder)
+    if table and ((folder / "images").is_dir() or table.name != "props.csv"):
+        return open_rendered(folder, table)
     return open_folder(folder, split)
 
 
@@ -170,7 +182,7 @@ def labels_of(dataset, table=None, column=None, notes=None):
         raise ValueError(f"{dataset.name} has no labels; put each class's pictures into a folder of its own, "
                          "or give a table with a row for each picture: --labels FILE.csv --label COLUMN")
     column = column or ("class" if table else "model")
-    table = table or dataset.folder / "props.csv"
+    table = table or properties_table(dataset.folder)
     values = read_properties(table, [column], dataset.relative, notes)[column].tolist()
     if len(values) != len(dataset.paths):
         raise ValueError(f"{table} has {len(values):,} labels, {dataset.name} {len(dataset.paths):,} "
@@ -269,14 +281,24 @@ def numbered(names):
     return np.array([number[name] for name in names], dtype=np.int64), classes
 
 
-def open_rendered(folder):
-    """Rows in the order of props.csv; its first column names the picture: 17, 000017 or 000017.jpg."""
-    table = read_table(folder / "props.csv")
-    there = list_pictures(folder / "images", notes := [])
-    rows = rows_by_name(next(iter(table.values())), there, folder / "images")
-    relative = ["images/" + there[row] for row in rows]
+def properties_table(folder):
+    """The path of a rendered set's table; None without one."""
+    return next((folder / name for name in TABLES if (folder / name).is_file()), None)
+
+
+def open_rendered(folder, path):
+    """Rows in the order of the table, whose first column names the picture: 17, 000017 or 000017.jpg.
+
+    Pictures lie in images/, or (of the first paper's set) beside the table.
+    """
+    table, place = read_table(path), folder / "images" if (folder / "images").is_dir() else folder
+    if "frame" in table:  # wherever it stands
+        table = {"frame": table.pop("frame"), **table}
+    there = list_pictures(place, notes := [])
+    rows = rows_by_name(next(iter(table.values())), there, place)
+    relative = [("images/" if place != folder else "") + there[row] for row in rows]
     if len(there) > len(rows):
-        notes.append(f"{folder}: {len(there) - len(rows)} pictures are not in props.csv and are left aside")
+        notes.append(f"{folder}: {len(there) - len(rows)} pictures are not in {path.name} and are left aside")
     masks = [folder / "masks" / f"{Path(path).stem}.png" for path in relative]
     return listed(folder.resolve().name, folder, relative, masks=existing(masks), properties=table,
                   notes=notes)
@@ -350,8 +372,8 @@ def open_published(name, root, split, check=True):
     if not found:
         archives = ", ".join(f"{archive} (md5 {md5})" for archive, md5 in PUBLISHED[name]["archives"].items())
         raise FileNotFoundError(f"{name} is neither in {root / name} nor in {root}: expected "
-                                f"{PUBLISHED[name]['layout']}; from the archives {archives}; see also "
-                                "--data-root")
+                                f"{PUBLISHED[name]['layout']}; from the archives {archives}, to be had from "
+                                f"{PUBLISHED[name]['source']}; see also --data-root")
     dataset, training, source = found
     dataset = dataset._replace(splits=np.where(training, "train", "test"))
     rows = np.flatnonzero((training == (split == "train")) | (split == "all"))
@@ -469,35 +491,40 @@ def read_lines(path, fields):
 
 
 # ---------------------------------------------------------------- a picture as a network's input
-
-
-def load_picture(path, preprocessing):
-    """Read a picture as a network's input: float32 (3, H, W).
-
-    preprocessing (JSON-able dict):
-      resize    int: shorter side in pixels, bilinear with antialiasing · [height, width] · None
-      crop      int: side of the central square in pixels (smaller pictures are padded with black) · None
-      channels  "RGB" or "BGR"
-      scale     1 or 255: values are in [0, scale] before
-      mean, std three numbers, in the order of channels: (value - mean) / std
-    Bit for bit torchvision's Resize, CenterCrop, ToTensor, Normalize.
-    Raises ValueError naming the picture when it can't be decoded, OSError when it can't be opened.
-    """
-    return normalise(load_pixels(path, preprocessing), preprocessing)
+# preprocessing, a JSON-able dict:
+#   resize         int: shorter side in pixels, with antialiasing · [height, width] · None
+#   crop           int: side of the central square in pixels (smaller pictures are padded with black) · None
+#   channels       "RGB", "BGR" or "L" (one channel of grey)
+#   scale          1 or 255: values are in [0, scale] before
+#   mean, std      a number for each channel, in their order: (value - mean) / std
+#   interpolation  of resize: bilinear where it is not there, bicubic, lanczos, nearest
+# Bit for bit torchvision's Resize, CenterCrop, ToTensor, Normalize. Or foreign.Transform, a function.
 
 
 def load_pixels(path, preprocessing, draft=False):
-    """The same before normalisation: uint8 RGB (H, W, 3), resized and cropped.
+    """A picture, resized and cropped, before normalisation: uint8 RGB (H, W, 3); as it is for a Transform.
 
     draft: a JPEG may be shrunk while it is decoded, to no less than the resized picture: faster, new values.
+    Raises ValueError naming the picture when it can't be decoded, OSError when it can't be opened.
     """
-    return np.asarray(resize_and_crop(read_rgb(path, preprocessing if draft else None), preprocessing))
+    image = read_rgb(path, preprocessing if draft else None)
+    if preprocessing.get("channels") == "L":
+        image = image.convert("L").convert("RGB")
+    return np.asarray(resize_and_crop(image, preprocessing))
+
+
+def load_input(path, preprocessing, draft=False):
+    """What networks.to_input takes of a picture: its pixels, or what a Transform makes of them."""
+    pixels = load_pixels(path, preprocessing, draft)
+    return preprocessing(pixels) if callable(preprocessing) else pixels
 
 
 def normalise(pixels, preprocessing):
-    """uint8 RGB (..., H, W, 3) -> float32 (..., 3, H, W), in the network's channel order and range."""
-    if preprocessing["channels"] == "BGR":
-        pixels = pixels[..., ::-1]
+    """uint8 RGB (..., H, W, 3) -> float32 (..., C, H, W), in the network's channel order and range."""
+    if callable(preprocessing):
+        values = np.stack([preprocessing(one) for one in pixels.reshape(-1, *pixels.shape[-3:])])
+        return values.reshape(*pixels.shape[:-3], *values.shape[1:])
+    pixels = pixels[..., CHANNELS[preprocessing["channels"]]]
     values = pixels.astype(np.float32) / np.float32(255)
     if preprocessing["scale"] != 1:
         values *= np.float32(preprocessing["scale"])
@@ -514,48 +541,53 @@ def black_picture(preprocessing, size=None):
 
 def input_size(preprocessing):
     """(H, W) of a network's input."""
-    if preprocessing["crop"]:
-        return preprocessing["crop"], preprocessing["crop"]
-    return tuple(preprocessing["resize"])
+    crop = preprocessing["crop"]
+    return (crop, crop) if crop else tuple(preprocessing["resize"] or preprocessing["size"])
 
 
 def resized(preprocessing, side):
     """The same for inputs whose shorter side has `side` pixels: resize and crop in proportion."""
     factor = side / min(input_size(preprocessing))
-
-    def scale(value):
-        if isinstance(value, list):
-            return [scale(one) for one in value]
-        return value and max(1, round(value * factor))
-
-    return {**preprocessing, **{key: scale(preprocessing[key]) for key in ("resize", "crop")}}
+    scaled = {key: np.maximum(1, np.multiply(preprocessing[key], factor).round()).astype(int).tolist()
+              for key in ("resize", "crop") if preprocessing[key]}
+    return {**preprocessing, **scaled}
 
 
-def load_mask(path, preprocessing=None, size=None):
+def load_mask(path, preprocessing=None, size=None, alpha=False):
     """Read a mask through its picture's geometry, nearest neighbour: bool (H, W), True on the object.
 
     preprocessing: None or {} leaves it as it is. size: then averaged to (size, size): what is more than half
-    object.
+    object. alpha: the path is the picture's own, whose alpha channel counts; ValueError where it has none.
     The object is where alpha is, if that varies; else what is brighter than half of white, or, where nothing
-    is, what is not black (masks of 0 and 1); of a coloured palette what is not black.
+    is, what is not black (masks of 0 and 1); of colours what is not black.
     """
-    check_input(path, "a mask")
-    with Image.open(path) as image:
-        alpha = np.asarray(image.convert("RGBA"))[..., 3] if image.has_transparency_data else np.zeros(1)
-        coloured = image.mode in ("P", "PA", "RGB", "RGBA")
-        colours = np.atleast_3d(np.asarray(image.convert("RGB" if coloured else "L")))
-        values = colours.max(axis=2)
-        if alpha.min() < alpha.max():
-            values = alpha
-        elif image.mode in ("P", "PA") and (colours != colours[..., :1]).any():
-            values = np.where(values > 0, 255, 0)
-    inside = values > (127 if values.max() > 127 else 0)
-    mask = Image.fromarray(np.uint8(255) * inside)
+    if preprocessing and "transform" in preprocessing:
+        raise ValueError(f"which part of {path} the maps cover is not known: their network has a transform "
+                         "of its own; give it a preprocessing")
+    with opened(path, "a mask") as image:
+        if alpha and not image.has_transparency_data:
+            raise ValueError(f"it is {image.mode}, without an alpha channel; --masks alpha needs one")
+        image, mode = image.crop(getattr(path, "box", None)), image.mode
+        seen = np.asarray(image.convert("RGBA"))[..., 3] if image.has_transparency_data else np.zeros(1)
+        colours = np.atleast_3d(np.asarray(image.convert("RGB" if mode in COLOURED else "L")))
+    values = colours.max(axis=2)
+    if alpha or seen.min() < seen.max():
+        values = seen
+    elif (colours != colours[..., :1]).any():
+        values = np.where(values > (0 if mode[0] == "P" else 31), 255, 0)  # a JPEG's black is not quite black
+    mask = Image.fromarray(np.uint8(255) * (values > (127 if values.max() > 127 else 0)))
     if preprocessing:
         mask = resize_and_crop(mask, preprocessing, Image.Resampling.NEAREST)
     if size:
         mask = mask.resize((size, size), Image.Resampling.BOX)
     return np.asarray(mask) > 127
+
+
+def refuse_constant_masks(share, source):
+    """share (H, W): of the masks with their object there. ValueError where all are empty, or all are full."""
+    if not share.any() or (share == 1).all():
+        raise ValueError(f"{source}: every mask is {'full' if share.any() else 'empty'}; expected the object "
+                         "brighter than its background, or an alpha channel")
 
 
 def find_mask(folder, name):
@@ -570,29 +602,38 @@ def read_rgb(path, draft=None):
     grey is repeated, palettes are looked up, alpha is dropped, CMYK converted without a colour profile,
     the EXIF orientation is ignored.
     """
+    with opened(path) as image:
+        if box := getattr(path, "box", None):
+            if not (box[0] < box[2] <= image.width and box[1] < box[3] <= image.height):
+                raise ValueError(f"its box {box} is not in its {image.width} × {image.height} pixels")
+            return image.convert("RGB").crop(box)
+        if draft:
+            image.draft(image.mode, resized_size(image.size, draft["resize"]))
+        return image.convert("RGB")
+
+
+@contextmanager
+def opened(path, expected="a picture"):
+    """The open PIL image of a file; whatever is wrong with it becomes a ValueError that names it."""
     if not isinstance(path, io.IOBase):
-        check_input(path, "a picture")
+        check_input(path, expected)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # palettes with transparency, odd EXIF: nothing a user can act on
         try:
             with Image.open(path) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width} × {image.height} pixels, more than {MAX_PIXELS:,}")
-                if box := getattr(path, "box", None):
-                    if not (box[0] < box[2] <= image.width and box[1] < box[3] <= image.height):
-                        raise ValueError(f"its box {box} is not in its {image.width} × {image.height} pixels")
-                    return image.convert("RGB").crop(box)
-                if draft:
-                    image.draft(image.mode, resized_size(image.size, draft["resize"]))
-                return image.convert("RGB")
+                yield image
         except PermissionError:
             raise
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, …
-            raise ValueError(f"{path}: can't be read as a picture ({error}); replace or remove it") from None
+            raise ValueError(f"{path}: can't be read as {expected} ({error}); replace or remove it") from None
 
 
-def resize_and_crop(image, preprocessing, resample=Image.Resampling.BILINEAR):
+def resize_and_crop(image, preprocessing, resample=None):
     """torchvision's Resize and CenterCrop of a PIL image (the same rounding)."""
+    if resample is None:
+        resample = INTERPOLATIONS[preprocessing.get("interpolation", "bilinear")]
     new, crop = resized_size(image.size, preprocessing["resize"]), preprocessing["crop"]
     if not crop:
         return image.resize(new, resample) if new != image.size else image
@@ -686,30 +727,28 @@ def unpack(archive, folder):
 def main(argv=None):
     parser = command.parser("The published data sets: check them, unpack their archives.",
                             prog="python -m dml_common.pictures")
-    commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("verify", help="layout, numbers of pictures and classes, md5 of the archives")
-    check.add_argument("name", choices=PUBLISHED)
-    extract = commands.add_parser("unpack", help="an archive into its data set's folder, after its md5 was "
-                                                 "checked")
-    extract.add_argument("archive", type=Path)
-    for add in (check.add_argument, extract.add_argument):
-        add("--data-root", metavar="DIR", help="folder of the data sets (DML_DATA_ROOT, else data/)")
+    add = parser.add_argument
+    add("what", choices=["verify", "unpack"], help="layout, counts, md5 of archives; "
+        "or an archive into its data set's folder, after its md5 was checked")
+    add("name", metavar="NAME|ARCHIVE", help=", ".join(PUBLISHED))
+    add("--data-root", metavar="DIR", help="folder of the data sets (DML_DATA_ROOT, else data/)")
     args = parser.parse_args(argv)
-    root = data_root(args.data_root)
-    if args.command == "verify":
-        lines = []
-        for line, as_published in verify(args.name, root):
+    root, archive = data_root(args.data_root), Path(args.name)
+    if args.what == "verify" and args.name in PUBLISHED:
+        as_published = True
+        for line, good in verify(args.name, root):
             print(line, flush=True)
-            lines.append(as_published)
-        return 0 if all(lines) else 1
-    name = next((name for name, row in PUBLISHED.items() if args.archive.name in row["archives"]), None)
-    if name is None:
-        names = [archive for row in PUBLISHED.values() for archive in row["archives"]]
-        raise ValueError(f"{args.archive}: expected one of {', '.join(names)}")
-    if files_digest([args.archive], "md5") != PUBLISHED[name]["archives"][args.archive.name]:
-        raise ValueError(f"{args.archive}: its md5 is not the published one: download it again")
-    unpack(args.archive, root / name)
-    print(f"{args.archive} is unpacked in {root / name}")
+            as_published &= good
+        return 0 if as_published else 1
+    owner = {file: name for name, row in PUBLISHED.items() for file in row["archives"]}
+    if args.what == "verify" or archive.name not in owner:
+        names = PUBLISHED if args.what == "verify" else owner
+        raise ValueError(f"{args.what} {args.name}: expected one of {', '.join(names)}")
+    place = root / owner[archive.name]
+    if files_digest([archive], "md5") != PUBLISHED[place.name]["archives"][archive.name]:
+        raise ValueError(f"{archive}: its md5 is not the published one: download it again")
+    unpack(archive, place)
+    print(f"{archive} is unpacked in {place}")
 
 
 if __name__ == "__main__":

@@ -447,7 +447,7 @@ def jobs(args, name, options, seed, choose=range):
     dataset = pictures.open_dataset(args.dataset, args.data_root, args.split)
     loss = args.loss or (None if args.model or args.checkpoint else "all")
     specs = networks.find(args.trained_on or dataset.name, loss, args.fold, args.model, args.checkpoint,
-                          args.weights, seed, args.models)
+                          args.weights, seed, args.models, args.output)
     if one and len(specs) > 1:
         raise ValueError(f"--out {args.out} is one array, but {len(specs)} networks were asked for "
                          f"({specs[0]['name']}, {specs[1]['name']}, …); give a folder")

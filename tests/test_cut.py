@@ -8,7 +8,7 @@ from torch import nn
 
 import embed
 import train
-from dml_common import files, networks, pictures
+from dml_common import checkpoints, files, networks, pictures
 from dml_common.cut import cut
 
 here, refused = test_train.here, test_train.refused
@@ -85,7 +85,8 @@ def test_training_from_a_block(p, monkeypatch):  # noqa: F811
     assert config["train_from"] == "layers.1" and config["frozen_trunk"] is False
     assert (config["preprocessing"]["resize"], config["preprocessing"]["crop"]) == (30, 24)
     trunk = networks.from_factory("tiny_for_test:norm").eval()
-    inputs = np.stack([pictures.load_picture(path, config["preprocessing"]) for path in dataset.paths])
+    pixels = np.stack([pictures.load_pixels(path, config["preprocessing"]) for path in dataset.paths])
+    inputs = pictures.normalise(pixels, config["preprocessing"])
     with torch.inference_mode():
         for side, turned in enumerate((inputs, inputs[..., ::-1].copy())):
             features = trunk.layers[0](torch.from_numpy(turned)).numpy()
@@ -93,7 +94,7 @@ def test_training_from_a_block(p, monkeypatch):  # noqa: F811
     rows, test = history(place("triplet")), config["split"]["test"]
     assert list(rows.values())[-1][1:] == pytest.approx(scores_of("triplet", test, "norm"), abs=1e-5)
     assert history(place("none"))[0, "test"][1:] == pytest.approx(scores_of("none", test, "norm"), abs=1e-5)
-    before, after = trunk.state_dict(), networks.read_state(place("triplet") / "trunk_best.pth")
+    before, after = trunk.state_dict(), checkpoints.read_state(place("triplet") / "trunk_best.pth")
     assert list(after) == list(before)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and all(name.startswith("layers.1.") for name in moved)
@@ -108,11 +109,11 @@ def test_training_from_a_block(p, monkeypatch):  # noqa: F811
         if path.name == "checkpoint.pth":
             raise KeyboardInterrupt
 
-    for module in (files, networks):
+    for module in (files, checkpoints):
         monkeypatch.setattr(module, "write_file", dies)
     with pytest.raises(KeyboardInterrupt):
         run(*options, "--models", "killed")
-    for module in (files, networks):
+    for module in (files, checkpoints):
         monkeypatch.setattr(module, "write_file", whole)
     run(*options, "--models", "killed")
     same("triplet", "killed")

@@ -104,8 +104,8 @@ def embedding_of(path, network):
     if isinstance(network, str):
         network = networks.load(networks.find(model=network)[0])
     with torch.inference_mode():
-        picture = torch.from_numpy(pictures.load_picture(path, network.preprocessing))
-        return network.module(picture[None]).numpy()[0]
+        pixels = torch.from_numpy(pictures.load_pixels(path, network.preprocessing))[None]
+        return network.module(networks.to_input(pixels, network.preprocessing)).numpy()[0]
 
 
 # ---------------------------------------------------------------- one network, one array
@@ -158,7 +158,7 @@ def test_a_picture_is_decoded_once_for_all_networks_of_a_preprocessing(tmp_path,
     make_pictures(tmp_path / "p", 40)
     options = SimpleNamespace(
         dataset="p", data_root=None, split="test", loss=None, fold="all", trained_on=None, checkpoint=None,
-        weights=None, models=None, batch=16, workers=2, draft=False, precision="fp32", skip_unreadable=False)
+        weights=None, models=None, output=None, batch=16, workers=2, draft=False, precision="fp32", skip_unreadable=False)
     jobs = []
     for name in ("seven", "nine"):
         options.model, options.out = f"small_for_test:{name}", Path(f"{name}.npy")
@@ -283,6 +283,7 @@ def test_other_options_are_refused(tmp_path, run):
     assert Path("emb.npy").read_bytes() == content
     random = ("--dataset", "p", "--out", "random.npy", "--model", "small_for_test:random")
     assert run(*random)[0] == 0
+    networks.made.cache_clear()
     status, said = run(*random)
     assert status == 2 and "checkpoint_sha256" in said  # its weights differ in every process
 
@@ -455,7 +456,7 @@ BAD = [
     (("--dataset", "nowhere"), r"nowhere: no such folder"),
     (("--model", "resnet"), r"unknown network 'resnet': expected bninception"),
     (("--model", "no.such:thing"), r"can't be imported"),
-    (("--model", "small_for_test:broken"), r"the network fails on 1 pictures \(3, 32, 32\)"),
+    (("--model", "small_for_test:broken"), r"broken fails on 2 pictures \(3, 32, 32\)"),
     (("--model", "small_for_test:image"), r"expected a tensor \(pictures, dimension\)"),
     (("--model", "small_for_test:nan"), r"gives nan or infinity for p/0.png"),
     (("--model", "bninception"), r"http://data.lip6.fr.*--weights"),

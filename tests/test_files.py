@@ -307,6 +307,10 @@ def test_files_are_written_whole_with_the_rights_of_new_files(tmp_path):
     files.write_table(tmp_path / "link.csv", ["a", "b"], [[1 / 3, None], ["\udcff", "x,y"]])
     assert (tmp_path / "link.csv").is_symlink()
     assert (tmp_path / "far.csv").read_bytes() == b'a,b\n0.3333333333333333,\n\xff,"x,y"\n'
+    odd = ["new\nline", "carriage\rreturn", "q\"uo'te", "🚗 1²3", "tab\tx"]
+    files.write_table(tmp_path / "odd.csv", ["path", "n"], [[name, 1] for name in odd])
+    assert files.read_table(tmp_path / "odd.csv")["path"] == odd
+    (tmp_path / "odd.csv").unlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["far.csv", "link.csv"]
     os.umask(mask := os.umask(0))
     assert (tmp_path / "far.csv").stat().st_mode & 0o777 == 0o666 & ~mask

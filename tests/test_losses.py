@@ -12,7 +12,7 @@ import test_train
 from conftest import ROOT
 from test_train import config_of, history, p, place, run  # noqa: F401
 
-from dml_common import losses, networks
+from dml_common import checkpoints, losses, networks
 
 here, refused = test_train.here, test_train.refused
 PAGE = (ROOT / "docs/own-loss.md").read_text(encoding="utf-8")
@@ -106,10 +106,10 @@ def test_the_same_loss_gives_the_same_network(p, mine):  # noqa: F811
     assert run("--losses", rows, "--loss", names, "--type", "ranking") == 0
     for same in (("contrastive", "mine_same"), ("normalized_softmax", "mine_proxies", "softmax_too"),
                  ("triplet", "hard")):
-        first = networks.read_state(place(same[0]) / "embedder_best.pth")
+        first = checkpoints.read_state(place(same[0]) / "embedder_best.pth")
         for slug in same[1:]:
             assert history(place(slug)) == history(place(same[0]))
-            state = networks.read_state(place(slug) / "embedder_best.pth")
+            state = checkpoints.read_state(place(slug) / "embedder_best.pth")
             assert all(np.array_equal(state[key], first[key]) for key in first)
     config = config_of("mine_proxies")
     assert (config["loss"], config["type"], config["distance"]) == ("mine:Proxies", "ranking", "euclidean")

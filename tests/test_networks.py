@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from dml_common import files, networks, pictures
+from dml_common import files, foreign, networks, pictures
 
 TRIPLET = "cars_triplet46_reproduction0"
 
@@ -189,7 +189,7 @@ def test_damaged_foreign_and_malicious_checkpoints(tmp_path, trunk, embedder):
     (place / "trunk_best.pth").unlink()
     (place / "trunk_best.pth").write_bytes(good)
     wide = {"net.0.weight": torch.ones(128, 2048), "net.0.bias": torch.ones(128)}
-    for wrong, message in [({"x": torch.ones(1)}, "no single linear layer"),
+    for wrong, message in [({"x": torch.ones(1)}, r"x \(1,\); expected a linear layer"),
                            (wide, r"misshapen.*\(dimension, 1024\)"),
                            ({**embedder, "last_linear.bias": torch.ones(128)}, "differ")]:
         refused(message, wrong, "embedder_best.pth")
@@ -301,6 +301,317 @@ def test_factories(tmp_path, monkeypatch):
             networks.load(networks.find(model=f"mine_for_test:{name}")[0])
     with pytest.raises(ValueError, match="can't be imported"):
         networks.load(networks.find(model="no_such_module:x")[0])
+
+
+def own_network(monkeypatch, tmp_path, name, text):
+    """A module of that name in the current folder; networks of it are called NAME:make."""
+    (tmp_path / f"{name}.py").write_text("import torch\nfrom torch import nn\n" + text)
+    monkeypatch.chdir(tmp_path)
+    return networks.load(networks.find(model=f"{name}:make")[0])
+
+
+def test_a_factory_is_called_once_and_weights_are_loaded_into_it(tmp_path, monkeypatch, run_script):
+    text = """
+def make():  # a new head at each call
+    open("calls", "a").write("x")
+    return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 5))
+"""
+    first = own_network(monkeypatch, tmp_path, "drawn", text)
+    again = networks.load(networks.find(model="drawn:make")[0])
+    about = networks.describe(networks.find(model="drawn:make")[0])
+    assert (tmp_path / "calls").read_text() == "x" and first.module is not again.module
+    assert first.checkpoint_sha256 == again.checkpoint_sha256 == about["checkpoint_sha256"]
+    assert torch.equal(first.module[2].weight, again.module[2].weight)
+    torch.save({"state_dict": first.module.state_dict()}, tmp_path / "a.ckpt")
+    _, given = picture_and(first, tmp_path / "p")
+    command = ["embed.py", "--dataset", "p", "--model", "drawn:make", "--out", "e.npy", "--weights"]
+    for file in ("no/such.pth", "drawn.py"):
+        done = run_script(*command, file, cwd=tmp_path)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and file in done.stderr
+    done = run_script(*command, "a.ckpt", cwd=tmp_path)
+    assert done.returncode == 0 and "'state_dict'" in done.stderr, done.stderr
+    np.testing.assert_allclose(np.load("e.npy"), first.module(given).detach().numpy(), atol=1e-5)
+    about = json.loads((tmp_path / "e.json").read_text())
+    assert about["checkpoint"] == "a.ckpt" and about["checkpoint_sha256"] == first.checkpoint_sha256
+    for more in ({"checkpoint": train(tmp_path, {}, {}, {})}, {"loss": "Triplet", "folder": tmp_path}):
+        with pytest.raises(ValueError, match="--weights a.ckpt: these networks have checkpoints of"):
+            networks.find("cars196", weights="a.ckpt", **more)
+
+
+GIVEN = {  # what a network makes of x (B, 12), options, what its embedding is or why there is none
+    "(B, C, 1, 1)": ("x[:, :, None, None]", {}, "x"),
+    "pooler": ("{'last_hidden_state': x[:, None], 'pooler_output': x}", {}, "x"),
+    "image_embeds": ("{'pooled': x + 1, 'image_embeds': x}", {}, "x"),
+    "the only one": ("(x[:, None, None], x, None)", {}, "x"),
+    "named tuple": ("Named(x, x + 1)", {"output": "b"}, "x + 1"),
+    "tuple": ("[x, (x, x * 2)]", {"output": "1.1"}, "x * 2"),
+    "first token": ("{'last_hidden_state': x.view(-1, 3, 4)}", {"output": "last_hidden_state.0"}, "x[:, :4]"),
+    "object": ("types.SimpleNamespace(a=x)", {}, "the network gives SimpleNamespace; which is"),
+    "two": ("(x, x)", {}, r"the network gives 0 \(2, 12\), 1 \(2, 12\); which is the embedding"),
+    "two preferred": ("{'pooler_output': x, 'image_embeds': x}", {}, "which is the embedding"),
+    "tokens": ("x.view(-1, 3, 4)", {}, r"gives \(2, 3, 4\); expected a tensor \(pictures, dimension\)"),
+    "no such": ("{'a': x}", {"output": "b"}, r"--output b: 'b' is not there; the network gives a \(2, 12\)"),
+    "dropout": ("nn.functional.dropout(x, 0.5, True)", {}, "gives another embedding each time"),
+    "raises": ("1 / 0", {}, r"fails on 2 pictures \(3, 2, 2\): ZeroDivisionError"),
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_the_embedding_among_a_networks_outputs(tmp_path, monkeypatch, name):
+    given, options, expected = GIVEN[name]
+    module = f"gives{list(GIVEN).index(name)}"
+    text = f"""
+import collections, types
+Named = collections.namedtuple("Named", "a b")
+class Net(nn.Module):
+    def forward(self, x):
+        x = x.flatten(1)
+        return {given}
+def make():
+    network = Net()
+    network.preprocessing = {{"resize": 2, "crop": 2}}
+    return network
+"""
+    (tmp_path / f"{module}.py").write_text("import torch\nfrom torch import nn\n" + text)
+    monkeypatch.chdir(tmp_path)
+    spec, = networks.find(model=f"{module}:make", **options)
+    if not expected.startswith("x"):
+        with pytest.raises(ValueError, match=f"^{module}:make:? .*{expected}"):
+            networks.load(spec)
+        return
+    x = torch.rand(3, 3, 2, 2)
+    assert torch.equal(networks.load(spec).module(x), eval(expected, {"x": x.flatten(1)}))
+    assert networks.describe(spec).get("output") == options.get("output")
+
+
+def test_networks_that_write_into_their_input_or_are_of_other_numbers(tmp_path, monkeypatch):
+    text = """
+class Net(nn.Module):
+    def forward(self, x):
+        return x.sub_(0.5).flatten(1)
+def make():
+    return Net()
+def small(dtype):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(150528, 2)).to(dtype)
+half, brain, double = (lambda kind=kind: small(kind) for kind in (torch.half, torch.bfloat16, torch.double))
+"""
+    network, x = own_network(monkeypatch, tmp_path, "writes", text), torch.rand(1, 3, 2, 2)
+    kept = x.clone()
+    assert torch.equal(network.module(x), kept.flatten(1) - 0.5) and torch.equal(x, kept)
+    gradient, = torch.autograd.grad(network.module(x.requires_grad_()).sum(), x)
+    assert (gradient == 1).all()
+    for name in ("half", "brain", "double"):
+        module = networks.load(networks.find(model=f"writes:{name}")[0]).module
+        assert module(torch.ones(1, 3, 224, 224)).dtype == torch.float32
+
+
+WEIRD = """
+from torch.nn.utils import weight_norm
+class Extra(nn.Sequential):
+    def get_extra_state(self): return {"a": object}
+    def set_extra_state(self, state): pass
+def small(kind=nn.Sequential):
+    torch.manual_seed(0)
+    network = kind(nn.Conv2d(3, 4, 5, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64, 5))
+    return network.eval()
+make, extra = small, lambda: small(Extra)
+script = lambda: torch.jit.script(small())
+traced = lambda: torch.jit.trace(small(), torch.rand(1, 3, 224, 224))
+quantised = lambda: torch.ao.quantization.quantize_dynamic(small(), {nn.Linear}, dtype=torch.qint8)
+def normed():  # its deepcopy fails
+    network = small()
+    network[4] = weight_norm(network[4])
+    return network
+def sparse():
+    network = small()
+    network.register_buffer("x", torch.eye(2).to_sparse())
+    return network
+def lazy():
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(2))
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_networks_of_all_kinds_have_one_digest_and_the_right_output(tmp_path, monkeypatch):
+    x, expected = torch.rand(2, 3, 224, 224), None
+    for name in ("make", "extra", "script", "traced", "quantised", "normed"):
+        if expected is None:
+            expected = own_network(monkeypatch, tmp_path, "weird", WEIRD).module(x)
+        spec, = networks.find(model=f"weird:{name}")
+        first, again = networks.load(spec), networks.load(spec)
+        assert first.checkpoint_sha256 == again.checkpoint_sha256
+        assert first.checkpoint_sha256 == networks.describe(spec)["checkpoint_sha256"]
+        assert (again.module(x) - expected).abs().max() < (2e-3 if name == "quantised" else 1e-6)
+    for name in ("sparse", "lazy"):
+        with pytest.raises(ValueError, match=f"weird:{name}: its tensors can't be read"):
+            networks.load(networks.find(model=f"weird:{name}")[0])
+
+
+def test_pictures_of_one_channel(tmp_path, monkeypatch):
+    settings = {"resize": 6, "crop": 4, "channels": "L", "mean": [0.5], "std": [0.25]}
+    network = own_network(monkeypatch, tmp_path, "grey", f"""
+def make():
+    network = nn.Conv2d(1, 2, 4)
+    network.preprocessing = {settings}
+    return network
+""")
+    noise = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    pictures.Image.fromarray(noise).save(tmp_path / "a.png")
+    from torchvision import transforms as t
+    steps = [t.Grayscale(), t.Resize(6), t.CenterCrop(4), t.ToTensor(), t.Normalize([0.5], [0.25])]
+    expected = t.Compose(steps)(pictures.Image.fromarray(noise))
+    pixels = pictures.load_pixels(tmp_path / "a.png", network.preprocessing)
+    np.testing.assert_array_equal(pictures.normalise(pixels, network.preprocessing), expected.numpy())
+    given = networks.to_input(torch.tensor(pixels)[None], network.preprocessing)
+    assert torch.equal(given[0], expected) and network.module(given).shape == (1, 2)
+    assert pictures.black_picture(network.preprocessing).shape == (1, 4, 4)
+
+
+TRANSFORMS = """
+from torchvision import transforms as t
+def with_transform(transform):
+    network = nn.Flatten()
+    network.transform = transform
+    return network
+def make():
+    return with_transform(t.Compose([t.Resize((4, 6)), t.ToTensor()]))
+def random():
+    return with_transform(t.Compose([t.RandomCrop(9), t.ToTensor()]))
+def shapeless():
+    return with_transform(lambda picture: torch.ones(3))
+def endless():
+    return with_transform(lambda picture: torch.full((3, 2, 2), float("nan")))
+def broken():
+    return with_transform(lambda picture: picture.no_such)
+def free():
+    return with_transform(t.ToTensor())
+"""
+
+
+def test_a_transform_in_place_of_preprocessing(tmp_path, monkeypatch, run_script):
+    network = own_network(monkeypatch, tmp_path, "transforms_for_test", TRANSFORMS)
+    assert network.preprocessing == {"transform": "transforms_for_test:make", "resize": None, "crop": None,
+                                     "size": [4, 6]}
+    (tmp_path / "p").mkdir()
+    shapes = [(9, 7), (30, 20)]
+    for number, shape in enumerate(shapes):
+        noise = np.random.default_rng(number).integers(0, 256, (*shape, 3), dtype=np.uint8)
+        pictures.Image.fromarray(noise).save(tmp_path / "p" / f"{number}.png")
+    options = ["--dataset", "p", "--model", "transforms_for_test:make", "--workers", "1"]
+    done = run_script("embed.py", *options, "--out", "e.npy", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for number in range(2):
+        with pictures.Image.open(tmp_path / "p" / f"{number}.png") as picture:
+            expected = np.asarray(picture.resize((6, 4), pictures.Image.Resampling.BILINEAR)) / 255
+        np.testing.assert_allclose(np.load("e.npy")[number], np.moveaxis(expected, 2, 0).ravel(), atol=1e-6)
+    done = run_script("saliency.py", *options, "--out", "m.npy", "--samples", "2", "--gallery", "g.png")
+    assert done.returncode == 0 and np.load("m.npy").shape == (2, 4, 6), done.stderr
+    with pytest.raises(ValueError, match="p/0.png the maps cover is not known: .* a transform"):
+        pictures.load_mask("p/0.png", json.loads((tmp_path / "m.json").read_text())["preprocessing"])
+    for name, message in [("random", "gives another tensor each time"), ("shapeless", r"gives \(3,\)"),
+                          ("endless", "expected finite numbers"), ("broken", "fails on a picture .*no_such")]:
+        with pytest.raises(ValueError, match=f"the transform of transforms_for_test:{name} .*{message}"):
+            networks.load(networks.find(model=f"transforms_for_test:{name}")[0])
+    done = run_script("embed.py", *options[:3], "transforms_for_test:free", "--out", "f.npy")
+    assert done.returncode == 2 and "always the same size" in done.stderr and done.stderr.count("\n") == 1
+    done = run_script("train.py", *options, "--loss", "Triplet", "--split", "pictures", "--models", "m")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+# ---------------------------------------------------------------- names in other packages
+
+
+def picture_and(network, tmp_path):
+    """A picture (PIL) in this folder, and what the network is given for it."""
+    tmp_path.mkdir(exist_ok=True)
+    noise = np.random.default_rng(0).integers(0, 256, (300, 280, 3), dtype=np.uint8)
+    pictures.Image.fromarray(noise).save(tmp_path / "a.png")
+    pixels = torch.tensor(pictures.load_pixels(tmp_path / "a.png", network.preprocessing))[None]
+    return pictures.Image.fromarray(noise), networks.to_input(pixels, network.preprocessing)
+
+
+def test_torchvision(tmp_path, run_script):
+    from torchvision import models
+
+    torch.manual_seed(0)
+    whole, weights = models.resnet18().eval(), models.ResNet18_Weights.DEFAULT
+    torch.save({"model": whole.state_dict()}, tmp_path / "mine.pth")
+    network = networks.load(networks.find(model="torchvision:resnet18", weights=tmp_path / "mine.pth")[0])
+    picture, given = picture_and(network, tmp_path)
+    assert torch.equal(given, weights.transforms()(picture)[None])
+    whole.fc = nn.Identity()
+    with torch.inference_mode():
+        torch.testing.assert_close(network.module(given), whole(given), atol=1e-5, rtol=1e-4)
+    assert network.checkpoint == "mine.pth" and network.slug == "torchvision_resnet18"
+    old = foreign.build("torchvision:mobilenet_v2", False, "mobilenet_v2-b0353104.pth")  # version 1
+    new = foreign.build("torchvision:mobilenet_v2", False, "x/mine.pth")
+    assert (old.preprocessing["resize"], new.preprocessing["resize"]) == (256, 232)
+    for name, message in [("resnet19", "unknown there; did you mean resnet18"),
+                          ("squeezenet1_0", "its classifier is no linear layer that could be taken off")]:
+        with pytest.raises(ValueError, match=f"^--model torchvision:{name}: {message}"):
+            foreign.build(f"torchvision:{name}", False)
+    environment = {**os.environ, "TORCH_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9"}
+    done = run_script("embed.py", "--dataset", tmp_path, "--model", "torchvision:resnet18", "--out", "e.npy",
+                      cwd=tmp_path, env=environment)  # nothing is at that address
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+    assert "torchvision can't give it (URLError" in done.stderr and "--weights FILE" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["timm:resnet18", "hf:facebook/dinov2-small", "torchvision:resnet18"])
+def test_a_package_that_is_missing_is_named(monkeypatch, name):
+    package = foreign.INSTALL[name.split(":")[0]]
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=f"^--model {name} needs the package {package}: pip install"):
+        networks.load(networks.find(model=name)[0])
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "mobilenetv3_small_050"])
+def test_timm(tmp_path, name):
+    timm = pytest.importorskip("timm", reason="the package timm is not installed")
+    torch.manual_seed(0)
+    whole = timm.create_model(name, pretrained=False).eval()
+    torch.save({"state_dict": {f"module.{key}": value for key, value in whole.state_dict().items()}},
+               tmp_path / "a.pth")
+    network = networks.load(networks.find(model=f"timm:{name}", weights=tmp_path / "a.pth")[0])
+    picture, given = picture_and(network, tmp_path)
+    data = timm.data.resolve_model_data_config(whole)
+    assert torch.equal(given[0], timm.data.create_transform(**data)(picture))
+    with torch.inference_mode():
+        expected = whole.forward_head(whole.forward_features(given), pre_logits=True)
+        torch.testing.assert_close(network.module(given), expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="timm:resnt18: unknown there; did you mean resnet18"):
+        networks.load(networks.find(model="timm:resnt18")[0])
+
+
+def test_transformers(tmp_path, monkeypatch):
+    hf = pytest.importorskip("transformers", reason="the package transformers is not installed")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    torch.manual_seed(0)
+    tiny = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+            "image_size": 28, "patch_size": 14}
+    processor = hf.BitImageProcessor(size={"shortest_edge": 30}, crop_size={"height": 28, "width": 28})
+    for name, model, key in [("dino", hf.Dinov2Model(hf.Dinov2Config(**tiny)), None),
+                             ("vit", hf.ViTModel(hf.ViTConfig(**tiny), add_pooling_layer=False), "0")]:
+        model.eval().save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+        output = f"last_hidden_state.{key}" if key else None
+        network = networks.load(networks.find(model=f"hf:{tmp_path / name}", output=output)[0])
+        picture, given = picture_and(network, tmp_path)
+        assert network.preprocessing["interpolation"] == "bicubic"
+        expected = processor(picture, return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(given, expected, atol=0.05, rtol=0)  # theirs resizes as a tensor
+        with torch.inference_mode():
+            made = model(given)
+            expected = made.last_hidden_state[:, 0] if key else made.pooler_output
+            torch.testing.assert_close(network.module(given), expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"last_hidden_state \(2, 5, 32\); which is the embedding"):
+        networks.load(networks.find(model=f"hf:{tmp_path / 'vit'}")[0])
+    for settings in ({"do_pad": True}, {"rescale_factor": 2}):
+        with pytest.raises(ValueError, match="its preprocessing is not understood .(do_pad|2)"):
+            foreign.of_processor({**processor.to_dict(), **settings})
+    with pytest.raises(ValueError, match="^--model hf:no/such: transformers can't give it"):
+        networks.load(networks.find(model="hf:no/such")[0])
 
 
 @pytest.mark.parametrize("name", ["train", "compare", "embed", "report", "pairs", "results", "data",

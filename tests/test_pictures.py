@@ -29,11 +29,17 @@ def noise(width, height, seed=0):
     return Image.fromarray(pixels)
 
 
+def load_picture(path, preprocessing):
+    """A picture as a network's input, float32 (3, H, W)."""
+    return pictures.normalise(pictures.load_pixels(path, preprocessing), preprocessing)
+
+
 def torchvision_pipeline(preprocessing):
     """The papers' pipeline, written with torchvision."""
     from torchvision import transforms as t
 
-    steps = [t.Resize(preprocessing["resize"])]
+    interpolation = t.InterpolationMode(preprocessing.get("interpolation", "bilinear"))
+    steps = [t.Resize(preprocessing["resize"], interpolation)]
     if preprocessing["crop"]:
         steps.append(t.CenterCrop(preprocessing["crop"]))
     steps.append(t.ToTensor())
@@ -46,7 +52,9 @@ def torchvision_pipeline(preprocessing):
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 400), st.integers(1, 400),
-       st.sampled_from([BGR, RGB, SQUARE, {**RGB, "resize": 32, "crop": 61}]))
+       st.sampled_from([BGR, RGB, SQUARE, {**RGB, "resize": 32, "crop": 61},
+                        {**RGB, "interpolation": "bicubic"}, {**SQUARE, "interpolation": "lanczos"},
+                        {**BGR, "interpolation": "nearest"}]))
 def test_preprocessing_is_torchvisions_bit_for_bit(width, height, preprocessing):
     if max(width, height) > 40 * min(width, height):
         width = height  # the resized picture would be huge; the next test has one
@@ -54,7 +62,7 @@ def test_preprocessing_is_torchvisions_bit_for_bit(width, height, preprocessing)
     noise(width, height).save(file, "png")
     expected = torchvision_pipeline(preprocessing)(Image.open(file).convert("RGB")).numpy()
     file.seek(0)
-    got = pictures.load_picture(file, preprocessing)
+    got = load_picture(file, preprocessing)
     assert got.dtype == np.float32 and got.flags.c_contiguous
     np.testing.assert_array_equal(got, expected)
 
@@ -62,7 +70,7 @@ def test_preprocessing_is_torchvisions_bit_for_bit(width, height, preprocessing)
 @pytest.mark.parametrize("size", [(1, 1), (20_000, 30), (30, 20_000), (20_000, 1)])
 def test_extreme_sizes(tmp_path, size):
     noise(*size).save(tmp_path / "a.png")
-    picture = pictures.load_picture(tmp_path / "a.png", RGB)
+    picture = load_picture(tmp_path / "a.png", RGB)
     assert picture.shape == (3, 224, 224) and np.isfinite(picture).all()
     if 30 in size:
         expected = torchvision_pipeline(RGB)(Image.open(tmp_path / "a.png")).numpy()
@@ -109,7 +117,7 @@ def test_natural_order_classes_from_folders_and_names_of_any_letters(tmp_path):
     assert [name[4:6] for name in dataset.relative if name[4] == "x"] == ["x2", "x1", "x1"]
     assert dataset.classes == ["c9", "c10"] and dataset.labels.tolist() == [0, 1, 1, 1, 1, 1, 1, 1]
     assert dataset.name == tmp_path.name and len(pictures.pictures_sha256(dataset.relative)) == 64
-    assert all(pictures.load_picture(path, RGB).shape == (3, 224, 224) for path in dataset.paths)
+    assert all(load_picture(path, RGB).shape == (3, 224, 224) for path in dataset.paths)
     assert sorted(["a10", "a9", "a" + "9" * 5000], key=pictures.natural_key)[0] == "a9"
 
 
@@ -119,16 +127,16 @@ def test_unreadable_pictures_are_named(tmp_path, monkeypatch):
     for content in (b"", b"no picture", file.getvalue()[:2000]):
         (tmp_path / "a.jpg").write_bytes(content)
         with pytest.raises(ValueError, match=r"a\.jpg: can't be read as a picture"):
-            pictures.load_picture(tmp_path / "a.jpg", RGB)
+            load_picture(tmp_path / "a.jpg", RGB)
     noise(30, 30).save(tmp_path / "a.png")
     monkeypatch.setattr(pictures, "MAX_PIXELS", 899)
     with pytest.raises(ValueError, match="30 × 30 pixels"):  # before it is decoded
-        pictures.load_picture(tmp_path / "a.png", RGB)
+        load_picture(tmp_path / "a.png", RGB)
     os.mkfifo(tmp_path / "pipe.png")
     os.symlink("/dev/zero", tmp_path / "zero.png")
     for name in ("pipe.png", "zero.png"):
         with pytest.raises(ValueError, match="is a device or a pipe"):
-            pictures.load_picture(tmp_path / name, RGB)
+            load_picture(tmp_path / name, RGB)
 
 
 def test_draft_decoding_shrinks_large_jpegs_only(tmp_path):
@@ -171,15 +179,39 @@ def test_masks_of_all_kinds_are_read(tmp_path):
         np.testing.assert_array_equal(pictures.load_mask(tmp_path / "mask.png", WHOLE), object_, err_msg=name)
     inverted.save(tmp_path / "mask.png")
     np.testing.assert_array_equal(pictures.load_mask(tmp_path / "mask.png", WHOLE), ~object_)
+    coloured = np.uint8([[[64, 0, 0], [3, 0, 9]], [[0, 192, 0], [0, 0, 0]]])  # two objects, a JPEG's black
+    Image.fromarray(coloured).save(tmp_path / "mask.png")
+    assert pictures.load_mask(tmp_path / "mask.png").tolist() == [[True, False], [True, False]]
     Image.new("RGBA", (8, 8)).save(tmp_path / "mask.png")
     assert not pictures.load_mask(tmp_path / "mask.png", WHOLE).any()
+    (tmp_path / "mask.png").write_bytes(b"no mask")
+    with pytest.raises(ValueError, match="mask.png: can't be read as a mask"):
+        pictures.load_mask(tmp_path / "mask.png", WHOLE)
+
+
+def test_a_pictures_own_alpha_is_its_mask(tmp_path):
+    object_ = np.arange(64).reshape(8, 8) % 5 < 2
+    for opaque in (255, 90, 1):  # also where it is never more than half
+        image = noise(8, 8)
+        image.putalpha(Image.fromarray(np.uint8(opaque) * object_))
+        image.save(tmp_path / "a.png")
+        np.testing.assert_array_equal(pictures.load_mask(tmp_path / "a.png", WHOLE, alpha=True), object_)
+    noise(8, 8).convert("RGBA").save(tmp_path / "a.png")
+    assert pictures.load_mask(tmp_path / "a.png", WHOLE, alpha=True).all()  # opaque, whatever its colours
+    noise(8, 8).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="a.png: .*it is RGB, without an alpha channel"):
+        pictures.load_mask(tmp_path / "a.png", WHOLE, alpha=True)
+    for share, word in ((np.zeros((2, 2)), "empty"), (np.ones((2, 2)), "full")):
+        with pytest.raises(ValueError, match=f"masks/: every mask is {word}"):
+            pictures.refuse_constant_masks(share, "masks/")
+    pictures.refuse_constant_masks(np.array([[0, 1]]), "masks/")
 
 
 def test_black_picture_is_a_black_file(tmp_path):
     Image.new("RGB", (300, 260)).save(tmp_path / "a.png")
     for preprocessing in (BGR, RGB, SQUARE):
         black = pictures.black_picture(preprocessing)
-        np.testing.assert_array_equal(black, pictures.load_picture(tmp_path / "a.png", preprocessing))
+        np.testing.assert_array_equal(black, load_picture(tmp_path / "a.png", preprocessing))
 
 
 def test_imports_without_torch():
@@ -305,6 +337,19 @@ def test_rendered_set(renders, tmp_path):
         pictures.open_dataset(tmp_path)
 
 
+@pytest.mark.parametrize("place", ["images/", ""])
+def test_the_first_papers_own_rendered_set(tmp_path, place):
+    for number in (1, 2, 10):
+        picture(tmp_path / f"{place}{number:04d}.png")
+    (tmp_path / "samples.csv").write_text("model,frame,rotation_z\na,10,0\nb,1,45\n")
+    dataset = pictures.open_dataset(tmp_path)
+    assert dataset.relative == [f"{place}0010.png", f"{place}0001.png"]
+    assert "1 pictures are not in samples.csv" in dataset.notes[0]
+    assert list(dataset.properties.items())[:2] == [("frame", ["10", "1"]), ("model", ["a", "b"])]
+    labels, column = pictures.labels_of(dataset)
+    assert labels.tolist() == [0, 1] and column == "model"
+
+
 def test_table_of_pictures(tmp_path):
     for name in ("a 1.jpg", "sub/b.jpg", "c.jpg"):
         picture(tmp_path / name)
@@ -384,7 +429,8 @@ def test_missing_data_sets_say_what_goes_where(tmp_path):
     for name, row in pictures.PUBLISHED.items():
         with pytest.raises(FileNotFoundError) as error:
             pictures.open_dataset(name, tmp_path)
-        assert all(word in str(error.value) for archive in row["archives"].items() for word in archive)
+        words = [row["source"], *(word for archive in row["archives"].items() for word in archive)]
+        assert all(word in str(error.value) for word in words)
     with pytest.raises(FileNotFoundError, match="did you mean cars196"):
         pictures.open_dataset("cars169", tmp_path)
     with pytest.raises(ValueError, match="no picture"):

@@ -374,7 +374,8 @@ def test_maps_and_their_json(place):
     assert sorted(path.name for path in place.glob("maps*")) == ["maps.json", "maps.npy"]
     # each is what smoothgrad gives for that picture, network, seed and number
     network = networks.load(networks.find(model="tiny_networks:build")[0])
-    picture = torch.from_numpy(pictures_of.load_picture("pictures/7.png", network.preprocessing))
+    pixels = pictures_of.load_pixels("pictures/7.png", network.preprocessing)
+    picture = torch.from_numpy(pictures_of.normalise(pixels, network.preprocessing))
     black = torch.from_numpy(pictures_of.black_picture(network.preprocessing))
     seed = saliency.noise_seed(5, network.name, 7)
     expected = saliency.smoothgrad(network.module, picture[None], black, euclidean, samples=4, seeds=[seed])
@@ -585,7 +586,7 @@ BAD = [
     (["--limit", "0"], "--limit 0"),
     (["--pick", "12"], "--pick 12: there are 12 pictures"),
     (["--map-size", "29"], "28 × 28"),
-    (["--model", "tiny_networks:maps"], "expected embeddings of shape"),
+    (["--model", "tiny_networks:maps"], "expected a tensor (pictures, dimension)"),
     (["--model", "tiny_networks:Cut"], "before layer head (Linear)"),
     (["--gallery", "nowhere/g.png"], "does not exist"),
     (["--dataset", "nothing"], "nothing"),

@@ -22,7 +22,7 @@ import embed
 import pairs
 import saliency
 import train
-from dml_common import files, networks, pictures
+from dml_common import checkpoints, files, networks, pictures
 
 pytest.importorskip("pytorch_metric_learning")
 ROOT = Path(train.__file__).parent
@@ -107,9 +107,9 @@ def scores_of(slug, rows, factory="tiny"):
     """What pairs.py says of the saved network's embeddings of these pictures."""
     network = networks.load(networks.find("p", slug, "0", f"tiny_for_test:{factory}", folder=Path("m"))[0])
     dataset = pictures.open_dataset("p")
-    inputs = [torch.from_numpy(pictures.load_picture(dataset.paths[i], network.preprocessing)) for i in rows]
+    pixels = np.stack([pictures.load_pixels(dataset.paths[i], network.preprocessing) for i in rows])
     with torch.inference_mode():
-        x = network.module(torch.stack(inputs)).numpy()
+        x = network.module(networks.to_input(torch.from_numpy(pixels), network.preprocessing)).numpy()
     score = pairs.pair_scores(x, dataset.labels[rows], recall=(1,), permutations=0)
     return [score.positive_mean, score.negative_mean, score.jsd[200], score.recall[1], score.map_at_r]
 
@@ -368,7 +368,7 @@ def test_two_epochs_lower_every_loss(p, frozen, capsys):
     if frozen:
         assert len({os.stat(place(slug) / "trunk_best.pth").st_ino for slug in LOSSES}) == 1
     assert history(place("none")) == {key: [None, *value[1:]] for key, value in start.items() if key[0] == 0}
-    linear = networks.load_linear(place("none") / "embedder_best.pth")
+    linear = checkpoints.load_embedder(place("none") / "embedder_best.pth")
     torch.testing.assert_close(linear.weight, networks.random_linear(72, 8, 1, 0).weight)
 
 
@@ -499,7 +499,7 @@ def test_a_run_killed_at_any_write_continues_to_the_same_numbers(p, monkeypatch,
     names, whole = [], files.write_file
 
     def patch(write):
-        for module in (files, networks):
+        for module in (files, checkpoints):
             monkeypatch.setattr(module, "write_file", write)
 
     patch(lambda path, content: names.append(path.name) or whole(path, content))
@@ -537,7 +537,7 @@ def test_another_frozen_trunk_takes_nothing_of_the_last(p, refused):
     refused("features.npy was made with other options .*backbone", "--loss", "Triplet", *other)
     Path("m/trained/p/features.npy").unlink()
     run("--loss", "Triplet", *other)
-    assert "layers.1.running_var" in networks.read_state(place("triplet") / "trunk_best.pth")
+    assert "layers.1.running_var" in checkpoints.read_state(place("triplet") / "trunk_best.pth")
     Image.new("RGB", (44, 50)).save(p / "0" / "0.png")
     refused(r"features.npy was made with other options \(bytes: ", "--loss", "Contrastive", *other)
 
@@ -560,7 +560,7 @@ def test_two_processes_train_what_one_does(p):
         assert list(ours) == list(theirs)
         np.testing.assert_allclose(list(ours.values()), list(theirs.values()), atol=1e-4)
         for name in ("trunk_best.pth", "embedder_best.pth"):
-            a, b = (networks.read_state(place(slug, root=root) / name) for root in ("m", "two"))
+            a, b = (checkpoints.read_state(place(slug, root=root) / name) for root in ("m", "two"))
             for key in a:
                 torch.testing.assert_close(a[key], b[key], atol=1e-4, rtol=0)
 
@@ -700,9 +700,8 @@ def test_labels_that_do_not_fit(p, refused, tmp_path):
     ("--device mps: unknown; expected auto, cpu, cuda", ("--device", "mps")),
     ("--device cuda:99: (no GPU that torch|torch can use)", ("--device", "cuda:99")),
     ("--precision tf32 is an NVIDIA GPU's", ("--precision", "tf32")),
-    (r"odd:image gives \(1, 3, 224, 224\) of .* for one picture; expected", ("--model", "odd:image")),
-    (r"odd:whole gives .* of torch.int64 for one picture; .*floating-point", ("--model", "odd:whole")),
-    (r"odd:broken fails on a picture \(3, 224, 224\): ", ("--model", "odd:broken")),
+    (r"odd:image: the network gives \(2, 3, 224, 224\); expected a tensor", ("--model", "odd:image")),
+    (r"odd:broken fails on 2 pictures \(3, 224, 224\): ", ("--model", "odd:broken")),
     ("ImageNet weights of inception_v3 are not at .*inception_v3_google-0cc3c7bd.pth: download https://.* "
      "--weights FILE", ("--model", "inception_v3")),
     ("none.pth(: no such file| does not exist)", ("--model", "bninception", "--weights", "none.pth")),
