@@ -2,7 +2,8 @@
 
 Input:  maps.npy files of saliency.py (or any arrays (n, H, W) in [0, 1]), two or more, of the same pictures
 Output: compare.csv    model_a,fold_a,model_b,fold_b,n,left_out,correlation,correlation_std,correlation_low,
-                       correlation_high,jsd,jsd_std,ceiling,corrected: one row a pair
+                       correlation_high,jsd,jsd_std,ceiling,corrected,order,samples: one row a pair (order and
+                       samples are the maps', empty where the two differ); jsd_nats with --as-published
         masks.csv      (--masks) share of saliency inside the object, its chance level, the pointing game
         embeddings.csv (--embeddings) linear CKA (unbiased; the biased one beside it) and common neighbours of
                        the emb.npy beside the maps
@@ -33,9 +34,9 @@ import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 from scipy.special import stdtrit
 from threadpoolctl import threadpool_limits
 
@@ -44,7 +45,7 @@ MASK_COLUMNS = ("share", "area", "other", "excess", "pointing", "pointing_other"
 PAIR = ["model_a", "fold_a", "model_b", "fold_b", "n"]
 HEADERS = {
     "compare": [*PAIR, "left_out", "correlation", "correlation_std", "correlation_low", "correlation_high",
-                "jsd", "jsd_std", "ceiling", "corrected"],
+                "jsd", "jsd_std", "ceiling", "corrected", "order", "samples"],
     "masks": ["model", "fold", "measure", "n", "left_out", "mean", "std", "low", "high"],
     "embeddings": [*PAIR, "cka", "cka_low", "cka_high", "cka_biased", "overlap", "overlap_low",
                    "overlap_high", "overlap_chance"]}
@@ -88,6 +89,26 @@ def agreement(maps, pixels=8192):
     correlation = (products / spread / spread[:, None])[first, second]
     jsd = (own[first] + own[second] - mixed) / (total[first] + total[second]) + 1
     return np.clip(correlation, -1, 1), np.clip(jsd, 0, 1)
+
+
+def on_common_part(maps, boxes):
+    """Maps of one picture that show different parts of it, on the part that all show: float32 (K, h, w).
+
+    maps: [(H, W), …]; boxes: (K, 4), left, upper, right, lower of what each shows, in one unit. The grid is
+    the coarsest of theirs; finer maps are averaged (Pillow's bilinear filter). ValueError: no common part.
+    """
+    (left, upper), (right, lower) = boxes[:, :2].max(axis=0), boxes[:, 2:].min(axis=0)
+    if not (left < right and upper < lower):
+        raise ValueError("these maps show no common part of the picture")
+    scales = np.array([one.shape[::-1] for one in maps]) / (boxes[:, 2:] - boxes[:, :2])  # pixels a unit
+    size = np.maximum(1, np.round(scales.min(axis=0) * (right - left, lower - upper))).astype(int).tolist()
+    common = []
+    for one, box, scale in zip(maps, boxes, scales):
+        place = (np.array([left, upper, right, lower]) - np.tile(box[:2], 2)) * np.tile(scale, 2)
+        place = np.clip(place, 0, np.tile(one.shape[::-1], 2))  # of rounding
+        image = Image.fromarray(np.asarray(one, dtype=np.float32))
+        common.append(image.resize(size, Image.Resampling.BILINEAR, box=tuple(place)))
+    return np.stack(common)
 
 
 def row_products(a, b):
@@ -284,108 +305,18 @@ def neighbour_overlap(embeddings, k=10, block=256):
         yield np.stack([(a[:, :, None] == b[:, None, :]).sum(axis=(1, 2)) / k for a, b in pairs], axis=1)
 
 
-# ---------------------------------------------------------------- the command: which maps belong together
-
-class Network(NamedTuple):
-    """A file of maps."""
-    path: Path
-    model: str
-    fold: int | None
-    shape: tuple  # n, H, W
-    record: dict  # the JSON beside it, which may not say the next three:
-    pictures: str  # sha256 of their list
-    geometry: list  # resize, crop
-    noise: list  # where two networks' are equal their pictures' noisy copies are
-    second: "Network | None"  # maps_ceiling.npy: with other noise
-
-
-def open_maps(path):
-    from dml_common import files
-    array, second = files.read_array(path), path.with_name(f"{path.stem}_ceiling.npy")
-    if array.ndim != 3 or array.dtype.kind not in "fiub" or 0 in array.shape:
-        raise ValueError(f"{path} has shape {array.shape}, dtype {array.dtype}; expected maps (n, H, W)")
-    record = {"options": {}, "pictures": {}, "preprocessing": {}, **files.read_sidecar(path), "path": path}
-    geometry = [record["preprocessing"].get(key) for key in ("resize", "crop")]
-    noise = [record["options"].get(key) for key in ("noise_of", "seed", "ceiling")]
-    return Network(path, record.get("loss") or record.get("backbone") or str(path), record.get("fold"),
-                   array.shape, record, record["pictures"].get("sha256"), any(geometry) and geometry,
-                   noise[0] is not None and noise, open_maps(second) if second.exists() else None)
-
-
-def open_networks(args):
-    """The networks of the files given, else of results/NAME, None last; equal names are replaced by paths."""
-    from dml_common import files
-    paths, folder = args.maps, args.results / Path(args.dataset or "").resolve().name
-    if not paths:
-        types = ["ranking", "classification", "none"]
-        losses = sorted(files.losses(), key=lambda row: types.index(row["type"]))
-        order = {row["slug"]: number for number, row in enumerate(losses)}
-        paths = sorted(folder.glob("*/fold*/maps.npy"),
-                       key=lambda path: (order.get(path.parts[-3], len(order)), path.parts[-2], path))
-    if not paths:
-        raise ValueError(f"no maps in {folder}; expected {folder}/<loss>/fold<k>/maps.npy: "
-                         f"python saliency.py --dataset {args.dataset} --loss all --out {args.results}")
-    networks = [open_maps(path) for path in paths]
-    networks = [network for network in networks if args.fold is None or network.fold in (args.fold, None)]
-    if not networks:
-        raise ValueError(f"--fold {args.fold}: none of the {len(paths)} files is of this fold")
-    if len(networks) < 2 and not args.masks:
-        raise ValueError(f"one map file arrived ({paths[0]}), two or more are compared; --masks takes one")
-    keys = [(network.model, network.fold) for network in networks]
-    return [network._replace(model=str(network.path)) if keys.count(key) > 1 else network
-            for network, key in zip(networks, keys)]
-
-
-def check_alike(networks):
-    """Raise ValueError naming two files of maps whose pixels are not the same pixels."""
-    networks = networks + [network.second for network in networks if network.second]
-    for what in ("shape", "pictures", "geometry"):
-        known = [network for network in networks if getattr(network, what)]
-        for network in known:
-            values = [getattr(one, what) for one in (known[0], network)]
-            if values[0] != values[1]:
-                raise ValueError(f"{known[0].path} and {network.path} differ in {what}, {values[0]} and "
-                                 f"{values[1]}; make both from the same pictures with one resize and crop")
-
-
-def make_groups(networks, all_folds):
-    """[(networks whose maps are compared at once, for each of their pairs: does it count?)].
-
-    Fold k with fold k; a file without a fold with every other; with all_folds also the folds of one loss.
-    """
-    groups = [networks]
-    if all(network.fold is not None for network in networks):
-        of_folds, of_models = {}, {}
-        for network in networks:
-            of_folds.setdefault(network.fold, []).append(network)
-            of_models.setdefault(network.model, []).append(network)
-        groups = [*of_folds.values(), *(of_models.values() if all_folds else ())]
-    counted = []
-    for group in groups:
-        counts = [a.fold == b.fold or None in (a.fold, b.fold) or (all_folds and a.model == b.model)
-                  for a, b in itertools.combinations(group, 2)]
-        counted += [(group, counts)] if any(counts) else []
-    if len(networks) > 1 and not counted:
-        raise ValueError("no two of these maps are of one fold; --all-folds compares the folds of one loss")
-    return counted
-
-
 # ---------------------------------------------------------------- the command: its tables
 
-def read_blocks(networks, number):
-    """Yield (start, maps [(b, H, W), …]) of every `number` pictures; nothing stays mapped."""
-    for start in range(0, networks[0].shape[0], number):
-        arrays = [np.load(network.path, mmap_mode="r") for network in networks]
-        yield start, [np.array(array[start:start + number]) for array in arrays]
-
-
-def compare_picture(maps, networks, crossed, picture):
+def compare_picture(maps, networks, crossed, picture, boxes):
     """r and JSD (2, pairs) of one picture's maps [(H, W), …], nan where a map is nan or constant."""
-    maps = np.stack([one.astype(np.float32) for one in maps])
-    lows, highs = maps.min(axis=(1, 2)), maps.max(axis=(1, 2))
-    for k in np.flatnonzero((lows < 0) | (highs > 1)):
-        raise ValueError(f"{networks[k].path}: picture {picture} has values from {lows[k]:.6g} to "
-                         f"{highs[k]:.6g}; expected maps in [0, 1], as saliency.py writes them")
+    for one, network in zip(maps, networks):
+        if one.min() < 0 or one.max() > 1:
+            raise ValueError(f"{network.path}: picture {picture} has values from {one.min():.6g} to "
+                             f"{one.max():.6g}; expected maps in [0, 1], as saliency.py writes them")
+    if boxes is None:
+        maps = np.stack([one.astype(np.float32) for one in maps])
+    else:
+        maps = on_common_part(maps, boxes[picture % len(boxes)])
     both = np.stack(across_noises(*agreement(maps)) if crossed else agreement(maps))
     both[:, np.isnan(both).any(axis=0)] = np.nan
     return both
@@ -397,15 +328,17 @@ def compare_group(networks, counts, crossed, kept, column, number, args):
     crossed: compare each map with the others' second maps. kept: None, or an array (n, …, 2) that gets every
     picture's values, from this column on.
     """
-    from dml_common import command
+    from dml_common import command, mapfiles
     everyone, pairs = networks + [network.second for network in networks if crossed], sum(counts)
+    boxes = mapfiles.parts_of(everyone, args)
 
     def blocks():
         bar = command.bar(networks[0].shape[0], "maps compared")
         with bar, threadpool_limits(1), ThreadPoolExecutor(args.threads) as pool:
-            for start, maps in read_blocks(everyone, number):
+            for start, maps in mapfiles.read_blocks(everyone, number):
                 numbers = range(start, start + len(maps[0]))
-                both = pool.map(lambda i, *one: compare_picture(one, everyone, crossed, i), numbers, *maps)
+                both = pool.map(lambda i, *one: compare_picture(one, everyone, crossed, i, boxes), numbers,
+                                *maps)
                 both = np.stack(list(both))[:, :, counts]  # (b, 2, pairs)
                 if kept is not None:
                     kept[start:start + len(both), column:column + pairs] = both.transpose(0, 2, 1)
@@ -443,55 +376,39 @@ def compare_networks(networks, groups, number, args):
                 if a.second and b.second and (crossed or not same):
                     ceiling = attenuation(reliability[a.path], reliability[b.path])
                     corrected = values[0] / ceiling if ceiling > 0 else np.nan
+                made = [a.option(name) if a.option(name) == b.option(name) else None
+                        for name in ("order", "samples")]
                 rows.append([a.model, a.fold, b.model, b.fold, int(n), a.shape[0] - int(n),
-                             *blank([*values, ceiling, corrected])])
+                             *blank([*values, ceiling, corrected]), *made])
+                if args.as_published:
+                    rows[-1].append(rows[-1][10] and rows[-1][10] * math.log(2))
             crossings, alike = crossings + (sum(shared) if crossed else 0), alike + sum(shared)
-    command.say(f"pairs that share their noise, which raises r: {alike} of {len(rows)}, {crossings} of them "
-                "compared across second maps; networks without second maps, and so without a ceiling: "
-                f"{len(networks) - len(repeated)} of {len(networks)}")
+    if alike:
+        command.say(f"pairs that share their noise, which raises r: {alike} of {len(rows)}, {crossings} of "
+                    "them compared across second maps")
+    if len(repeated) < len(networks):
+        command.say("networks without second maps, and so without a ceiling: "
+                    f"{len(networks) - len(repeated)} of {len(networks)}")
     return rows, [(network.model, reliability[network.path]) for network in repeated]
-
-
-def find_masks(network, args):
-    """The mask of each picture of these maps. Raises ValueError where one can't be told."""
-    from dml_common import folders, pictures
-    record, n = network.record, network.shape[0]
-    if args.dataset:
-        split = "all" if "rows" in record else record.get("split", "test")
-        dataset = pictures.open_dataset(args.dataset, args.data_root, split)
-    else:  # in natural order, as the pictures are
-        dataset, record = pictures.open_folder(Path(args.masks), "all"), {**record, "pictures": {}}
-    names = folders.picture_names(record, n, dataset)
-    if names is None or (network.record["pictures"].get("left_out") and not args.dataset):
-        raise ValueError(f"{network.path} has {n:,} maps, {args.dataset or args.masks} "
-                         f"{len(dataset.relative):,} other pictures; give saliency.py's --dataset")
-    if args.masks == "own":
-        own = dict(zip(dataset.relative, dataset.masks or []))
-        masks = [own.get(name) for name in names]
-    else:
-        masks = [pictures.find_mask(args.masks, name) for name in names]
-    missing = [name for name, mask in zip(names, masks) if mask is None]
-    if missing:
-        raise ValueError(f"masks are missing for {len(missing)} of {n} pictures ({', '.join(missing[:3])}); "
-                         "expected a PNG of each picture's name, in the data set or in --masks DIR")
-    return masks
 
 
 def mask_rows(networks, paths, number, args):
     """Rows of masks.csv of networks with the same pictures."""
-    from dml_common import pictures
+    from dml_common import mapfiles, pictures
     (n, H, W), record = networks[0].shape, networks[0].record
     packed, total = [], np.zeros((H, W))
     for path in paths:
-        mask = pictures.load_mask(path, record["preprocessing"], record["options"].get("map_size"))
+        mask = pictures.load_mask(path, record["preprocessing"], record["options"].get("map_size"),
+                                  args.masks == "alpha")
         if mask.shape != (H, W):
             raise ValueError(f"{path} has {mask.shape[1]} × {mask.shape[0]} pixels after resize and crop, "
                              f"the maps {W} × {H}; maps without their JSON need masks of their own size")
         packed.append(np.packbits(mask))
         total += mask
+    pictures.refuse_constant_masks(total / n, args.masks if args.masks != "own" else args.dataset)
 
     def blocks():
-        for start, maps in read_blocks(networks, number):
+        for start, maps in mapfiles.read_blocks(networks, number):
             bits = np.unpackbits(np.stack(packed[start:start + number]), axis=1, count=H * W)
             masks = bits.reshape(-1, H, W).astype(bool)
             yield np.concatenate([mask_shares(one, masks, total / n, n) for one in maps], axis=1)
@@ -539,19 +456,6 @@ def agreement_table(rows, repeats):
     return models, table
 
 
-def show(header, rows, most=20):
-    """The first rows on stdout."""
-    from dml_common import command
-    columns = [k for k, name in enumerate(header) if "std" not in name and name != "left_out"]
-    cells = [[header[k].replace("correlation", "r") for k in columns]]
-    for row in rows[:most]:
-        values = ["" if row[k] is None else row[k] for k in columns]
-        cells.append([f"{value:.3f}" if isinstance(value, float) else str(value) for value in values])
-    command.print_aligned(cells)
-    if len(rows) > most:
-        print(f"… {len(rows) - most:,} more rows in the file")
-
-
 # ---------------------------------------------------------------- the command
 
 def parse(argv):
@@ -566,35 +470,37 @@ def parse(argv):
         "(results/NAME/compare.csv with --dataset alone, else compare.csv)")
     add("--fold", type=int, metavar="K", help="only networks of this fold (fold k with fold k, for every k)")
     add("--all-folds", action="store_true", help="also pairs of two folds of one loss")
+    add("--as-published", action="store_true", help="as Tables 2-4: --fold 0, and JSD with natural "
+        "logarithms in a column jsd_nats")
     add("--per-picture", type=Path, metavar="FILE.npy", help="also r and JSD of every picture, float32 "
         "(n, pairs, 2), pairs as in the table, then each network with its maps_ceiling.npy")
     add("--figure", type=Path, metavar="FILE.png", help="also r as a heat map; diagonal: its second maps")
-    add("--masks", nargs="?", const="own", metavar="DIR", help="also masks.csv; DIR: a PNG for each "
-        "picture, above 127 where the object is (the data set's own masks)")
+    add("--masks", nargs="?", const="own", metavar="DIR|alpha", help="also masks.csv; DIR: a PNG for each "
+        "picture, above 127 where the object is; alpha: the pictures' own (the data set's own masks)")
     add("--embeddings", action="store_true", help="also embeddings.csv, of the emb.npy beside the maps")
     add("--seed", type=int, default=0, metavar="N", help="of the bootstrap (0)")
     add("--replicates", type=int, default=1000, metavar="N", help="of the bootstrap (1000)")
     add("--threads", type=int, default=command.available_cpus(), metavar="N", help="(this process's CPUs)")
     add("--memory-mib", type=int, default=256, metavar="N", help="for the maps read at a time (256)")
-    args = parser.parse_args(argv)
+    args = command.parse_as_published(parser, argv, {"fold": 0, "all_folds": False})
     for name in ("seed", "replicates", "threads", "memory_mib"):
         command.at_least(name.replace("_", "-"), getattr(args, name), int(name != "seed"))
     if not args.maps and not args.dataset:
         raise ValueError("which maps? Give two or more files, or --dataset NAME for all of results/NAME")
-    if args.masks == "own" and not args.dataset:
+    if args.masks in ("own", "alpha") and not args.dataset:
         raise ValueError("--masks without a folder takes the data set's own: name it with --dataset")
-    if args.masks not in (None, "own") and not Path(args.masks).is_dir():
+    if args.masks not in (None, "own", "alpha") and not Path(args.masks).is_dir():
         raise ValueError(f"--masks {args.masks}: no such folder; expected a PNG in it for each picture")
     return args
 
 
 def main(argv=None):
-    from dml_common import command, files
+    from dml_common import command, files, mapfiles
     args = parse(argv)
-    networks = open_networks(args)
-    groups, parts = make_groups(networks, args.all_folds), {}
+    networks = mapfiles.open_networks(args)
+    groups, parts = mapfiles.make_groups(networks, args.all_folds), {}
     for network in networks:
-        parts.setdefault(network.pictures, []).append(network)
+        parts.setdefault((network.pictures, network.shape, str(network.part)), []).append(network)
     out = args.out or (Path() if args.maps else networks[0].path.parents[2]) / "compare.csv"
     tables = {"compare": out if groups else None, "masks": out.with_name("masks.csv") if args.masks else None,
               "embeddings": out.with_name("embeddings.csv") if args.embeddings else None}
@@ -605,13 +511,16 @@ def main(argv=None):
         files.check_output(path, read, outputs[:number])
     figures = command.import_figures() if args.figure else None
     for some in [group for group, _ in groups] + list(parts.values()):
-        check_alike(networks if args.per_picture else some)
-    masks = [find_masks(part[0], args) for part in parts.values()] if args.masks else []
+        mapfiles.check_alike(networks if args.per_picture else some)
+    masks = [mapfiles.find_masks(part[0], args) for part in parts.values()] if args.masks else []
     for path in outputs:
         files.check_output(path, itertools.chain(*masks))
-    number = max(1, (args.memory_mib << 20) // (8 * len(networks) * math.prod(networks[0].shape[1:])))
+    pixels = sum(math.prod(network.shape[1:]) for network in networks)
+    number = max(1, (args.memory_mib << 20) // (8 * pixels))
 
-    rows = {name: [] for name in tables}
+    rows, headers = {name: [] for name in tables}, dict(HEADERS)
+    if args.as_published:
+        headers["compare"] = [*HEADERS["compare"], "jsd_nats"]
     for part, paths in zip(parts.values(), masks):
         rows["masks"] += mask_rows(part, paths, number, args)
     for group, counts in groups if args.embeddings else []:
@@ -620,8 +529,8 @@ def main(argv=None):
         rows["compare"], repeats = compare_networks(networks, groups, number, args)
     for name in tables:
         if rows[name]:
-            files.write_table(tables[name], HEADERS[name], rows[name])
-            show(HEADERS[name], rows[name])
+            files.write_table(tables[name], headers[name], rows[name])
+            command.print_rows(headers[name], rows[name])
     if figures and groups:
         models, table = agreement_table(rows["compare"], repeats)
         figure = figures.draw_heat_map(table, models, title="Correlation of saliency maps, per cent")

@@ -8,7 +8,8 @@ labels.csv lists the pictures, with their classes where the data set has them (n
 
     python embed.py --dataset my_pictures --model efficientnet_lite0 --out emb.npy
     python embed.py --dataset my_pictures --model timm:vit_small_patch14_dinov2 --out emb.npy
-    python embed.py --dataset my_pictures --model my_package.networks:resnet --weights a.safetensors
+    python embed.py --dataset my_pictures --model my_package.networks:resnet --weights mine.pth \
+        --as "My loss" --type ranking --fold 0 --out results
     python embed.py --dataset cars196 --loss all --fold all --out results
     torchrun --nproc-per-node 2 embed.py --dataset cars196 --loss all --fold all --out results
 
@@ -26,6 +27,7 @@ if __name__ == "__main__":  # before torch is imported: Ctrl-C ends in one line 
 
 import os
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import torch
@@ -39,7 +41,7 @@ def embed(module, pictures, precision="fp32"):
     """
     with torch.autocast(pictures.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         try:
-            output = module(pictures)
+            output = module(pictures.clone())  # it may write into what it is given
         except Exception as error:  # out of memory; whatever a factory's network does with pictures
             raise ValueError(f"the network fails on {len(pictures)} pictures {tuple(pictures.shape[1:])}: "
                              f"{type(error).__name__}: {error} (a smaller --batch? another preprocessing?)"
@@ -72,15 +74,21 @@ def batch_size(module, picture):
 
 def embed_all(jobs, args, device):
     """Make the arrays of networks that share their pictures and a preprocessing."""
-    from dml_common import networks, pictures, rowfile
+    from dml_common import arrays, networks, pictures, rowfile
 
     trunks, preprocessing = {}, jobs[0].about["preprocessing"]
     modules = [networks.load(job.spec, trunks).module.to(device) for job in jobs]
     black = torch.from_numpy(pictures.black_picture(preprocessing))[None].to(device)
     shapes = [embed(module, black).shape[1:] for module in modules]
+    batch = args.batch or batch_size(modules[0], black)
+    own = {job.spec["backbone"]: module for job, module in zip(jobs, modules) if ":" in job.spec["backbone"]}
+    for name, module in own.items():
+        if arrays.depends_on_batch(partial(embed, module), black, name):
+            batch = 1
     shared = Counter(module[0] for module in modules if isinstance(module, torch.nn.Sequential))
 
-    def load(path):
+    def load(row):
+        path = jobs[0].dataset.paths[jobs[0].numbers[row]]
         return pictures.load_input(path, preprocessing, args.draft)
 
     def stack(pixels):
@@ -101,7 +109,6 @@ def embed_all(jobs, args, device):
                 raise ValueError(f"{name} gives nan or infinity for {path}; check weights and preprocessing")
             yield values
 
-    batch = args.batch or batch_size(modules[0], black)
     rowfile.fill(jobs, shapes, np.float32, load, stack, compute, batch, rowfile.BLOCK, args, "pictures")
 
 
@@ -124,11 +131,11 @@ def write_labels(job, prefix):
 
 
 def main(argv=None):
-    from dml_common import command, rowfile
+    from dml_common import arrays, command
 
     parser = command.parser(__doc__)
     add = parser.add_argument
-    rowfile.add_options(add, "emb.npy")
+    arrays.add_options(add, "emb.npy")
     add("--seed", type=int, default=0, help="of the random layer of --loss None (0)")
     add("--batch", type=int, metavar="N", help="pictures at a time (from the memory)")
     add("--draft", action="store_true", help="let the decoder shrink large JPEGs: faster, other values")
@@ -136,8 +143,8 @@ def main(argv=None):
     command.at_least("batch", args.batch)
     command.at_least("workers", args.workers)
     device = command.torch_device(args.device, args.precision)
-    jobs = rowfile.jobs(args, "emb.npy", {"precision": args.precision, "draft": args.draft}, args.seed)
-    for group in rowfile.incomplete(jobs, lambda job: (job.about["preprocessing"], job.about["pictures"])):
+    jobs = arrays.jobs(args, "emb.npy", {"precision": args.precision, "draft": args.draft}, args.seed)
+    for group in arrays.incomplete(jobs, lambda job: (job.about["preprocessing"], job.about["pictures"])):
         embed_all(group, args, device)
     for job in jobs:
         if job.path == args.out:

@@ -2,8 +2,8 @@
 
 Input:  pictures (a data set's name, a folder, a CSV) and networks, named as for embed.py
 Output: maps.npy, float16 (n, H, W), values in [0, 1], row i is picture i, at the network's input size;
-        maps.json beside it; with --ceiling maps_ceiling.npy, the same with other noise;
-        with --gallery a PNG; with --randomise sanity.csv
+        maps.json beside it; with --ceiling maps_ceiling.npy, the same with other noise; with --gallery a PNG;
+        with --randomise sanity.csv, with --faithfulness faithfulness.csv; with --against maps of pairs
 
     python saliency.py --dataset pictures/ --model efficientnet_lite0 --out maps.npy
     python saliency.py --dataset cars196 --loss all --fold 0 --limit 500 --out results
@@ -33,7 +33,6 @@ if __name__ == "__main__":  # before torch is imported: Ctrl-C ends in one line 
 import contextlib
 import copy
 import hashlib
-import io
 import itertools
 from collections import Counter
 from functools import partial
@@ -41,9 +40,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageFilter
+from scipy.special import stdtrit
 from torch import nn
-from torch.nn.functional import adaptive_avg_pool2d
+from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, interpolate
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # ---------------------------------------------------------------- SmoothGrad
@@ -70,8 +70,8 @@ def smoothgrad(network, pictures, baseline, distance, *, samples=50, noise=0.15,
     stem: the network's first convolution where the picture enters through it alone (linear_stem finds it):
         with order "paper" its backward pass, linear, runs once a picture instead of once a copy
 
-    Returns maps (n, H, W) or (k, n, H, W), of the pictures' dtype, in [0, 1]: zeros where a map is constant
-    (of a picture that equals its constant baseline too: no gradient), nan where a gradient is not finite.
+    Returns maps (n, H, W) or (k, n, H, W), of the pictures' dtype, in [0, 1]: zeros where a map is constant,
+    or the picture is its own baseline (no distance, no gradient), nan where a gradient is not finite.
     Raises ValueError for options out of range, a network without 2-D embeddings or without a gradient.
     """
     check_options(samples, noise, order, percentile, batch)
@@ -96,7 +96,7 @@ def smoothgrad(network, pictures, baseline, distance, *, samples=50, noise=0.15,
             for i in dict.fromkeys(which):
                 first = which.index(i)
                 total[i] = total[i] + sum_copies(gradients[first:first + which.count(i)])
-    nothing = (spans == 0) & (pictures == baseline).flatten(1).all(dim=1)
+    nothing = (pictures == baseline).flatten(1).all(dim=1)  # a picture against itself
     maps = []
     for total in totals:
         if through is not None:
@@ -118,16 +118,15 @@ def sum_copies(gradients):
 
 def check_options(samples, noise, order, percentile, batch):
     """Raise ValueError for options of smoothgrad that are out of range."""
-    if samples < 1:
-        raise ValueError(f"samples is {samples}; expected at least 1 noisy copy")
-    if not 0 <= noise < float("inf"):
-        raise ValueError(f"noise is {noise}; expected 0 or more: a deviation, as a share of max - min (0.15)")
-    if order not in ("paper", "released"):
-        raise ValueError(f"order is {order!r}; expected 'paper' or 'released'")
-    if not 0 < percentile <= 100:
-        raise ValueError(f"percentile is {percentile}; expected a number above 0, at most 100")
-    if batch < 1:
-        raise ValueError(f"batch is {batch}; expected at least 1 copy at a time")
+    for good, text in (
+            (samples >= 1, f"samples is {samples}; expected at least 1 noisy copy"),
+            (0 <= noise < float("inf"), f"noise is {noise}; expected 0 or more: a deviation, as a share of "
+             "max - min (0.15)"),
+            (order in ("paper", "released"), f"order is {order!r}; expected 'paper' or 'released'"),
+            (0 < percentile <= 100, f"percentile is {percentile}; expected a number above 0, at most 100"),
+            (batch >= 1, f"batch is {batch}; expected at least 1 copy at a time")):
+        if not good:
+            raise ValueError(text)
 
 
 def noisy_copies(pictures, sigmas, seeds, samples, antithetic=False):
@@ -155,12 +154,12 @@ def noise_seed(seed, name, index):
 def embed(network, pictures, autocast=None):
     """Embeddings (B, m) of pictures (B, C, H, W), in float32 at least. Raises ValueError when not 2-D."""
     with torch.autocast(pictures.device.type, dtype=autocast, enabled=autocast is not None):
-        embeddings = network(pictures)
+        embeddings = network(pictures.clone())  # it may write into what it is given
     if not isinstance(embeddings, torch.Tensor) or embeddings.ndim != 2 or len(embeddings) != len(pictures):
         shape = tuple(embeddings.shape) if isinstance(embeddings, torch.Tensor) else type(embeddings).__name__
         raise ValueError(f"the network returned {shape} for {len(pictures)} pictures; expected embeddings of "
                          f"shape ({len(pictures)}, m): take the output of its last pooled or linear layer")
-    return embeddings if autocast is None else embeddings.float()
+    return embeddings.float() if embeddings.dtype.itemsize < 4 else embeddings
 
 
 def distance_gradients(network, pictures, origins, distances, autocast=None, stem=None):
@@ -221,20 +220,32 @@ def scale_maps(saliency, percentile=99.0):
 def module_calls(network, picture):
     """[(name, module, input, output, versions)] of a picture's forward pass (1, C, H, W), as modules end.
 
-    versions: of the input and output tensors then (they change when something writes into them in place).
+    The last is the network itself, of which a copy of the picture is the input. versions: of the input and
+    output then (they change when something writes into them in place; None of what is no tensor).
     """
     calls, hooks = [], []
     for name, module in network.named_modules():
-        def record(module, given, output, name=name):
-            if given and isinstance(given[0], torch.Tensor) and isinstance(output, torch.Tensor):
-                calls.append((name, module, given[0], output, (given[0]._version, output._version)))
-        hooks.append(module.register_forward_hook(record))
+        def record(module, given, options, output, name=name):
+            given = next(iter([*given, *options.values()]), None)
+            versions = [getattr(one, "_version", None) for one in (given, output)]
+            calls.append((name, module, given, output, versions))
+        hooks.append(module.register_forward_hook(record, with_kwargs=True))
     try:
-        output = network(picture)
+        network(picture.clone())
     finally:
         for hook in hooks:
             hook.remove()
-    return calls, output
+    return calls
+
+
+def copied(network, picture):
+    """A deep copy in eval mode."""
+    try:
+        return copy.deepcopy(network).eval()
+    except RuntimeError:  # of what hooks compute with a gradient (weight_norm): now without one
+        with torch.no_grad():
+            network.eval()(picture.clone())
+        return copy.deepcopy(network)
 
 
 def fold_batchnorm(network, picture):
@@ -243,10 +254,11 @@ def fold_batchnorm(network, picture):
     The pairs are found by following picture (1, C, H, W) through the network; the folded copy must return the
     same embedding (to 1e-4 of its norm), else a copy that is not folded is returned.
     """
-    plain = copy.deepcopy(network).eval()
+    plain = copied(network, picture)
     folded = copy.deepcopy(plain)
     with torch.no_grad():
-        calls, expected = module_calls(folded, picture)
+        calls = module_calls(folded, picture)
+        expected = calls[-1][3]
         count = Counter(id(module) for _, module, *_ in calls)
         made = {(id(output), versions[1]): (name, module) for name, module, _, output, versions in calls
                 if isinstance(module, nn.Conv2d) and count[id(module)] == 1}
@@ -257,7 +269,7 @@ def fold_batchnorm(network, picture):
                 replace(folded, source[0], fuse_conv_bn_eval(source[1], module))
                 replace(folded, name, nn.Identity())
         is_tensor = isinstance(expected, torch.Tensor)
-        same = is_tensor and (folded(picture) - expected).norm() <= 1e-4 * expected.norm()
+        same = is_tensor and (folded(picture.clone()) - expected).norm() <= 1e-4 * expected.norm()
     return folded if same else plain
 
 
@@ -272,8 +284,9 @@ def linear_stem(network, picture):
     Tried out: the gradient through it must be the picture's own.
     """
     with torch.no_grad():
-        calls, output = module_calls(network, picture)
-    stems = [module for _, module, given, *_ in calls if given is picture and isinstance(module, nn.Conv2d)]
+        calls = module_calls(network, picture)
+    *_, entered, output, _ = calls[-1]
+    stems = [module for _, module, given, *_ in calls if given is entered and isinstance(module, nn.Conv2d)]
     if not stems:
         return None
     stem, total = stems[0], [lambda a, b: a.sum(dim=1)]
@@ -282,14 +295,15 @@ def linear_stem(network, picture):
         held = next(distance_gradients(network, picture.clone(), output, total, stem=stem))[0]
     except ValueError:  # no gradient at all: smoothgrad says so
         return None
-    return stem if (pull_back(stem, held, picture[0]) - whole).norm() <= 1e-4 * whole.norm() else None
+    back = pull_back(stem, held, -picture[0])  # the same anywhere, if the stem is linear
+    return stem if (back - whole).norm() <= 1e-4 * whole.norm() else None
 
 
 def gradient_break(network, picture):
     """Where a picture's gradient (1, C, H, W) stops: "inside", "before" or "after layer X"."""
     where, picture = "(no layer can be named)", picture[:1].clone().requires_grad_()
-    for name, module, given, output, _ in module_calls(network, picture)[0]:
-        if any(module.children()):
+    for name, module, given, output, versions in module_calls(network, picture):
+        if any(module.children()) or None in versions:
             continue
         place = "before" if not given.requires_grad else "after" if output.requires_grad else "inside"
         where = f"{place} layer {name} ({type(module).__name__})"
@@ -299,110 +313,159 @@ def gradient_break(network, picture):
 
 
 def prepare(network, example):
-    """(network folded, frozen, channels-last; its linear stem or None); example: a picture on its device."""
+    """(network folded, frozen, channels-last; its linear stem or None); example: a picture on its device.
+
+    What a network does not bear is left out; where it bears nothing it is itself.
+    """
     from dml_common.command import out_of_memory
 
     try:
-        ready = fold_batchnorm(network.to(example.device), example).requires_grad_(False)
-        ready = ready.to(memory_format=torch.channels_last)
-        return ready, linear_stem(ready, example)
+        network = network.to(example.device).eval()
+        with torch.no_grad():
+            expected = embed(network, example)
+        for layout in (torch.channels_last, torch.contiguous_format):  # .view() does not bear the first
+            with contextlib.suppress(Exception):
+                ready = fold_batchnorm(network, example).requires_grad_(False).to(memory_format=layout)
+                stem = linear_stem(ready, example)
+                if (embed(ready, example) - expected).norm() <= 1e-3 * expected.norm():
+                    return ready, stem
     except Exception as error:  # whatever a factory's network does with a picture
         if out_of_memory(error):
             raise
         raise ValueError(f"the network fails on a picture {tuple(example.shape[1:])}: "
                          f"{type(error).__name__}: {error}") from None
+    return network.requires_grad_(False), None
 
 
 def baseline_of(pixels, kind):
-    """A picture's, uint8 (H, W, 3), of a kind: "black", its "mean" colour or its "blur" (side / 16)."""
+    """A picture's, uint8 (H, W, 3), of a kind: "black", its "mean" colour or its "blur" (side / 16; or σ)."""
     if kind == "black":
         return np.zeros_like(pixels)
     if kind == "mean":
         return np.broadcast_to(pixels.mean(axis=(0, 1)).round().astype(np.uint8), pixels.shape)
-    return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(min(pixels.shape[:2]) / 16)))
+    radius = min(pixels.shape[:2]) / 16 if kind == "blur" else kind
+    return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(radius)))
 
 
 # ---------------------------------------------------------------- the sanity check: randomised layers
 
 
 def weighted_layers(network, picture):
-    """Names of the layers with parameters of their own, in the order a picture (1, C, H, W) passes them."""
+    """{layer: names of its parameters}, in the order a picture (1, C, H, W) passes them.
+
+    A layer is a module that is called, and none with parameters inside it is. Below all stands the rest, what
+    belongs to none of them: class tokens, position embeddings, scales of blocks.
+    """
+    if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
+        raise ValueError("layers of a TorchScript network can't be re-initialised; give it as Python code")
+    parameters = [name for name, _ in network.named_parameters()]
     with torch.no_grad():
-        calls, _ = module_calls(network, picture)
-    return list(dict.fromkeys(name for name, module, *_ in calls if list(module.parameters(recurse=False))))
+        calls = [name for name, *_ in module_calls(network, picture) if ".parametrizations." not in name]
+    inside = {name: [one for one in parameters if one.startswith(name and f"{name}.")] for name in calls}
+    layers, rest = {}, dict.fromkeys(parameters)
+    for name, own in inside.items():  # what ends first is inside of what ends later, if it is inside at all
+        if own and rest.keys() >= set(own) and name:
+            layers[name] = own
+            rest = {one: None for one in rest if one not in own}
+    if not layers:
+        return {"": parameters}
+    named = ", ".join([*rest][:3]) + (", …" if len(rest) > 3 else "")
+    return {f"the rest: {named}": list(rest), **layers} if rest else layers
 
 
 def randomise(network, layers, pictures, seed):
     """A copy of the network with untrained `layers` (Adebayo et al. 2018; cascading for the topmost layers).
 
-    Convolutions and linear layers draw He-normal weights from (seed, layer) alone, biases are 0; batch norms
-    get weight 1 and bias 0 and take their statistics from one pass of pictures (B, C, H, W): with the trained
-    network's, which no longer fit, activations would die or explode. Others use their own reset_parameters.
+    layers: some of weighted_layers. Weights of two dimensions or more are drawn He-normal from (seed, layer)
+    alone, biases are 0, other vectors 1; other layers than Conv2d and Linear use their reset_parameters, if
+    any. Batch norms take their statistics from one pass of pictures (B, C, H, W): with the trained network's,
+    which no longer fit, activations would die or explode.
     """
-    network = copy.deepcopy(network).eval()
-    fresh = []
-    for name in layers:
-        module = network.get_submodule(name)
+    network, fresh = copied(network, pictures[:1]), []
+    for layer, names in layers.items():
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(noise_seed(seed, name, 0))
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.reset_parameters()
-                fresh.append((module, module.momentum))
-                module.train().momentum = 1.0
-            elif isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            torch.manual_seed(noise_seed(seed, layer, 0))
+            for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
+                module = network.get_submodule(owner)
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+                    fresh.append((module, module.momentum))
+                    module.train().momentum = 1.0
+                draw(module)
     with torch.no_grad():
-        network(pictures)
+        network(pictures.clone())
     for module, momentum in fresh:
         module.eval().momentum = momentum
     return network
 
 
-# ---------------------------------------------------------------- the gallery
-
-# Dark violet over red to light yellow: lightness grows evenly, also for the colour-blind and in grey print.
-HEAT = np.array([[0, 0, 4], [31, 12, 72], [85, 15, 109], [136, 34, 106], [186, 54, 85], [227, 89, 51],
-                 [249, 142, 9], [249, 203, 53], [252, 255, 164]], dtype=np.float64)
-
-
-def heat(saliency_map, picture=None):
-    """Map (H, W) in [0, 1] -> uint8 (H, W, 3), over the picture (H, W, 3) made grey if given; nan is grey."""
-    known = np.isfinite(saliency_map)
-    values = np.where(known, saliency_map, 0).astype(np.float64)
-    colours = np.stack([np.interp(values, np.linspace(0, 1, len(HEAT)), ramp) for ramp in HEAT.T], axis=-1)
-    colours[~known] = 128
-    if picture is not None:
-        strength = 0.25 + 0.75 * values[..., None]
-        colours = strength * colours + (1 - strength) * picture.mean(axis=2, keepdims=True)
-    return colours.round().astype(np.uint8)
+def draw(module):
+    """New values for a module's own parameters."""
+    if hasattr(module, "reset_parameters") and not isinstance(module, (nn.Conv2d, nn.Linear)):
+        return module.reset_parameters()
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.ndim > 1:
+            nn.init.kaiming_normal_(parameter, nonlinearity="relu")
+        else:
+            nn.init.constant_(parameter, 0.0 if "bias" in name else 1.0)
 
 
-def draw_gallery(columns, names, titles, side=168, gap=8):
-    """Pictures × networks as one PIL image: a column for each picture under its title, a row for each name.
+# ---------------------------------------------------------------- are the maps faithful?
 
-    columns: each picture's cells, uint8 (H, W, 3): itself, then a map of each network; names: of the cells.
+
+def block_order(saliency_map, size, block=8):
+    """The blocks of a picture of size (H, W), numbered row by row, the most salient first: int64 (blocks,).
+
+    saliency_map: (h, w), stretched to the size; a block counts by its mean, and is cut off at the edge.
     """
-    font = ImageFont.load_default(size=13)
-    left, top, step = 2 * gap + int(max(map(font.getlength, names))), 24, side + gap
-    sheet = Image.new("RGB", (left + len(columns) * step, top + len(names) * step), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, name in enumerate(names):
-        draw.text((gap, top + row * step + side / 2), name, fill="black", font=font, anchor="lm")
-    for column, (cells, title) in enumerate(zip(columns, titles)):
-        while font.getlength(title) > side:
-            title = "…" + title[2:]
-        draw.text((left + column * step, top / 2), title, fill="black", font=font, anchor="lm")
-        for row, pixels in enumerate(cells):
-            cell = Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS)
-            sheet.paste(cell, (left + column * step, top + row * step))
-    return sheet
+    stretched = interpolate(saliency_map[None, None], size, mode="bilinear")
+    return avg_pool2d(stretched, block, ceil_mode=True).flatten().argsort(descending=True, stable=True)
+
+
+def replaced_blocks(order, size, steps=20, block=8):
+    """Where the first k / steps of the blocks are, k = 0 … steps: bool (steps + 1, H, W)."""
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device)
+    rank = rank.view(-(-size[0] // block), -1).repeat_interleave(block, 0).repeat_interleave(block, 1)
+    counts = torch.linspace(0, len(order), steps + 1, device=order.device).round()
+    return rank[:size[0], :size[1]] < counts[:, None, None]
+
+
+@torch.no_grad()
+def faithfulness(network, picture, blurred, orders, distance, *, steps=20, block=8, batch=10, autocast=None):
+    """Areas under the deletion and the insertion curve of each order of a picture's blocks: (orders, 2).
+
+    picture: (C, H, W); blurred: what replaces its blocks in `steps` steps (deletion), or is replaced by them
+    (insertion; Petsiuk et al. 2018); orders: of block_order, or any others. A curve is the distance to the
+    picture's embedding, less the picture's own, as a share of that of the wholly blurred one; its area the
+    trapezium rule's: large of deletion and small of insertion for a faithful map. nan: blurring does nothing.
+    """
+    origin, whole = embed(network, torch.stack([picture, blurred]), autocast)
+    least, most = distance(torch.stack([origin, origin]), torch.stack([origin, whole]))
+    areas = []
+    for order in orders:
+        there = replaced_blocks(order, picture.shape[1:], steps, block)[:, None]  # (steps + 1, 1, H, W)
+        mixed = torch.cat([torch.where(there, blurred, picture), torch.where(there, picture, blurred)])
+        embeddings = torch.cat([embed(network, part, autocast) for part in mixed.split(batch)])
+        values = distance(origin.expand_as(embeddings), embeddings).view(2, -1)  # it is the SNR's anchor
+        areas.append(torch.trapezoid((values - least) / (most - least), dx=1 / steps))
+    return torch.stack(areas).masked_fill(most - least <= 1e-6, torch.nan)
+
+
+def mean_interval(values, level=0.95):
+    """n, mean, standard deviation, and Student's interval of the mean of what is finite in values (n,)."""
+    values = values[np.isfinite(values)]
+    n = len(values)
+    if n < 2:
+        return [n, *values.tolist(), *[None] * (4 - n)]
+    half = stdtrit(n - 1, (1 + level) / 2) * values.std(ddof=1) / n**0.5
+    return [n, *map(float, (values.mean(), values.std(ddof=1), values.mean() - half, values.mean() + half))]
 
 
 # ---------------------------------------------------------------- the command
+
+# What --as-published sets: how the maps of the published Tables 2-4 were made.
+PUBLISHED = {"order": "released", "samples": 50, "fold": "0", "noise": 0.15, "percentile": 99.0,
+             "baseline": "black", "antithetic": False, "shared_noise": False, "map_size": None}
 
 
 class Mapper:
@@ -416,7 +479,7 @@ class Mapper:
         for name in ("samples", "noise", "order", "percentile", "antithetic"):
             self.options[name] = getattr(args, name)
 
-    def __call__(self, ready, pictures, baselines, distance, seeds):
+    def __call__(self, what, ready, pictures, baselines, distance, seeds):
         """Maps of what prepare gave -> float16 array (b, H, W), or (k, b, H, W) of k distances."""
         from dml_common import command
 
@@ -427,25 +490,32 @@ class Mapper:
             if self.map_size:
                 maps = adaptive_avg_pool2d(maps, self.map_size)  # of finished maps: still in [0, 1]
             return maps.half().cpu().numpy()
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:  # whatever a factory's network does with pictures
             if not command.out_of_memory(error):
-                raise
+                kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+                raise ValueError(f"{what}: {kind}{error}") from None
         if self.batch == 1:
             raise ValueError(f"out of memory on {self.device} with a single copy; take a smaller network")
         if not self.halved:
             command.say(f"out of memory with {self.batch} copies at a time: going on with half, or fewer")
         self.batch, self.halved = self.batch // 2, True
         torch.cuda.empty_cache()
-        return self(ready, pictures, baselines, distance, seeds)
+        return self(what, ready, pictures, baselines, distance, seeds)
 
 
-def reader(preprocessing, kind, device):
-    """load: path -> a picture and its baseline (2, 3, H, W); stack: these -> (2, B, 3, H, W); an example."""
+def reader(job, kind, device):
+    """load: row -> its picture and baseline (2, 3, H, W); stack: these -> (2, B, 3, H, W); an example."""
     from dml_common import pictures
 
-    def load(path):
-        pixels = pictures.load_pixels(path, preprocessing)
-        return pictures.normalise(np.stack([pixels, baseline_of(pixels, kind)]), preprocessing)
+    preprocessing = job.about["preprocessing"]
+
+    def pixels_of(row):
+        return pictures.load_pixels(job.dataset.paths[job.numbers[row]], preprocessing)
+
+    def load(row):
+        pixels = pixels_of(row)
+        other = pixels_of(row ^ 1) if kind is None else baseline_of(pixels, kind)  # the other of the pair
+        return pictures.normalise(np.stack([pixels, other]), preprocessing)
 
     def stack(pairs):
         return torch.from_numpy(np.stack(pairs, axis=1))
@@ -455,14 +525,14 @@ def reader(preprocessing, kind, device):
     return load, stack, torch.from_numpy(pictures.normalise(pixels, preprocessing)).to(device)
 
 
-def with_head(head, distance):
-    """The distance of two trunk's outputs through one network's own head."""
-    return lambda a, b: distance(head(a), head(b))
+def through_head(head, distance, a, b):
+    """The distance of two of a trunk's outputs through one network's own head."""
+    return distance(head(a), head(b))
 
 
 def make_maps(jobs, mapper, args):
     """The maps of one network, or of several that share their pictures, their trunk and the noise."""
-    from dml_common import command, networks, rowfile
+    from dml_common import arrays, command, networks, rowfile
 
     trunks, options, counts = {}, jobs[0].about["options"], Counter()
     loaded = [networks.load(job.spec, trunks) for job in jobs]
@@ -470,25 +540,26 @@ def make_maps(jobs, mapper, args):
     module, what = loaded[0].module, loaded[0].name
     if len(jobs) > 1:
         heads = [network.module[1].to(mapper.device).requires_grad_(False) for network in loaded]
-        distances = [with_head(head, distance) for head, distance in zip(heads, distances)]
+        distances = [partial(through_head, *both) for both in zip(heads, distances)]
         module, what = module[0], f"{len(jobs)} networks"
-    load, stack, example = reader(loaded[0].preprocessing, args.baseline, mapper.device)
+    load, stack, example = reader(jobs[0], options["baseline"], mapper.device)
     ready = prepare(module, example)
+    if ":" in loaded[0].backbone and arrays.depends_on_batch(partial(embed, ready[0]), example, what):
+        mapper.batch = 1
     seed = f"{args.seed} ceiling" if options["ceiling"] else args.seed
 
     def compute(which, rows, both):
         numbers = [jobs[0].numbers[row] for row in rows]
         seeds = [noise_seed(seed, options["noise_of"], number) for number in numbers]
-        try:
-            maps = mapper(ready, *both, [distances[k] for k in which], seeds)
-        except ValueError as error:
-            raise ValueError(f"{what}: {error}") from None
+        maps = mapper(what, ready, *both, [distances[k] for k in which], seeds)
         for k, of_network in zip(which, maps):
-            for number, one in zip(numbers, of_network):
+            for row, number, one in zip(rows, numbers, of_network):
                 if np.isnan(one).any():
                     path = jobs[0].dataset.paths[number]
                     command.say(f"{loaded[k].name}: {path}: a gradient is not finite; its map is nan")
                     counts["nan (a gradient is not finite)"] += 1
+                elif options["against"] and jobs[0].numbers[row ^ 1] == number:
+                    counts["all zeros (a picture against itself)"] += 1
                 elif not one.any():
                     counts["all zeros (a constant map)"] += 1
         return maps
@@ -506,19 +577,20 @@ def sanity(job, mapper, args, most=16):
     from dml_common import command, networks
 
     network, distance = networks.load(job.spec), networks.distance(job.about["distance"])
-    load, stack, example = reader(network.preprocessing, args.baseline, mapper.device)
+    load, stack, example = reader(job, args.baseline, mapper.device)
     loaded, rows, name = {}, [], job.spec["loss"] or job.spec["name"]
-    for number in job.numbers[:most]:
+    for row, number in enumerate(job.numbers[:most]):
         with contextlib.suppress(ValueError, OSError):  # left out with --skip-unreadable
-            loaded[number] = load(job.dataset.paths[number])
+            loaded[number] = load(row)
     inputs, baselines = stack(list(loaded.values()))
-    layers = weighted_layers(network.module, inputs[:1])
+    layers = list(weighted_layers(network.module, inputs[:1]).items())
     counts = np.unique(np.linspace(0, len(layers), args.randomise + 1).round().astype(int)).tolist()
+    sizes = {key: parameter.numel() for key, parameter in network.module.named_parameters()}
 
     def maps(count, seed):
-        module = randomise(network.module, layers[len(layers) - count:], inputs, args.seed)
+        module = randomise(network.module, dict(layers[len(layers) - count:]), inputs, args.seed)
         seeds = [noise_seed(seed, network.name, number) for number in loaded]
-        made = mapper(prepare(module, example), inputs, baselines, distance, seeds)
+        made = mapper(network.name, prepare(module, example), inputs, baselines, distance, seeds)
         bar.update()
         return made.reshape(len(inputs), -1).astype(np.float64)
 
@@ -530,65 +602,73 @@ def sanity(job, mapper, args, most=16):
                 r = np.array([np.corrcoef(a, b)[0, 1] for a, b in zip(maps(count, args.seed), trained)])
             z = np.arctanh(np.clip(r[np.isfinite(r)], -0.999999, 0.999999))
             means = [float(np.tanh(z.mean())), float(np.tanh(z.std()))] if len(z) else [None, None]
-            lowest = layers[-count] if count else None
-            rows.append([name, job.spec["fold"], count, len(layers), lowest, len(z), *means])
+            lowest = layers[-count][0] if count else None
+            fresh = [sizes[key] for _, keys in layers[len(layers) - count:] for key in keys]
+            share = sum(fresh) / max(1, sum(sizes.values()))
+            rows.append([name, job.spec["fold"], count, len(layers), lowest, len(z), *means, share])
     return rows
 
 
-def make_gallery(jobs, args):
-    """Write the gallery of the first eight pictures, or of all of --pick, eight on a page."""
-    from dml_common import files, pictures
-
-    dataset, arrays, columns = jobs[0].dataset, [], {}
-    for job in jobs:
-        left_out = files.read_sidecar(job.path)["pictures"].get("left_out", [])
-        there = [number for number in job.numbers if dataset.relative[number] not in left_out]
-        arrays.append((files.read_array(job.path), there, job.about["preprocessing"]))
-    for number in jobs[0].numbers[:None if args.pick else 8]:
-        if not all(number in there for _, there, _ in arrays):
-            continue
-        cells = columns[dataset.relative[number]] = []
-        for array, there, preprocessing in arrays:
-            pixels = pictures.load_pixels(dataset.paths[number], preprocessing)
-            one = Image.fromarray(np.float32(array[there.index(number)]))
-            one = np.asarray(one.resize(pixels.shape[1::-1], Image.Resampling.BILINEAR))
-            cells += [] if cells else [pixels]
-            cells.append(heat(one, pixels if args.overlay else None))
-    names = [job.spec["name"] for job in jobs]
-    if len({job.spec["fold"] for job in jobs}) == 1:
-        names = [job.spec["loss"] or job.spec["name"] for job in jobs]
-    for page, start in enumerate(range(0, len(columns), 8), 1):
-        png, titles = io.BytesIO(), list(columns)[start:start + 8]
-        draw_gallery([columns[title] for title in titles], ["Picture", *names], titles).save(png, "PNG")
-        files.write_file(gallery_page(args.gallery, page), png.getvalue())
+FAITHFULNESS = ["model", "fold", "measure", "n", "left_out", "mean", "std", "low", "high"]
 
 
-def gallery_page(path, page):
-    """FILE.png, FILE_2.png, …"""
-    return path.with_stem(f"{path.stem}_{page}") if page > 1 else path
+def check_faithfulness(job, mapper, args):
+    """Rows of faithfulness.csv of a network's maps; each picture's areas are in maps_faithfulness.npy."""
+    from dml_common import arrays, files, networks, rowfile
+
+    kept, maps = arrays.kept_rows(job), files.read_array(job.path)
+    job = job._replace(numbers=[job.numbers[row] for row in kept],
+                       path=job.path.with_stem(f"{job.path.stem}_faithfulness"))
+    network, distance = networks.load(job.spec), networks.distance(job.about["distance"])
+    load, stack, example = reader(job, 10, mapper.device)  # blurred with σ = 10 pixels
+    ready, _ = prepare(network.module, example)
+
+    def areas(row, picture, blurred):
+        own, other = (torch.from_numpy(np.float32(maps[k])).to(mapper.device)
+                      for k in (row, (row + 1) % len(maps)))
+        orders = [block_order(one, picture.shape[1:]) for one in (own, other)]
+        seed = noise_seed(args.seed, f"{network.name}, order of blocks", job.numbers[row])
+        generator = torch.Generator().manual_seed(seed)
+        orders += [torch.randperm(len(orders[0]), generator=generator).to(mapper.device)
+                   for _ in range(5)]
+        values = faithfulness(ready, picture, blurred, orders, distance, batch=mapper.batch,
+                              autocast=mapper.options["autocast"]).cpu().numpy()
+        if not own.isfinite().all() or not own.any():
+            values[0] = np.nan
+        if len(maps) == 1:
+            values[1] = np.nan  # there is no other
+        return np.stack([values[0], values[1], values[2:].mean(axis=0)])
+
+    def compute(which, rows, both):
+        return [np.stack([areas(row, *pair) for row, *pair in zip(rows, *both.to(mapper.device))])]
+
+    for group in arrays.incomplete([job], str):
+        rowfile.fill(group, [(3, 2)], np.float32, load, stack, compute, 1, 4, args, "pictures")
+    rows, own_name = [], job.spec["loss"] or job.spec["name"]
+    for measure, values in faithfulness_measures(files.read_array(job.path).astype(np.float64)):
+        n, *numbers = mean_interval(values)
+        rows.append([own_name, job.spec["fold"], measure, n, len(maps) - n, *numbers])
+    return rows
 
 
-def chosen(limit, pick, n):
-    """Numbers of the pictures asked for. Raises ValueError for numbers that are not there."""
-    bad = [i for i in pick or [] if not 0 <= i < n]
-    if bad:
-        raise ValueError(f"--pick {bad[0]}: there are {n:,} pictures; expected numbers from 0 to {n - 1}")
-    return range(n)[:limit] if pick is None else dict.fromkeys(pick)
-
-
-def integers(text):
-    return [int(part) for part in text.split(",")]
+def faithfulness_measures(areas):
+    """Yield (measure, its values (n,)) of areas (n, 3, 2): of own, another, random order; of both curves."""
+    own, other, by_chance = areas.transpose(1, 2, 0)
+    for k, name in enumerate(("deletion", "insertion")):
+        yield name, own[k]
+        for what, values in ("random", by_chance[k]), ("other", other[k]):
+            yield f"{name}_{what}", values
+            yield f"{name}_less_{what}", own[k] - values
 
 
 def parse(argv):
-    from dml_common import command, networks, rowfile
+    from dml_common import arrays, command, networks
 
     parser = command.parser(__doc__)
     add = parser.add_argument_group("pictures and networks, as embed.py names them").add_argument
-    rowfile.add_options(add, "maps.npy")
+    arrays.add_options(add, "maps.npy")
     add("--network-seed", type=int, default=0, metavar="N", help="embed.py's --seed, of --loss None (0)")
-    add("--limit", type=int, metavar="N", help="only the first N pictures")
-    add("--pick", type=integers, metavar="I,J,K", help="only the pictures of these numbers, counted from 0")
+    arrays.add_choice(add)
     add = parser.add_argument_group("maps").add_argument
     add("--samples", type=int, default=50, metavar="L", help="noisy copies of a picture (50)")
     add("--noise", type=float, default=0.15, metavar="S", help="deviation, as a share of max - min (0.15)")
@@ -605,26 +685,33 @@ def parse(argv):
     add("--ceiling", action="store_true", help="also maps_ceiling.npy, with other noise, for compare.py")
     add("--randomise", type=int, nargs="?", const=8, metavar="STEPS",
         help="also sanity.csv: the first 16 maps with ever more layers re-initialised from the top (8 steps)")
+    add("--faithfulness", action="store_true", help="also faithfulness.csv: does the embedding move sooner "
+        "when the most salient blocks are blurred, than in random order or in that of another picture's map?")
     add("--gallery", type=Path, metavar="FILE.png", help="the first 8 pictures or all of --pick: FILE_2 …")
+    add("--as-published", action="store_true", help="as Tables 2-4: --order released --samples 50 --fold 0")
     add("--overlay", action="store_true", help="the maps over the grey pictures")
     add("--batch", type=int, metavar="N", help="copies at a time (10, on a GPU 250; fewer if memory ends)")
-    args = parser.parse_args(argv)
+    args = command.parse_as_published(parser, argv, PUBLISHED)
     for name in ("limit", "randomise", "workers", "map_size"):
         command.at_least(name.replace("_", "-"), getattr(args, name))
+    if args.against and (args.baseline != "black" or args.randomise or args.faithfulness):
+        raise ValueError("--against has the other picture for a baseline, and no --randomise, --faithfulness")
     return args
 
 
 def main(argv=None):
-    from dml_common import command, files, pictures, rowfile
+    from dml_common import arrays, command, files, gallery, pictures
 
     args = parse(argv)
     mapper = Mapper(command.torch_device(args.device, args.precision), args)
     names = ("samples", "noise", "order", "baseline", "percentile", "seed", "shared_noise", "antithetic",
-             "precision", "limit", "pick", "map_size")
+             "precision", "limit", "pick", "map_size", "against")
     options = {name: getattr(args, name) for name in names}
+    if args.against:
+        options["baseline"] = None  # the other picture
     jobs, ceilings = [], []
-    choose = partial(chosen, args.limit, args.pick)
-    for job in rowfile.jobs(args, "maps.npy", options, args.network_seed, choose):
+    name = "pair_maps.npy" if args.against else "maps.npy"
+    for job in arrays.jobs(args, name, options, args.network_seed, partial(arrays.chosen, args)):
         size = pictures.input_size(job.about["preprocessing"])
         if args.map_size and args.map_size > min(size):
             raise ValueError(f"--map-size {args.map_size}: the maps have {size[1]} × {size[0]} pixels")
@@ -633,31 +720,29 @@ def main(argv=None):
             noise_of = "" if args.shared_noise else job.spec["name"]
             group.append(job._replace(path=path, about={
                 **job.about, "distance": args.distance or job.spec["distance"],
+                "part": pictures.part_shown(job.about["preprocessing"]),
                 "options": {**options, "ceiling": ceiling, "noise_of": noise_of}}))
     if args.gallery:
-        folds = sorted({job.spec["fold"] for job in jobs if job.dataset.split == "held out"})
-        if len(folds) > 1:
-            raise ValueError(f"--gallery: folds {', '.join(map(str, folds))} are analysed on different "
-                             "pictures; give one --fold")
-        dataset = jobs[0].dataset
-        if args.gallery.suffix.lower() != ".png":
-            raise ValueError(f"--gallery {args.gallery}: expected a name ending in .png")
-        for page in range(-(-len(args.pick or [0]) // 8)):
-            files.check_output(gallery_page(args.gallery, page + 1), dataset.paths)
+        gallery.check(jobs, args)
 
     def alike(job):  # jobs that share their passes
         trunk = args.shared_noise and job.spec["files"] and files.files_digest(job.spec["files"][:1])
         about = job.about
         return about["options"]["ceiling"], about["pictures"], about["preprocessing"], trunk or job.path
 
-    for group in rowfile.incomplete(jobs + ceilings if args.ceiling else jobs, alike):
+    for group in arrays.incomplete(jobs + ceilings if args.ceiling else jobs, alike):
         make_maps(group, mapper, args)
     if command.my_share()[0] == 0 and args.randomise:
         rows = [row for job in jobs for row in sanity(job, mapper, args)]
-        header = ["model", "fold", "layers", "of", "lowest", "n", "correlation", "correlation_std"]
+        header = ["model", "fold", "layers", "of", "lowest", "n", "correlation", "correlation_std", "share"]
         files.write_table(jobs[0].folder / "sanity.csv", header, rows)
+    if args.faithfulness:
+        rows = [row for job in jobs for row in check_faithfulness(job, mapper, args)]
+        if command.my_share()[0] == 0:
+            files.write_table(jobs[0].folder / "faithfulness.csv", FAITHFULNESS, rows)
+            command.print_rows(FAITHFULNESS, rows)
     if command.my_share()[0] == 0 and args.gallery:
-        make_gallery(jobs, args)
+        gallery.make_gallery(jobs, args)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def read_tensors(path):
         inner = {}
         for place, value in level.items():
             for key, item in value.items() if isinstance(value, dict) else ():
-                if isinstance(item, torch.Tensor) and isinstance(key, str):
+                if isinstance(item, torch.Tensor) and isinstance(key, str) and not item.is_meta:
                     states.setdefault(place, {})[key] = item
                 elif isinstance(key, str):
                     inner[f"{place}.{key}".lstrip(".")] = item

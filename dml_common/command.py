@@ -201,6 +201,19 @@ def add_speed(add):
     add("--workers", type=int, metavar="N", help="threads that decode (this process's CPUs, at most 16)")
 
 
+def parse_as_published(parser, argv, settings):
+    """The parsed options: --as-published sets those of `settings`, and refuses another value beside it."""
+    args = parser.parse_args(argv)
+    if args.as_published:
+        parser.set_defaults(**settings)
+        args = parser.parse_args(argv)
+        for name, value in settings.items():
+            if (given := getattr(args, name)) != value:
+                option = name.replace("_", "-")
+                raise ValueError(f"--as-published means --{option} {value}, but it is {given}; leave one out")
+    return args
+
+
 def at_least(name, value, least=1):
     """Raise ValueError unless the option's value, where it is given, is at least this."""
     if value is not None and value < least:
@@ -291,6 +304,19 @@ def print_aligned(lines):
     for line in lines:
         cells = [line[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(line[1:], widths[1:])]
         print("  ".join(cells).rstrip())
+
+
+def print_rows(header, rows, most=20):
+    """The first rows of a CSV file on stdout, without its columns of spread and settings."""
+    hidden = {"correlation_std", "jsd_std", "std", "left_out", "order", "samples"}
+    columns = [k for k, name in enumerate(header) if name not in hidden]
+    cells = [[header[k].replace("correlation", "r") for k in columns]]
+    for row in rows[:most]:
+        values = ["" if row[k] is None else row[k] for k in columns]
+        cells.append([f"{value:.3f}" if isinstance(value, float) else str(value) for value in values])
+    print_aligned(cells)
+    if len(rows) > most:
+        print(f"… {len(rows) - most:,} more rows in the file")
 
 
 class Lines:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dml_common import checkpoints, files, networks, pictures, rowfile
+from dml_common import arrays, checkpoints, files, networks, pictures, rowfile
 
 
 def cached(head, shape, trunk, config, dataset, args, device, home):
@@ -16,8 +16,8 @@ def cached(head, shape, trunk, config, dataset, args, device, home):
     shape (f,) or, with the features of the mirrored pictures, (2, …). config: what config.json says; args:
     with precision, workers, skip_unreadable. trunk.pth beside it has the whole trunk.
     """
-    def load(path):
-        return pictures.load_pixels(path, config["preprocessing"])
+    def load(row):
+        return pictures.load_pixels(dataset.paths[row], config["preprocessing"])
 
     def stack(pixels):
         return networks.to_input(torch.from_numpy(np.stack(pixels)).to(device), config["preprocessing"])
@@ -38,7 +38,7 @@ def cached(head, shape, trunk, config, dataset, args, device, home):
     rows, path = range(len(dataset.paths)), home / "features.npy"
     state = {name: tensor.cpu() for name, tensor in trunk.state_dict().items()}
     trunk.to(device)
-    job = rowfile.Job({"name": "features"}, dataset, rows, path, about, home)
+    job = arrays.Job({"name": "features"}, dataset, rows, path, about, home)
     rowfile.fill([job], [shape], np.float32, load, stack, compute, 32, rowfile.BLOCK, args, "pictures")
     checkpoints.write_state(home / "trunk.pth", state)
     return files.read_array(path)

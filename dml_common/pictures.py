@@ -545,6 +545,28 @@ def input_size(preprocessing):
     return (crop, crop) if crop else tuple(preprocessing["resize"] or preprocessing["size"])
 
 
+def part_shown(preprocessing):
+    """Which part of a picture, in its middle, a network's input shows: {"of", "height", "width"}.
+
+    Shares of the picture's "shorter side" or of "each side", or numbers of its own "pixels". None: unknown.
+    """
+    resize, crop = preprocessing.get("resize"), preprocessing.get("crop")
+    sides = resize if isinstance(resize, list) else [resize or 1] * 2
+    if not (crop or isinstance(resize, list)) or len(sides) != 2 or min(sides) <= 0:
+        return None
+    of = "each side" if isinstance(resize, list) else "shorter side" if resize else "pixels"
+    height, width = (crop / side if crop else 1.0 for side in sides)
+    return {"of": of, "height": height, "width": width}
+
+
+def part_box(part, size):
+    """Where part_shown's part of a picture of size (width, height) is: (left, upper, right, lower)."""
+    units = {"pixels": (1, 1), "shorter side": (min(size), min(size)), "each side": size}[part["of"]]
+    half = part["width"] * units[0] / 2, part["height"] * units[1] / 2
+    x, y = size[0] / 2, size[1] / 2
+    return x - half[0], y - half[1], x + half[0], y + half[1]
+
+
 def resized(preprocessing, side):
     """The same for inputs whose shorter side has `side` pixels: resize and crop in proportion."""
     factor = side / min(input_size(preprocessing))
@@ -628,6 +650,13 @@ def opened(path, expected="a picture"):
             raise
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, …
             raise ValueError(f"{path}: can't be read as {expected} ({error}); replace or remove it") from None
+
+
+def size_of(path):
+    """(width, height) of a picture, or of the box of it that counts."""
+    with opened(path) as image:
+        box = getattr(path, "box", None)
+        return (box[2] - box[0], box[3] - box[1]) if box else image.size
 
 
 def resize_and_crop(image, preprocessing, resample=None):

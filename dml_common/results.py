@@ -28,7 +28,7 @@ MOST = 99_999        # partitions tried: the test is exact where there are no mo
 PERMUTATIONS = 9999  # of the order of properties, and of the losses' groups
 
 TEXTS = {"model", "fold", "model_a", "fold_a", "model_b", "fold_b", "loss", "embeddings", "property",
-         "distance", "null", "label", "measure", "lowest", "split", "ties",
+         "distance", "null", "label", "measure", "lowest", "split", "ties", "order",
          "normalised"}  # columns of tables that are no numbers
 SCORES = ("recall_at_1", "map_at_r", "jsd", "jsd_null", "r_precision", "positive_mean", "negative_mean")
 TESTED = ("recall_at_1", "map_at_r", "jsd", "r_precision")

@@ -7,7 +7,7 @@
     rows.finish()                                         # whoever ends last renames emb.npy.part to emb.npy
     rows.give_up()                                        # in any case
 
-`fill` is this loop for pictures: embed.py and saliency.py give it a function and the shape of a row.
+`fill` is this loop for pictures: embed.py and saliency.py give it jobs, a function and the shape of a row.
 
 While it fills, emb.json.part is the JSON, and emb.npy.part the array, then one byte a row (0 missing, 1
 written, 2 left out) and an end mark. These are cut off in the end; whatever else cuts the part cuts them
@@ -18,17 +18,14 @@ row claims it. Without locks on a file system rows may be computed twice, to the
 come and go.
 """
 import fcntl
-import hashlib
 import io
 import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -39,8 +36,9 @@ FLUSH = 2.0  # seconds
 MISSING, WRITTEN, LEFT_OUT = 0, 1, 2
 END = b"unfinished rows\n"
 GATE, USERS = 0, 1  # the bytes whose locks tell who is there
-# May differ between runs whose rows belong together: where a checkpoint lies (its sha256 counts), versions.
-NOT_COMPARED = ("checkpoint", "versions")
+# May differ between runs whose rows belong together: where a checkpoint lies (its sha256 counts), versions,
+# the part of the picture that maps show (which older arrays lack, and which the preprocessing tells).
+NOT_COMPARED = ("checkpoint", "versions", "part")
 SIZES = "sizes_in_bytes_sha256"
 
 
@@ -412,126 +410,32 @@ def write_all(descriptor, content, offset):
 # ---------------------------------------------------------------- pictures through networks
 
 
-def add_options(add, name):
-    """Which pictures, which networks, where to; add: a parser's add_argument."""
-    command.add_pictures(add)
-    command.add_networks(add, files.ROOT / "models")
-    command.add_speed(add)
-    add("--out", type=Path, default=Path("results"), metavar="FILE.npy|DIR",
-        help=f"one network's array, or the folder of all: DIR/<dataset>/<slug>/fold<k>/{name} (results)")
-    add("--skip-unreadable", action="store_true", help="leave pictures out that can't be read (stop there)")
-
-
-class Job(NamedTuple):
-    """One array to make: what a network gives for some pictures of a data set, a row each."""
-
-    spec: dict  # of networks.find
-    dataset: NamedTuple  # pictures.Dataset: what the network is analysed on
-    numbers: list  # in it, of the rows' pictures
-    path: Path
-    about: dict  # the JSON beside the array
-    folder: Path  # for the tables of all networks
-
-
-def jobs(args, name, options, seed, choose=range):
-    """The arrays that a command asks for: DIR/<dataset>/<slug>/fold<k>/NAME, or one at --out FILE.npy.
-
-    options: what the JSON says of the computation; seed: of random layers; choose: n -> numbers of pictures.
-    """
-    import PIL
-    import torch
-
-    from dml_common import networks, pictures
-
-    one = args.out.suffix == ".npy"
-    dataset = pictures.open_dataset(args.dataset, args.data_root, args.split)
-    loss = args.loss or (None if args.model or args.checkpoint else "all")
-    specs = networks.find(args.trained_on or dataset.name, loss, args.fold, args.model, args.checkpoint,
-                          args.weights, seed, args.models, args.output)
-    if one and len(specs) > 1:
-        raise ValueError(f"--out {args.out} is one array, but {len(specs)} networks were asked for "
-                         f"({specs[0]['name']}, {specs[1]['name']}, …); give a folder")
-    configs = [Path(spec["files"][0]).with_name("config.json") for spec in specs if spec["files"]]
-    inputs = [args.dataset, dataset.folder / "props.csv", *configs]
-    for ending in (".npy", ".json", ".labels.csv", ".classes.csv", ".props.csv") if one else ():
-        files.check_output(args.out.with_suffix(ending), inputs)
-    if not one and (args.out / dataset.name).resolve() == dataset.folder.resolve():
-        raise ValueError(f"--out {args.out}: results would go into the data set itself, {dataset.folder}, "
-                         "over its tables; give another folder")
-    for note in [*dataset.notes, *(spec["note"] for spec in specs)]:
-        if note and command.my_share()[0] == 0:
-            command.say(note)
-    versions = {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
-    wanted, folder = [], args.out.parent if one else args.out / dataset.name
-    for spec in specs:
-        own = pictures.own_pictures(dataset, spec["config"], args.dataset, args.data_root, args.split)
-        numbers, about = list(choose(len(own.paths))), {"dataset": dataset.name, "split": own.split}
-        if own.split == "held out":
-            about["rows"] = [spec["config"]["split"]["test"][i] for i in numbers]  # of the whole data set
-        about |= {**networks.describe(spec), "options": options, "versions": versions,
-                  "pictures": listed(own, numbers)}
-        path = args.out if one else folder / spec["slug"] / f"fold{spec['fold'] or 0}" / name
-        wanted.append(Job(spec, own, numbers, path, about, folder))
-    return wanted
-
-
-def listed(dataset, numbers):
-    """What the JSON says of these pictures: arrays with the same sha256 have the same rows."""
-    from dml_common.pictures import pictures_sha256
-
-    names, sizes = [dataset.relative[i] for i in numbers], hashlib.sha256()
-    for name, path in zip(names, (dataset.paths[i] for i in numbers)):
-        sizes.update(b"%s\0%d\n" % (os.fsencode(name), path.stat().st_size if path.exists() else -1))
-    return {"number": len(names), "sha256": pictures_sha256(names), SIZES: sizes.hexdigest()}
-
-
-def without(left_out, job):
-    """The JSON of an array that lacks these rows: their pictures could not be read."""
-    rows = set(left_out)
-    kept = [number for row, number in enumerate(job.numbers) if row not in rows]
-    names = [job.dataset.relative[job.numbers[row]] for row in left_out]
-    pictures = {**listed(job.dataset, kept), "left_out": names, "listed": job.about["pictures"]}
-    return {**job.about, "pictures": pictures}
-
-
-def incomplete(jobs, alike):
-    """Groups of the jobs whose arrays are not complete yet; alike: job -> what all jobs of a group share."""
-    groups = {}
-    for job in jobs:
-        if not is_complete(job.path, job.about):
-            groups.setdefault(repr(alike(job)), []).append(job)
-    if not groups and command.my_share()[0] == 0:
-        command.say(f"nothing to do: {len(jobs)} of {len(jobs)} arrays are there")
-    return list(groups.values())
-
-
 def fill(jobs, shapes, dtype, load, stack, compute, batch, least, args, unit):
     """Make the arrays of jobs that share their pictures, together with whatever other processes do the same.
 
     shapes: of a row of each; least: rows to claim at a time
     args: workers and skip_unreadable (None where there is no such option)
-    load: path -> a picture, in threads; ValueError or OSError when it can't be read
+    load: row -> its picture, in threads; ValueError or OSError when it can't be read
     stack: list of up to `batch` of them -> what compute takes, in a thread, while the one before is used
     compute: (numbers of arrays that lack these rows, rows, what stack gave) -> for each array (len(rows), …)
     Returns when every array is complete; what a dying process leaves is taken over.
     """
-    paths, (rank, ranks) = [jobs[0].dataset.paths[i] for i in jobs[0].numbers], command.my_share()
+    n, (rank, ranks) = len(jobs[0].numbers), command.my_share()
     what = jobs[0].spec["name"] if len(jobs) == 1 else f"{len(jobs)} networks"
-    blocks = shares(len(paths), rank, ranks, batch * -(-least // batch))  # whole batches
+    blocks = shares(n, rank, ranks, batch * -(-least // batch))  # whole batches
     workers, arrays, rounds = args.workers or min(16, command.available_cpus()), [], 0
     try:
         for job, shape in zip(jobs, shapes):
-            shape = (len(paths), *shape)
-            arrays.append(RowFile(job.path, shape, dtype, job.about, retry=not args.skip_unreadable))
+            arrays.append(RowFile(job.path, (n, *shape), dtype, job.about, retry=not args.skip_unreadable))
         with command.bar(sum(array.missing() for array in arrays), what, f" {unit}") as bar:
             bar.disable = bar.disable or rank > 0
-            while not all([array.finish(partial(without, job=job)) for job, array in zip(jobs, arrays)]):
+            while not all([array.finish(job.without) for job, array in zip(jobs, arrays)]):
                 if rounds:
                     time.sleep(0.5)
                 if rounds == 60:
                     command.say(f"{what}: waiting for rows that other processes have begun")
                 rounds += 1
-                with closing(prepared(arrays, blocks, batch, paths, load, stack, workers)) as batches:
+                with closing(prepared(arrays, blocks, batch, load, stack, workers)) as batches:
                     for which, rows, pictures, errors in batches:
                         leave_out(errors, [arrays[k] for k in which], args.skip_unreadable)
                         for k, values in zip(which, compute(which, rows, pictures) if rows else []):
@@ -554,7 +458,7 @@ def leave_out(errors, arrays, allowed):
             array.leave_out([row])
 
 
-def prepared(arrays, blocks, batch, paths, load, stack, workers):
+def prepared(arrays, blocks, batch, load, stack, workers):
     """Claim block after block; yield (arrays that lack them, rows, their pictures stacked, [(row, error)]).
 
     While a block is used the next one is decoded and stacked in threads.
@@ -574,7 +478,7 @@ def prepared(arrays, blocks, batch, paths, load, stack, workers):
         for block in [*blocks, None]:
             current, following = following, []
             for which, rows in claimed(arrays, *block, batch) if block else []:
-                futures = [pool.submit(load, paths[row]) for row in rows]
+                futures = [pool.submit(load, row) for row in rows]
                 following.append((which, pool.submit(ready, rows, futures)))  # its turn comes after theirs
             for which, future in current:
                 yield which, *future.result()

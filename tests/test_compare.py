@@ -14,6 +14,7 @@ from PIL import Image
 from scipy.spatial.distance import jensenshannon
 
 import compare
+from dml_common import files
 
 
 @pytest.fixture
@@ -313,9 +314,9 @@ def test_folds_and_ceilings(place, rng):
         assert float(row["corrected"]) == pytest.approx(float(row["correlation"]) / float(row["ceiling"]))
     values = np.load("p.npy")  # the pairs of the table, then each network with its second maps
     assert values.shape == (6, 6 + 6, 2)
-    for column, files in (4, ("triplet/fold1/maps", "none/fold1/maps")), \
+    for column, pair_of in (4, ("triplet/fold1/maps", "none/fold1/maps")), \
             (8, ("arcface/fold0/maps", "arcface/fold0/maps_ceiling")):
-        np.testing.assert_allclose(np.arctanh(values[:, column, 0]), by_numpy(*files), atol=1e-5)
+        np.testing.assert_allclose(np.arctanh(values[:, column, 0]), by_numpy(*pair_of), atol=1e-5)
     compare.main(["--dataset", "cars196", "--fold", "1"])
     assert {row["fold_a"] for row in read("results/cars196/compare.csv")} == {"1"}
     compare.main(["--dataset", "cars196", "--all-folds", "--out", "all.csv"])
@@ -327,13 +328,21 @@ def test_folds_and_ceilings(place, rng):
     assert folds == ["0", "0", "00", "1", "1", "1", "11", "11", "11"]
 
 
-def test_shared_noise_alone_has_no_ceiling(place, rng, capsys):
-    published(place, rng, shared=True)
-    for path in place.rglob("maps_ceiling.npy"):
-        path.unlink()
-    compare.main(["--dataset", "cars196"])
-    assert all(row["ceiling"] == "" for row in read("results/cars196/compare.csv"))
-    assert "raises r: 6 of 6, 0 of them compared across" in capsys.readouterr().err
+def test_the_published_settings_and_what_a_row_was_made_with(place, rng):
+    published(place, rng)
+    for path in place.rglob("maps*.json"):
+        options = json.loads(path.read_text())["options"]
+        change(path, options={**options, "order": "released", "samples": 20 if "none" in str(path) else 50})
+    compare.main(["--dataset", "cars196", "--as-published"])
+    rows = read("results/cars196/compare.csv")
+    assert {row["fold_a"] for row in rows} == {"0"}
+    assert [(row["order"], row["samples"]) for row in rows] == [("released", "50")] + [("released", "")] * 2
+    maps = [np.load(f"results/cars196/{slug}/fold0/maps.npy") for slug in ("triplet", "arcface")]
+    nats = np.mean([jensenshannon(*np.reshape(both, (2, -1)).astype(float))**2 for both in zip(*maps)])
+    assert float(rows[0]["jsd_nats"]) == pytest.approx(nats, abs=1e-6)
+    for option in (["--fold", "1"], ["--all-folds"]):
+        with pytest.raises(ValueError, match=f"--as-published means {option[0]} .*leave one out"):
+            compare.main(["--dataset", "cars196", "--as-published", *option])
 
 
 def test_networks_that_share_their_noise_are_compared_across_two(place, rng, capsys):
@@ -347,6 +356,49 @@ def test_networks_that_share_their_noise_are_compared_across_two(place, rng, cap
     own = [np.tanh(by_numpy(f"{slug}/fold1/maps", f"{slug}/fold1/maps_ceiling").mean())
            for slug in ("triplet", "arcface")]
     assert float(row["ceiling"]) == pytest.approx(np.sqrt(own[0] * own[1]), abs=1e-6)
+    for path in place.rglob("maps_ceiling.npy"):
+        path.unlink()
+    compare.main(["--dataset", "cars196"])
+    assert all(row["ceiling"] == "" for row in read("results/cars196/compare.csv"))
+    assert "raises r: 6 of 6, 0 of them compared across" in capsys.readouterr().err
+
+
+def test_maps_of_another_geometry_meet_on_their_common_part(place, rng, capsys):
+    """A CNN's middle half of the shorter side, a ViT's whole of it, and the whole picture, twice as wide."""
+    whole = np.zeros((3, 24, 48))  # of the pictures, in their own pixels
+    whole[:, 4:20, 16:32] = rng.random((3, 8, 8)).repeat(2, axis=1).repeat(2, axis=2)
+    middle = whole[:, :, 12:36]
+    coarse = middle.reshape(3, 12, 2, 12, 2).mean(axis=(2, 4))
+    listed = {"number": 3, "sha256": files.pictures_sha256([f"{i}.png" for i in range(3)])}
+    save(place / "cnn.npy", coarse[:, 3:9, 3:9], preprocessing={"resize": 12, "crop": 6}, pictures=listed)
+    save(place / "same.npy", coarse, preprocessing={"resize": 12, "crop": 12}, pictures=listed)
+    save(place / "vit.npy", middle, preprocessing={"resize": 24, "crop": 24}, pictures=listed)
+    save(place / "squeezed.npy", whole.reshape(3, 24, 48), preprocessing={"resize": [24, 48], "crop": None},
+         pictures=listed)
+    compare.main(["cnn.npy", "same.npy", "--out", "a.csv"])
+    row, = read("a.csv")
+    assert float(row["correlation"]) > 0.99999 and float(row["jsd"]) < 1e-6
+    assert "compared on the part that all show" in capsys.readouterr().err
+    (place / "set").mkdir()
+    for i in range(3):
+        Image.new("RGB", (96, 48)).save(place / f"set/{i}.png")
+    compare.main(["cnn.npy", "vit.npy", "squeezed.npy", "--dataset", "set", "--out", "b.csv"])
+    rows = read("b.csv")
+    assert float(rows[2]["correlation"]) > 0.99999  # the same pixels, from two geometries
+    assert float(rows[0]["correlation"]) == pytest.approx(float(rows[1]["correlation"]), abs=1e-4)
+    assert float(rows[0]["correlation"]) > 0.9  # averaging by a triangle is not averaging by a box
+
+
+def test_a_part_of_a_map_by_hand():
+    ramp = np.add.outer(np.arange(8.0), np.arange(8.0)) / 14
+    boxes = np.array([[0, 0, 8, 8], [2, 2, 6, 6]])
+    both = compare.on_common_part([ramp, ramp[2:6, 2:6]], boxes)
+    np.testing.assert_allclose(both, np.stack([ramp[2:6, 2:6]] * 2), atol=1e-6)
+    finer = np.add.outer(np.arange(16.0), np.arange(16.0)) / 30
+    both = compare.on_common_part([finer, ramp[2:6, 2:6]], boxes)
+    np.testing.assert_allclose(both[0], finer.reshape(8, 2, 8, 2).mean(axis=(1, 3))[2:6, 2:6], atol=1e-6)
+    with pytest.raises(ValueError, match="no common part"):
+        compare.on_common_part([ramp, ramp], np.array([[0, 0, 8, 8], [8, 0, 9, 8]]))
 
 
 def test_folds_of_different_pictures_are_compared_fold_by_fold(place, rng):
@@ -419,6 +471,31 @@ def test_masks_follow_resize_and_crop(place, rng):
             compare.main(["a.npy", *masks])
 
 
+def test_pictures_own_alpha_and_masks_that_say_nothing(place):
+    (place / "set").mkdir()
+    for i in range(2):
+        picture = np.full((20, 20, 4), 200, dtype=np.uint8)
+        picture[:, :10, 3] = 255 * i
+        picture[:, 10:, 3] = 255 * (1 - i)
+        Image.fromarray(picture, "RGBA").save(place / f"set/{i}.png")
+    maps = np.zeros((2, 20, 20))
+    maps[:, :, :10] = 1
+    save(place / "a.npy", maps, preprocessing={"resize": 20, "crop": 20}, pictures={})
+    compare.main(["a.npy", "--masks", "alpha", "--dataset", "set", "--out", "c.csv"])
+    rows = {row["measure"]: float(row["mean"]) for row in read("masks.csv")}
+    assert (rows["share"], rows["area"]) == (0.5, 0.5)
+    (place / "m").mkdir()
+    for colour, word in (0, "empty"), (255, "full"):
+        for i in range(2):
+            Image.new("L", (20, 20), colour).save(place / f"m/{i}.png")
+        with pytest.raises(ValueError, match=f"m: every mask is {word}"):
+            compare.main(["a.npy", "--masks", "m", "--dataset", "set", "--out", "d.csv"])
+    Image.new("RGB", (20, 20)).save(place / "set/1.png")
+    with pytest.raises(ValueError, match="set/1.png.*without an alpha channel"):
+        compare.main(["a.npy", "--masks", "alpha", "--dataset", "set", "--out", "d.csv"])
+    assert not list(place.glob("d*"))
+
+
 def test_embeddings_through_the_command(place, rng):
     published(place, rng)
     x = rng.normal(size=(50, 4)).astype(np.float32)
@@ -444,9 +521,11 @@ def test_embeddings_through_the_command(place, rng):
 def test_bad_input_teaches_and_leaves_nothing(place, rng):
     maps, high = rng.random((2, 4, 6, 6))
     high[2, 1, 1] = 1.5
-    for name, listed, resize in (("a", "one", 8), ("other", "two", 8), ("crop", "one", 16)):
+    for name, listed, resize in (("a", "one", 8), ("other", "two", 8), ("sides", "one", [6, 6])):
         geometry = {"resize": resize, "crop": 6}
         save(place / f"{name}.npy", maps, pictures={"sha256": listed}, preprocessing=geometry)
+    for name in ("two", "two_ceiling"):
+        save(place / f"{name}.npy", maps, checkpoint_sha256=name)
     shapes = {"small": maps[:, :5], "few": maps[:3], "flat": maps[0], "empty": maps[:0], "high": high}
     for name, array in shapes.items():
         save(place / f"{name}.npy", array)
@@ -457,10 +536,13 @@ def test_bad_input_teaches_and_leaves_nothing(place, rng):
         Image.new("L", (9, 9)).save(place / f"masks/{number}.png")
     before = sorted(place.iterdir())
     for arguments, message in [
-        (["a.npy", "small.npy"], r"a\.npy and small\.npy differ in shape, \(4, 6, 6\) and \(4, 5, 6\)"),
-        (["a.npy", "few.npy"], r"a\.npy and few\.npy differ in shape"),
+        (["a.npy", "small.npy"],
+         r"a\.npy and small\.npy differ in shape, without .*, \(4, 6, 6\) and \(4, 5"),
+        (["a.npy", "few.npy"], r"a\.npy and few\.npy differ in number of pictures, \(4,\) and \(3,\)"),
         (["a.npy", "other.npy"], r"a\.npy and other\.npy differ in pictures"),
-        (["a.npy", "crop.npy"], r"a\.npy and crop\.npy differ in geometry, \[8, 6\] and \[16, 6\]"),
+        (["a.npy", "sides.npy"], r"of each side and of shorter side of their pictures; give --dataset"),
+        (["two.npy", "two.npy"],
+         r"two\.npy and two_ceiling\.npy are of different weights .*make both in one run"),
         (["a.npy", "high.npy", "--per-picture", "p.npy"], r"high\.npy: picture 2 has values from .* to 1\.5"),
         (["a.npy"], r"one map file arrived \(a\.npy\)"),
         (["a.npy", "flat.npy"], r"flat\.npy has shape \(6, 6\)"),

@@ -1,6 +1,8 @@
 """A loss of one's own: docs/own-loss.md as it stands, the same conditions as the 14, and what is refused."""
+import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import test_train
+import torch
 from conftest import ROOT
 from test_train import config_of, history, p, place, run  # noqa: F401
 
@@ -83,6 +86,8 @@ def test_the_page_from_the_loss_to_the_table(tmp_path):
     (cars / "props.csv").write_text("\n".join(lines) + "\n")
     (tmp_path / "my_loss.py").write_text(blocks("python")[0])
     (tmp_path / "my_losses.csv").write_text(blocks("csv")[0])
+    (tmp_path / "my_net.py").write_text(blocks("python")[1])
+    torch.save(runpy.run_path(tmp_path / "my_net.py")["make"]().state_dict(), tmp_path / "mine.pth")
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for commands in blocks("bash"):
         quick = commands.replace("python train.py", "python train.py --epochs 2")
@@ -93,6 +98,9 @@ def test_the_page_from_the_loss_to_the_table(tmp_path):
     assert config["type"] == "classification"
     assert (config["split"]["kind"], config["split"]["label"]) == ("pictures", "model")  # of rendered cars
     assert r"| my\_loss:MyLoss |" in (tmp_path / "tables/nrprec_cars.md").read_text(encoding="utf-8")
+    assert r"| My net |" in (tmp_path / "tables/nrprec_cars.md").read_text(encoding="utf-8")
+    made = json.loads((tmp_path / "results/cars/my_net/fold0/maps.json").read_text())
+    assert (made["loss"], made["type"], made["checkpoint"]) == ("My net", "ranking", "mine.pth")
     for slug in ("circle", "triplet_hard", "large_margin"):
         assert (place(slug, 0, "cars", "models") / "embedder_best.pth").exists()
 

@@ -309,24 +309,7 @@ def test_killed_between_the_last_steps(tmp_path):
     assert process.communicate()[0] == "" and process.returncode == 0 and is_right(path, 20)
 
 
-# ---------------------------------------------------------------- no room
-
-
-def test_a_full_disk_is_noticed_before_the_work_starts(tmp_path):
-    code = """
-import resource, signal, sys
-from dml_common import rowfile
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # what a full disk does: no file grows beyond
-try:
-    rowfile.RowFile(sys.argv[1], (1000, 1000), "float32", {})
-except OSError as error:
-    print(error)
-"""
-    command = [sys.executable, "-c", code, str(tmp_path / "a.npy")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert "a.npy" in done.stdout and "3.8 MiB are needed" in done.stdout
-    assert os.listdir(tmp_path) == []
+# ---------------------------------------------------------------- places, shapes
 
 
 def test_a_place_that_cannot_be_written(tmp_path):

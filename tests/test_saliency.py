@@ -13,12 +13,12 @@ import torch
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import nn
 from torch.nn import functional as F
 
 import saliency
-from dml_common import networks
+from dml_common import gallery, networks
 from dml_common import pictures as pictures_of
 
 
@@ -98,28 +98,21 @@ def test_linear_network_in_closed_form(pictures, order):
 
 
 def literal(network, picture, black, samples, order, seed):
-    """Section 3.1 (or the authors' order) line by line in float64, one copy at a time."""
+    """Section 3.1 (or the authors' order) line by line, one copy at a time."""
     sigma = 0.15 * (picture.max() - picture.min())
     generator = torch.Generator().manual_seed(seed)
     gradients = []
     for _ in range(samples):
-        noise = torch.randn(picture.shape, generator=generator, dtype=torch.float64)
+        noise = torch.randn(picture.shape, generator=generator, dtype=picture.dtype)
         copy = (picture + sigma * noise).requires_grad_()
-        euclidean(network(copy[None]), network(black[None])).backward()
-        gradients.append(copy.grad.numpy())
+        euclidean(network(copy[None].clone()), network(black[None].clone())).backward()
+        gradients.append(copy.grad.double().numpy())
     if order == "paper":
         saliency_map = np.abs(np.mean(gradients, axis=0)).mean(axis=0)
     else:
         saliency_map = np.abs(np.mean(gradients, axis=1)).sum(axis=0)
     saliency_map = np.minimum(saliency_map, np.percentile(saliency_map, 99))
     return (saliency_map - saliency_map.min()) / (saliency_map.max() - saliency_map.min())
-
-
-@pytest.mark.parametrize("order", ["paper", "released"])
-def test_both_orders_against_a_literal_transcription(small, pictures, order):
-    maps = saliency.smoothgrad(small, pictures, BLACK, euclidean, samples=6, order=order, seeds=[7, 8, 9])
-    for i in range(3):
-        np.testing.assert_allclose(maps[i], literal(small, pictures[i], BLACK, 6, order, 7 + i), atol=1e-10)
 
 
 def test_the_orders_differ(small, pictures):
@@ -154,28 +147,6 @@ def test_prepared_network_gives_the_same_maps(small, pictures):
         maps = saliency.smoothgrad(folded, pictures, BLACK, euclidean, samples=5, order=order, stem=stem,
                                    batch=4)
         np.testing.assert_allclose(maps, expected, atol=1e-9)
-
-
-class WrittenBetween(nn.Module):
-    """A ReLU writes in place between convolution and batch norm, and the picture has a second way in."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
-
-    def forward(self, pictures):
-        x = self.norm(F.relu_(self.conv(pictures)))
-        return x.mean((2, 3)) + pictures.mean((1, 2, 3))[:, None]
-
-
-def test_what_can_not_be_folded_is_left_alone(pictures):
-    torch.manual_seed(0)
-    network = WrittenBetween().double().eval()
-    network.norm.running_mean.uniform_(-1, 1)
-    folded = saliency.fold_batchnorm(network, pictures[:1])
-    assert isinstance(folded.norm, nn.BatchNorm2d)
-    torch.testing.assert_close(folded(pictures), network(pictures))
-    assert saliency.linear_stem(network, pictures[:1]) is None
 
 
 # ---------------------------------------------------------------- noise
@@ -240,27 +211,13 @@ def test_bad_options_teach(small, pictures):
             saliency.smoothgrad(small, pictures, BLACK, euclidean, **options)
 
 
-class Detached(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
-        self.last = nn.Linear(4, 2)
-
-    def forward(self, pictures):
-        return self.last(self.inner(pictures).mean((2, 3)).detach())
-
-
 def test_networks_that_can_not_be_explained(pictures):
-    pictures = pictures.float()
     with pytest.raises(ValueError, match=r"returned \(1, 4, 12, 11\) for 1 pictures"):
-        saliency.smoothgrad(nn.Conv2d(3, 4, 3), pictures, BLACK.float(), euclidean)
-    for network in (Detached(), Detached().requires_grad_(False)):
-        with pytest.raises(ValueError, match="before layer last"):
-            saliency.smoothgrad(network, pictures, BLACK.float(), euclidean)
-    network = Detached()
-    network.inner[1].forward = lambda x: torch.sign(x).detach()
-    with pytest.raises(ValueError, match=r"inside layer inner\.1"):
-        saliency.smoothgrad(network, pictures, BLACK.float(), euclidean)
+        saliency.smoothgrad(nn.Conv2d(3, 4, 3).double(), pictures, BLACK, euclidean)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten()).double()
+    network[1].forward = lambda x: torch.sign(x).detach()
+    with pytest.raises(ValueError, match=r"inside layer 1 \(ReLU\)"):
+        saliency.smoothgrad(network, pictures, BLACK, euclidean)
 
 
 # ---------------------------------------------------------------- layers, distances
@@ -268,8 +225,9 @@ def test_networks_that_can_not_be_explained(pictures):
 
 def test_randomised_layers_are_new_and_the_same_again(small, pictures):
     layers = saliency.weighted_layers(small, pictures[:1])
-    assert layers == ["stem", "norm", "left.0", "left.1", "right.0", "right.1", "last"]
-    one, two = (saliency.randomise(small, layers[-2:], pictures, seed=3) for _ in range(2))
+    assert list(layers) == ["stem", "norm", "left.0", "left.1", "right.0", "right.1", "last"]
+    last = dict(list(layers.items())[-2:])
+    one, two = (saliency.randomise(small, last, pictures, seed=3) for _ in range(2))
     for name, old in small.state_dict().items():
         assert torch.equal(one.state_dict()[name], two.state_dict()[name])
         if not name.startswith(("last", "right.1")):
@@ -277,7 +235,43 @@ def test_randomised_layers_are_new_and_the_same_again(small, pictures):
     assert not torch.equal(one.last.weight, small.last.weight) and (one.last.bias == 0).all()
     normed = one.right[:2](one.relu(one.norm(one.stem(pictures))))
     torch.testing.assert_close(normed.mean((0, 2, 3)), torch.zeros(4, dtype=torch.float64), atol=1e-6, rtol=0)
-    assert torch.equal(saliency.randomise(small, [], pictures, 0).last.weight, small.last.weight)
+    assert torch.equal(saliency.randomise(small, {}, pictures, 0).last.weight, small.last.weight)
+
+
+class Transformer(nn.Module):
+    """A class token, position embeddings, attention (called by keyword) and layer scales, as in ViTs."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 4, 4)
+        self.token, self.positions = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 10, 8))
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.scale = nn.Parameter(torch.rand(8))
+        self.block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, pictures):
+        x = self.patches(input=pictures).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1) + self.positions
+        x = x + self.scale * self.attention(query=x, key=x, value=x, need_weights=False)[0]
+        return self.norm(self.block(x))[:, 0]
+
+
+def test_the_sanity_check_leaves_no_trained_parameter():
+    torch.manual_seed(0)
+    network, pictures = Transformer().eval(), torch.rand(2, 3, 12, 12)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)  # none has the value it begins with
+    layers = saliency.weighted_layers(network, pictures[:1])
+    assert list(layers)[:3] == ["the rest: token, positions, scale", "patches", "attention"]
+    assert list(layers)[-1] == "norm" and layers["attention"][-1] == "attention.out_proj.bias"
+    assert sorted(sum(layers.values(), [])) == sorted(name for name, _ in network.named_parameters())
+    fresh = dict(saliency.randomise(network, layers, pictures, 0).named_parameters())
+    assert not [name for name, old in network.named_parameters() if (old == fresh[name]).any()]
+    top = dict(saliency.randomise(network, {"norm": layers["norm"]}, pictures, 0).named_parameters())
+    changed = [name for name, old in network.named_parameters() if not torch.equal(old, top[name])]
+    assert changed == layers["norm"]
 
 
 @pytest.mark.parametrize("name", ["euclidean", "squared_euclidean", "cosine", "dot_product", "snr"])
@@ -326,6 +320,47 @@ class Cut(nn.Module):
 
     def forward(self, x):
         return self.head(self.body(x).detach().mean((2, 3)))
+
+class Stochastic(nn.Module):
+    preprocessing = {"resize": 32, "crop": 28}
+
+    def __init__(self):
+        super().__init__()
+        self.body = build()
+
+    def forward(self, x):
+        return nn.functional.dropout(self.body(x))
+
+class Fixed(Stochastic):
+    def forward(self, x):
+        torch._assert(x.shape[-1] == 518, "Input height doesn't match model (518).")
+
+class Rounded(Stochastic):
+    def forward(self, x):
+        return self.body(x).mul(64).to(torch.int8).float()
+
+class Broken(Stochastic):
+    def forward(self, x):
+        y = torch.exp(x)
+        z = y.mean((2, 3))
+        y.mul_(2)
+        return z * y.mean((2, 3))
+
+class OfBatch(nn.Module):
+    preprocessing = {"resize": 32, "crop": 28}
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        norm = nn.BatchNorm2d(8, track_running_stats=False)
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 5), norm, nn.Softplus(), nn.AdaptiveAvgPool2d(2),
+                                  nn.Flatten(), nn.Linear(32, 4))
+
+    def forward(self, x):
+        return self.body(x)
+
+def quantised():
+    return torch.ao.quantization.quantize_dynamic(build().eval(), {nn.Linear}, dtype=torch.qint8)
 
 class Nan(nn.Module):
     preprocessing = {"resize": 32, "crop": 28}
@@ -431,8 +466,8 @@ def test_networks_of_one_trunk_and_noise_share_its_passes(place, held_out_networ
 
     monkeypatch.setattr(saliency, "embed", counted)
     saliency.main([*options, "--loss", ",".join(slugs), "--ceiling"])
-    # two folds and noises: two probes of the stem, three baselines, three pictures' copies; not thrice that
-    assert sum(passes) == 2 * 2 * (2 + 3 + 3 * 4)
+    # two folds and noises: seven trials, three baselines, three pictures' copies; not thrice that
+    assert sum(passes) == 2 * 2 * (7 + 3 + 3 * 4)
     made = about("results/pictures/arcface/fold1/maps.json")
     assert made["rows"] == [1, 3, 5]
     names = [whole.relative[i] for i in (1, 3, 5)]
@@ -457,37 +492,26 @@ def start(*arguments, slow=0.0, command=(sys.executable, str(ROOT / "saliency.py
                             env=variables)
 
 
-@pytest.mark.parametrize("apart, killed", [(0, True), (1.0, False)])
-def test_one_command_started_three_times(place, capsys, apart, killed):
-    """Together or apart, one of them killed: all end with 0 and the bytes of one process, and all is done."""
-    run("--out", "one.npy")
-    processes = []
-    for _ in range(3):
-        processes.append(start("--out", "maps.npy", "--ceiling", slow=0.1))
-        time.sleep(apart)
-    if killed:
-        while not (place / "maps.npy.part").exists():
-            time.sleep(0.01)
-        processes[0].send_signal(signal.SIGKILL)
-    said = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [-9 if killed else 0, 0, 0], said
-    assert (place / "maps.npy").read_bytes() == (place / "one.npy").read_bytes()
-    names = ["maps.json", "maps.npy", "maps_ceiling.json", "maps_ceiling.npy"]
-    assert sorted(path.name for path in place.glob("*maps*")) == names
-    run("--out", "maps.npy", "--ceiling")
-    assert "nothing to do: 2 of 2 arrays are there" in capsys.readouterr().err
-
-
-def test_what_two_processes_leave_out_is_in_the_json(place):
-    """The JSON is made under the lock: whoever finishes names what the other could not read."""
+def test_one_command_started_three_times(place, capsys):
+    """One is killed: the others end with 0 and the bytes of one; who finishes names what all left out."""
     (place / "pictures" / "3.png").write_bytes(b"not a picture")
     (place / "pictures" / "11.png").write_bytes(b"not a picture")
-    processes = [start("--out", "maps.npy", "--skip-unreadable", slow=0.05) for _ in range(2)]
+    run("--out", "one.npy", "--skip-unreadable")
+    options = ("--out", "maps.npy", "--ceiling", "--skip-unreadable")
+    processes = [start(*options, slow=0.1) for _ in range(3)]
+    while not (place / "maps.npy.part").exists():
+        time.sleep(0.01)
+    processes[0].send_signal(signal.SIGKILL)
     said = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
-    listed = about("maps.json")["pictures"]
-    assert len(np.load("maps.npy")) == listed["number"] == 10 and listed["left_out"] == ["3.png", "11.png"]
-    assert "".join(said).count("left out") == 2
+    assert [process.returncode for process in processes] == [-9, 0, 0], said
+    assert (place / "maps.npy").read_bytes() == (place / "one.npy").read_bytes()
+    for name in ("maps", "maps_ceiling"):
+        listed = about(f"{name}.json")["pictures"]
+        assert listed["number"] == 10 and listed["left_out"] == ["3.png", "11.png"]
+    names = ["maps.json", "maps.npy", "maps_ceiling.json", "maps_ceiling.npy"]
+    assert sorted(path.name for path in place.glob("*maps*")) == names
+    run(*options)
+    assert "nothing to do: 2 of 2 arrays are there" in capsys.readouterr().err
 
 
 def test_two_ranks_write_one_array_and_draw_its_gallery(place):
@@ -514,14 +538,25 @@ def test_options_reach_the_maps(place):
         assert other.shape == plain.shape and other.max() == 1 and not np.array_equal(other, plain), options
 
 
+def test_as_published_and_what_contradicts_it(place, refused):
+    for options in (["--order", "paper"], ["--samples", "20"], ["--fold", "1"], ["--noise", "0.1"]):
+        said = refused(saliency.main, *OPTIONS[:4], "--as-published", *options, "--out", "maps.npy")
+        assert said == f"--as-published means {options[0]} {saliency.PUBLISHED[options[0][2:]]}, but it is " \
+            f"{options[1]}; leave one out"
+    saliency.main([*OPTIONS[:4], "--as-published", "--limit", "1", "--out", "published.npy"])
+    run("--samples", "50", "--order", "released", "--limit", "1", "--out", "maps.npy")
+    assert about("published.json") == about("maps.json") and about("maps.json")["options"]["samples"] == 50
+    assert np.array_equal(load("published.npy"), load("maps.npy"))
+
+
 def test_gallery_pages_and_overlay(place):
     run("--out", "maps.npy", "--gallery", "g.png", "--pick", ",".join(map(str, range(10))), "--overlay")
     with Image.open("g.png") as one, Image.open("g_2.png") as two:
         assert one.width - two.width == 6 * 176 and one.height == two.height == 24 + 2 * 176
-    assert (saliency.heat(np.zeros((2, 2))) == saliency.HEAT[0].astype(int)).all()
-    assert saliency.heat(np.array([[1.0, np.nan]]))[0].tolist() == [[252, 255, 164], [128] * 3]
+    assert (gallery.heat(np.zeros((2, 2))) == gallery.HEAT[0].astype(int)).all()
+    assert gallery.heat(np.array([[1.0, np.nan]]))[0].tolist() == [[252, 255, 164], [128] * 3]
     cells = [np.full((28, 28, 3), 60, dtype=np.uint8)] * 3
-    sheet = saliency.draw_gallery([cells] * 2, ["Picture", "ArcFace", "Triplet"], ["a/long/" * 9, "b.jpg"])
+    sheet = gallery.draw_gallery([cells] * 2, ["Picture", "ArcFace", "Triplet"], ["a/long/" * 9, "b.jpg"])
     assert sheet.height == 24 + 3 * 176 and sheet.getpixel((sheet.width - 90, 100)) == (60, 60, 60)
     os.rename("pictures/3.png", "pictures/3_2.png")
     for options in (["pictures/4.png"], ["pictures/3.png", "--pick", ",".join(map(str, range(9)))]):
@@ -536,6 +571,8 @@ def test_sanity_check_falls(place):
         rows = list(csv.DictReader(file))
     assert [int(row["layers"]) for row in rows] == [0, 1, 2, 3, 4]
     assert rows[4]["lowest"] == "0" and rows[0]["lowest"] == ""
+    assert (float(rows[0]["share"]), float(rows[4]["share"])) == (0, 1)
+    assert float(rows[1]["share"]) == pytest.approx(198 / 1406)  # the linear layer's of 608 + 16 + 584 + 198
     values = [float(row["correlation"]) for row in rows]
     assert values[0] > 0.5 and values[-1] < values[0] / 2
 
@@ -588,6 +625,17 @@ BAD = [
     (["--map-size", "29"], "28 × 28"),
     (["--model", "tiny_networks:maps"], "expected a tensor (pictures, dimension)"),
     (["--model", "tiny_networks:Cut"], "before layer head (Linear)"),
+    (["--model", "tiny_networks:Stochastic"], "gives another embedding each time: does dropout"),
+    (["--model", "tiny_networks:Fixed"], "AssertionError: Input height doesn't match model (518)."),
+    (["--model", "tiny_networks:Rounded"], "no gradient reaches the pictures"),
+    (["--model", "tiny_networks:Broken"], "modified by an inplace operation"),
+    (["--against", "nowhere.png"], "--against nowhere.png: pictures lacks 1 of the 1 pictures: nowhere.png"),
+    (["--against", "tiny_pairs.csv"], "tiny_pairs.csv: pictures lacks 2 of the 3 pictures: x.png, y"),
+    (["--against", "0.png", "--pick", "12"], "--pick 12: there are 12 pairs"),
+    (["--against", "0.png", "--baseline", "blur"], "--against has the other picture for a baseline"),
+    (["--type", "ranking"], "--as NAME [--type …] names one network"),
+    (["--as", "Triplet"], "--as Triplet: models/losses.csv has a loss of this name"),
+    (["--as", "Mine", "--fold", "0,1"], "--as Mine: --fold is 0,1; expected one number"),
     (["--gallery", "nowhere/g.png"], "does not exist"),
     (["--dataset", "nothing"], "nothing"),
     (["--model", "bninceptoin"], "bninceptoin"),
@@ -598,6 +646,7 @@ BAD = [
 def test_bad_input_teaches_and_leaves_nothing(place, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    (place / "tiny_pairs.csv").write_text("a,b\n0.png,x.png\n0.png,y\n")
     before = sorted(place.rglob("*"))
     for arguments, said in BAD:
         with pytest.raises((ValueError, OSError)) as caught:
@@ -627,13 +676,6 @@ def test_cars_draw_more_than_their_area(renders, tmp_path):
     assert (maps * masks).sum() / maps.sum() > 1.3 * np.mean(masks)
 
 
-def test_batch_norms_without_statistics_stay_as_they_are():
-    norm = nn.BatchNorm2d(4, track_running_stats=False)
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Flatten()).eval()
-    picture = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(saliency.fold_batchnorm(network, picture)(picture), network(picture))
-
-
 def test_whatever_a_network_raises_ends_in_one_line():
     class Broken(nn.Module):
         def forward(self, pictures):
@@ -641,3 +683,194 @@ def test_whatever_a_network_raises_ends_in_one_line():
 
     with pytest.raises(ValueError, match=r"fails on a picture \(3, 8, 8\): KeyError: 'no such key'"):
         saliency.prepare(Broken(), torch.rand(1, 3, 8, 8))
+
+
+# ---------------------------------------------------------------- pairs, faithfulness
+
+
+def test_why_two_pictures_are_alike(place, capsys):
+    (place / "pairs.csv").write_text("picture,other,note\n3,7,\n5,5,itself\n7,3,turned\n")
+    run("--against", "pairs.csv", "--out", "maps.npy", "--seed", 2, "--gallery", "g.png")
+    maps, made = load("maps.npy"), about("maps.json")
+    assert maps.shape == (6, 28, 28) and made["options"]["against"] == "pairs.csv"
+    assert made["pictures"]["names"] == [f"{k}.png" for k in (3, 7, 5, 5, 7, 3)]
+    assert "2 maps are all zeros (a picture against itself)" in capsys.readouterr().err
+    assert (maps[2:4] == 0).all()
+    np.testing.assert_allclose(maps[[5, 4]], maps[:2], atol=1e-3)  # each side's noise is of its picture alone
+    network = networks.load(networks.find(model="tiny_networks:build")[0])
+    pixels = [pictures_of.load_pixels(f"pictures/{k}.png", network.preprocessing) for k in (3, 7)]
+    three, seven = torch.from_numpy(pictures_of.normalise(np.stack(pixels), network.preprocessing))
+    seeds = [saliency.noise_seed(2, network.name, k) for k in (3, 7)]
+    expected = saliency.smoothgrad(network.module, torch.stack([three, seven]), torch.stack([seven, three]),
+                                   euclidean, samples=4, seeds=seeds)
+    np.testing.assert_allclose(maps[:2], expected, atol=1e-3)
+    with Image.open("g.png") as gallery:
+        assert gallery.height == 24 + 2 * 176 and gallery.width > 6 * 176
+    os.rename("pictures/7.png", "seven.png")  # a picture that is none of the data set's
+    run("--against", "seven.png", "--out", "one.npy", "--seed", 2, "--pick", "3,1")
+    assert about("one.json")["pictures"]["names"] == ["3.png", "seven.png", "1.png", "seven.png"]
+    np.testing.assert_allclose(load("one.npy")[0], maps[0], atol=1e-3)
+    (place / "pictures/1.png").write_bytes(b"none")
+    run("--against", "3.png", "--out", "rest.npy", "--pick", "1,2", "--skip-unreadable", "--gallery", "h.png")
+    assert about("rest.json")["pictures"]["names"] == ["2.png", "3.png"]
+
+
+def test_blocks_of_a_linear_network_by_hand():
+    weights = torch.tensor([4.0, 3, 2, 1])
+
+    def network(pictures):  # the means of four blocks of 8 × 8 pixels
+        return F.avg_pool2d(pictures, 8).flatten(1)
+
+    def distance(a, b):
+        return ((a - b).abs() * weights).sum(dim=1) - 7  # as the dot product's, not 0 of equal ones
+
+    picture, blurred = torch.ones(1, 16, 16), torch.zeros(1, 16, 16)
+    order = saliency.block_order(torch.tensor([[0.9, 0.5], [0.3, 0.1]]), (16, 16))
+    assert order.tolist() == [0, 1, 2, 3]
+    areas = saliency.faithfulness(network, picture, blurred, [order, order.flip(0)], distance, steps=4,
+                                  batch=3)
+    # deletion 0, 0.4, 0.7, 0.9, 1: (0.4 + 0.7 + 0.9 + 0.5) / 4; insertion 1, 0.6, 0.3, 0.1, 0
+    np.testing.assert_allclose(areas, [[0.625, 0.375], [0.375, 0.625]], atol=1e-6)
+    assert saliency.faithfulness(network, picture, picture, [order], distance).isnan().all()
+
+
+def test_blocks_at_the_edge_and_steps():
+    values = torch.zeros(20, 12)
+    values[16:, 8:] = 0.5  # of the last block 4 × 4 pixels are in the picture
+    values[:8, :8] = 0.4
+    order = saliency.block_order(values, (20, 12))
+    assert order.tolist() == [5, 0, 1, 2, 3, 4]
+    there = saliency.replaced_blocks(order, (20, 12), steps=3)
+    assert there.sum((1, 2)).tolist() == [0, 16 + 64, 16 + 64 + 32 + 64, 240]
+    assert there[1].nonzero().tolist() == ((values > 0).nonzero()).tolist()
+
+
+def test_interval_of_a_mean_against_scipy():
+    from scipy import stats
+    values = np.random.default_rng(0).normal(size=30)
+    n, mean, deviation, *interval = saliency.mean_interval(np.append(values, np.nan))
+    assert (n, mean, deviation) == (30, pytest.approx(values.mean()), pytest.approx(values.std(ddof=1)))
+    np.testing.assert_allclose(interval, stats.t.interval(0.95, 29, mean, deviation / 30**0.5))
+    assert saliency.mean_interval(np.array([2.0])) == [1, 2.0, None, None, None]
+    assert saliency.mean_interval(np.array([np.nan])) == [0, None, None, None, None]
+
+
+def test_faithfulness_through_the_command(place, capsys):
+    Image.new("RGB", (40, 40), "white").save("pictures/2.png")  # its blur is itself
+    run("--out", "maps.npy", "--limit", 5, "--faithfulness")
+    said, areas = capsys.readouterr(), np.load("maps_faithfulness.npy")
+    maps = torch.from_numpy(load("maps.npy"))
+    assert areas.shape == (5, 3, 2) and np.isnan(areas[2]).all() and "deletion_less_random" in said.out
+    network = networks.load(networks.find(model="tiny_networks:build")[0])
+    pixels = pictures_of.load_pixels("pictures/4.png", network.preprocessing)
+    blurred = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(10))
+    pair = [torch.from_numpy(pictures_of.normalise(np.asarray(one), network.preprocessing))
+            for one in (pixels, blurred)]
+    orders = [saliency.block_order(maps[k].float(), (28, 28)) for k in (4, 0)]
+    expected = saliency.faithfulness(network.module, *pair, orders, networks.distance("euclidean"))
+    np.testing.assert_allclose(areas[4, :2], expected, atol=1e-4)
+    assert 0.2 < areas[4, 2].min() and areas[4, 2].max() < 0.8
+    with open("faithfulness.csv") as file:
+        rows = {row["measure"]: row for row in csv.DictReader(file)}
+    for k, name in enumerate(("deletion", "insertion")):
+        less = (areas[:, 0, k] - areas[:, 1, k])[[0, 1, 3, 4]]
+        row = rows[f"{name}_less_other"]
+        assert (row["n"], row["left_out"]) == ("4", "1")
+        assert float(row["mean"]) == pytest.approx(less.mean(), abs=1e-6)
+        assert float(row["low"]) < less.mean() < float(row["high"])
+    first = (place / "faithfulness.csv").read_bytes()
+    os.remove("maps_faithfulness.npy")
+    run("--out", "maps.npy", "--limit", 5, "--faithfulness", "--batch", 3)
+    assert "nothing to do" in capsys.readouterr().err
+    np.testing.assert_allclose(np.load("maps_faithfulness.npy"), areas, atol=1e-5)
+    assert len((place / "faithfulness.csv").read_bytes()) == pytest.approx(len(first), rel=0.1)
+
+
+def test_networks_whose_embedding_depends_on_the_batch_take_one_at_a_time(place, capsys):
+    for batch in ("1", "9"):
+        run("--model", "tiny_networks:OfBatch", "--out", f"{batch}.npy", "--limit", 2, "--batch", batch)
+    assert "they pass one at a time" in capsys.readouterr().err
+    np.testing.assert_array_equal(load("9.npy"), load("1.npy"))
+
+
+def test_a_network_trained_elsewhere_stands_beside_the_others(place, held_out_networks):
+    held_out_networks(place / "models", "pictures", "tiny_networks:build", 6)
+    run("--models", "models", "--as", "My loss", "--type", "ranking", "--fold", "1", "--out", "results")
+    made = about("results/pictures/my_loss/fold1/maps.json")
+    assert [made[key] for key in ("loss", "type", "fold")] == ["My loss", "ranking", 1]
+    assert made["rows"] == [1, 3, 5, 7, 9, 11]
+    run("--as", "My loss", "--split", "all", "--limit", "2", "--out", "more")
+    made = about("more/pictures/my_loss/fold0/maps.json")
+    assert made["type"] is None and "rows" not in made
+
+
+# ---------------------------------------------------------------- whatever a network does
+
+
+class Own(nn.Module):
+    """A small network that is called in an unusual way: `kind` says in which."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.conv, self.norm = kind, nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6)
+        self.second, self.relu = nn.Conv2d(6, 6, 3, padding=1), nn.ReLU(inplace=kind == "in-place layers")
+        self.last, self.norms = nn.Linear(24, 4), [self.norm, self.norm]
+        if kind != "re-used layers":
+            self.norms = nn.ModuleList([self.norm, nn.BatchNorm2d(6)])
+        if kind == "no statistics":
+            self.norms[0] = nn.BatchNorm2d(6, track_running_stats=False)
+        if kind == "weight_norm":
+            self.conv = nn.utils.weight_norm(self.conv)
+        if kind == "written between":
+            self.conv.register_forward_hook(lambda module, given, output: F.relu_(output))
+        if kind == "volumes":
+            self.unused = nn.Conv3d(1, 1, 2)  # bears no channels-last
+
+    def get_extra_state(self):
+        return "no tensor"
+
+    def set_extra_state(self, state):
+        pass
+
+    def forward(self, x):
+        entered = x.mean((2, 3))
+        if self.kind == "writes into its input":
+            x.sub_(0.5).div_(0.25)
+        if self.kind == "writes into a view":
+            x[:, 0] -= x[:, 1]
+        x = self.relu(self.norms[0](self.conv(input=x) if self.kind == "keyword" else self.conv(x)))
+        for _ in range(2 if self.kind == "re-used layers" else 1):
+            x = self.relu(self.norms[1](self.second(x)))
+        if self.kind == "checkpoint":
+            x = torch.utils.checkpoint.checkpoint(self.relu, x, use_reentrant=False)
+        x = F.adaptive_avg_pool2d(x, 2)
+        x = self.last(x.view(len(x), -1) if self.kind == "views" else x.flatten(1))
+        return x + entered[:, :1] if self.kind == "two ways in" else x
+
+
+def made(kind):
+    torch.manual_seed(3)
+    network = Own(kind)
+    for name, buffer in network.named_buffers():
+        if "running" in name:
+            buffer.uniform_(*((-0.2, 0.2) if "mean" in name else (0.5, 2)))
+    return network.eval().double()
+
+
+@pytest.mark.parametrize("kind", [
+    "plain", "no statistics", "weight_norm", "volumes", "writes into its input", "writes into a view",
+    "keyword", "in-place layers", "written between", "two ways in", "re-used layers", "views",
+    "checkpoint", "TorchScript"])
+@pytest.mark.parametrize("order", ["paper", "released"])
+def test_maps_of_any_network_are_those_of_a_plain_smoothgrad(kind, order):
+    batch = 1 if kind == "no statistics" else 5
+    network, generator = made(kind), torch.Generator().manual_seed(1)
+    pictures = torch.rand(2, 3, 12, 12, generator=generator, dtype=torch.float64)
+    black = torch.full((3, 12, 12), -0.2, dtype=torch.float64)
+    expected = [literal(network, picture, black, 4, order, i) for i, picture in enumerate(pictures)]
+    if kind == "TorchScript":
+        network = torch.jit.trace(network, pictures)
+    ready, stem = saliency.prepare(network, pictures[:1].clone())
+    maps = saliency.smoothgrad(ready, pictures, black, euclidean, samples=4, order=order, stem=stem,
+                               batch=batch)
+    np.testing.assert_allclose(maps, np.stack(expected), atol=1e-7)
