@@ -55,8 +55,8 @@ FOLDS = 4
 BINS = 200
 LR = {False: 1e-4, True: 1e-3}  # of the network, without and with --freeze-trunk
 SCORES = ("recall_at_1", "map_at_r", "jsd")
-HEADER = ("epoch", "split", "loss", "positive_mean", "negative_mean", "jsd", "recall_at_1", "map_at_r",
-          "seconds")
+HEADER = ("epoch", "split", "loss", "positive_mean", "negative_mean", "jsd", "jsd_null", "recall_at_1",
+          "map_at_r", "seconds")
 OPTIONS = ("epochs", "batch", "per_class", "lr", "loss_lr", "weight_decay", "schedule", "select",
            "train_sample", "seed", "precision", "compile")
 
@@ -358,11 +358,12 @@ class Run:
             batches = epoch_batches(codes, options["batch"], options["per_class"], rng)
             labels = torch.from_numpy(codes).to(x.device)
             loss = mean_loss(self.criterion, self.miner, x, labels, batches)
-        scores = pair_scores(x.cpu().numpy(), codes, bins=(BINS,), recall=(1,), permutations=0,
+        scores = pair_scores(x.cpu().numpy(), codes, bins=(BINS,), recall=(1,), seed=options["seed"],
                              threads=1 if len(x) < 1000 else None)
         self.history.append([
             self.epoch, part.replace("scored", "train"), loss, scores.positive_mean, scores.negative_mean,
-            scores.jsd[BINS], scores.recall[1], scores.map_at_r, time.perf_counter() - start])
+            scores.jsd[BINS], scores.jsd_null[BINS], scores.recall[1], scores.map_at_r,
+            time.perf_counter() - start])
         if part == "test":
             self.counts[self.epoch] = [counts.tolist() for counts in scores.histograms[BINS]]
 
@@ -467,8 +468,10 @@ class Run:
             return
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
+            if any(len(row) != len(HEADER) for row in content["state"]["history"]):
+                raise ValueError("of an older version")
         except Exception as error:  # whatever damaged bytes provoke
-            raise ValueError(f"{path}: damaged ({type(error).__name__}); remove it to begin anew") from None
+            raise ValueError(f"{path}: damaged ({error!r:.80}); remove it to begin anew") from None
         for name, values in content["modules"].items():
             getattr(self, name).load_state_dict(values)
         vars(self).update(content["state"])
@@ -520,19 +523,24 @@ def on_cpu(module):
 
 
 def print_scores(runs):
-    """Table 1: the test part's scores, at the best epoch and before training; of several folds the mean."""
+    """Table 1: the test part's scores, at the best epoch and before training; of several folds the mean.
+
+    Beside each JSD stands its null: what permuted labels give of so few pairs.
+    """
     from dml_common import command, files
-    lines = [["", "", "", "test", "", "", "before", "", ""],
-             ["loss", "fold", "epoch", *("Recall@1", "MAP@R", "JSD") * 2]]
+    names = (*SCORES, "jsd_null")
+    lines = [["", "", "", "test", "", "", "", "before", "", "", ""],
+             ["loss", "fold", "epoch", *("Recall@1", "MAP@R", "JSD", "null") * 2]]
     for _, folds in groupby(runs, key=lambda run: run.row["slug"]):
         scores = []
         for run in folds:
             table = files.read_table(run.folder / "history.csv")
             tests = [i for i, split in enumerate(table["split"]) if split == "test"]
-            values = [float(table[name][i]) for i in (tests[-1], tests[0]) for name in SCORES]
+            none = ["nan"] * len(table["split"])  # of older versions: they wrote no jsd_null
+            values = [float(table.get(name, none)[i]) for i in (tests[-1], tests[0]) for name in names]
             cells = [table["epoch"][tests[-1]], *(f"{value:.3f}" for value in values)]
             if run.progress() == "diverged":
-                cells[:4] = ["", "diverged", "", ""]
+                cells[:5] = ["", "diverged", "", "", ""]
             else:
                 scores.append(values)
             lines.append([run.row["name"], str(run.config["fold"]), *cells])

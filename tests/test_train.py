@@ -110,8 +110,9 @@ def scores_of(slug, rows, factory="tiny"):
     inputs = [torch.from_numpy(pictures.load_picture(dataset.paths[i], network.preprocessing)) for i in rows]
     with torch.inference_mode():
         x = network.module(torch.stack(inputs)).numpy()
-    score = pairs.pair_scores(x, dataset.labels[rows], recall=(1,), permutations=0)
-    return [score.positive_mean, score.negative_mean, score.jsd[200], score.recall[1], score.map_at_r]
+    score = pairs.pair_scores(x, dataset.labels[rows], recall=(1,), seed=1)
+    return [score.positive_mean, score.negative_mean, score.jsd[200], score.jsd_null[200], score.recall[1],
+            score.map_at_r]
 
 
 # ---------------------------------------------------------------- splits, batches, crops
@@ -352,7 +353,7 @@ def test_two_epochs_lower_every_loss(p, frozen, capsys):
     assert run("--loss", "all,None", "--lr", 1e-3, *["--freeze-trunk"] * frozen) == 0
     table = capsys.readouterr().out.splitlines()
     assert len(table) == 2 + 15
-    assert table[1].split() == ["loss", "fold", "epoch"] + ["Recall@1", "MAP@R", "JSD"] * 2
+    assert table[1].split() == ["loss", "fold", "epoch"] + ["Recall@1", "MAP@R", "JSD", "null"] * 2
     start, trunks, parts = None, set(), ("train", "validation")
     for slug in LOSSES:
         rows = history(place(slug))
@@ -391,7 +392,7 @@ def test_what_a_run_writes(p):
     best = list(rows)[-1]
     (folder.parent / "fold0").symlink_to("fold2")
     assert rows[best][1:] == pytest.approx(scores_of("triplet", test), abs=1e-5)
-    assert best[0] == max((1, 2), key=lambda epoch: (rows[epoch, "validation"][5], -epoch))
+    assert best[0] == max((1, 2), key=lambda epoch: (rows[epoch, "validation"][6], -epoch))
     bins = files.read_table(folder / "histograms.csv")
     for epoch in {"0", str(best[0])}:
         chosen = [i for i, e in enumerate(bins["epoch"]) if e == epoch]
