@@ -631,7 +631,7 @@ def main(argv=None):
                 **job.about, "distance": args.distance or job.spec["distance"],
                 "options": {**options, "ceiling": ceiling, "noise_of": noise_of}}))
     if args.gallery:
-        folds = sorted({job.spec["fold"] for job in jobs if job.dataset.split == "held out"})
+        folds = sorted({job.spec["fold"] for job in jobs if job.dataset.split == "held out"}, key=str)
         if len(folds) > 1:
             raise ValueError(f"--gallery: folds {', '.join(map(str, folds))} are analysed on different "
                              "pictures; give one --fold")

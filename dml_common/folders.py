@@ -127,8 +127,8 @@ def open_array(path, dimensions, broken):
 def check_together(networks):
     """Raise ValueError naming two arrays of one data set made with other options, from other pictures (of
     one fold) or from other checkpoints (of one network)."""
-    arrays = [(kind[:3], network["fold"], network[kind]) for kind in ARRAYS for network in networks
-              if network[kind]]
+    arrays = [(kind[:3], network["fold"] if network["seed"] is None else network["folder"].name,
+               network[kind]) for kind in ARRAYS for network in networks if network[kind]]
     for (kind, fold, a), (other_kind, other, b) in combinations(arrays, 2):
         if kind != other_kind:
             continue
@@ -164,7 +164,7 @@ def open_pictures(given, root, names):
                              "folder of one")
     for name in names:
         try:
-            if name in pictures.PUBLISHED and name not in datasets:
+            if name.partition("@")[0] in pictures.PUBLISHED and name not in datasets:
                 datasets[name] = pictures.open_dataset(name, root, "all")
         except (OSError, ValueError):
             pass  # nobody asked for it: what needs it is left out

@@ -89,7 +89,8 @@ def test_training_from_a_block(p, monkeypatch):  # noqa: F811
     with torch.inference_mode():
         for side, turned in enumerate((inputs, inputs[..., ::-1].copy())):
             features = trunk.layers[0](torch.from_numpy(turned)).numpy()
-            np.testing.assert_allclose(np.load("m/trained/p/features.npy")[:, side], features, atol=1e-5)
+            made = np.load("m/trained/p@pictures/features.npy")[:, side]
+            np.testing.assert_allclose(made, features, atol=1e-5)
     rows, test = history(place("triplet")), config["split"]["test"]
     assert list(rows.values())[-1][1:] == pytest.approx(scores_of("triplet", test, "norm"), abs=1e-5)
     assert history(place("none"))[0, "test"][1:] == pytest.approx(scores_of("none", test, "norm"), abs=1e-5)
@@ -98,9 +99,10 @@ def test_training_from_a_block(p, monkeypatch):  # noqa: F811
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and all(name.startswith("layers.1.") for name in moved)
 
-    embed.main(["--dataset", "p", "--loss", "Triplet", "--models", "m", "--model", "tiny_for_test:norm",
-                "--out", "r"])
-    assert files.read_sidecar("r/p/triplet/fold0/emb.npy")["preprocessing"] == config["preprocessing"]
+    embed.main(["--dataset", "p@pictures", "--loss", "Triplet", "--models", "m", "--out", "r",
+                "--model", "tiny_for_test:norm"])
+    beside = files.read_sidecar("r/p@pictures/triplet/fold0/emb.npy")
+    assert beside["preprocessing"] == config["preprocessing"]
     whole = files.write_file
 
     def dies(path, content):

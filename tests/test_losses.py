@@ -122,7 +122,7 @@ def test_a_network_has_the_name_and_type_of_its_config(p, mine, monkeypatch):  #
     monkeypatch.setattr(networks, "imported", None)  # a name in a file is never imported
     monkeypatch.setattr(networks, "from_factory", lambda name: __import__("tiny_for_test").tiny())
     for loss in ("mine:Plain", "mine_plain", "all"):
-        spec = networks.find("p", loss, "0", model="tiny_for_test:tiny", folder="m")[0]
+        spec = networks.find("p@pictures", loss, "0", model="tiny_for_test:tiny", folder="m")[0]
         assert (spec["loss"], spec["slug"], spec["type"]) == ("mine:Plain", "mine_plain", "ranking")
 
 

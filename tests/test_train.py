@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ import embed
 import pairs
 import saliency
 import train
-from dml_common import files, networks, pictures
+from dml_common import files, losses, networks, pictures, results
 
 pytest.importorskip("pytorch_metric_learning")
 ROOT = Path(train.__file__).parent
@@ -95,7 +96,7 @@ def history(folder):
             for epoch, part, *values, _ in rows[1:]}
 
 
-def place(slug, fold=0, dataset="p", root="m"):
+def place(slug, fold=0, dataset="p@pictures", root="m"):
     return Path(root) / "trained" / dataset / slug / f"fold{fold}"
 
 
@@ -105,7 +106,8 @@ def config_of(slug, *more):
 
 def scores_of(slug, rows, factory="tiny"):
     """What pairs.py says of the saved network's embeddings of these pictures."""
-    network = networks.load(networks.find("p", slug, "0", f"tiny_for_test:{factory}", folder=Path("m"))[0])
+    spec, = networks.find("p@pictures", slug, "0", f"tiny_for_test:{factory}", folder=Path("m"))
+    network = networks.load(spec)
     dataset = pictures.open_dataset("p")
     inputs = [torch.from_numpy(pictures.load_picture(dataset.paths[i], network.preprocessing)) for i in rows]
     with torch.inference_mode():
@@ -275,7 +277,7 @@ def test_the_table_has_the_librarys_defaults():
 
 def test_what_the_losses_are():
     from pytorch_metric_learning import distances
-    made = {slug: train.make_loss(row, 6, 8) for slug, row in LOSSES.items()}
+    made = {slug: losses.make_loss(row, 6, 8) for slug, row in LOSSES.items()}
     beta = made["margin_per_class"][0].beta
     assert beta.shape == (6,) and beta.requires_grad
     assert made["margin"][0].beta.shape == (1,) and not list(made["margin"][0].parameters())
@@ -294,10 +296,10 @@ def test_the_papers_settings_are_the_defaults():
     labels = np.repeat(np.arange(196), 2)
     trunk = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
     parts = dict(zip(("train", "validation", "test"), train.split_rows(labels, "default")))
-    options = {"seed": 1, "lr": train.LR[False], "loss_lr": args.loss_lr, "weight_decay": args.weight_decay}
+    options = {**{name: getattr(args, name) for name in train.OPTIONS}, "lr": train.LR[False]}
     for slug, name, shape in (("normalized_softmax", "W", (64, 78)), ("margin_per_class", "beta", (78,))):
         config = {"options": options, "fold": 0, "dimension": args.dim}
-        one = train.Run(config, LOSSES[slug], parts, labels, None)
+        one = train.Run(config, LOSSES[slug], parts, labels, place(slug))
         one.begin(trunk, 4, None, torch.device("cpu"))
         network, loss = one.optimizer.param_groups
         assert isinstance(one.optimizer, torch.optim.AdamW) and (network["lr"], loss["lr"]) == (1e-4, 1e-2)
@@ -318,7 +320,7 @@ def test_normalized_softmax_is_equation_3(p, s):
     x, labels = rng.normal(size=(5, 4)), np.array([0, 2, 1, 2, 0])
     row = {**LOSSES["normalized_softmax"],
            "parameters": f"num_classes=classes embedding_size=dimension temperature={1 / s}"}
-    criterion = train.make_loss(row, 3, 4)[0]
+    criterion = losses.make_loss(row, 3, 4)[0]
     w = criterion.W.detach().double().numpy()  # (d, C)
     w, unit = w / np.linalg.norm(w, axis=0), x / np.linalg.norm(x, axis=1, keepdims=True)
     terms = [-math.log(math.exp(s * w[:, y] @ v) / sum(math.exp(s * w[:, j] @ v) for j in range(3)))
@@ -333,7 +335,7 @@ def test_gradients_of_a_step_are_the_losses(slug):
     x, y, grads = torch.randn(12, 6), torch.arange(12) // 3, []
     for plain in (True, False):
         torch.manual_seed(1)
-        network, (criterion, miner, _) = torch.nn.Linear(6, 5), train.make_loss(LOSSES[slug], 4, 5)
+        network, (criterion, miner, _) = torch.nn.Linear(6, 5), losses.make_loss(LOSSES[slug], 4, 5)
         if plain:
             e = network(x)
             criterion(e, y, miner(e, y) if miner else None).backward()
@@ -402,18 +404,18 @@ def test_what_a_run_writes(p):
 
 def test_the_trained_files_load_in_every_script(p, monkeypatch):
     run("--loss", "NTXent,None", "--freeze-trunk")
-    arguments = ["--dataset", "p", "--loss", "all", "--fold", "all", "--models", "m", "--out", "r",
+    arguments = ["--dataset", "p@pictures", "--loss", "all", "--fold", "all", "--models", "m", "--out", "r",
                  "--model", "tiny_for_test:tiny"]
     monkeypatch.setattr(sys, "argv", ["embed.py", *arguments])
     embed.main()
-    arrays = {slug: np.load(f"r/p/{slug}/fold0/emb.npy") for slug in ("ntxent", "none")}
+    arrays = {slug: np.load(f"r/p@pictures/{slug}/fold0/emb.npy") for slug in ("ntxent", "none")}
     assert arrays["ntxent"].shape[1] == 8 and not np.allclose(arrays["ntxent"], arrays["none"])
-    beside = files.read_sidecar("r/p/ntxent/fold0/emb.npy")
+    beside = files.read_sidecar("r/p@pictures/ntxent/fold0/emb.npy")
     assert (beside["loss"], beside["distance"], beside["preprocessing"]["crop"]) == ("NTXent", "cosine", 32)
     monkeypatch.setattr(sys, "argv", ["saliency.py", *arguments, "--limit", "2", "--samples", "2"])
     saliency.main()
     for slug in arrays:
-        assert np.load(f"r/p/{slug}/fold0/maps.npy").shape[1:] == (32, 32)
+        assert np.load(f"r/p@pictures/{slug}/fold0/maps.npy").shape[1:] == (32, 32)
 
 
 def test_what_is_tested_is_the_best_epoch_with_its_own_proxies(p):
@@ -437,10 +439,69 @@ def test_classes_that_were_not_trained_have_no_proxy_loss(tmp_path):
     more = [str(text) for name, value in chosen.items() for text in (f"--{name.replace('_', '-')}", value)]
     run("--split", "default", "--loss", "Normalized Softmax,Contrastive", *more)
     for slug, known in (("normalized_softmax", False), ("contrastive", True)):
-        rows, options = history(place(slug)), config_of(slug)["options"]
+        rows, options = history(place(slug, 0, "p")), config_of(slug, 0, "p")["options"]
         assert rows[1, "train"][0] is not None and (rows[1, "validation"][0] is not None) == known
         assert {**options, **chosen} == options
         assert list(rows)[-1][0] == max((1, 2), key=lambda epoch: (rows[epoch, "validation"][3], -epoch))
+
+
+def test_other_splits_and_seeds_live_side_by_side(tmp_path):
+    """Oi's Table 1: default and random order of the classes, two seeds each, to the results of both."""
+    make_pictures(tmp_path / "p", 20, 4)
+    for split, seed in product(("default", "random"), (1, 2)):
+        run("--split", split, "--seed", seed, "--loss", "Triplet", "--freeze-trunk", "--epochs", 1)
+    for dataset in ("p", "p@random"):
+        arguments = ["--dataset", dataset, "--models", "m", "--out", "r", "--model", "tiny_for_test:tiny"]
+        embed.main([*arguments, "--loss", "Triplet"])
+        saliency.main([*arguments, "--loss", "Triplet", "--limit", "2", "--samples", "2"])
+        names = sorted(path.name for path in Path("r", dataset, "triplet").iterdir())
+        assert names == ["fold0", "fold0.seed2"]
+        for fold in (0, "0.seed2"):
+            config, folder = config_of("triplet", fold, dataset), Path(f"r/{dataset}/triplet/fold{fold}")
+            beside = files.read_sidecar(folder / "emb.npy")
+            assert (beside["rows"], beside["fold"]) == (config["split"]["test"], fold)
+            assert beside["checkpoint"] == str(place("triplet", fold, dataset))
+        noise = [files.read_sidecar(f"r/{dataset}/triplet/fold{fold}/maps.npy")["options"]["noise_of"]
+                 for fold in (0, "0.seed2")]
+        assert noise == ["Triplet fold 0", "Triplet fold 0.seed2"]  # independent of one another
+    places = product((0, "0.seed2"), ("p", "p@random"))
+    tests = [config_of("triplet", *where)["split"]["test"] for where in places]
+    assert tests[0] == tests[2] == list(range(40, 80)) and len({*map(str, tests)}) == 3
+    default, random = results.read_all(Path("r"), Path("m"))
+    for one, split in (default, "default"), (random, "random"):
+        rows = one.select("training", key="map_at_r", part="test", epoch="best")
+        assert {(row.split, row.fold, row.seed) for row in rows if row.fold == 0} >= {
+            (split, 0, None), (split, 0, 2)}
+    assert run("--split", "random", "--seed", 2, "--loss", "Triplet", "--freeze-trunk", "--epochs", 1) == 0
+    assert [spec["name"] for spec in networks.find("p@random", "Triplet", "0.seed2", "tiny_for_test:tiny",
+                                                   folder="m")] == ["Triplet fold 0.seed2"]
+
+
+def test_the_recipe_of_the_published_networks(tmp_path, capsys):
+    """Musgrave et al.'s: their configuration files' numbers; what differs from it is said."""
+    args = train.parse(["--dataset", "cars196", "--recipe", "musgrave", "--device", "cpu"])
+    assert (args.model, args.dim, args.split, args.batch) == ("bninception", 128, "folds", 32)
+    assert (args.optimizer, args.lr, args.weight_decay, args.crop) == ("RMSprop", 1e-6, 1e-4, 0.16)
+    assert (args.epochs, args.steps, args.patience, args.select) == (1000, 100, 9, "map_at_r")
+    assert args.freeze_norm and args.per_class is None
+    make_pictures(tmp_path / "p", 20, 4)
+    arguments = ["--dataset", "p", "--recipe", "musgrave", "--model", "tiny_for_test:norm", "--dim", "8",
+                 "--models", "m", "--device", "cpu", "--patience", "2", "--steps", "3", "--batch", "8",
+                 "--lr", "1e-3"]
+    capsys.readouterr()
+    assert train.main([*arguments, "--loss", "Triplet,Normalized Softmax"]) == 0
+    assert "the recipe of musgrave, but model tiny_for_test:norm, dim 8, steps 3, patience 2, lr 0.001\n" in (
+        capsys.readouterr().err)
+    for slug, each in ("triplet", 4), ("normalized_softmax", 1):
+        rows, options = history(place(slug, 0, "p@folds")), config_of(slug, 0, "p@folds")["options"]
+        assert (options["recipe"], options["per_class"], options["crop"]) == ("musgrave", each, 0.16)
+        best, last = list(rows)[-1][0], list(rows)[-2][0]
+        assert last - best == 3 and last < 100  # stopped: the best epoch is more than two ago
+        untrained = networks.from_factory("tiny_for_test:norm").state_dict()
+        trained = networks.read_state(place(slug, 0, "p@folds") / "trunk_best.pth")
+        for name in ("running_mean", "running_var", "num_batches_tracked", "weight", "bias"):
+            same = torch.equal(untrained[f"layers.1.{name}"], trained[f"layers.1.{name}"])
+            assert same == (name not in ("weight", "bias")), name
 
 
 # ---------------------------------------------------------------- long runs
@@ -514,7 +575,7 @@ def test_another_frozen_trunk_takes_nothing_of_the_last(p, refused):
     other = ("--freeze-trunk", "--model", "tiny_for_test:norm")
     run("--loss", "None", "--freeze-trunk")
     refused("features.npy was made with other options .*backbone", "--loss", "Triplet", *other)
-    Path("m/trained/p/features.npy").unlink()
+    Path("m/trained/p@pictures/features.npy").unlink()
     run("--loss", "Triplet", *other)
     assert "layers.1.running_var" in networks.read_state(place("triplet") / "trunk_best.pth")
     Image.new("RGB", (44, 50)).save(p / "0" / "0.png")
@@ -557,7 +618,7 @@ def test_two_processes_share_frozen_runs(p):
     options = ("--loss", "Contrastive,FastAP,CosFace", "--freeze-trunk")
     assert len(torchrun(*options, "--models", "two")) == 5
     run(*options)
-    features = [np.load(f"{root}/trained/p/features.npy") for root in ("m", "two")]
+    features = [np.load(f"{root}/trained/p@pictures/features.npy") for root in ("m", "two")]
     np.testing.assert_allclose(*features, atol=1e-5)
     for slug in ("contrastive", "fastap", "cosface"):
         ours, theirs = history(place(slug)), history(place(slug, root="two"))
@@ -585,13 +646,13 @@ def test_nothing_is_done_twice(p, capsys, monkeypatch):
 def test_a_frozen_trunks_runs_do_not_depend_on_threads(p):
     options = ["--dataset", "p", "--loss", "SoftTriple", "--freeze-trunk"]
     run(*options)
-    Path("two/trained/p").mkdir(parents=True)
+    Path("two/trained/p@pictures").mkdir(parents=True)
     for name in ("features.npy", "features.json", "trunk.pth"):  # whose convolutions may add in another order
-        os.link(Path("m/trained/p") / name, Path("two/trained/p") / name)
+        os.link(Path("m/trained/p@pictures") / name, Path("two/trained/p@pictures") / name)
     subprocess.run([sys.executable, str(ROOT / "train.py"), *OPTIONS, *options, "--models", "two"],
                    env={**os.environ, "OMP_NUM_THREADS": "3"}, check=True, capture_output=True)
     same("soft_triple", "two")
-    threads = config_of("soft_triple", 0, "p", "two")["versions"]["threads"]
+    threads = config_of("soft_triple", 0, "p@pictures", "two")["versions"]["threads"]
     assert threads in (2, 3) or os.cpu_count() == 1  # torch takes no more than there are cores
 
 
@@ -617,7 +678,7 @@ def test_a_loss_that_diverges_does_not_stop_the_others(p, monkeypatch, capsys):
     assert sorted(path.name for path in place("proxy_nca").iterdir()) == [
         "config.json", "histograms.csv", "history.csv"]
     with pytest.raises(FileNotFoundError):
-        networks.find("p", "ProxyNCA", "0", folder=Path("m"))
+        networks.find("p@pictures", "ProxyNCA", "0", folder=Path("m"))
     done = len(steps)
     assert run("--loss", "ProxyNCA,Triplet", "--epochs", 3) == 3 and len(steps) == done
     assert capsys.readouterr().out == told.out
