@@ -163,8 +163,11 @@ def open_pictures(given, root, names):
             raise ValueError(f"--dataset {name}: RESULTS has {', '.join(names) or 'no arrays'}; give the "
                              "folder of one")
     for name in names:
+        plain = name.partition("@")[0]  # cars196 of the networks of another split, cars196@random
         try:
-            if name.partition("@")[0] in pictures.PUBLISHED and name not in datasets:
+            if plain in datasets:
+                datasets.setdefault(name, datasets[plain]._replace(name=name))
+            elif plain in pictures.PUBLISHED and name not in datasets:
                 datasets[name] = pictures.open_dataset(name, root, "all")
         except (OSError, ValueError):
             pass  # nobody asked for it: what needs it is left out
