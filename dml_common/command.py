@@ -83,6 +83,8 @@ def run(main, stopped="stopped; the same command continues"):
         sys.stdout.flush()
     except OSError:  # gone, or a full disk; Python would try once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for number in SIGNALS:  # all is done: while Python ends, a signal only ends it sooner
+        signal.signal(number, lambda *_: os._exit(status))
     sys.exit(status)
 
 

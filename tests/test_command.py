@@ -85,6 +85,13 @@ def test_signals_from_the_first_moment(tmp_path, number, status, before, body):
     assert process.returncode == status and err.startswith("mine.py: stopped") and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("number", command.SIGNALS)
+def test_a_signal_after_the_end_changes_nothing(script, number):
+    late = f"import atexit; atexit.register(lambda: os.kill(os.getpid(), {int(number)}))"
+    assert script("pass", late) == (0, "written\n", "")
+    assert script("return 3", late) == (3, "written\n", "")
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux's /proc to see torch being "
                                                                   "loaded")
 def test_a_command_can_be_stopped_while_torch_is_imported():

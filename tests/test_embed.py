@@ -429,6 +429,22 @@ def test_labels_of_a_folder_with_classes_lie_beside_its_array(tmp_path, run):
     assert Path("out/emb.classes.csv").read_text() == "class,name\n0,a\n1,b\n"
 
 
+def test_no_table_goes_over_the_data_sets_own(tmp_path, run):
+    make_pictures(tmp_path / "images", 2)
+    (tmp_path / "emb.labels.csv").write_text("path,class\nimages/0.png,a\nimages/1.png,b\n")
+    (tmp_path / "cars").mkdir()
+    os.rename("images", "cars/images")
+    os.symlink("cars/images", "images")
+    (tmp_path / "cars/props.csv").write_text("frame,model\n0,a\n1,b\n")
+    for dataset, out, message in [("emb.labels.csv", "emb.npy", "emb.labels.csv is an input"),
+                                  ("cars", "cars/props.npy", None),
+                                  ("cars", ".", "into the data set itself")]:
+        status, said = run("--dataset", dataset, *SEVEN[2:], "--out", out)
+        assert (status == 2 and message in said) if message else status == 0, said
+    assert Path("emb.labels.csv").read_text().count(",a") == 1
+    assert Path("cars/props.csv").read_text() == "frame,model\n0,a\n1,b\n"
+
+
 # ---------------------------------------------------------------- bad input
 
 BAD = [

@@ -331,6 +331,10 @@ def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="choose another place"):
         RowFile(tmp_path / "file" / "a.npy", (2, 2), "float32", {})
+    os.symlink("far/a.npy", tmp_path / "link.npy")
+    with pytest.raises(ValueError, match="link.npy is a link to far/a.npy, which is not there"):
+        RowFile(tmp_path / "link.npy", (2, 2), "float32", {})
+    assert sorted(os.listdir(tmp_path)) == ["file", "link.npy"]
 
 
 def test_wrong_shapes_are_refused_and_nothing_is_left_of_no_row(tmp_path):

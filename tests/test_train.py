@@ -536,6 +536,24 @@ def test_a_killed_run_continues_to_the_same_numbers(p):
     assert not checkpoint.exists()
 
 
+def test_commands_at_one_moment_train_one_network(p):
+    """Three at once, one of them with another rate: no network is of two; who comes too late is refused."""
+    def start(rate):
+        command = [sys.executable, str(ROOT / "train.py"), *OPTIONS, "--dataset", "p", "--loss", "Triplet"]
+        return subprocess.Popen([*command, "--lr", rate], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                text=True)
+
+    processes = {name: start(rate) for name, rate in (("a", "0.001"), ("b", "0.001"), ("c", "0.01"))}
+    said = {name: process.communicate()[1] for name, process in processes.items()}
+    rate = json.loads((place("triplet") / "config.json").read_text())["options"]["lr"]
+    statuses = {name: process.returncode for name, process in processes.items()}
+    assert statuses == ({"a": 0, "b": 0, "c": 2} if rate == 0.001 else {"a": 2, "b": 2, "c": 0}), said
+    assert all("made with other options" in said[name] for name in said if statuses[name])
+    run("--loss", "Triplet", "--lr", rate, "--models", "alone")
+    same("triplet", "alone")
+    assert not list(place("triplet").glob("*checkpoint*"))
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_run_killed_at_any_write_continues_to_the_same_numbers(p, monkeypatch, frozen):
     """As a kill leaves it: no file after the n-th is written, and of that one a temporary name stays."""
@@ -568,6 +586,10 @@ def test_a_run_killed_at_any_write_continues_to_the_same_numbers(p, monkeypatch,
         run(*options, "--models", f"m{at}")
         same("margin_per_class", f"m{at}", "uninterrupted")
         assert not list(place("margin_per_class", root=f"m{at}").glob("*checkpoint*"))
+    left = place("margin_per_class", root="uninterrupted") / "checkpoint.pth"
+    left.write_bytes(b"killed before this was removed")
+    run(*options, "--models", "uninterrupted")
+    assert not left.exists()
 
 
 def test_another_frozen_trunk_takes_nothing_of_the_last(p, refused):
