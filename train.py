@@ -209,11 +209,8 @@ def embed(network, feed, rows, size, team=(0, 1), precision="fp32"):
 @torch.no_grad()
 def mean_loss(criterion, miner, embeddings, labels, batches):
     """The mean loss of embeddings (n, m) over batches, all as they are: comparable between epochs."""
-    losses = []
-    for batch in batches:
-        x, y = embeddings[batch], labels[batch]
-        losses.append(float(criterion(x, y, miner(x, y) if miner else None)))
-    return float(np.mean(losses))
+    pairs = [(embeddings[batch], labels[batch]) for batch in batches]
+    return float(np.mean([float(criterion(x, y, miner(x, y) if miner else None)) for x, y in pairs]))
 
 
 def seed_of(*numbers):
@@ -492,6 +489,7 @@ class Run:
 
     def write(self, diverged=None):
         """The files of a run that has ended. embedder_best.pth is the last: with it there is a network."""
+        from dml_common import command
         from dml_common.files import write_table
         write_table(self.folder / "history.csv", HEADER, self.history)
         header = ["epoch", "split", "bins", "low", "high", "positive", "negative"]
@@ -500,6 +498,7 @@ class Run:
             for epoch, counts in self.counts.items() for i, pair in enumerate(zip(*counts))])
         if diverged:
             self.write_config(diverged=diverged)
+            command.say(f"{self.name} diverged in {diverged}; it has no network, the others go on")
         else:
             self.write_network()
         self.tidy()
@@ -577,10 +576,8 @@ def parse(argv):
     add("--fold", default="0", help="0, 1, 2, 3, several with commas, or all (%(default)s)")
     add("--split", choices=["default", "random", "pictures", "folds"], help="see above (default, "
         "or pictures by a label other than class and super_class)")
-    add("--recipe", choices=RECIPES, default="oi", help="the defaults of the other options: Oi et al.'s or "
-        "Musgrave et al.'s, in which the published networks were trained (%(default)s)")
-    add("--model", help="inception_v3, bninception, efficientnet_lite0 or package.module:factory "
-        "(%(default)s)")
+    add("--recipe", choices=RECIPES, default="oi", help="defaults of the others: docs/train.md (%(default)s)")
+    add("--model", help="a backbone, such as bninception, or package.module:factory (%(default)s)")
     add("--weights", metavar="FILE", help="ImageNet weights of the backbone (torch's hub cache)")
     add("--dim", type=int, metavar="M", help="dimension of the embedding (%(default)s)")
     add("--freeze-trunk", action="store_true", help="train the linear layer alone, on features computed once")
@@ -623,7 +620,7 @@ def parse(argv):
         if value is not None and not (0 < value < math.inf or (name == "weight_decay" and value == 0)):
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected a positive number")
     if args.crop > 1:
-        raise ValueError(f"--crop {args.crop}: expected a share of the picture")
+        raise ValueError(f"--crop {args.crop}: expected a share of the picture, at most 1")
     if args.freeze_trunk and args.train_from:
         raise ValueError("--freeze-trunk trains none of the trunk, --train-from a part: give one of them")
     return args
@@ -661,7 +658,6 @@ def plan(args, dataset, device):
     options["lr"], each = args.lr or LR[args.freeze_trunk], {"classification": 1}  # as Musgrave et al.
     if args.dataset in pictures.PUBLISHED:
         published = pictures.open_dataset(args.dataset, args.data_root, "test").relative
-    cut_at = {"train_from": args.train_from} if args.train_from else {}
     listed = {"number": len(labels), "sha256": pictures.pictures_sha256(dataset.relative)}
     digest = hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest()
     for row, fold in product(rows, parts):
@@ -675,7 +671,7 @@ def plan(args, dataset, device):
             classes = len(np.unique(labels[train]))
             if row["slug"] == "normalized_softmax":
                 row = {**row, "parameters": f"{row['parameters']} temperature={1 / args.scale}"}
-            criterion, miner, parameters = losses.make_loss(row, classes, args.dim)
+            criterion, _, parameters = losses.make_loss(row, classes, args.dim)
             if ":" in row["class"]:  # what is wrong with it is said before the work
                 x = torch.randn(8, args.dim, requires_grad=True)
                 criterion(x, torch.arange(8) // 2 % classes).backward()
@@ -686,7 +682,8 @@ def plan(args, dataset, device):
         config = {
             "dataset": dataset.name, "loss": row["name"], "type": row["type"], "fold": fold,
             "backbone": args.model, "dimension": args.dim, "distance": row["distance"],
-            "preprocessing": network.preprocessing, "frozen_trunk": args.freeze_trunk, **cut_at,
+            "preprocessing": network.preprocessing, "frozen_trunk": args.freeze_trunk,
+            **({"train_from": args.train_from} if args.train_from else {}),
             "weights_sha256": network.checkpoint_sha256, "loss_parameters": parameters, "split": split,
             "options": {**options, "per_class": args.per_class or each.get(row["type"], 4)},
             "versions": versions}
@@ -697,7 +694,6 @@ def plan(args, dataset, device):
 
 def work(mine, trunk, width, feed, device, team, bar):
     """Train one network after the other, first what no other process or team is at."""
-    from dml_common import command
     weights = {name: value.clone() for name, value in trunk.state_dict().items()} if trunk else {}
     for wait, run in product((False, True), mine):
         bar.set_description_str(run.name, refresh=False)
@@ -716,8 +712,6 @@ def work(mine, trunk, width, feed, device, team, bar):
                 diverged = str(error)
             if team[0] == 0:
                 run.write(diverged)
-            if team[0] == 0 and diverged:
-                command.say(f"{run.name} diverged in {diverged}; it has no network, the others go on")
 
 
 def main(argv=None):
@@ -732,9 +726,8 @@ def main(argv=None):
     dataset = pictures.open_dataset(args.dataset, args.data_root, "all")
     runs, network = plan(args, dataset, device)
     todo = [run for run in runs if run.progress() in (None, "begun")]
-    for run in runs:
-        if run not in todo:  # ended, but perhaps killed before it had tidied up
-            run.tidy()
+    for run in set(runs) - set(todo):  # ended, but perhaps killed before it had tidied up
+        run.tidy()
     if not todo and rank == 0:
         command.say(f"nothing to do: {len(runs)} of {len(runs)} networks are there")
     together = "RANK" in os.environ and ranks > 1 and todo  # by torchrun: all train the same network
