@@ -621,6 +621,8 @@ def parse(argv):
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected a positive number")
     if args.crop > 1:
         raise ValueError(f"--crop {args.crop}: expected a share of the picture, at most 1")
+    if args.type and ":" not in args.loss:
+        raise ValueError(f"--type {args.type} is of a loss package.module:Class; --losses has a column for it")
     if args.freeze_trunk and args.train_from:
         raise ValueError("--freeze-trunk trains none of the trunk, --train-from a part: give one of them")
     return args

@@ -141,7 +141,8 @@ def check_together(networks):
             what = f"options ({'; '.join(options)})"
         elif fold == other or None in (fold, other):
             if len(digests) > 1 or len(a["array"]) != len(b["array"]):
-                what = f"lists of pictures ({len(a['array']):,}, {len(b['array']):,})"
+                what = (f"lists of pictures ({len(a['array']):,}, {len(b['array']):,}; split of config.json "
+                        "says which a network has not seen: docs/own-loss.md)")
         if what:
             raise ValueError(f"{a['path']} and {b['path']} don't belong together: other {what}; make both "
                              "with the same, or in folders of their own")

@@ -51,7 +51,7 @@ def make_loss(row, classes, dimension):
         from pytorch_metric_learning import distances, losses, miners
     except ImportError:
         raise ValueError("training needs pytorch-metric-learning: pip install '.[train]'") from None
-    known = {"classes": classes, "dimension": dimension, "True": True}
+    known = {"classes": classes, "dimension": dimension, "True": True, "False": False, "None": None}
 
     def make(library, base, name, settings=""):
         parameters, objects = {}, {}
