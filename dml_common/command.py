@@ -27,6 +27,28 @@ class Ended(SystemExit):
     """The end of a command that has said why. Any other SystemExit comes from a network's own code."""
 
 
+class Output:
+    """stdout or stderr whose reader may leave (… | head): the work goes on, what it says goes nowhere."""
+
+    def __init__(self, file, forgiven):
+        self.file, self.forgiven = file or open(os.devnull, "w"), forgiven
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, text):
+        self.attempt(self.file.write, text)
+
+    def flush(self):
+        self.attempt(self.file.flush)
+
+    def attempt(self, action, *given):
+        try:
+            action(*given)
+        except self.forgiven:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 def say(text):
     """A line for people, under the script's name; whatever is in the text stays one line."""
     text = " ".join(str(text).split())[:5000]
@@ -41,13 +63,17 @@ def fail(message):
 
 
 def begin():
-    """Until run() takes over nothing is written: a signal just ends the process, with one line."""
+    """Until run() takes over nothing is written: a signal just ends the process, with one line.
+
+    Where nobody listens to what is said the work is done all the same; a table that finds no room is a fault.
+    """
     def leave(number, frame):
         say("stopped")
         os._exit(128 + number)
 
     for number in SIGNALS:
         signal.signal(number, leave)
+    sys.stdout, sys.stderr = Output(sys.stdout, BrokenPipeError), Output(sys.stderr, OSError)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # of libraries: nothing that their user can act on
 
@@ -66,8 +92,6 @@ def run(main, stopped="stopped; the same command continues"):
     try:
         status = main() or 0
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output has gone: … | head
-        pass
     except Ended as end:
         status = end.code
     except KeyboardInterrupt:
@@ -81,8 +105,11 @@ def run(main, stopped="stopped; the same command continues"):
         say(text)
     try:
         sys.stdout.flush()
-    except OSError:  # gone, or a full disk; Python would try once more at its end
+    except OSError as error:  # a full disk; Python would try once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not status:
+            say(error)
+            status = 2
     for number in SIGNALS:  # all is done: while Python ends, a signal only ends it sooner
         signal.signal(number, lambda *_: os._exit(status))
     sys.exit(status)

@@ -64,8 +64,8 @@ def is_complete(path, about):
     """
     path = Path(path)
     if path.is_symlink() and not path.exists():
-        raise ValueError(f"{path} is a link to {os.readlink(path)}, which is not there; an array would replace "
-                         "it: remove it, or give that file's name")
+        raise ValueError(f"{path} is a link to {os.readlink(path)}, which is not there; the array would "
+                         "take its place: remove it, or give that file's name")
     if not path.exists():
         return False
     made = read_json(path.with_suffix(".json"))

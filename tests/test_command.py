@@ -60,15 +60,22 @@ def test_a_traceback_on_request(script):
     assert code == 1 and "Traceback" in err and "KeyError" in err
 
 
-def test_the_reader_has_gone_or_the_disk_is_full(script):
+def test_the_reader_has_gone_or_the_disk_is_full(script, tmp_path):
+    """The work is done and ends well without a reader, but not where a table finds no room."""
+    body = f"print('x' * 10**6); command.say('y'); print('z'); open({str(tmp_path / 'made')!r}, 'w')"
     read, write = os.pipe()
     os.close(read)
-    gone = script("print('x' * 10**6)", capture_output=False, stdout=write, stderr=subprocess.PIPE)
-    os.close(write)
-    assert gone == (0, None, "")
     with open("/dev/full", "w") as full:
+        for out, err in ((write, subprocess.PIPE), (write, write), (subprocess.DEVNULL, full)):
+            code, _, said = script(body, capture_output=False, stdout=out, stderr=err)
+            assert code == 0 and said in ("mine.py: y\n", None) and (tmp_path / "made").exists()
+            (tmp_path / "made").unlink()
         code, _, err = script("pass", capture_output=False, stdout=full, stderr=subprocess.PIPE)
-    assert code == 2 and err == "mine.py: [Errno 28] No space left on device\n"
+        assert code == 2 and err == "mine.py: [Errno 28] No space left on device\n"
+        assert script("command.fail('x')", capture_output=False, stderr=full)[0] == 2
+    os.close(write)
+    closed = script(body, preexec_fn=lambda: (os.close(1), os.close(2)))
+    assert closed[0] == 0 and (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
