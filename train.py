@@ -622,7 +622,7 @@ def parse(argv):
     if args.crop > 1:
         raise ValueError(f"--crop {args.crop}: expected a share of the picture, at most 1")
     if args.type and ":" not in args.loss:
-        raise ValueError(f"--type {args.type} is of a loss package.module:Class; --losses has a column for it")
+        raise ValueError(f"--type {args.type} is of a loss package.module:Class; --losses has a column")
     if args.freeze_trunk and args.train_from:
         raise ValueError("--freeze-trunk trains none of the trunk, --train-from a part: give one of them")
     return args

@@ -1,6 +1,7 @@
 """train.py: splits, batches, crops and losses by hand; whole runs on tiny pictures."""
 import csv
 import inspect
+import io
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from itertools import product
 from pathlib import Path
 
@@ -51,19 +53,39 @@ OPTIONS = ("--model", "tiny_for_test:tiny", "--dim", "8", "--split", "pictures",
            "--epochs", "2", "--models", "m", "--device", "cpu")
 
 
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    """Run in an empty folder, with factories in tiny_for_test.py, no ranks and no cached weights."""
-    (tmp_path / "tiny_for_test.py").write_text(TINY)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+def settle(folder, patch):
+    """Run in this folder, with factories in tiny_for_test.py, one thread, no ranks and no cached weights."""
+    (folder / "tiny_for_test.py").write_text(TINY)
+    patch.chdir(folder)
+    patch.syspath_prepend(str(folder))
+    patch.setenv("TORCH_HOME", str(folder / "torch"))
+    patch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
     for name in os.environ:
         if name.startswith("SLURM") or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-            monkeypatch.delenv(name)
+            patch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
     threads = torch.get_num_threads()
+    settle(tmp_path, monkeypatch)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """{frozen: what was printed} of all losses and None after two epochs, in the folders m and frozen."""
+    folder, printed = tmp_path_factory.mktemp("everything"), {}
+    make_pictures(folder / "p", 4, 20)
+    with pytest.MonkeyPatch.context() as patch:
+        settle(folder, patch)
+        for frozen, more in (False, ()), (True, ("--freeze-trunk", "--models", "frozen")):
+            with redirect_stdout(io.StringIO()) as out:
+                assert run("--loss", "all,None", "--lr", 1e-3, *more) == 0
+            printed[frozen] = out.getvalue().splitlines()
+    return folder, printed
 
 
 @pytest.fixture
@@ -311,8 +333,7 @@ def test_the_papers_settings_are_the_defaults():
         "std": [0.229, 0.224, 0.225]}
 
 
-@pytest.mark.parametrize("s", [10.0, 3.0])
-def test_normalized_softmax_is_equation_3(p, s):
+def test_normalized_softmax_is_equation_3(p, s=3.0):
     run("--loss", "Normalized Softmax", "--scale", s, "--freeze-trunk", "--epochs", 1)
     parameters = config_of("normalized_softmax")["loss_parameters"]
     assert parameters["temperature"] == pytest.approx(1 / s)
@@ -350,72 +371,55 @@ def test_gradients_of_a_step_are_the_losses(slug):
 # ---------------------------------------------------------------- whole runs
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_two_epochs_lower_every_loss(p, frozen, capsys):
-    assert run("--loss", "all,None", "--lr", 1e-3, *["--freeze-trunk"] * frozen) == 0
-    table = capsys.readouterr().out.splitlines()
-    assert len(table) == 2 + 15
-    assert table[1].split() == ["loss", "fold", "epoch"] + ["Recall@1", "MAP@R", "JSD", "null"] * 2
+@pytest.mark.parametrize("frozen, root", [(False, "m"), (True, "frozen")])
+def test_two_epochs_lower_every_loss(everything, monkeypatch, frozen, root):
+    folder, printed = everything
+    monkeypatch.chdir(folder)
+    assert len(printed[frozen]) == 2 + 15
+    assert printed[frozen][1].split() == ["loss", "fold", "epoch"] + ["Recall@1", "MAP@R", "JSD", "null"] * 2
     start, trunks, parts = None, set(), ("train", "validation")
     for slug in LOSSES:
-        rows = history(place(slug))
+        rows, here = history(place(slug, root=root)), place(slug, root=root)
         best = list(rows)[-1]
         assert list(rows) == [(0, "train"), (0, "validation"), (0, "test"), *((1, part) for part in parts),
                               *((2, part) for part in parts), (best[0], "test")]
+        assert best[0] == max((1, 2), key=lambda epoch: (rows[epoch, "validation"][6], -epoch))
         assert rows[2, "train"][0] < rows[0, "train"][0], slug
         start = start or rows
         for part in (*parts, "test"):  # every loss begins with the same network
             assert rows[0, part][1:] == start[0, part][1:]
-        trunks.add((place(slug) / "trunk_best.pth").read_bytes())
+        trunks.add((here / "trunk_best.pth").read_bytes())
+        assert sorted(path.name for path in here.iterdir()) == [
+            "config.json", "embedder_best.pth", "histograms.csv", "history.csv", "trunk_best.pth"]
     assert (len(trunks) == 1) == frozen
     if frozen:
-        assert len({os.stat(place(slug) / "trunk_best.pth").st_ino for slug in LOSSES}) == 1
-    assert history(place("none")) == {key: [None, *value[1:]] for key, value in start.items() if key[0] == 0}
-    linear = networks.load_linear(place("none") / "embedder_best.pth")
+        assert len({os.stat(place(slug, root=root) / "trunk_best.pth").st_ino for slug in LOSSES}) == 1
+    none = {key: [None, *value[1:]] for key, value in start.items() if key[0] == 0}
+    assert history(place("none", root=root)) == none
+    linear = networks.load_linear(place("none", root=root) / "embedder_best.pth")
     torch.testing.assert_close(linear.weight, networks.random_linear(72, 8, 1, 0).weight)
 
 
-def test_what_a_run_writes(p):
-    run("--loss", "Triplet", "--fold", 2)
-    folder = place("triplet", 2)
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "config.json", "embedder_best.pth", "histograms.csv", "history.csv", "trunk_best.pth"]
-    config, dataset = config_of("triplet", 2), pictures.open_dataset("p")
-    test = train.split_rows(dataset.labels, "pictures", 2)[2]
+def test_what_a_run_writes(everything, monkeypatch):
+    monkeypatch.chdir(everything[0])
+    folder, config, dataset = place("triplet"), config_of("triplet"), pictures.open_dataset("p")
+    test = train.split_rows(dataset.labels, "pictures")[2]
     listed = {"number": 80, "sha256": pictures.pictures_sha256(dataset.relative)}
     split = {"kind": "pictures", "label": "class", "seed": 1, "train": 54, "validation": 6,
              "test": test.tolist(), "pictures": listed}
     expected = {
-        "dataset": "p", "loss": "Triplet", "type": "ranking", "fold": 2, "backbone": "tiny_for_test:tiny",
+        "dataset": "p", "loss": "Triplet", "type": "ranking", "fold": 0, "backbone": "tiny_for_test:tiny",
         "dimension": 8, "distance": "euclidean", "frozen_trunk": False, "split": {**config["split"], **split},
         "loss_parameters": {"class": "TripletMarginLoss", "margin": 0.05}}
     assert {**config, **expected} == config
+    assert config_of("normalized_softmax")["loss_parameters"]["temperature"] == 0.1
     rows = history(folder)
-    best = list(rows)[-1]
-    (folder.parent / "fold0").symlink_to("fold2")
-    assert rows[best][1:] == pytest.approx(scores_of("triplet", test), abs=1e-5)
-    assert best[0] == max((1, 2), key=lambda epoch: (rows[epoch, "validation"][6], -epoch))
+    assert list(rows.values())[-1][1:] == pytest.approx(scores_of("triplet", test), abs=1e-5)
     bins = files.read_table(folder / "histograms.csv")
-    for epoch in {"0", str(best[0])}:
+    for epoch in {"0", str(list(rows)[-1][0])}:
         chosen = [i for i, e in enumerate(bins["epoch"]) if e == epoch]
         assert sum(int(bins[sign][i]) for sign in ("positive", "negative") for i in chosen) == 20 * 19 // 2
         assert len(chosen) == 200
-
-
-def test_the_trained_files_load_in_every_script(p, monkeypatch):
-    run("--loss", "NTXent,None", "--freeze-trunk")
-    arguments = ["--dataset", "p@pictures", "--loss", "all", "--fold", "all", "--models", "m", "--out", "r",
-                 "--model", "tiny_for_test:tiny"]
-    monkeypatch.setattr(sys, "argv", ["embed.py", *arguments])
-    embed.main()
-    arrays = {slug: np.load(f"r/p@pictures/{slug}/fold0/emb.npy") for slug in ("ntxent", "none")}
-    assert arrays["ntxent"].shape[1] == 8 and not np.allclose(arrays["ntxent"], arrays["none"])
-    beside = files.read_sidecar("r/p@pictures/ntxent/fold0/emb.npy")
-    assert (beside["loss"], beside["distance"], beside["preprocessing"]["crop"]) == ("NTXent", "cosine", 32)
-    monkeypatch.setattr(sys, "argv", ["saliency.py", *arguments, "--limit", "2", "--samples", "2"])
-    saliency.main()
-    for slug in arrays:
-        assert np.load(f"r/p@pictures/{slug}/fold0/maps.npy").shape[1:] == (32, 32)
 
 
 def test_what_is_tested_is_the_best_epoch_with_its_own_proxies(p):
@@ -461,6 +465,9 @@ def test_other_splits_and_seeds_live_side_by_side(tmp_path):
             beside = files.read_sidecar(folder / "emb.npy")
             assert (beside["rows"], beside["fold"]) == (config["split"]["test"], fold)
             assert beside["checkpoint"] == str(place("triplet", fold, dataset))
+            assert (beside["distance"], beside["preprocessing"]["crop"]) == ("euclidean", 32)
+            assert np.load(folder / "emb.npy").shape == (len(config["split"]["test"]), 8)
+            assert np.load(folder / "maps.npy").shape == (2, 32, 32)
         noise = [files.read_sidecar(f"r/{dataset}/triplet/fold{fold}/maps.npy")["options"]["noise_of"]
                  for fold in (0, "0.seed2")]
         assert noise == ["Triplet fold 0", "Triplet fold 0.seed2"]  # independent of one another
