@@ -774,6 +774,16 @@ def test_labels_that_do_not_fit(p, refused, tmp_path):
     ("ImageNet weights of inception_v3 are not at .*inception_v3_google-0cc3c7bd.pth: download https://.* "
      "--weights FILE", ("--model", "inception_v3")),
     ("none.pth(: no such file| does not exist)", ("--model", "bninception", "--weights", "none.pth")),
+    ("--freeze-trunk trains none .* --train-from a part", ("--freeze-trunk", "--train-from", "layers.1")),
+    ("no block 'layer' in the network; did you mean layers", ("--train-from", "layer")),
+    ("--input-size 0: expected at least 1", ("--input-size", 0)),
+    (r"tiny_for_test:tiny fails on a picture \(3, 4, 4\): .*size", ("--input-size", 4)),
+    ("--crop 1.5: expected a share of the picture, at most 1", ("--crop", 1.5)),
+    ("--patience -1: expected at least 0", ("--patience", -1)),
+    ("invalid choice: 'kobs'", ("--recipe", "kobs")),
+    ("--type ranking is of a loss package.module:Class", ("--type", "ranking", "--loss", "Triplet")),
+    ("--dataset p@random: give the name alone, and --split beside it", ("--dataset", "p@random")),
+    ("fold 0.seed2: expected", ("--fold", "0.seed2")),
     ("p/1/3.png: can't be read as a picture", ("--freeze-trunk",)),
     ("p/1/3.png: can't be read as a picture", ())])
 def test_what_can_not_be(p, refused, pattern, arguments):
