@@ -121,7 +121,7 @@ def explain(error):
         return 2, f"out of memory: {error}; take a smaller network, fewer at a time, or another --device"
     if isinstance(error, SystemExit):
         return 2, f"the network's own code calls sys.exit({error.code!r}); remove that from it"
-    if isinstance(error, (ValueError, OSError)):
+    if isinstance(error, (ValueError, OSError)) or "Symlink loop" in str(error):  # of Path.resolve
         return 2, error
     return 1, (f"{type(error).__name__}: {error}: this is a fault of {Path(sys.argv[0]).name}; "
                "DML_TRACEBACK=1 shows where")

@@ -24,7 +24,7 @@ import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -213,6 +213,7 @@ class RowFile:
         self.file, self.complete = None, is_complete(self.path, about)
         if self.complete:
             return
+        self.made = [folder for folder in self.path.parents if not folder.exists()]
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open_part(self.path)
@@ -389,6 +390,9 @@ class RowFile:
         finally:
             leave(self.file, self.path, untouched)
             self.file = None
+            for folder in self.made if untouched else ():
+                with suppress(OSError):  # where something lies by now
+                    folder.rmdir()
 
 
 def npy_header(shape, dtype):
@@ -534,7 +538,7 @@ def fill(jobs, shapes, dtype, load, stack, compute, batch, least, args, unit):
                             arrays[k].write(rows, values)
                             bar.update(len(rows))
     finally:
-        for array in arrays:
+        for array in reversed(arrays):  # the first one has made the folders
             array.give_up()
 
 

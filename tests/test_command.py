@@ -39,6 +39,7 @@ def script(tmp_path):
 
 @pytest.mark.parametrize("body, status, line", [
     ("return 1", 1, ""), ("raise ValueError('a bad\\n file')", 2, "a bad file"),
+    ("raise RuntimeError('Symlink loop from l')", 2, "Symlink loop from l"),
     ("open('no')", 2, "[Errno 2] No such file or directory: 'no'"), ("command.fail('odd')", 2, "odd"),
     ("raise ValueError('\\x1b[31m\\udcff' + 'x' * 10**6)", 2, r"\x1b[31m\udcff" + "x" * 4994),
     ("{}['x']", 1, "KeyError: 'x': this is a fault of mine.py; DML_TRACEBACK=1 shows where"),

@@ -338,7 +338,7 @@ def test_a_place_that_cannot_be_written(tmp_path):
 
 
 def test_wrong_shapes_are_refused_and_nothing_is_left_of_no_row(tmp_path):
-    file = RowFile(tmp_path / "a.npy", (10, 2), "float32", {})
+    file = RowFile(tmp_path / "new/folder/a.npy", (10, 2), "float32", {})
     with pytest.raises(ValueError, match=r"shape \(1, 3\), expected \(1, 2\)"):
         file.write([0], np.zeros((1, 3)))
     file.give_up()
