@@ -219,7 +219,10 @@ def seed_of(*numbers):
 
 
 def feed_features(features, device, seed=0):
-    """The same from features (n, 1 or 2, …): of pictures and, for half of the training, of mirrored ones."""
+    """feed(batches, epoch): yields (rows, features of them) for each int array of rows.
+
+    features (n, 1 or 2, …): of pictures and, for half of the training, of mirrored ones.
+    """
     def feed(batches, epoch=None):
         for rows in batches:
             side = [0] * len(rows)
@@ -276,7 +279,10 @@ class Run:
     """The training of one network as its config.json, `config`, says, with the loss of a row of losses.csv.
 
     parts: rows by part: train, scored (those of train whose scores are taken), validation, test.
+    team: (rank, ranks) that train it together.
     """
+
+    device, team = torch.device("cpu"), (0, 1)
 
     def __init__(self, config, row, parts, labels, folder):
         self.config, self.row, self.parts, self.folder = config, row, parts, folder
@@ -288,25 +294,21 @@ class Run:
             self.known[part] = np.isin(labels[rows], classes).all()
             self.codes[part] = np.searchsorted(classes, labels[rows]) if self.known[part] else labels[rows]
 
-    def begin(self, trunk, width, feed, device, team=(0, 1)):
-        """Network, loss and optimizer before the first epoch.
-
-        trunk: None where feed gives its features, `width` many; team: (rank, ranks) that train it together.
-        """
+    def begin(self, trunk, width, feed):
+        """Network, loss and optimizer before the first epoch; trunk: None where feed gives its features."""
         from dml_common.losses import make_loss
         from dml_common.networks import random_linear
-        self.feed, self.device, self.team = feed, device, team
-        self.epoch, self.history, self.counts, self.best = 0, [], {}, None
+        self.feed, self.epoch, self.history, self.counts, self.best = feed, 0, [], {}, None
         seed, fold, dimension = self.options["seed"], self.config["fold"], self.config["dimension"]
         embedder = random_linear(width, dimension, seed, fold)  # the same for all losses of a fold
         network = nn.Sequential(trunk, embedder) if trunk else embedder
-        self.network = network.to(device, memory_format=torch.channels_last)
+        self.network = network.to(self.device, memory_format=torch.channels_last)
         self.criterion = self.miner = None
         groups = [{"params": list(network.parameters()), "lr": self.options["lr"]}]
         if self.row["class"]:
             torch.manual_seed(seed_of(seed, fold))
             criterion, self.miner, _ = make_loss(self.row, int(self.codes["train"].max()) + 1, dimension)
-            self.criterion = criterion.to(device)
+            self.criterion = criterion.to(self.device)
             proxies = list(criterion.parameters())
             groups += [{"params": proxies, "lr": self.options["loss_lr"]}] if proxies else []
         settings = {"momentum": 0.9} if self.options["optimizer"] == "RMSprop" else {}  # as in Musgrave's
@@ -409,10 +411,13 @@ class Run:
             self.score("test")
 
     def goes_on(self):
-        """Is there one more epoch? All ranks answer what the first one, which knows the scores, does."""
+        """Is there one more epoch? The first rank alone knows the scores."""
         patience, waited = self.options["patience"], self.epoch - self.best["epoch"] if self.best else 0
-        more = self.epoch < self.options["epochs"] and not (patience and waited > patience)
-        answer = torch.tensor(int(more), device=self.device)
+        return self.agreed(self.epoch < self.options["epochs"] and not (patience and waited > patience))
+
+    def agreed(self, answer):
+        """The first rank's answer, to all."""
+        answer = torch.tensor(int(answer), device=self.device)
         self.spread([answer])
         return bool(answer)
 
@@ -435,7 +440,7 @@ class Run:
         """A block in which no other process or team trains this network: is it to be trained here, now?"""
         from dml_common import command, rowfile
         self.folder.mkdir(parents=True, exist_ok=True)
-        first = team[0] == 0
+        self.device, self.team, first = device, team, team[0] == 0
         lock = rowfile.only_one(self.folder / "checkpoint.pth.lock", wait) if first else nullcontext(True)
         with lock as ours:
             if not ours:
@@ -443,11 +448,7 @@ class Run:
             elif first and self.progress() in ("finished", "diverged"):
                 ours = False
                 self.tidy()
-            if team[1] > 1:
-                answer = torch.tensor(int(ours), device=device)
-                dist.broadcast(answer, 0)
-                ours = bool(answer)
-            yield ours
+            yield self.agreed(ours)
 
     def progress(self):
         """"finished", "diverged", "begun" or None: what is there. ValueError where it was made otherwise."""
@@ -534,10 +535,7 @@ def on_cpu(module):
 
 
 def print_scores(runs):
-    """Table 1: the test part's scores, at the best epoch and before training; of several folds the mean.
-
-    Beside each JSD stands its null: what permuted labels give of so few pairs.
-    """
+    """Table 1: the test part's scores and JSD's null, at the best epoch and before training; their means."""
     from dml_common import command, files
     names = (*SCORES, "jsd_null")
     lines = [["", "", "", "test", "", "", "", "before", "", "", ""],
@@ -704,7 +702,7 @@ def work(mine, trunk, width, feed, device, team, bar):
                 continue
             if trunk:
                 trunk.load_state_dict(weights)
-            run.begin(trunk, width, feed, device, team)
+            run.begin(trunk, width, feed)
             if team[0] == 0:
                 run.write_config()
             diverged = None

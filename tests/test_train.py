@@ -322,7 +322,7 @@ def test_the_papers_settings_are_the_defaults():
     for slug, name, shape in (("normalized_softmax", "W", (64, 78)), ("margin_per_class", "beta", (78,))):
         config = {"options": options, "fold": 0, "dimension": args.dim}
         one = train.Run(config, LOSSES[slug], parts, labels, place(slug))
-        one.begin(trunk, 4, None, torch.device("cpu"))
+        one.begin(trunk, 4, None)
         network, loss = one.optimizer.param_groups
         assert isinstance(one.optimizer, torch.optim.AdamW) and (network["lr"], loss["lr"]) == (1e-4, 1e-2)
         assert {*network["params"]} == {*one.network.parameters()} and len(network["params"]) == 6
@@ -636,7 +636,8 @@ def test_two_processes_train_what_one_does(p):
 
 def test_two_processes_score_the_network_they_save(p):
     """Batch norm's running statistics are each process's own in training; the first one's are kept."""
-    torchrun("--model", "tiny_for_test:norm", "--loss", "Triplet", "--lr", "1e-2")
+    torchrun("--model", "tiny_for_test:norm", "--loss", "Triplet", "--lr", "1e-2", "--epochs", "4",
+             "--patience", "1")
     rows = history(place("triplet"))
     chosen = train.split_rows(pictures.open_dataset("p").labels, "pictures", 0)[0]
     scores = scores_of("triplet", chosen, "norm")
