@@ -20,7 +20,8 @@ import warnings
 from pathlib import Path
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-MOST = {"threads": 4096, "workers": 4096, "replicates": 10**6}  # of options; of others what fits 64 bits
+# Of options; of others what fits 64 bits.
+MOST = {"threads": 4096, "workers": 4096, "replicates": 10**6, "dim": 10**6}
 
 
 class Ended(SystemExit):

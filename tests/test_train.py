@@ -770,7 +770,8 @@ def test_labels_that_do_not_fit(p, refused, tmp_path):
     ("--device mps: unknown; expected auto, cpu, cuda", ("--device", "mps")),
     ("--device cuda:99: (no GPU that torch|torch can use)", ("--device", "cuda:99")),
     ("--precision tf32 is an NVIDIA GPU's", ("--precision", "tf32")),
-    (r"odd:image gives \(1, 3, 224, 224\) for one picture; expected", ("--model", "odd:image")),
+    (r"odd:image gives \(1, 3, 224, 224\) of .* for one picture; expected", ("--model", "odd:image")),
+    (r"odd:whole gives .* of torch.int64 for one picture; .*floating-point", ("--model", "odd:whole")),
     (r"odd:broken fails on a picture \(3, 224, 224\): ", ("--model", "odd:broken")),
     ("ImageNet weights of inception_v3 are not at .*inception_v3_google-0cc3c7bd.pth: download https://.* "
      "--weights FILE", ("--model", "inception_v3")),
@@ -790,7 +791,9 @@ def test_labels_that_do_not_fit(p, refused, tmp_path):
 def test_what_can_not_be(p, refused, pattern, arguments):
     make_pictures(Path("few"), 2, 3)
     Path("odd.py").write_text("from torch import nn\ndef image(): return nn.Identity()\n"
-                              "def broken(): return nn.Sequential(nn.Flatten(), nn.Linear(5, 3))\n")
+                              "def broken(): return nn.Sequential(nn.Flatten(), nn.Linear(5, 3))\n"
+                              "class whole(nn.Flatten):\n"
+                              "    def forward(self, x): return super().forward(x).long()\n")
     if "png" in pattern:
         (p / "1" / "3.png").write_bytes(b"no picture")
     refused(pattern, *arguments)
