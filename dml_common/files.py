@@ -141,7 +141,7 @@ LISTED = {"number": int, "sha256": str}
 KINDS = {
     **dict.fromkeys(("dataset", "distance", "backbone", "checkpoint_sha256"), str),
     **dict.fromkeys(("loss", "type", "checkpoint"), (str, None)),
-    **dict.fromkeys(("fold", "seed", "dimension"), (int, None)),
+    "fold": (int, str, None), **dict.fromkeys(("seed", "dimension"), (int, None)),
     "rows": [int], "preprocessing": GEOMETRY, "versions": dict,
     "split": (str, {"test": [int], "pictures": LISTED}),
     "options": {"pick": ([int], None), "limit": (int, None), "map_size": (int, [int], None)},

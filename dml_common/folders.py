@@ -127,8 +127,8 @@ def open_array(path, dimensions, broken):
 def check_together(networks):
     """Raise ValueError naming two arrays of one data set made with other options, from other pictures (of
     one fold) or from other checkpoints (of one network)."""
-    arrays = [(kind[:3], network["fold"], network[kind]) for kind in ARRAYS for network in networks
-              if network[kind]]
+    arrays = [(kind[:3], network["fold"] if network["seed"] is None else network["folder"].name,
+               network[kind]) for kind in ARRAYS for network in networks if network[kind]]
     for (kind, fold, a), (other_kind, other, b) in combinations(arrays, 2):
         if kind != other_kind:
             continue
@@ -141,7 +141,8 @@ def check_together(networks):
             what = f"options ({'; '.join(options)})"
         elif fold == other or None in (fold, other):
             if len(digests) > 1 or len(a["array"]) != len(b["array"]):
-                what = f"lists of pictures ({len(a['array']):,}, {len(b['array']):,})"
+                what = (f"lists of pictures ({len(a['array']):,}, {len(b['array']):,}; split of config.json "
+                        "says which a network has not seen: docs/own-loss.md)")
         if what:
             raise ValueError(f"{a['path']} and {b['path']} don't belong together: other {what}; make both "
                              "with the same, or in folders of their own")
@@ -163,8 +164,11 @@ def open_pictures(given, root, names):
             raise ValueError(f"--dataset {name}: RESULTS has {', '.join(names) or 'no arrays'}; give the "
                              "folder of one")
     for name in names:
+        plain = name.partition("@")[0]  # cars196 of the networks of another split, cars196@random
         try:
-            if name in pictures.PUBLISHED and name not in datasets:
+            if plain in datasets:
+                datasets.setdefault(name, datasets[plain]._replace(name=name))
+            elif plain in pictures.PUBLISHED and name not in datasets:
                 datasets[name] = pictures.open_dataset(name, root, "all")
         except (OSError, ValueError):
             pass  # nobody asked for it: what needs it is left out
