@@ -79,7 +79,7 @@ def find_networks(folder, models):
         plain = bool(about.get("backbone")) and not about.get("loss") and not row  # a backbone without a loss
         home = training_folder(place, about.get("checkpoint"), folder, models)
         config, history = files.read_sidecar(home / "config.json"), home / "history.csv"
-        kind = row.get("type") or ("none" if plain else config.get("type"))
+        kind = row.get("type") or ("none" if plain else about.get("type") or config.get("type"))
         networks.append({
             "name": name, "slug": slug, "number": number, "seed": seed, "fold": None if plain else number,
             "type": kind if kind in TYPES else "other", "folder": place, "config": config,

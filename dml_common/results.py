@@ -18,21 +18,19 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from dml_common import files, folders
+from dml_common import conclusions, files, folders
+from dml_common.conclusions import CLIP, LEVEL, MOST, holm, mann_whitney, released_p, same_group
 from dml_common.folders import SIGNIFICANCE, TABLES, TYPES
 
-CLIP = 1 - 1e-6      # r = ±1 is cut to ±0.999999, so that Fisher's z stays finite (as in compare.py)
-MARK = 2.576         # of one z-score at 1 %: the published mark of NR-Prec
-LEVEL = 0.05         # of the other tests
-MOST = 99_999        # partitions tried: the test is exact where there are no more, else they are random
-PERMUTATIONS = 9999  # of the order of properties, and of the losses' groups
+MARK = 2.576  # of one z-score at 1 %: the published mark of NR-Prec
 
-TEXTS = {"model", "fold", "model_a", "fold_a", "model_b", "fold_b", "loss", "embeddings", "property",
+TEXTS = {"model", "fold", "model_a", "fold_a", "model_b", "fold_b", "loss", "embeddings", "property", "value",
          "distance", "null", "label", "measure", "lowest", "split", "ties",
          "normalised"}  # columns of tables that are no numbers
 SCORES = ("recall_at_1", "map_at_r", "jsd", "jsd_null", "r_precision", "positive_mean", "negative_mean")
 TESTED = ("recall_at_1", "map_at_r", "jsd", "r_precision")
-CURVES = ("loss", "positive_mean", "negative_mean", "jsd", "recall_at_1", "map_at_r")  # of history.csv
+CURVES = ("loss", "positive_mean", "negative_mean", "negative_std", "jsd", "jsd_null", "jsd_above",
+          "recall_at_1", "map_at_r")  # of history.csv; jsd_above: less jsd_null
 FISHER = ("correlation", "ceiling", "sanity")  # correlations
 POOLED = ("correlation", "jsd", "sanity")      # their spread is over pictures
 
@@ -124,6 +122,10 @@ def read(folder, models):
     folders.check_together(networks)
     tables = {table: read_rows(folder / f"{table}.csv", script, required)
               for table, (script, required, _) in TABLES.items() if (folder / f"{table}.csv").is_file()}
+    lines = tables.get("nrprec", [])
+    tables["values"] = [line for line in lines if line.get("value")]  # nrprec.py --per-value
+    tables["nrprec"] = [line for line in lines if not line.get("value")]
+    tables = {table: lines for table, lines in tables.items() if lines}
     names = {network["name"] for network in networks}
     for row in chain(*tables.values()):
         row["ends"] = ends_of(row, networks)
@@ -193,26 +195,27 @@ def whose(path, networks):
 
 
 def pair_histograms(folder, networks):
-    """pairs.py's histograms.csv of a data set's folder -> (its label, {network: [histograms of a fold …]}).
+    """pairs.py's histograms.csv of a data set's folder -> (its label, {network: [counts (2, bins) …]}).
 
-    Histograms: [counts of positive and negative pairs (2, bins)], with those before training behind them
-    where train.py counted them. Nothing where there is no table.
+    Counts of positive and negative pairs, summed over the folds; behind them those before training, where
+    train.py counted them in every fold. Nothing where there is no table.
     """
-    path, histograms = folder / "histograms.csv", defaultdict(list)
+    path, sums = folder / "histograms.csv", {}
     if not path.is_file():
-        return None, histograms
+        return None, sums
     rows = read_rows(path, "pairs.py --histograms", ["embeddings", "label", "bins", "positive", "negative"])
-    rows = [row for row in rows if row["bins"] == rows[0]["bins"] and row.get("split", "test") == "test"]
+    counts = defaultdict(list)
+    for row in rows:
+        if row["bins"] == rows[0]["bins"] and row.get("split", "test") == "test":
+            counts[Path(row["embeddings"]).parts[-3:-1]].append((row["positive"], row["negative"]))
     for network in networks:
         place, history = (network["slug"], network["folder"].name), network["history"]
-        parts = [[row for row in rows if Path(row["embeddings"]).parts[-3:-1] == place]]
-        if history and history.with_name("histograms.csv").is_file():
-            begun = read_rows(history.with_name("histograms.csv"), "train.py", ["epoch", "split", "positive"])
-            parts.append([row for row in begun if (row["epoch"], row["split"]) == (0, "test")])
-        if parts[0]:
-            histograms[network["name"]].append(
-                [np.array([(row["positive"], row["negative"]) for row in part]).T for part in parts if part])
-    return rows[0]["label"], histograms
+        if place in counts:
+            begun = counted_pairs(history).get(0) if history else None
+            parts = [np.array(counts[place]).T, *([] if begun is None else [begun])]
+            known = sums.get(network["name"], parts if network["name"] not in sums else None)
+            sums[network["name"]] = parts if known is parts else [a + b for a, b in zip(known, parts)]
+    return rows[0]["label"], sums
 
 
 def row_properties(network):
@@ -266,12 +269,7 @@ def table_facts(results):
     """What the tables say, as columns of Row."""
     order = list(results.types)
     for table, lines in results.tables.items():
-        if table == "pairs":  # of all classes of the test split, at one number of bins: 200, else the first
-            lines = [line for line in lines
-                     if line.get("split", "test") == "test" and line.get("repeat") is None]
-            bins = [line["bins"] for line in lines]
-            lines = [line for line in lines if line["bins"] == (200 if 200 in bins else bins[0])]
-        for line in lines:
+        for line in pair_lines(lines) if table == "pairs" else lines:
             ends = sorted(line["ends"], key=lambda end: (order.index(end[0]), end[1] or 0))
             names, folds, seeds = zip(*ends)
             folds = dict.fromkeys(fold for fold in folds if fold is not None)  # "0/1" of two folds
@@ -294,15 +292,38 @@ def table_facts(results):
             elif table == "sanity":
                 yield {**facts, "measure": "sanity", "key": f"{line['layers']:.0f} of {line['of']:.0f}",
                        "value": line["correlation"], "spread": line["correlation_std"]}
+            elif table == "values":
+                yield {**facts, "measure": "values", "key": f"{line['property']} = {line['value']}",
+                       "n": line["queries"], **around(line["nr_precision"], line.get("nr_precision_se"))}
             elif table == "pairs":
+                measure = "pairs" if line.get("subset") is None else "classes"
                 for key in SCORES:
-                    yield {**facts, "measure": "pairs", "key": key, "value": line.get(key),
-                           "note": f"{line['bins']:.0f} bins"}
+                    yield {**facts, "measure": measure, "key": key, "value": line.get(key),
+                           "epoch": line.get("subset"), "note": f"{line['bins']:.0f} bins"}
             else:
                 for measure in TABLES[table][2]:
                     yield {**facts, "other": names[1], "measure": measure, "value": line.get(measure),
                            "spread": line.get(f"{measure}_std"), "low": line.get(f"{measure}_low"),
                            "high": line.get(f"{measure}_high")}
+
+
+def pair_lines(lines):
+    """Lines of pairs.csv: of all classes of the test split, at one number of bins (200, else the first), then
+    means over the random subsets of so many classes ("subset"), in which JSD is above its null."""
+    lines = [line for line in lines if line.get("split", "test") == "test"]
+    bins = [line["bins"] for line in lines]
+    lines = [line for line in lines if line["bins"] == (200 if 200 in bins else bins[0])]
+    subsets = defaultdict(list)
+    for line in lines:
+        if line.get("repeat") is None:
+            yield line
+        if line.get("classes"):
+            subsets[line["embeddings"], int(line["classes"])].append(line)
+    for (_, number), several in subsets.items():
+        scores = {key: [line[key] for line in several] for key in ("recall_at_1", "map_at_r")}
+        scores["jsd"] = [line["jsd"] - (line.get("jsd_null") or 0) for line in several]
+        yield {key: several[0][key] for key in ("ends", "bins", "n")} | {"subset": number} | {
+            key: float(np.mean(values)) for key, values in scores.items()}
 
 
 def training_facts(results):
@@ -312,14 +333,38 @@ def training_facts(results):
         facts = {"measure": "training", "network": network["name"], "type": network["type"],
                  "fold": network["fold"], "seed": network["seed"],
                  "split": split.get("kind") if isinstance(split, dict) else split}
-        lines = read_rows(network["history"], "train.py", ["epoch", "split", *CURVES[3:]])
+        lines = read_rows(network["history"], "train.py", ["epoch", "split", *SCORES[:3]])
         lines = [line for line in lines if line["epoch"] is not None]
         best = max((line["epoch"] for line in lines if line["split"] == "test"), default=0)
-        for line, key in product(lines, CURVES):
+        counts = counted_pairs(network["history"])
+        for line in lines:
             part, epoch = line["split"], int(line["epoch"])
+            if part == "test" and epoch in counts:
+                line["negative_std"] = spread(counts[epoch][1])
+            if line.get("jsd_null") is not None and line["jsd"] is not None:
+                line["jsd_above"] = line["jsd"] - line["jsd_null"]
             if part != "test" or epoch in (0, best):
                 epoch = "best" if part == "test" and epoch else epoch
-                yield {**facts, "key": key, "part": part, "epoch": epoch, "value": line.get(key)}
+                for key in CURVES:
+                    yield {**facts, "key": key, "part": part, "epoch": epoch, "value": line.get(key)}
+
+
+def counted_pairs(history):
+    """{epoch: counts of positive and negative pairs of the test part (2, bins)} of train.py's histograms.csv
+    beside a history; {} without one."""
+    path, counts = history.with_name("histograms.csv"), defaultdict(list)
+    if path.is_file():
+        for row in read_rows(path, "train.py", ["epoch", "split", "positive", "negative"]):
+            if row["split"] == "test":
+                counts[int(row["epoch"])].append((row["positive"], row["negative"]))
+    return {epoch: np.array(rows).T for epoch, rows in counts.items()}
+
+
+def spread(counts):
+    """The standard deviation of a histogram (bins,) over [-1, 1]."""
+    centres = (np.arange(len(counts)) + 0.5) * 2 / len(counts) - 1
+    mean = np.average(centres, weights=counts)
+    return float(np.sqrt(np.average((centres - mean)**2, weights=counts)))
 
 
 def around(value, error):
@@ -403,39 +448,6 @@ def group_means(results, means):
 # ---------------------------------------------------------------- tests
 
 
-def mann_whitney(x, y):
-    """Two-sided Mann-Whitney U test of two or more values each -> (U, p).
-
-    U counts the pairs with x above y, ties a half. p: the share of ways to choose len(x) of all values with
-    |U − mean| at least as large as observed; of all ways, or of MOST random ones where there are more.
-    """
-    ranks, n = stats.rankdata([*x, *y]), len(x)
-    mean = n * (len(ranks) + 1) / 2  # of the sum of x's ranks, which is U + n (n + 1) / 2
-
-    def away(chosen, rest, axis):
-        return np.abs(chosen.sum(axis=axis) - mean)
-
-    test = stats.permutation_test((ranks[:n], ranks[n:]), away, permutation_type="independent",
-                                  alternative="greater", n_resamples=MOST, rng=np.random.default_rng(0))
-    return float(ranks[:n].sum() - n * (n + 1) / 2), float(test.pvalue)
-
-
-def released_p(x, y):
-    """The p-value of the first paper's code: half the two-sided one of the normal approximation, the default
-    of its SciPy (below 1.7), with corrections for continuity and ties. 0.5 where all values are equal."""
-    if len({*x, *y}) == 1:
-        return 0.5
-    return float(stats.mannwhitneyu(x, y, alternative="two-sided", method="asymptotic").pvalue / 2)
-
-
-def holm(p):
-    """Holm's correction of the p-values p."""
-    p, k = np.asarray(p, float), len(p)
-    order, adjusted = np.argsort(p), np.empty(k)
-    adjusted[order] = np.minimum(1, np.maximum.accumulate((k - np.arange(k)) * p[order]))
-    return adjusted
-
-
 def type_tests(rows, means, measure, keys=None):
     """Ranking against classification losses of each key, Holm-corrected over them, as columns of Row.
 
@@ -473,46 +485,22 @@ def other_tests(results, means, groups):
     shared = [key for key in ours if losses and key in losses[0]]
     theirs = {key: np.mean([row[key] for row in losses if row[key] is not None]) for key in shared}
     if len(shared) > 2 and len({ours[key] for key in shared}) > 1:  # Spearman's rank correlation
-        method = stats.PermutationMethod(n_resamples=PERMUTATIONS, rng=np.random.default_rng(0))
+        method = stats.PermutationMethod(n_resamples=conclusions.PERMUTATIONS, rng=np.random.default_rng(0))
         test = stats.pearsonr(*(stats.rankdata([side[key] for key in shared]) for side in (ours, theirs)),
                               method=method)
         yield {"measure": "order", "level": "test", "value": float(test.statistic), "p": float(test.pvalue),
                "n": len(shared)}
     z = {(row.network, row.other): np.arctanh(np.clip(row.value, -CLIP, CLIP)) for row in means
          if row.measure == "correlation" and row.network != row.other}
-    kinds = {name: kind for name, kind in results.types.items() if any(name in pair for pair in z)}
+    here = {name: kind for name, kind in results.types.items() if any(name in pair for pair in z)}
+    kinds = {name: kind for name, kind in here.items() if kind != "none"}
     types = {name: kind for name, kind in kinds.items() if kind in TYPES[:2]}
-    distances = {name: results.distances[name] for name in kinds
-                 if kinds[name] != "none" and results.distances[name]}
-    for measure, group_of in ("same type", types), ("same distance", distances):
-        facts = same_group({pair: z[pair] for pair in z if {*pair} <= {*group_of}}, group_of)
-        if facts:
-            yield {"measure": measure, "level": "test", **facts}
-
-
-def same_group(z, group_of):
-    """Do two losses of one group agree more than two of different groups? Columns of Row; {}: none can tell.
-
-    z: {(network, network): Fisher's z}. The groups are permuted over the networks: pairs are not independent.
-    """
-    names, values = list(group_of), np.array(list(z.values()))
-    a, b = np.array([[names.index(name) for name in pair] for pair in z], int).reshape(-1, 2).T
-    codes = np.unique(list(group_of.values()), return_inverse=True)[1]
-
-    def means(codes):
-        same = codes[..., a] == codes[..., b]
-        return [(values * chosen).sum(-1) / np.maximum(1, chosen.sum(-1)) for chosen in (same, ~same)]
-
-    def difference(codes, axis):
-        return np.abs(np.subtract(*means(codes)))
-
-    if len(names) < 3 or len(np.unique(codes[a] == codes[b])) < 2:
-        return {}
-    test = stats.permutation_test((codes,), difference, permutation_type="pairings", alternative="greater",
-                                  n_resamples=PERMUTATIONS, rng=np.random.default_rng(0))
-    within, between = np.tanh(means(codes))
-    return {"value": float(within - between), "p": float(test.pvalue), "n": len(names),
-            "note": f"{within:.3f} against {between:.3f}"}
+    distances = {name: results.distances[name] for name in kinds if results.distances[name]}
+    tests = {"same type": same_group(z, types), "same distance": same_group(z, distances, kinds)}
+    for measure, test in tests.items():
+        if test:
+            yield {"measure": measure, "level": "test", "value": test.value, "low": test.low,
+                   "high": test.high, "p": test.p, "n": test.n, "note": test.note}
 
 
 # ---------------------------------------------------------------- the papers' numbers
@@ -543,14 +531,18 @@ def published_nrprec():
             for row, loss in enumerate(losses)}
 
 
-def published():
-    """The papers' numbers as [Results]: cars (Table 6), sop (2), cars196, cub200 (3, 4 and Oi et al., 1)."""
+def published(middle=0.0):
+    """The papers' numbers as [Results]: cars (Table 6), sop (2), cars196, cub200 (3, 4 and Oi et al., 1).
+
+    middle: added to per cents, which the first paper truncated: 0.5 for the middle of what they may be.
+    """
     sop, groups, scores = (zip(*read_published(name).values()) for name in (
         "kobs_table2_sop_correlation", "kobs_tables3_4_grouped_correlation", "oi_table1_split"))
     base = Row(None, None, level="network", fold="mean", mark="", note="")
     types = {row["name"]: row["type"] for row in files.losses()}
     types = {name: types[name] for name in folders.in_order(types)}
-    everything = {name: Results(name, None, [], {}, types, {}, {})
+    distances = {row["name"]: row["distance"] for row in files.losses()}
+    everything = {name: Results(name, None, [], {}, types, distances, {})
                   for name in ("cars", "sop", "cars196", "cub200")}
     for loss, values in published_nrprec().items():
         kind = loss.lower().partition(" mean")[0]
@@ -561,14 +553,14 @@ def published():
             row._replace(key=key, value=value, mark="*" if value > MARK and row.fold else "")
             for key, value in values.items() if value is not None]
     everything["sop"].rows = [base._replace(
-        measure="correlation", network=a, other=b, value=float(mean) / 100, spread=float(std) / 100)
-        for a, b, mean, std in sop]
+        measure="correlation", network=a, other=b, value=(float(mean) + middle) / 100,
+        spread=float(std) / 100) for a, b, mean, std in sop]
     everything["sop"].rows += group_means(everything["sop"], everything["sop"].rows)
     for name, *kinds, mean, std in groups:
         a, b = sorted(kinds)
         everything[name].rows.append(base._replace(
-            measure="correlation", level="type", network=a, other=b, fold=None, value=float(mean) / 100,
-            spread=float(std) / 100))
+            measure="correlation", level="type", network=a, other=b, fold=None,
+            value=(float(mean) + middle) / 100, spread=float(std) / 100))
     for name, split, *values in scores:
         everything[name].rows += [base._replace(
             measure="training", key=key, network="Normalized Softmax", split=split, part="test", epoch="best",
