@@ -120,8 +120,9 @@ def difference_of(x, y, fisher=False):
     squares = squares * (1 - means**2)**2 if fisher else squares  # the delta method
     error, below = float(np.sqrt(squares.sum())), (squares**2 / (len(x) - 1, len(y) - 1)).sum
     ends = student(value, error, error**4 / below()) if error else (value, value)
-    return Estimate(value, *ends, mann_whitney(x, y)[1], 2 / math.comb(len(x) + len(y), len(x)),
-                    len(x) + len(y), f"{note}, Mann-Whitney")
+    ways = math.comb(len(x) + len(y), len(x))
+    return Estimate(value, *ends, mann_whitney(x, y)[1], 2 / ways,
+                    len(x) + len(y), f"{note}, Mann-Whitney" + (", exact" if ways <= MOST else ""))
 
 
 def kendall(x, y):
@@ -267,16 +268,15 @@ def pixel_claims(one):
     if top and noise:
         top = top._replace(note=f"{top.note}; a map's noise {noise:.4f}")
     for says, needs, *claimed in (
-            ("Maps of two losses of one type correlate more than of two types", "compare.csv", "+",
+            ("Maps of one type of loss correlate more than of two", "compare.csv", "+",
              same_group(z, kinds)),
-            ("Maps of one distance do not correlate otherwise, types being equal", "compare.csv", "=",
+            ("Maps of one distance do not, types being equal", "compare.csv", "=",
              same_group(z, distances, kinds, MARGIN), MARGIN),
-            ("None's maps are nearer to classification than to ranking losses'", "compare.csv with None", "+",
+            ("None's maps are nearer to classification than to ranking", "compare.csv with None", "+",
              by_type(none, types, fisher=True)),
-            ("Of classification losses more saliency lies outside the object", "masks.csv", "+",
+            ("Classification: more saliency lies outside the object", "masks.csv", "+",
              by_type(outside, types)),
-            (f"Ranking losses' maps are more concentrated: share of the top {TOP:.0%} of pixels", "maps.npy",
-             "+", top)):
+            (f"Ranking: more of the saliency in a map's top {TOP:.0%} of pixels", "maps.npy", "+", top)):
         yield Claim("Kobs et al.", says, needs, *claimed)
 
 
@@ -289,15 +289,15 @@ def property_claims(one):
     n = Counter(key for _, key in scores)
     keys = [key for key in every if n[key] == len(names)]
     values = np.array([scores[cell] for cell in product(losses, keys)]).reshape(len(losses), len(keys))
-    orders = dict.fromkeys(("Kendall's W", "mean tau of two losses", "tau of None with the losses' mean"))
+    orders = dict.fromkeys(("Kendall's W", "losses' mean tau", "None's tau with the mean"))
     if min(values.shape) > 1:
         orders |= zip(orders, order_agreement(values, [scores[none, key] for key in keys] if none else None))
     for what, estimate in orders.items():
-        yield Claim("Kobs et al.", f"All order the properties alike: {what} above {ORDER}",
+        yield Claim("Kobs et al.", f"One order of properties: {what} above {ORDER}",
                     "nrprec.csv with None", "+", estimate, ORDER)
     grounds = [key for key in keys if re.match("bg_|background", key)]
     behind = {name: np.mean([scores[name, key] for key in grounds]) for name in losses if grounds}
-    yield Claim("Kobs et al.", "Background properties weigh more with classification than ranking losses",
+    yield Claim("Kobs et al.", "Classification: background properties weigh more",
                 "nrprec.csv with bg_… properties", "+", by_type(behind, one.types))
     for key in every if none else ["the class"]:
         changes = [scores[name, key] - scores[none, key] for name in losses
@@ -344,9 +344,9 @@ def training_claims(one):
         begin = mean_of(first_gaps(one, known), margin=MARGIN if key == "jsd" else None)
         ends = mean_of(gap[-1] for gap in gaps.values())
         claimed = ("equal to", "=", MARGIN) if key == "jsd" else ("below", "-", 0.0)
-        yield Claim("Oi et al.", f"{title} of training begins {claimed[0]} validation's (over folds)",
+        yield Claim("Oi et al.", f"{title}: training begins {claimed[0]} validation (over folds)",
                     "history.csv", claimed[1], begin, claimed[2])
-        yield Claim("Oi et al.", f"{title} of training ends above validation's", "history.csv", "+", ends)
+        yield Claim("Oi et al.", f"{title}: training ends above validation", "history.csv", "+", ends)
     for key in ("recall_at_1", "map_at_r"):
         epochs = np.array([(turns[key][name], turns["jsd"][name]) for name in turns[key]
                            if name in turns["jsd"]]).reshape(-1, 2)
@@ -355,7 +355,7 @@ def training_claims(one):
         if later:
             later = later._replace(note="epoch {:.1f} against {:.1f}; {} never".format(
                 *known.mean(axis=0), len(epochs) - len(known)))
-        yield Claim("Oi et al.", f"{titles[key]} of training passes validation's later than JSD",
+        yield Claim("Oi et al.", f"{titles[key]}: training passes validation later than in JSD",
                     "history.csv", "+", later)
     before, after = ({row.network: row.value for row in one.select(
         "training", fold="mean", key="negative_std", part="test", epoch=epoch)} for epoch in (0, "best"))
@@ -368,7 +368,7 @@ def score_claims(one, splits):
     one way or another, [] where these were asked already."""
     titles = {"recall_at_1": "Recall@1", "map_at_r": "MAP@R", "jsd": "JSD"}
     for key, title in titles.items() if splits else ():
-        yield Claim("Oi et al.", f"{title} is lower for classes split in their order than at random",
+        yield Claim("Oi et al.", f"{title} is lower with the default split of classes",
                     "history.csv of --split default and random", "-",
                     split_difference(split_scores(splits, key)))
     changes = class_changes(one)

@@ -25,14 +25,15 @@ from dml_common.folders import SIGNIFICANCE, TABLES, TYPES
 MARK = 2.576  # of one z-score at 1 %: the published mark of NR-Prec
 
 TEXTS = {"model", "fold", "model_a", "fold_a", "model_b", "fold_b", "loss", "embeddings", "property", "value",
-         "distance", "null", "label", "measure", "lowest", "split", "ties",
-         "normalised"}  # columns of tables that are no numbers
+         "distance", "null", "label", "measure", "lowest", "split", "ties", "normalised",
+         "order"}  # columns of tables that are no numbers
 SCORES = ("recall_at_1", "map_at_r", "jsd", "jsd_null", "r_precision", "positive_mean", "negative_mean")
 TESTED = ("recall_at_1", "map_at_r", "jsd", "r_precision")
 CURVES = ("loss", "positive_mean", "negative_mean", "negative_std", "jsd", "jsd_null", "jsd_above",
           "recall_at_1", "map_at_r")  # of history.csv; jsd_above: less jsd_null
 FISHER = ("correlation", "ceiling", "sanity")  # correlations
-POOLED = ("correlation", "jsd", "sanity")      # their spread is over pictures
+POOLED = ("correlation", "jsd", "jsd_nats", "sanity")  # their spread is over pictures
+MEAN_ERROR = ("masks", "faithfulness")  # their spread is the standard error of a mean over pictures
 
 # One fact. What does not apply is None.
 # measure and key:
@@ -243,7 +244,7 @@ def check_rows(results):
                for network in results.networks for kind in ("emb", "maps") if network[kind]}
     for table, kind in ("nrprec", "emb"), ("compare", "maps"):
         for row in results.tables.get(table, []):
-            n = (row.get("n") or row.get("queries") or 0) + (row.get("left_out") or row.get("skipped") or 0)
+            n = sum(row.get(key) or 0 for key in ("n", "queries", "left_out", "skipped", "missing"))
             for end in row["ends"]:
                 here = lengths.get((*end, kind), n)
                 if n and here != n and row.get("nr_precision_se") is None:  # else a sample of the queries
@@ -284,9 +285,9 @@ def table_facts(results):
                 yield {**facts, "measure": "nr_precision", "p": line.get("p_value"),
                        "p_holm": line.get("p_holm"),
                        **around(line["nr_precision"], line.get("nr_precision_se"))}
-            elif table == "masks":
+            elif table in MEAN_ERROR:
                 known = line["std"] is not None and (line["n"] or 0) > 1
-                yield {**facts, "measure": "masks", "key": line["measure"], "value": line["mean"],
+                yield {**facts, "measure": table, "key": line["measure"], "value": line["mean"],
                        "spread": line["std"] / math.sqrt(line["n"] - 1) if known else None,
                        "low": line["low"], "high": line["high"]}
             elif table == "sanity":
@@ -391,7 +392,7 @@ def mean_row(rows, over, **changes):
     low, high = float(values.min()), float(values.max())
     if over == "networks" or over == "folds" and first.measure not in POOLED:
         spread = float(values.std(ddof=1)) if n > 1 else None
-    if first.measure == "masks":  # standard errors: the networks of a fold share their pictures
+    if first.measure in MEAN_ERROR:  # standard errors: the networks of a fold share their pictures
         spread = float(np.linalg.norm(spreads) / n if over == "folds" else spreads.mean())
         spread = None if None in [row.spread for row in rows] else spread
         value, low, high = around(value, spread).values()
@@ -421,6 +422,12 @@ def fold_means(results, rows):
     for folds in groups.values():
         parts = [mean_row(list(seeds.values()), "folds") for seeds in folds.values()]
         mean = mean_row(parts, "folds", fold="mean", seed=None)
+        seeds = defaultdict(list)
+        for row in chain(*map(dict.values, folds.values())) if mean.measure == "training" else ():
+            seeds[row.seed].append(row.value)
+        if len(seeds) > 1:  # Oi et al., Table 1: Student's interval over the seeds
+            over = conclusions.mean_of(map(np.mean, seeds.values()))
+            mean = mean._replace(low=over.low, high=over.high, n=over.n, note="seeds")
         if mean.measure == "nr_precision":  # above chance in every fold; p_holm is two-sided
             above = mean.p_holm < SIGNIFICANCE and mean.value > 0 if tested else mean.value > MARK
             mean = mean._replace(mark="*" if above else "", note="tested" if tested else "published mark")
@@ -568,14 +575,64 @@ def published(middle=0.0):
     return list(everything.values())
 
 
-def difference(ours, theirs):
-    """Results of what both have, ours − theirs: of one data set, of NR-Prec of any."""
-    def fact(row):
-        return (row.measure, row.key, row.level, row.network, row.other, row.fold, row.split, row.part,
-                row.epoch)
+# What a number's settings must be to be compared with the published one.
+PUBLISHED = {
+    "nr_precision": {"pictures": "100000", "distance": "euclidean", "normalised": "0", "null": "binomial",
+                     "max_neighbours": "1023", "ties": "index"},
+    "correlation": {"order": "released", "samples": "50", "fold": "0", "shared_noise": "False"},
+    "training": {"backbone": "inception_v3", "dimension": "64"}}
+TEST_PICTURES = {"cars196": 8131, "cub200": 5924, "sop": 60_502}
 
-    known = {fact(row): row.value for row in theirs.rows
-             if ours.name == theirs.name or row.measure == "nr_precision"}
-    rows = [row._replace(value=row.value - known[fact(row)], spread=None, low=None, high=None, n=None,
-                         p_holm=None, mark="", note="difference") for row in ours.rows if fact(row) in known]
-    return replace(ours, rows=rows, tables={})
+
+def difference(ours, theirs, measure):
+    """What both have of a measure, of one data set (NR-Prec: of any) -> (Results of ours − theirs,
+    [(setting, ours, theirs) …] that differ: where there are any, the differences say nothing).
+
+    Ours is cut as theirs was: per cents of correlations are truncated, other numbers rounded to their digits.
+    The paper's means of NR-Prec and ours of Table 2 have no difference: they are means of cut numbers.
+    """
+    def fact(row):
+        return row.key, row.level, row.network, row.other, row.fold, row.split, row.part, row.epoch
+
+    digits, per_cent = 3 if measure == "training" else 2, measure == "correlation"
+    known = {fact(row): row.value for row in theirs.rows if row.measure == measure
+             and (row.level == "network" or theirs.name in ("cars196", "cub200"))}
+    rows = []
+    for row in ours.rows if ours.name.split("@")[0] == theirs.name or measure == "nr_precision" else ():
+        if row.measure == measure and fact(row) in known:
+            value = math.trunc(100 * row.value + 1e-9) / 100 if per_cent else round(row.value, digits)
+            rows.append(row._replace(value=round(value - known[fact(row)], digits), spread=None, low=None,
+                                     high=None, n=None, p_holm=None, mark="", note="difference"))
+    wanted, made = dict(PUBLISHED[measure]), settings(ours, measure) if rows else {}
+    if per_cent:
+        wanted["pictures"] = str(TEST_PICTURES.get(theirs.name))
+    differ = [(name, made.get(name, "unknown"), one) for name, one in wanted.items() if made.get(name) != one]
+    return replace(ours, rows=rows, tables={}), differ
+
+
+def settings(results, measure):
+    """How a measure's numbers were made: {setting: its values, as text}."""
+    made = defaultdict(dict)  # {setting: {value: None}}
+    if measure == "nr_precision":
+        for line in results.tables["nrprec"]:
+            n = sum(line.get(key) or 0 for key in ("queries", "skipped", "missing"))
+            line = {"ties": "index", "normalised": "0", **line, "pictures": n}
+            for name in PUBLISHED[measure]:
+                made[name][line.get(name)] = None
+    elif measure == "correlation":
+        lines = [{**line, "pictures": line["n"] + (line["left_out"] or 0)}
+                 for line in results.tables["compare"]]
+        lines += [network["maps"]["options"] for network in results.networks if network["maps"]]
+        lines += [{"fold": row.fold} for row in results.select("correlation") if row.fold != "mean"]
+        for line, name in product(lines, ("pictures", *PUBLISHED[measure])):
+            if name in line:
+                made[name][line[name]] = None
+    else:
+        for network, name in product(results.networks, PUBLISHED[measure]):
+            if network["name"] == "Normalized Softmax":
+                made[name][network["config"].get(name)] = None
+    return {name: ", ".join(dict.fromkeys(map(text_of, values))) for name, values in made.items()}
+
+
+def text_of(value):
+    return "none" if value is None else f"{value:.0f}" if isinstance(value, float) else str(value)
