@@ -137,11 +137,12 @@ def fact(row, factor=1, digits=2, **more):
     return cell(f"{text} {more['mark']}".rstrip(), row.value, **more)
 
 
-def estimated(one):
+def estimated(one, with_p=False):
     """An Estimate of conclusions.py (or None) as a cell."""
     if one is None:
         return cell("")
-    return cell(rounded(one.value, 3) + interval(one, 1, 3), one.value, low=one.low, high=one.high)
+    p = f", p {p_text(one.p)}" if with_p and one.p is not None else ""
+    return cell(rounded(one.value, 3) + interval(one, 1, 3) + p, one.value, low=one.low, high=one.high)
 
 
 def shade(rows, scale=float, diagonal=True):
@@ -286,7 +287,7 @@ def training(everything):
         rows.append([cell(name, bold=True), "default − random", ""])
         for key in titles:
             scores = conclusions.split_scores(everything, key)
-            rows[-1].append(estimated(conclusions.split_difference({name: scores.get(name, {})})))
+            rows[-1].append(estimated(conclusions.split_difference({name: scores.get(name, {})}), True))
         notes = ["Differences: Welch's interval and a Mann-Whitney test over seeds."]
     caption = ("Scores of the test split, untrained → trained, mean over folds; [ ]: Student's 95 % interval "
                "over seeds")
@@ -307,7 +308,7 @@ def conclusions_table(everything, name="conclusions"):
                      cell(p_text(one.p_holm), one.p_holm), one.verdict])
     notes = ["Holds: the interval lies on the claimed side and p, Holm over the table, is below 5 %. Does "
              "not: it lies on the other side. Else: half the interval is what could have been shown.",
-             "The unit is the loss. Intervals: Student's, Welch's, jackknife (r of pairs), bootstrap (order); "
+             "The unit is the loss. Intervals: Student's, Welch's, jackknife (pairs), bootstrap (order); "
              f"equal: within ± {conclusions.MARGIN}."]
     return table(name, "The papers' conclusions", "Our numbers, their 95 % intervals and tests", [
         "Paper", "Conclusion", "Data", "Ours", "Test", "p", "p, Holm", "Verdict"], rows, notes=notes)
@@ -315,8 +316,9 @@ def conclusions_table(everything, name="conclusions"):
 
 def dataset_tables(one, everything=()):
     """All tables of one data set's results that there are numbers for; everything: it and the others."""
-    tables = [grid(one, "nr_precision"), type_tests(one, "nr_precision", "nrprec_tests", "Property"),
-              values(one)]
+    tables = [properties(one)] if one.properties else []
+    tables += [grid(one, "nr_precision"), type_tests(one, "nr_precision", "nrprec_tests", "Property"),
+               values(one)]
     for measure in PAIRS:
         tables += [matrix(one, measure), matrix(one, measure, "type")]
         by_distance = matrix(one, measure, "distance")
@@ -389,9 +391,7 @@ def papers(everything, tables_of):
 
     note = ["NR-Prec grows with the number of pictures, and with another null: the order of properties "
             "compares, the size does not. ProxyNCA's last cell is missing in our source."]
-    tables = [losses([]), properties(), conclusions_table(results.published(0.5), "conclusions_published")]
-    if everything:
-        tables.append(conclusions_table(everything, "conclusions_ours"))
+    tables = [losses([]), properties()]
     for theirs in results.published():
         parts = [("published", content) for content in dataset_tables(theirs)]
         for ours, measure in itertools.product(everything, results.PUBLISHED):
@@ -407,7 +407,8 @@ def papers(everything, tables_of):
                 parts += [("difference", content) for content in compared]
         tables += [{**content, "name": f"{kind}_{content['name']}", "title": f"{content['title']}: {kind}",
                     "notes": note if content["paper"] == "Table 6" else []} for kind, content in parts]
-    return tables
+    tables.append(conclusions_table(results.published(0.5), "conclusions_published"))
+    return tables + ([conclusions_table(everything, "conclusions_ours")] if everything else [])
 
 
 # ---------------------------------------------------------------- findings: a number, its interval, its p
@@ -631,12 +632,14 @@ def main(argv=None):
                          "the papers' tables")
     everything = results.read_all(args.results, args.models) if args.results else []
     everything.sort(key=lambda one: (-len(one.tables), -len(one.networks)))  # the fullest data set first
-    tables_of = {one.name: [properties(one), *dataset_tables(one, everything)] for one in everything}
+    tables_of = {one.name: dataset_tables(one, everything) for one in everything}
     if args.published:
         contents = papers(everything, tables_of)
     else:
         contents = [losses(everything), conclusions_table(everything),
                     *itertools.chain(*tables_of.values()), errata()]
+        if not all(one.properties for one in everything):
+            contents.insert(1, properties())
     contents = [content for content in contents if content["rows"]]
     names = [content["name"] for content in contents]
     if len(set(names)) < len(names):

@@ -129,7 +129,8 @@ def kendall(x, y):
     """Kendall's tau-b of the last axes of x (…, P) and y (…, P), broadcast."""
     i, j = np.triu_indices(np.shape(x)[-1], 1)
     a, b = (np.sign(side[..., i] - side[..., j]) for side in map(np.asarray, (x, y)))
-    return (a * b).sum(-1) / np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
+    with np.errstate(invalid="ignore"):  # nan where all are equal
+        return (a * b).sum(-1) / np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
 
 
 def order_agreement(values, none=None):
@@ -142,7 +143,9 @@ def order_agreement(values, none=None):
     L = len(values)
     counts = np.random.default_rng(0).multinomial(L, np.full(L, 1 / L), PERMUTATIONS)
     counts = np.vstack([np.ones(L), counts[(counts > 0).sum(axis=1) > 1]])  # first the losses as they are
-    rho, tau = np.corrcoef(stats.rankdata(values, axis=1)), kendall(values[:, None], values[None])
+    with np.errstate(invalid="ignore"):
+        rho = np.corrcoef(stats.rankdata(values, axis=1))
+    tau = kendall(values[:, None], values[None])
     pairs = counts.sum(axis=1)**2 - (counts**2).sum(axis=1)
     rho, tau = (((counts @ (one - np.eye(L))) * counts).sum(axis=1) / pairs for one in (rho, tau))
     draws = [(1 + (L - 1) * rho) / L, tau]
@@ -246,13 +249,12 @@ def concentrations(one):
     for network in one.networks:
         if network["maps"] and network["type"] in TYPES[:2]:
             rows = np.unique(np.linspace(0, len(network["maps"]["array"]) - 1, LOOKED).round().astype(int))
-            first, second = (network[kind] and concentration(network[kind]["array"][rows])
-                             for kind in ("maps", "maps_ceiling"))
-            shares[network["name"]].append(np.nanmean(first))
-            if second is not None and len(second) == len(first):
-                noise.append(np.nanmean((first - second)**2) / 2)
-    return ({name: float(np.mean(folds)) for name, folds in shares.items()},
-            float(np.sqrt(np.mean(noise))) if noise else None)
+            first, *second = (concentration(network[kind]["array"][rows]) for kind in ("maps", "maps_ceiling")
+                              if network[kind])
+            shares[network["name"]] += first[np.isfinite(first)].tolist()
+            noise += [] if not second else ((first - second[0])[np.isfinite(first - second[0])]**2).tolist()
+    return ({name: float(np.mean(values)) for name, values in shares.items() if values},
+            float(np.sqrt(np.mean(noise) / 2)) if noise else None)
 
 
 def pixel_claims(one):

@@ -19,7 +19,7 @@ import numpy as np
 from scipy import stats
 
 from dml_common import conclusions, files, folders
-from dml_common.conclusions import CLIP, LEVEL, MOST, holm, mann_whitney, released_p, same_group
+from dml_common.conclusions import CLIP, LEVEL, holm, mann_whitney, released_p, same_group
 from dml_common.folders import SIGNIFICANCE, TABLES, TYPES
 
 MARK = 2.576  # of one z-score at 1 %: the published mark of NR-Prec
@@ -471,7 +471,7 @@ def type_tests(rows, means, measure, keys=None):
             pooled = values[key, "ranking", False], values[key, "classification", False]
             facts = {"measure": measure, "key": key, "network": "ranking", "other": "classification"}
             (u, p), ways = mann_whitney(x, y), math.comb(len(x + y), len(x))
-            note = "exact" if ways <= MOST else f"{MOST:,} random ways"
+            note = "exact" if ways <= conclusions.MOST else f"{conclusions.MOST:,} random ways"
             tests.append({**facts, "level": "test", "value": 2 * u / (len(x) * len(y)) - 1, "p": p,
                           "n": len(x + y), "low": 2 / ways, "note": note})
             note = f"{len(pooled[0])} against {len(pooled[1])} fold values"
