@@ -279,6 +279,8 @@ def warn(results):
             (len(backbones) > 1, f"losses may differ by their backbones alone ({listing(backbones)})"),
             (len({network["fold"] for network in networks} - {None}) == 1,
              "one fold only: how much a loss varies from training to training is unknown"),
+            (results.select("training", key="jsd") and not results.select("training", key="jsd_null"),
+             "history.csv has no jsd_null (an older train.py made it): JSD of few pairs is biased up"),
             (others, f"not in models/losses.csv: {listing(others)}; kept, type “other”")):
         if true:
             yield text

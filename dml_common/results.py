@@ -323,8 +323,8 @@ def pair_lines(lines):
     for (_, number), several in subsets.items():
         scores = {key: [line[key] for line in several] for key in ("recall_at_1", "map_at_r")}
         scores["jsd"] = [line["jsd"] - (line.get("jsd_null") or 0) for line in several]
-        yield {key: several[0][key] for key in ("ends", "bins", "n")} | {"subset": number} | {
-            key: float(np.mean(values)) for key, values in scores.items()}
+        means = {key: float(np.mean(values)) for key, values in scores.items()}
+        yield {"ends": several[0]["ends"], "bins": several[0]["bins"], "subset": number, **means}
 
 
 def training_facts(results):

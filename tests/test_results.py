@@ -1,12 +1,9 @@
 """folders.py and results.py: what a results folder holds, whose a row is; averages and tests by hand."""
-import itertools
 import json
 
 import numpy as np
 import pytest
 from conftest import ROOT
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy import stats
 
 from dml_common import conclusions, files, folders, pictures, results
@@ -322,35 +319,6 @@ def test_above_chance_is_in_every_fold_and_above_0_or_by_the_mark(tmp_path, valu
 # ---------------------------------------------------------------- tests, by hand
 
 
-def test_mann_whitney_by_hand():
-    assert conclusions.mann_whitney([3, 4], [1, 2]) == (4, pytest.approx(2 / 6))
-    # with ties: midranks 1, 2.5 | 2.5, 4; sums of two of them: 3.5, 3.5, 5, 5, 6.5, 6.5, mean 5
-    assert conclusions.mann_whitney([1, 2], [2, 3]) == (0.5, pytest.approx(4 / 6))
-    assert conclusions.mann_whitney([7, 7], [7, 7]) == (2, 1)
-    u, p = conclusions.mann_whitney(range(10, 19), range(5))
-    assert (u, p) == (45, pytest.approx(2 / 2002))
-    assert 11 * p == pytest.approx(0.011, abs=2e-5)  # nine against five, Holm over eleven: not below
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(-50, 50), min_size=4, max_size=14, unique=True), st.integers(2, 12))
-def test_mann_whitney_is_scipys_exact_one_without_ties(values, n):
-    n = min(n, len(values) - 2)
-    expected = stats.mannwhitneyu(values[:n], values[n:], method="exact")
-    u, p = conclusions.mann_whitney(values[:n], values[n:])
-    assert (u, p) == (expected.statistic, pytest.approx(min(1, expected.pvalue)))
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(0, 3), min_size=4, max_size=8), st.integers(2, 6))
-def test_mann_whitney_with_ties_is_the_enumeration(values, n):
-    n, ranks = min(n, len(values) - 2), stats.rankdata(values)
-    chosen = itertools.combinations(range(len(values)), n)
-    sums = np.array([ranks[list(one)].sum() for one in chosen])
-    extreme = np.abs(sums - sums.mean()) >= abs(ranks[:n].sum() - sums.mean()) - 1e-9
-    assert conclusions.mann_whitney(values[:n], values[n:])[1] == pytest.approx(extreme.mean())
-
-
 def test_beyond_so_many_partitions_random_ones_are_drawn_and_said(monkeypatch):
     kinds = ["ranking"] * 6 + ["classification"] * 6
     rows = [results.Row("cars", "x", "hue", "network", str(k), type=kind, fold="mean", value=float(k))
@@ -361,18 +329,6 @@ def test_beyond_so_many_partitions_random_ones_are_drawn_and_said(monkeypatch):
     drawn, again = (results.type_tests(folds, rows, "x")[0] for _ in range(2))
     assert exact["note"] == "exact" and exact["p"] == pytest.approx(2 / 924) and drawn["p"] == again["p"]
     assert drawn["note"] == "400 random ways" and 1 / 401 <= drawn["p"] < 0.02 and drawn["low"] == 2 / 924
-
-
-def test_released_p_is_the_old_default_and_holm_by_hand():
-    x, y = [1.0, 2.5, 2.5, 4.0, 6.0], [2.5, 5.0, 7.0, 8.0]
-    ranks = stats.rankdata(x + y)
-    u = len(x) * len(y) + len(x) * (len(x) + 1) / 2 - ranks[:5].sum()
-    ties = 1 - sum(t**3 - t for t in np.unique(ranks, return_counts=True)[1]) / (9**3 - 9)
-    z = (max(u, 20 - u) - 10 - 0.5) / np.sqrt(ties * 20 * 10 / 12)  # SciPy 1.6: continuity, one tail
-    assert conclusions.released_p(x, y) == pytest.approx(stats.norm.sf(abs(z)), abs=1e-12)
-    assert conclusions.released_p([1, 1], [1]) == 0.5
-    np.testing.assert_allclose(conclusions.holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])
-    np.testing.assert_allclose(conclusions.holm([0.5, 0.9]), [1, 1])
 
 
 def test_effect_and_pooled_folds(tmp_path):
