@@ -112,20 +112,16 @@ def gallery(networks, datasets, most, size):
 
 def gallery_set(members, dataset, step, size, bar):
     """What the page says of a set, its pictures, and of one of them larger maps, for the page's opening."""
-    from dml_common import files, folders
+    from dml_common import folders
 
-    name, fold, folder, about = (members[0][key] for key in ("dataset", "fold", "folder", "maps"))
+    name, fold, about = (members[0][key] for key in ("dataset", "fold", "maps"))
     n = len(about["array"])
-    names = folders.picture_names(about, n, dataset) or [f"row {row}" for row in range(n)]
+    names = folders.picture_names(about, n, dataset)
     paths = dict(zip(dataset.relative, dataset.paths)) if dataset else {}
-    beside = [path for path in (folder / "labels.csv", folder / "props.csv") if path.is_file()]
-    columns = {key: values for path in beside for key, values in files.read_table(path).items()}
-    listed, pictures = columns.get("path", []), []
+    columns, pictures = folders.row_properties(about["path"], n, names) if names else {}, []
+    names = names or [f"row {row}" for row in range(n)]
     for row in range(0, n, step):
-        place = listed.index(names[row]) if names[row] in listed else None
-        properties = [(key, values[place]) for key, values in columns.items() if place is not None
-                      and len(values) == len(listed) and key.lower() not in files.IDENTIFIERS]
-        pictures.append({"name": names[row], "properties": properties,
+        pictures.append({"name": names[row], "properties": [(key, str(columns[key][row])) for key in columns],
                          **picture_and_maps(members, row, paths.get(names[row]), size)})
         bar.update()
     first = next((k for k, picture in enumerate(pictures) if not picture["blank"]), 0)

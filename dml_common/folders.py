@@ -187,6 +187,22 @@ def picture_names(about, n, dataset=None):
     return files.listed_names(about, n, lists)
 
 
+def row_properties(array, n, names):
+    """{property: str (n,)} of an array's n rows, joined by their names (None: in their order): labels.csv's
+    and props.csv's beside it, else the props.csv of its data set; "" where there is no value."""
+    places = [array.with_name("labels.csv"), array.with_name("props.csv")]
+    if not places[1].is_file():
+        places[1] = array.parent.parent.parent / "props.csv"
+    properties = {}
+    for path in filter(Path.is_file, places):
+        if [name.lower() in files.IDENTIFIERS for name in files.read_table(path)] != [True]:
+            properties |= files.read_properties(path, None, names, missing=files.MISSING)
+            if any(len(column) != n for column in properties.values()):
+                raise ValueError(f"{array} and {path} differ in rows; both must list the same pictures, in "
+                                 "the same order or by name")
+    return properties
+
+
 def make_folder(out, name, inputs=()):
     """Make the folder of an output, in which a file of this name is written last.
 
@@ -210,8 +226,8 @@ def read_properties(folder, networks):
     folds = {network["fold"]: path for network, path in zip(networks, paths) if path.is_file()}
     properties = defaultdict(set)
     for path in filter(Path.is_file, (folder / "props.csv", *folds.values())):
-        for name, values in files.read_properties(path).items():
-            properties[name].update(values.tolist())
+        for name, values in files.read_properties(path, missing=files.MISSING).items():
+            properties[name].update({*values.tolist()} - {""})
     return properties
 
 

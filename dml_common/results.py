@@ -219,16 +219,6 @@ def pair_histograms(folder, networks):
     return rows[0]["label"], sums
 
 
-def row_properties(network):
-    """{property: str (n,)} of an emb.npy's rows: props.csv beside it, else labels.csv, else {}."""
-    paths = [network["folder"] / name for name in ("props.csv", "labels.csv")]
-    table = next((files.read_table(path) for path in paths if path.is_file()), {})
-    if table and len(next(iter(table.values()))) != len(network["emb"]["array"]):
-        raise ValueError(f"{network['folder']}: emb.npy and its props.csv or labels.csv differ in rows; all "
-                         "must list the same pictures in the same order")
-    return {name: np.array(table[name]) for name in table if name.lower() not in files.IDENTIFIERS}
-
-
 def check_rows(results):
     """Raise ValueError when a table mixes options, or tells of other pictures than the arrays there."""
     keys = ("distance", "normalised", "null", "ties", "max_neighbours", "label")
@@ -295,7 +285,8 @@ def table_facts(results):
                        "value": line["correlation"], "spread": line["correlation_std"]}
             elif table == "values":
                 yield {**facts, "measure": "values", "key": f"{line['property']} = {line['value']}",
-                       "n": line["queries"], **around(line["nr_precision"], line.get("nr_precision_se"))}
+                       "n": line["queries"], "p_holm": line.get("p_holm"),
+                       **around(line["nr_precision"], line.get("nr_precision_se"))}
             elif table == "pairs":
                 measure = "pairs" if line.get("subset") is None else "classes"
                 for key in SCORES:
@@ -428,7 +419,7 @@ def fold_means(results, rows):
         if len(seeds) > 1:  # Oi et al., Table 1: Student's interval over the seeds
             over = conclusions.mean_of(map(np.mean, seeds.values()))
             mean = mean._replace(low=over.low, high=over.high, n=over.n, note="seeds")
-        if mean.measure == "nr_precision":  # above chance in every fold; p_holm is two-sided
+        if mean.measure in ("nr_precision", "values"):  # above chance in every fold; p_holm is two-sided
             above = mean.p_holm < SIGNIFICANCE and mean.value > 0 if tested else mean.value > MARK
             mean = mean._replace(mark="*" if above else "", note="tested" if tested else "published mark")
         yield mean
