@@ -40,13 +40,17 @@ MEAN_ERROR = ("masks", "faithfulness")  # their spread is the standard error of 
 #     nr_precision, r_precision   key: the property
 #     correlation, jsd, ceiling, corrected, cka, overlap, overlap_chance: of two, `network` and `other`
 #     masks      key: share, area, other, excess, pointing, pointing_other
+#     faithfulness               key: deletion, insertion, deletion_less_random, …
 #     sanity, pairs              key: "25 of 50" layers randomised; one of SCORES
+#     values     NR-Prec of one value; key: "color = red"
+#     classes    key: one of SCORES, JSD above its null; epoch: the number of classes of random subsets
 #     training   key: one of CURVES; part: train, validation or test; epoch: 0, 1, …; of test 0 and "best"
 #     order, same type, same distance: the other tests (level "test")
 # level:
 #     network    one network, or two. fold: k as read, "0/1" (two folds), None (a network without folds), or
 #                "mean" over n folds. low, high: as read the 95 % interval over pictures or queries; of "mean"
-#                the range over folds, of one fold its interval, of masks the 95 % interval over all pictures.
+#                the range over folds (of training, where there are several seeds, Student's 95 % interval
+#                over them: note "seeds"), of one fold its interval, of masks the 95 % interval over pictures.
 #                spread: as read ± over pictures; of "mean" over all folds' pictures (correlation, jsd,
 #                sanity), else the folds' standard deviation; of masks always the standard error
 #     type       mean over a type's networks (network: the type); spread: their standard deviation; low, high:
@@ -99,13 +103,12 @@ class Results:
         """The keys of a measure, in the order of its table."""
         return list(dict.fromkeys(row.key for row in self.select(measure)))
 
-    def matrix(self, measure, names, column="value"):
+    def matrix(self, measure, names):
         """Means over folds of pairs as float64 (K, K), symmetrical; nan where there is none."""
         values = np.full((len(names), len(names)), np.nan)
         for pair, row in self.cells(measure).items():
-            if {*pair} <= {*names} and getattr(row, column) is not None:
-                i, j = map(names.index, pair)
-                values[i, j] = values[j, i] = getattr(row, column)
+            i, j = map(names.index, pair)
+            values[i, j] = values[j, i] = row.value
         return values
 
 
@@ -201,11 +204,10 @@ def pair_histograms(folder, networks):
     Counts of positive and negative pairs, summed over the folds; behind them those before training, where
     train.py counted them in every fold. Nothing where there is no table.
     """
-    path, sums = folder / "histograms.csv", {}
+    path, counts, folds = folder / "histograms.csv", defaultdict(list), defaultdict(list)
     if not path.is_file():
-        return None, sums
+        return None, folds
     rows = read_rows(path, "pairs.py --histograms", ["embeddings", "label", "bins", "positive", "negative"])
-    counts = defaultdict(list)
     for row in rows:
         if row["bins"] == rows[0]["bins"] and row.get("split", "test") == "test":
             counts[Path(row["embeddings"]).parts[-3:-1]].append((row["positive"], row["negative"]))
@@ -214,9 +216,8 @@ def pair_histograms(folder, networks):
         if place in counts:
             begun = counted_pairs(history).get(0) if history else None
             parts = [np.array(counts[place]).T, *([] if begun is None else [begun])]
-            known = sums.get(network["name"], parts if network["name"] not in sums else None)
-            sums[network["name"]] = parts if known is parts else [a + b for a, b in zip(known, parts)]
-    return rows[0]["label"], sums
+            folds[network["name"]].append(parts)
+    return rows[0]["label"], {name: [sum(part) for part in zip(*parts)] for name, parts in folds.items()}
 
 
 def check_rows(results):
@@ -234,13 +235,18 @@ def check_rows(results):
                for network in results.networks for kind in ("emb", "maps") if network[kind]}
     for table, kind in ("nrprec", "emb"), ("compare", "maps"):
         for row in results.tables.get(table, []):
-            n = sum(row.get(key) or 0 for key in ("n", "queries", "left_out", "skipped", "missing"))
+            n = counted(row)
             for end in row["ends"]:
                 here = lengths.get((*end, kind), n)
                 if n and here != n and row.get("nr_precision_se") is None:  # else a sample of the queries
                     raise ValueError(f"{results.folder / table}.csv counts {n:,.0f} pictures for {end[0]}, "
                                      f"its {kind}.npy has {here:,}: they do not belong together; run "
                                      f"{table}.py again")
+
+
+def counted(line):
+    """The pictures of a table's row: those that counted, and those left out."""
+    return sum(line.get(key) or 0 for key in ("n", "queries", "left_out", "skipped", "missing"))
 
 
 def tidy(results):
@@ -605,25 +611,16 @@ def settings(results, measure):
     """How a measure's numbers were made: {setting: its values, as text}."""
     made = defaultdict(dict)  # {setting: {value: None}}
     if measure == "nr_precision":
-        for line in results.tables["nrprec"]:
-            n = sum(line.get(key) or 0 for key in ("queries", "skipped", "missing"))
-            line = {"ties": "index", "normalised": "0", **line, "pictures": n}
-            for name in PUBLISHED[measure]:
-                made[name][line.get(name)] = None
+        lines = [{"ties": "index", "normalised": "0", **line, "pictures": counted(line)}
+                 for line in results.tables["nrprec"]]
     elif measure == "correlation":
-        lines = [{**line, "pictures": line["n"] + (line["left_out"] or 0)}
-                 for line in results.tables["compare"]]
+        lines = [{**line, "pictures": counted(line)} for line in results.tables["compare"]]
         lines += [network["maps"]["options"] for network in results.networks if network["maps"]]
         lines += [{"fold": row.fold} for row in results.select("correlation") if row.fold != "mean"]
-        for line, name in product(lines, ("pictures", *PUBLISHED[measure])):
-            if name in line:
-                made[name][line[name]] = None
     else:
-        for network, name in product(results.networks, PUBLISHED[measure]):
-            if network["name"] == "Normalized Softmax":
-                made[name][network["config"].get(name)] = None
-    return {name: ", ".join(dict.fromkeys(map(text_of, values))) for name, values in made.items()}
-
-
-def text_of(value):
-    return "none" if value is None else f"{value:.0f}" if isinstance(value, float) else str(value)
+        lines = [one["config"] for one in results.networks if one["name"] == "Normalized Softmax"]
+    for line, name in product(lines, ("pictures", *PUBLISHED[measure])):
+        if name in line:
+            value = line[name]
+            made[name][f"{value:.0f}" if isinstance(value, float) else str(value)] = None
+    return {name: ", ".join(values) for name, values in made.items()}

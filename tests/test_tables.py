@@ -334,7 +334,7 @@ def test_settings_that_are_not_the_published_ones_stand_in_place_of_differences(
     named = tabled(out)[1]
     settings = {name: texts(one) for name, one in named.items() if name.startswith("settings")}
     assert settings == {
-        "settings_nrprec_renders": [["pictures", "6", "100000"], ["max_neighbours", "none", "1023"]],
+        "settings_nrprec_renders": [["pictures", "6", "100000"], ["max_neighbours", "None", "1023"]],
         "settings_correlation_sop": [["samples", "20", "50"]],
         "settings_correlation_by_type_cars196": [["samples", "20", "50"]],
         "settings_correlation_by_type_cub200": [["samples", "20", "50"]],
