@@ -61,9 +61,9 @@ TITLES = {  # of columns, in their order
               "excess": "Excess", "pointing": "Maximum in object",
               "pointing_other": "Maximum in other masks"},
     "faithfulness": {
-        "deletion": "Deletion", "deletion_less_random": "less random order", "deletion_less_other":
-        "less another map", "insertion": "Insertion", "insertion_less_random": "less random order ",
-        "insertion_less_other": "less another map "},
+        "deletion": "Deletion", "deletion_less_random": "Less random order",
+        "deletion_less_other": "Less another map's", "insertion": "Insertion",
+        "insertion_less_random": "Insertion less random", "insertion_less_other": "Insertion less another"},
     "pairs": {"recall_at_1": "Recall@1", "map_at_r": "MAP@R", "jsd": "JSD",
               "jsd_null": "JSD, labels permuted", "r_precision": "R-Precision",
               "positive_mean": "Positive mean", "negative_mean": "Negative mean",
@@ -72,8 +72,8 @@ BOLD = "Bold mean: the larger type by the exact test; †: by the released way (
 NOTES = {
     "nr_precision": [BOLD], "distance": ["Networks without a loss are left out."],
     "masks": ["In other masks: the chance level of a map that knows only where objects usually are."],
-    "faithfulness": ["A faithful map has a large deletion and a small insertion area. Differences are paired "
-                     "over pictures: ± 95 % interval."],
+    "faithfulness": ["A faithful map has a large deletion and a small insertion area. [ ]: 95 % interval "
+                     "over pictures; differences are paired."],
     "pairs": [BOLD, "JSD of few pairs is biased up: labels permuted shows by how much."],
     "tested": ["* above chance: p_holm < 0.01 in every fold, by permutation of the property."],
     "published mark": ["* above 2.576, the published mark: a z-score's threshold on a mean of many."]}
@@ -127,6 +127,7 @@ def fact(row, factor=1, digits=2, **more):
     text = rounded(factor * row.value, digits, "+" if row.note == "difference" else "")
     if row.measure in WITH_SPREAD and row.spread is not None:
         text += f" ± {rounded(factor * row.spread, digits)}"
+    text += interval(row, factor, digits) if row.measure == "faithfulness" else ""
     what = "folds" if row.level == "network" else "pairs" if row.other else "losses"
     hint = f"{row.n} {what}{interval(row, factor, digits + 1)}" if row.n else None
     if hint and row.p_holm is not None:
@@ -222,7 +223,7 @@ def type_tests(one, measure, name, what):
                      cell(rounded(test.value, 2, "+"), test.value, hint=f"{test.n} losses, {test.note}"),
                      cell(p_text(test.p), test.p), cell(p_text(test.p_holm), test.p_holm), test.mark,
                      cell(p_text(released.p), released.p, hint=released.note), released.mark])
-    least, ways = min([1, *(len(tests) * test.low for test in tests)]), sorted({test.note for test in tests})
+    least, ways = min((test.low for test in tests), default=1), sorted({test.note for test in tests})
     notes = [f"p: two-sided Mann-Whitney U on fold averages, {' or '.join(ways)}; the unit is the loss. Holm "
              f"over the rows, 5 %; with so few losses it cannot fall below {p_text(least)}.",
              "Effect: rank-biserial correlation, 1: every ranking loss above every other, −1: below.",
@@ -234,20 +235,16 @@ def type_tests(one, measure, name, what):
 
 
 def other_tests(one):
-    """What else was tested, and the means over all pairs of two losses."""
+    """The properties' order against the first paper's, and the means over all pairs of two losses."""
     rows = []
-    for measure, what, test in (
-            ("order", "Spearman's rank correlation of the properties with Table 6", "{n} properties"),
-            ("same type", "r of maps of one type less that of two", "{note}, {n} losses"),
-            ("same distance", "r of maps of one distance less that of two", "{note}, {n} losses")):
-        rows += [[what, cell(rounded(row.value, 3, "+") + interval(row, 1, 3), row.value),
-                  test.format(n=row.n, note=row.note), cell(p_text(row.p), row.p)]
-                 for row in one.select(measure, "test")]
+    for row in one.select("order", "test"):
+        rows.append(["Spearman's rank correlation of the properties with Table 6", cell(
+            rounded(row.value, 3, "+"), row.value), f"{row.n} properties", cell(p_text(row.p), row.p)])
     for measure in PAIRS:
         rows += [[f"{MEASURES[measure][0]}: mean", cell(rounded(row.value, 3), row.value),
                   f"{interval(row, 1, 3)} over {row.n} pairs", ""] for row in one.select(measure, "all")]
-    return table("tests", "Other tests and means", "Tests are two-sided, of 9,999 permutations; [ ]: "
-                 "delete-one jackknife over losses", ["What", "Number", "Test or range", "p"], rows, one.name)
+    return table("tests", "Other tests and means", "The test is two-sided, of 9,999 permutations",
+                 ["What", "Number", "Test or range", "p"], rows, one.name)
 
 
 def values(one):
@@ -264,34 +261,31 @@ def training(everything):
     to split the classes that was trained on, and the difference of these."""
     from dml_common import conclusions
 
-    ends, rows, notes = {}, [], []  # {(loss, split): {(key, epoch): row}}
-    for one, epoch in itertools.product(everything, (0, "best")):
-        for row in one.select("training", fold="mean", part="test", epoch=epoch):
-            ends.setdefault((row.network, row.split or ""), {})[row.key, epoch] = row
+    ends, rows, notes = {}, [], []  # {(loss, split): {(key, 0 or "best"): row}}
+    for row in itertools.chain(*(one.select("training", fold="mean", part="test") for one in everything)):
+        ends.setdefault((row.network, row.split or ""), {})[row.key, row.epoch] = row
     order = list(dict.fromkeys(itertools.chain(*(one.types for one in everything))))
-    places = [place for place in ends if any(epoch == "best" for _, epoch in ends[place])]
-    places.sort(key=lambda place: (order.index(place[0]), place[1]))
+    trained = {place for place in ends for _, epoch in ends[place] if epoch == "best"}
     titles = {key: text for key, text in TITLES["pairs"].items()
-              if any((key, "best") in ends[place] for place in places)}
-    for name, split in places:
-        line, n = [], ""
+              if any((key, "best") in ends[place] for place in trained)}
+    for name, split in sorted(trained, key=lambda place: (order.index(place[0]), place[1])):
+        rows.append([name, split, ""])
         for key in titles:
-            before, after = (ends[name, split].get((key, epoch)) for epoch in (0, "best"))
-            text = " → ".join(fact(row, 1, 3)["text"] for row in (before, after) if row)
-            if after:
-                text += interval(after, 1, 3) if after.note == "seeds" else ""
-                n = f"{after.n} seeds" if after.note == "seeds" else after.n or ""
-            line.append(cell(text, after and after.value))
-        rows.append([name, split, cell(n, n if n and n != f"{n}" else None), *line])
-    for name in [name for name, split in places if split == "random" and (name, "default") in places]:
+            both = [row for row in map(ends[name, split].get, [(key, 0), (key, "best")]) if row]
+            last, text = both[-1] if both else None, " → ".join(fact(row, 1, 3)["text"] for row in both)
+            if last and last.note == "seeds":
+                text, rows[-1][2] = text + interval(last, 1, 3), f"{last.n} seeds"
+            elif last:
+                rows[-1][2] = cell(last.n or "", last.n)
+            rows[-1].append(cell(text, last and last.value))
+    for name in [name for name in order if {(name, "default"), (name, "random")} <= trained]:
         rows.append([cell(name, bold=True), "default − random", ""])
         for key in titles:
             scores = conclusions.split_scores(everything, key)
             rows[-1].append(estimated(conclusions.split_difference({name: scores.get(name, {})}), True))
         notes = ["Differences: Welch's interval and a Mann-Whitney test over seeds."]
-    caption = ("Scores of the test split, untrained → trained, mean over folds; [ ]: Student's 95 % interval "
-               "over seeds")
-    return table("training", "Test split before and after training", caption,
+    return table("training", "Test split before and after training", "Scores of the test split, untrained → "
+                 "trained, mean over folds; [ ]: Student's 95 % interval over seeds",
                  ["Loss", "Splitting", "Folds", *titles.values()], rows, everything[0].name, notes=notes)
 
 

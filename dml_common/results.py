@@ -19,8 +19,8 @@ import numpy as np
 from scipy import stats
 
 from dml_common import conclusions, files, folders
-from dml_common.conclusions import CLIP, LEVEL, holm, mann_whitney, released_p, same_group
-from dml_common.folders import SIGNIFICANCE, TABLES, TYPES
+from dml_common.conclusions import CLIP, LEVEL, holm, mann_whitney, released_p
+from dml_common.folders import SIGNIFICANCE, TABLES
 
 MARK = 2.576  # of one z-score at 1 %: the published mark of NR-Prec
 
@@ -45,7 +45,7 @@ MEAN_ERROR = ("masks", "faithfulness")  # their spread is the standard error of 
 #     values     NR-Prec of one value; key: "color = red"
 #     classes    key: one of SCORES, JSD above its null; epoch: the number of classes of random subsets
 #     training   key: one of CURVES; part: train, validation or test; epoch: 0, 1, …; of test 0 and "best"
-#     order, same type, same distance: the other tests (level "test")
+#     order      of the properties against Table 6 (level "test")
 # level:
 #     network    one network, or two. fold: k as read, "0/1" (two folds), None (a network without folds), or
 #                "mean" over n folds. low, high: as read the 95 % interval over pictures or queries; of "mean"
@@ -59,7 +59,7 @@ MEAN_ERROR = ("masks", "faithfulness")  # their spread is the standard error of 
 #     distance   the same by the losses' distances
 #     all        the same over all networks with a loss, or over all where none has one
 #     test       ranking against classification losses: rank-biserial correlation, p, p_holm; low: the
-#                smallest p that so few losses allow; mark: the larger type
+#                smallest p_holm that so few losses allow; mark: the larger type
 #     released   the same as in the first paper's code: difference of the means, p; mark: the larger type
 # split: of classes or pictures: random of cars@random; of training as config.json tells. n: pictures,
 # queries, folds, networks or pairs. p_holm: of several the largest. mark of nr_precision: "*" above chance
@@ -258,7 +258,7 @@ def tidy(results):
     means = list(fold_means(results, rows))
     groups = list(group_means(results, means))
     tests = [*type_tests(rows, means, "nr_precision"), *type_tests(rows, means, "pairs", TESTED),
-             *other_tests(results, means, groups)]
+             *order_test(groups)]
     return rows + means + groups + [base._replace(**facts) for facts in tests]
 
 
@@ -475,15 +475,15 @@ def type_tests(rows, means, measure, keys=None):
             released.append({**facts, "level": "released", "value": float(np.mean(x) - np.mean(y)),
                              "p": released_p(*pooled), "note": note})
     for test, p in zip(tests, holm([test["p"] for test in tests])):
-        test["p_holm"] = float(p)
+        test |= {"p_holm": float(p), "low": min(1.0, len(tests) * test["low"])}
     for test in tests + released:
         shown = test["p_holm"] < LEVEL if test["level"] == "test" else test["p"] < SIGNIFICANCE
         test["mark"] = ("ranking" if test["value"] > 0 else "classification") if shown else ""
     return tests + released
 
 
-def other_tests(results, means, groups):
-    """The properties' order against the paper's; whether maps of one type, of one distance, agree more."""
+def order_test(groups):
+    """The properties' order against the paper's."""
     ours = {row.key: row.value for row in groups if (row.measure, row.level) == ("nr_precision", "all")}
     losses = [row for name, row in published_nrprec().items() if not name.endswith(("None", " Mean"))]
     shared = [key for key in ours if losses and key in losses[0]]
@@ -494,17 +494,6 @@ def other_tests(results, means, groups):
                               method=method)
         yield {"measure": "order", "level": "test", "value": float(test.statistic), "p": float(test.pvalue),
                "n": len(shared)}
-    z = {(row.network, row.other): np.arctanh(np.clip(row.value, -CLIP, CLIP)) for row in means
-         if row.measure == "correlation" and row.network != row.other}
-    here = {name: kind for name, kind in results.types.items() if any(name in pair for pair in z)}
-    kinds = {name: kind for name, kind in here.items() if kind != "none"}
-    types = {name: kind for name, kind in kinds.items() if kind in TYPES[:2]}
-    distances = {name: results.distances[name] for name in kinds if results.distances[name]}
-    tests = {"same type": same_group(z, types), "same distance": same_group(z, distances, kinds)}
-    for measure, test in tests.items():
-        if test:
-            yield {"measure": measure, "level": "test", "value": test.value, "low": test.low,
-                   "high": test.high, "p": test.p, "n": test.n, "note": test.note}
 
 
 # ---------------------------------------------------------------- the papers' numbers
