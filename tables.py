@@ -274,10 +274,11 @@ def training(everything):
             both = [row for row in map(ends[name, split].get, [(key, 0), (key, "best")]) if row]
             last, text = both[-1] if both else None, " → ".join(fact(row, 1, 3)["text"] for row in both)
             if last and last.note == "seeds":
-                text, rows[-1][2] = text + interval(last, 1, 3), f"{last.n} seeds"
+                text, ends_of = text + interval(last, 1, 3), {"low": last.low, "high": last.high}
+                rows[-1][2] = f"{last.n} seeds"
             elif last:
-                rows[-1][2] = cell(last.n or "", last.n)
-            rows[-1].append(cell(text, last and last.value))
+                rows[-1][2], ends_of = cell(last.n or "", last.n), {}
+            rows[-1].append(cell(text, last.value, **ends_of) if last else "")
     for name in [name for name in order if {(name, "default"), (name, "random")} <= trained]:
         rows.append([cell(name, bold=True), "default − random", ""])
         for key in titles:
