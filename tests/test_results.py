@@ -63,6 +63,10 @@ def test_networks_keep_their_names_and_types(tmp_path):
         if backbone:
             (place / "emb.json").write_text(json.dumps({"loss": loss, "backbone": backbone}))
     networks, broken = folders.find_networks(tmp_path, tmp_path)
+    mine = tmp_path / "my_loss" / "fold1" / "emb.json"  # of embed.py --as "My <loss>" --type classification
+    mine.write_text(json.dumps({**json.loads(mine.read_text()), "type": "classification"}))
+    retyped = next(one for one in folders.find_networks(tmp_path, tmp_path)[0] if one["slug"] == "my_loss")
+    assert retyped["type"] == "classification"
     assert [(one["name"], one["type"], one["number"], one["fold"]) for one in networks] == [
         ("Triplet", "ranking", 1, 1), ("My <loss>", "other", 1, 1), ("old", "other", 1, 1),
         ("resnet", "none", 1, None)] and not broken  # a backbone alone has no folds

@@ -23,7 +23,7 @@ from dml_common import conclusions, files, results
 NASTY = r'50%_{\input}$ & <script>'
 HEADERS = {
     "nrprec": NRPREC, "compare": COMPARE, "masks": MASKS,
-    "sanity": "model,fold,layers,of,correlation,correlation_std",
+    "sanity": "model,fold,layers,of,correlation,correlation_std", "faithfulness": MASKS,
     "embeddings": "model_a,fold_a,model_b,fold_b,n,cka,overlap,overlap_low,overlap_high,overlap_chance",
     "history": "epoch,split,positive_mean,negative_mean,jsd,recall_at_1,map_at_r",
     "pairs": "embeddings,split,repeat,label,positive_mean,negative_mean,jsd,jsd_null,bins,recall_at_1,"
@@ -160,6 +160,11 @@ def test_scores_of_the_second_paper_and_other_tables(run_script, tmp_path):
     write(folder, "pairs", rows)
     write(folder, "sanity", [["Triplet", 0, n, 50, r, 0.1] for n, r in ((0, 0.6), (25, 0.3), (50, 0.2))])
     write(folder, "embeddings", [["Triplet", 0, "ArcFace", 0, 6, 0.9, 0.55, 0.5, 0.6, 0.1]])
+    write(folder, "faithfulness", [["Triplet", 0, name, 6, 0, value, 0.05, 0, 1] for name, value in (
+        ("deletion", 0.6), ("deletion_random", 0.5), ("deletion_less_random", 0.1))])
+    values = enumerate(("", "red", "blue"))
+    rows = [[*nrprec_row("Triplet", 0, "hue", number), value] for number, value in values]
+    write_csv(folder / "nrprec.csv", f"{NRPREC},value", rows)
     lines = "".join(f"{i},{'suv' if i % 2 else 'van'},{i * 0.5}\n" for i in range(6))
     (add_network(folder, "triplet", loss="Triplet") / "props.csv").write_text("frame,model,hue\n" + lines)
     add_training(models, "cub200/triplet/fold0", split={"kind": "random"}, history=[
@@ -175,6 +180,11 @@ def test_scores_of_the_second_paper_and_other_tables(run_script, tmp_path):
     assert scores == ["Recall@1", "MAP@R", "JSD", "R-Precision"]
     assert texts(named["sanity_cub200"]) == [["Triplet", "60 ± 10", "30 ± 10", "20 ± 10"]]
     assert named["sanity_cub200"]["header"][1:] == ["0 of 50", "25 of 50", "50 of 50"]
+    # ± 1.96 · 0.05 / √5; the values of a property are not mixed up with it
+    assert texts(named["faithfulness_cub200"]) == [
+        ["Triplet", "0.600 [0.556, 0.644]", "0.100 [0.056, 0.144]"]]
+    assert texts(named["nrprec_cub200"])[0] == ["Triplet", "0.00"]
+    assert texts(named["nrprec_values_cub200"]) == [["hue = red", "1.00"], ["hue = blue", "2.00"]]
     assert texts(named["cka_cub200"])[0][2] == "0.90" and texts(named["overlap_cub200"])[0][2] == "55"
     assert texts(named["properties_cub200"]) == [["model", "2", "suv, van"], ["hue", "6", "0.0, 0.5, …, 2.5"]]
     assert texts(named["training_cub200"]) == [["Triplet", "random", "1", "0.300 → 0.750", "0.050 → 0.250",
