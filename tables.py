@@ -302,7 +302,7 @@ def conclusions_table(everything, name="conclusions"):
         rows.append([one.paper, one.says, one.data, estimated(one.estimate), test, cell(p_text(p), p),
                      cell(p_text(one.p_holm), one.p_holm), one.verdict])
     notes = ["Holds: the interval lies on the claimed side and p, Holm over the table, is below 5 %. Does "
-             "not: it lies on the other side. Else: half the interval is what could have been shown.",
+             "not: it lies on the other side. Else: what could have been shown, at Holm's strictest level.",
              "The unit is the loss. Intervals: Student's, Welch's, jackknife (pairs), bootstrap (order); "
              f"equal: within ± {conclusions.MARGIN}."]
     return table(name, "The papers' conclusions", "Our numbers, their 95 % intervals and tests", [

@@ -208,7 +208,8 @@ def concentration(maps):
 
 def verdict(estimate, side, reference, p_holm, tests):
     """What an Estimate tells of a claim: "holds", "does not" or "can't be told", with the smallest difference
-    that could have been shown: half the interval; none where so few values can't pass Holm over the tests."""
+    that could have been shown: half the interval, widened to Holm's strictest level of so many tests; none
+    where so few values can't pass it."""
     value, low, high, _, least, n, _ = estimate
     if low is None or p_holm is None:
         return f"can't be told: {n} value{'s' if n > 1 else ''}"
@@ -225,7 +226,8 @@ def verdict(estimate, side, reference, p_holm, tests):
         return "holds" if inside else "does not"
     if least * tests >= LEVEL:
         return f"can't be told: {n} values allow no p below {least:.2g}"
-    return f"can't be told: ±{(high - low) / 2:.2g} could have been shown"
+    half = (high - low) / 2 * stats.norm.isf(LEVEL / 2 / tests) / stats.norm.isf(LEVEL / 2)
+    return f"can't be told: ±{half:.2g} could have been shown"
 
 
 # ---------------------------------------------------------------- what results say
@@ -270,15 +272,16 @@ def pixel_claims(one):
     if top and noise is not None:
         top = top._replace(note=f"{top.note}; a map's noise {noise:.4f}")
     for says, needs, *claimed in (
-            ("Maps of one type of loss correlate more than of two", "compare.csv", "+",
+            ("Maps of one type of loss correlate more than of two", "compare.csv of both types", "+",
              same_group(z, kinds)),
-            ("Maps of one distance do not, types being equal", "compare.csv", "=",
+            ("Maps of one distance do not, types being equal", "compare.csv of several losses", "=",
              same_group(z, distances, kinds, MARGIN), MARGIN),
-            ("None's maps are nearer to classification than to ranking", "compare.csv with None", "+",
-             by_type(none, types, fisher=True)),
-            ("Classification: more saliency lies outside the object", "masks.csv", "+",
+            ("None's maps are nearer to classification than to ranking", "compare.csv of both types and None",
+             "+", by_type(none, types, fisher=True)),
+            ("Classification: more saliency lies outside the object", "masks.csv of both types", "+",
              by_type(outside, types)),
-            (f"Ranking: more of the saliency in a map's top {TOP:.0%} of pixels", "maps.npy", "+", top)):
+            (f"Ranking: more of the saliency in a map's top {TOP:.0%} of pixels", "maps.npy of both types", "+",
+             top)):
         yield Claim("Kobs et al.", says, needs, *claimed)
 
 
@@ -300,7 +303,7 @@ def property_claims(one):
     grounds = [key for key in keys if re.match("bg_|background", key)]
     behind = {name: np.mean([scores[name, key] for key in grounds]) for name in losses if grounds}
     yield Claim("Kobs et al.", "Classification: background properties weigh more",
-                "nrprec.csv with bg_… properties", "+", by_type(behind, one.types))
+                "nrprec.csv of both types with bg_… properties", "+", by_type(behind, one.types))
     for key in every if none else ["the class"]:
         changes = [scores[name, key] - scores[none, key] for name in losses
                    if {(name, key), (none, key)} <= scores.keys()]
