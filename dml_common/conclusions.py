@@ -280,8 +280,8 @@ def pixel_claims(one):
              "+", by_type(none, types, fisher=True)),
             ("Classification: more saliency lies outside the object", "masks.csv of both types", "+",
              by_type(outside, types)),
-            (f"Ranking: more of the saliency in a map's top {TOP:.0%} of pixels", "maps.npy of both types", "+",
-             top)):
+            (f"Ranking: more of the saliency in a map's top {TOP:.0%} of pixels", "maps.npy of both types",
+             "+", top)):
         yield Claim("Kobs et al.", says, needs, *claimed)
 
 
