@@ -283,6 +283,19 @@ def test_fewer_pictures_are_taken_evenly_and_said(written):
     assert "Pictures (--pictures) 4 of 6" in page.text
 
 
+def test_a_picture_of_several_folds_and_seeds_counts_once(place, written):
+    """12 pictures × 4 folds are 12 pictures."""
+    shutil.rmtree(place / "results")
+    for fold in (0, 1):
+        folder = add_network(place / "results", "triplet", "Triplet", fold, FOLDS[0])
+        shutil.copytree(folder, folder.with_name(f"fold{fold}.seed2"))
+    page = Page(written())
+    assert "Pictures (--pictures) 3 of 3 Not found (--dataset) 3" in page.text
+    assert [group["label"] for group in page.groups()] == [
+        "cars, fold 0", "cars, fold 0, seed 2", "cars, fold 1", "cars, fold 1, seed 2"]
+    assert "Pictures (--pictures) 2 of 3 Not found" in Page(written("--pictures", "8")).text
+
+
 def test_without_pictures_the_maps_stand_alone(place, written):
     page = Page(written())
     assert "Not found (--dataset) 6" in page.text
