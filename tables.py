@@ -87,6 +87,8 @@ PAPER = {"losses": "Table 1", "properties": "Table 5", "nrprec": "Table 6", "pai
 
 def cell(text, value=None, **more):
     """One cell. Its spread (±), interval and mark are columns of their own in the CSV; the text has them."""
+    if isinstance(text, dict):  # it is one
+        return text
     value = None if value is None else float(value)
     return {"text": str(text), "value": value, "shade": None, "bold": False, "hint": None, "spread": None,
             "low": None, "high": None, "mark": "", **more}
@@ -95,7 +97,7 @@ def cell(text, value=None, **more):
 def table(name, title, caption, header, rows, dataset=None, kind="rows", notes=()):
     """A table as tables.json has it (the cells' spread and mark are for the CSV alone)."""
     full, title = (f"{name}_{dataset}", f"{title}, {dataset}") if dataset else (name, title)
-    rows = [[one if isinstance(one, dict) else cell(one) for one in row] for row in rows]
+    rows = [list(map(cell, row)) for row in rows]
     return {"name": re.sub(r"[^A-Za-z0-9_-]+", "_", full).strip("_"), "title": title,
             "caption": f"{caption}.", "dataset": dataset, "paper": PAPER.get(full) or PAPER.get(name),
             "kind": kind, "header": list(header), "rows": rows, "notes": list(notes)}
@@ -138,6 +140,11 @@ def fact(row, factor=1, digits=2, **more):
     return cell(f"{text} {more['mark']}".rstrip(), row.value, **more)
 
 
+def line(first, rows, factor=1, digits=2):
+    """A line of a table: its name, then a row of the tidy table (or None) a cell."""
+    return [first, *(fact(row, factor, digits) for row in rows)]
+
+
 def estimated(one, with_p=False):
     """An Estimate of conclusions.py (or None) as a cell."""
     if one is None:
@@ -168,7 +175,7 @@ def grid(one, measure):
     cells, means, keys = one.cells(measure), one.cells(measure, "type"), one.keys(measure)
     titles = TITLES.get(measure) or dict(zip(keys, keys))
     titles = {key: text for key, text in titles.items() if key in keys}
-    rows = [[name, *(fact(cells.get((name, key)), factor, digits) for key in titles)]
+    rows = [line(name, map(cells.get, itertools.product([name], titles)), factor, digits)
             for name in one.names(measure)]
     if measure in ("nr_precision", "sanity"):
         shade(rows, log_above_0 if measure == "nr_precision" else float)
@@ -196,11 +203,13 @@ def matrix(one, measure, level="network"):
     """A measure of pairs: a row and a column a network, a type or a distance."""
     title, caption, factor, digits = MEASURES[measure]
     cells = one.cells(measure, level)
+    cells |= {(b, a): row for (a, b), row in cells.items()}
+    here = set(itertools.chain(*cells))
     groups = {"network": one.types, "type": dict.fromkeys(one.types.values()), "distance": DISTANCES}[level]
-    groups = [group for group in groups if any(group in pair for pair in cells)]
+    groups = [group for group in groups if group in here]
     titles = [group.replace("_", " ") if level == "distance" else group for group in groups]
-    rows = [[cell(text), *(fact(cells.get((a, b)) or cells.get((b, a)), factor, digits) for b in groups)]
-            for text, a in zip(titles, groups)]
+    rows = [line(text, map(cells.get, itertools.product([group], groups)), factor, digits)
+            for text, group in zip(titles, groups)]
     shade(rows, diagonal=level != "network")
     name, notes = measure, NOTES.get(level, ())
     if level != "network":
@@ -250,8 +259,8 @@ def other_tests(one):
 def values(one):
     """NR-Prec of each value of each property (nrprec.py --per-value): means of the types."""
     cells = one.cells("values", "type")
-    kinds = [kind for kind in dict.fromkeys(one.types.values()) if any(kind in cell for cell in cells)]
-    rows = [[key, *(fact(cells.get((kind, key))) for kind in kinds)] for key in one.keys("values")]
+    kinds = list(dict.fromkeys(kind for kind, _ in cells))
+    rows = [line(key, map(cells.get, itertools.product(kinds, [key]))) for key in one.keys("values")]
     return table("nrprec_values", "NR-Prec by value", "Of the queries that have a value, means over a type's "
                  "losses", ["Value", *kinds], rows, one.name)
 
@@ -266,8 +275,8 @@ def training(everything):
         ends.setdefault((row.network, row.split or ""), {})[row.key, row.epoch] = row
     order = list(dict.fromkeys(itertools.chain(*(one.types for one in everything))))
     trained = {place for place in ends for _, epoch in ends[place] if epoch == "best"}
-    titles = {key: text for key, text in TITLES["pairs"].items()
-              if any((key, "best") in ends[place] for place in trained)}
+    scored = {key for place in trained for key, epoch in ends[place] if epoch == "best"}
+    titles = {key: text for key, text in TITLES["pairs"].items() if key in scored}
     for name, split in sorted(trained, key=lambda place: (order.index(place[0]), place[1])):
         rows.append([name, split, ""])
         for key in titles:

@@ -301,7 +301,7 @@ def property_claims(one):
         yield Claim("Kobs et al.", f"One order of properties: {what} above {ORDER}",
                     "nrprec.csv with None", "+", estimate, ORDER)
     grounds = [key for key in keys if re.match("bg_|background", key)]
-    behind = {name: np.mean([scores[name, key] for key in grounds]) for name in losses if grounds}
+    behind = dict(zip(losses, values[:, np.isin(keys, grounds)].mean(axis=1))) if grounds else {}
     yield Claim("Kobs et al.", "Classification: background properties weigh more",
                 "nrprec.csv of both types with bg_… properties", "+", by_type(behind, one.types))
     for key in every if none else ["the class"]:
@@ -315,12 +315,11 @@ def property_claims(one):
 
 def histories(one, key, part):
     """{loss: float64 (epochs,)} of one column of the training histories, means over folds."""
-    curves = defaultdict(dict)
-    for row in one.select("training", fold="mean", key=key, part=part):
+    rows, curves = one.select("training", fold="mean", key=key, part=part), defaultdict(list)
+    for row in sorted(rows, key=lambda row: math.inf if row.epoch == "best" else row.epoch):
         if one.types[row.network] != "none":
-            curves[row.network][row.epoch] = row.value
-    return {name: np.array([curve[epoch] for epoch in sorted(curve, key=str if part == "test" else int)])
-            for name, curve in curves.items()}  # of the test 0 and "best"
+            curves[row.network].append(row.value)
+    return {name: np.array(curve) for name, curve in curves.items()}
 
 
 def first_gaps(one, key):
@@ -398,13 +397,14 @@ def class_changes(one):
 
 def split_scores(everything, key):
     """{loss: {split: [test score of a seed, mean over folds …]}} of the training histories of data sets."""
-    seeds = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    seeds, scores = defaultdict(list), defaultdict(lambda: defaultdict(list))
     for one in everything:
         rows = one.select("training", key=key, part="test", epoch="best")
         for row in [row for row in rows if row.fold != "mean"] or rows:
-            seeds[row.network][row.split][row.seed].append(row.value)
-    return {name: {split: [float(np.mean(folds)) for folds in values.values()]
-                   for split, values in splits.items()} for name, splits in seeds.items()}
+            seeds[row.network, row.split, row.seed].append(row.value)
+    for (name, split, _), folds in seeds.items():
+        scores[name][split].append(float(np.mean(folds)))
+    return scores
 
 
 def split_difference(scores):

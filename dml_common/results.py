@@ -318,9 +318,9 @@ def pair_lines(lines):
         if line.get("classes"):
             subsets[line["embeddings"], int(line["classes"])].append(line)
     for (_, number), several in subsets.items():
-        scores = {key: [line[key] for line in several] for key in ("recall_at_1", "map_at_r")}
-        scores["jsd"] = [line["jsd"] - (line.get("jsd_null") or 0) for line in several]
-        means = {key: float(np.mean(values)) for key, values in scores.items()}
+        scores = [(line["recall_at_1"], line["map_at_r"], line["jsd"] - (line.get("jsd_null") or 0))
+                  for line in several]
+        means = dict(zip(("recall_at_1", "map_at_r", "jsd"), np.mean(scores, axis=0).tolist()))
         yield {"ends": several[0]["ends"], "bins": several[0]["bins"], "subset": number, **means}
 
 
