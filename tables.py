@@ -129,7 +129,8 @@ def fact(row, factor=1, digits=2, **more):
     text = rounded(factor * row.value, digits, "+" if row.note == "difference" else "")
     if row.measure in WITH_SPREAD and row.spread is not None:
         text += f" ± {rounded(factor * row.spread, digits)}"
-    text += interval(row, factor, digits) if row.measure == "faithfulness" else ""
+    if row.measure == "faithfulness":
+        text, more = text + interval(row, factor, digits), {"low": row.low, "high": row.high, **more}
     what = "folds" if row.level == "network" else "pairs" if row.other else "losses"
     hint = f"{row.n} {what}{interval(row, factor, digits + 1)}" if row.n else None
     if hint and row.p_holm is not None:

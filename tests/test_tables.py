@@ -160,8 +160,9 @@ def test_scores_of_the_second_paper_and_other_tables(run_script, tmp_path):
     write(folder, "pairs", rows)
     write(folder, "sanity", [["Triplet", 0, n, 50, r, 0.1] for n, r in ((0, 0.6), (25, 0.3), (50, 0.2))])
     write(folder, "embeddings", [["Triplet", 0, "ArcFace", 0, 6, 0.9, 0.55, 0.5, 0.6, 0.1]])
-    write(folder, "faithfulness", [["Triplet", 0, name, 6, 0, value, 0.05, 0, 1] for name, value in (
-        ("deletion", 0.6), ("deletion_random", 0.5), ("deletion_less_random", 0.1))])
+    write(folder, "faithfulness", [[loss, fold, name, 6, 0, value, 0.05, 0, 1] for name, value in (
+        ("deletion", 0.6), ("deletion_random", 0.5), ("deletion_less_random", 0.1))
+        for loss, fold in (("Triplet", 0), ("Triplet", 1), ("ArcFace", 0))])
     values = enumerate(("", "red", "blue"))
     rows = [[*nrprec_row("Triplet", 0, "hue", number), value] for number, value in values]
     write_csv(folder / "nrprec.csv", f"{NRPREC},value", rows)
@@ -180,9 +181,10 @@ def test_scores_of_the_second_paper_and_other_tables(run_script, tmp_path):
     assert scores == ["Recall@1", "MAP@R", "JSD", "R-Precision"]
     assert texts(named["sanity_cub200"]) == [["Triplet", "60 ± 10", "30 ± 10", "20 ± 10"]]
     assert named["sanity_cub200"]["header"][1:] == ["0 of 50", "25 of 50", "50 of 50"]
-    # ± 1.96 · 0.05 / √5; the values of a property are not mixed up with it
+    # of two folds ± 1.96 · 0.05 / √5 / √2, of one as read
     assert texts(named["faithfulness_cub200"]) == [
-        ["Triplet", "0.600 [0.556, 0.644]", "0.100 [0.056, 0.144]"]]
+        ["Triplet", "0.600 [0.569, 0.631]", "0.100 [0.069, 0.131]"],
+        ["ArcFace", "0.600 [0.000, 1.000]", "0.100 [0.000, 1.000]"]]
     assert texts(named["nrprec_cub200"])[0] == ["Triplet", "0.00"]
     assert texts(named["nrprec_values_cub200"]) == [["hue = red", "1.00"], ["hue = blue", "2.00"]]
     assert texts(named["cka_cub200"])[0][2] == "0.90" and texts(named["overlap_cub200"])[0][2] == "55"
