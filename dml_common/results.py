@@ -318,9 +318,13 @@ def pair_lines(lines):
         if line.get("classes"):
             subsets[line["embeddings"], int(line["classes"])].append(line)
     for (_, number), several in subsets.items():
-        scores = [(line["recall_at_1"], line["map_at_r"], line["jsd"] - (line.get("jsd_null") or 0))
-                  for line in several]
-        means = dict(zip(("recall_at_1", "map_at_r", "jsd"), np.mean(scores, axis=0).tolist()))
+        means = {}
+        for key in ("recall_at_1", "map_at_r", "jsd"):
+            scores = [line[key] for line in several if line.get(key) is not None]
+            means[key] = float(np.mean(scores)) if scores else None
+        nulls = [line["jsd_null"] for line in several if line.get("jsd_null") is not None]
+        if means["jsd"] is not None and nulls:
+            means["jsd"] -= float(np.mean(nulls))
         yield {"ends": several[0]["ends"], "bins": several[0]["bins"], "subset": number, **means}
 
 

@@ -605,10 +605,18 @@ def test_whatever_is_missing_the_rest_comes_out(small, run_script, tmp_path, mon
                             for fold in folds for layers in (0, 50)])
     write(small, "embeddings", [["Triplet", fold, other, fold, 6, 0.9, 0.55, 0.5, 0.6, 0.1]
                                 for fold in folds for other in ("ArcFace", "Contrastive", "None")])
+    arrays = list(itertools.product(("triplet", "contrastive", "arcface", "none"), folds))
+    write_csv(small / "pairs.csv", f"{HEADERS['pairs']},classes", [
+        [f"{slug}/fold{fold}/emb.npy", "test", repeat, "class", 0.5, 0.1, 0.4, 0.1, 200, 0.5, 0.4, 0.3, k]
+        for slug, fold in arrays for k, repeat in ((2, 0), (2, 1), (5, None))])
+    for slug, fold in arrays:
+        add_training(tmp_path / "models", f"cars/{slug}/fold{fold}", split={"kind": "random"}, history=[
+            [epoch, part, 0.5, 0.1, 0.3, 0.6, 0.5] for epoch in range(3)
+            for part in ("train", "validation", "test")])
     values = {"nr_precision", "r_precision", "p_holm", "p_value", "correlation", "correlation_std", "jsd",
               "jsd_std", "ceiling", "corrected", "mean", "low", "high", "std", "cka", "overlap",
-              "overlap_chance"}
-    for path in sorted(small.glob("*.csv")):
+              "overlap_chance", "jsd_null", "recall_at_1", "map_at_r", "positive_mean", "negative_mean"}
+    for path in sorted([*small.glob("*.csv"), *tmp_path.glob("models/trained/*/*/*/history.csv")]):
         columns = files.read_table(path)
         rows = [["" if name in values and generator.random() < 0.3 else value
                  for name, value in zip(columns, row)]
@@ -619,9 +627,9 @@ def test_whatever_is_missing_the_rest_comes_out(small, run_script, tmp_path, mon
             path.unlink()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run(run_script, small, "--out", tmp_path / "out")
+        run(run_script, small, "--out", tmp_path / "out", "--models", tmp_path / "models")
     content, named = tabled(tmp_path / "out")
-    assert len(content["findings"]) == 3 and len(named) > 2
+    assert len(content["findings"]) == 3 and len(named["conclusions"]["rows"]) >= 20
     assert "nan" not in re.findall(r"[a-z]+", (tmp_path / "out" / "tables.md").read_text())
 
 
