@@ -101,7 +101,8 @@ def gallery(networks, datasets, most, size):
     for network in networks:
         if network["maps"]:
             shape, geometry = network["maps"]["array"].shape, network["maps"].get("preprocessing", {})
-            key = (network["dataset"], network["fold"], shape, geometry.get("resize"), geometry.get("crop"))
+            key = (network["dataset"], network["fold"], network["seed"], shape, geometry.get("resize"),
+                   geometry.get("crop"))
             groups.setdefault(str(key), []).append(network)
     total = sum(len(members[0]["maps"]["array"]) for members in groups.values())
     step = max(1, math.ceil(total / most))
@@ -112,26 +113,25 @@ def gallery(networks, datasets, most, size):
 
 def gallery_set(members, dataset, step, size, bar):
     """What the page says of a set, its pictures, and of one of them larger maps, for the page's opening."""
-    from dml_common import files, folders
+    from dml_common import folders
 
-    name, fold, folder, about = (members[0][key] for key in ("dataset", "fold", "folder", "maps"))
+    name, fold, seed, about = (members[0][key] for key in ("dataset", "fold", "seed", "maps"))
+    label = name if fold is None else f"{name}, fold {fold}" + (f", seed {seed}" if seed is not None else "")
     n = len(about["array"])
-    names = folders.picture_names(about, n, dataset) or [f"row {row}" for row in range(n)]
+    names = folders.picture_names(about, n, dataset)
     paths = dict(zip(dataset.relative, dataset.paths)) if dataset else {}
-    beside = [path for path in (folder / "labels.csv", folder / "props.csv") if path.is_file()]
-    columns = {key: values for path in beside for key, values in files.read_table(path).items()}
-    listed, pictures = columns.get("path", []), []
+    columns, pictures = folders.row_properties(about["path"], n, names) if names else {}, []
+    known = [(name if names else label, one) for one in names or range(n)]  # folds may share pictures
+    names = names or [f"row {row}" for row in range(n)]
     for row in range(0, n, step):
-        place = listed.index(names[row]) if names[row] in listed else None
-        properties = [(key, values[place]) for key, values in columns.items() if place is not None
-                      and len(values) == len(listed) and key.lower() not in files.IDENTIFIERS]
-        pictures.append({"name": names[row], "properties": properties,
+        pictures.append({"name": names[row], "properties": [(key, str(columns[key][row])) for key in columns],
                          **picture_and_maps(members, row, paths.get(names[row]), size)})
         bar.update()
     first = next((k for k, picture in enumerate(pictures) if not picture["blank"]), 0)
     row = first * step
     maps = [webp(sprite(network["maps"]["array"][row:row + 1], 2 * size), 75) for network in members]
-    return {"dataset": name, "label": name if fold is None else f"{name}, fold {fold}", "rows": n,
+    lacking = {one for one, picture in zip(known[::step], pictures) if "picture" not in picture}
+    return {"dataset": name, "label": label, "all": {*known}, "shown": {*known[::step]}, "lacking": lacking,
             "networks": [{"name": network["name"], "type": network["type"]} for network in members],
             "pictures": pictures, "opening": {**pictures[first], "maps": maps}}
 
@@ -278,8 +278,10 @@ def main(argv=None):
     networks = [{**network, "dataset": name} for name, several in datasets.items() for network in several]
     pictures = folders.open_pictures(args.dataset, args.data_root, list(datasets))
     shown = [table for table in tables["tables"] if table["name"] != "errata"] + own_tables(datasets, gaps)
+    groups = gallery(networks, pictures, args.pictures, args.size)
+    n = {what: len(set().union(*(group[what] for group in groups))) for what in ("all", "shown", "lacking")}
     content = template.render(tables | figures, tables=shown, datasets=list(datasets), networks=networks,
-                              groups=gallery(networks, pictures, args.pictures, args.size))
+                              groups=groups, n=n)
     files.write_file(args.out, NO_CHARACTER.sub("\ufffd", content).encode("utf-8"))
 
     sys.stdout.reconfigure(errors="replace")  # no name can stop the report

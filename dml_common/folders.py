@@ -21,9 +21,11 @@ TABLES = {
     "nrprec": ("nrprec.py", ["embeddings", "property", "queries", "r_precision", "nr_precision"],
                ["nr_precision", "r_precision"]),
     "compare": ("compare.py", [*PAIR, "n", "left_out", "correlation", "jsd", "ceiling"],
-                ["correlation", "jsd", "ceiling", "corrected"]),
+                ["correlation", "jsd", "ceiling", "corrected", "jsd_nats"]),
     "masks": ("compare.py --masks", ["model", "fold", "measure", "n", "mean", "std", "low", "high"],
               ["masks"]),
+    "faithfulness": ("saliency.py --faithfulness", ["model", "fold", "measure", "n", "mean", "std"],
+                     ["faithfulness"]),
     "embeddings": ("compare.py --embeddings", [*PAIR, "cka", "overlap"],
                    ["cka", "overlap", "overlap_chance"]),
     "sanity": ("saliency.py --randomise", ["model", "fold", "layers", "of", "correlation", "correlation_std"],
@@ -79,7 +81,7 @@ def find_networks(folder, models):
         plain = bool(about.get("backbone")) and not about.get("loss") and not row  # a backbone without a loss
         home = training_folder(place, about.get("checkpoint"), folder, models)
         config, history = files.read_sidecar(home / "config.json"), home / "history.csv"
-        kind = row.get("type") or ("none" if plain else config.get("type"))
+        kind = row.get("type") or ("none" if plain else about.get("type") or config.get("type"))
         networks.append({
             "name": name, "slug": slug, "number": number, "seed": seed, "fold": None if plain else number,
             "type": kind if kind in TYPES else "other", "folder": place, "config": config,
@@ -189,6 +191,22 @@ def picture_names(about, n, dataset=None):
     return files.listed_names(about, n, lists)
 
 
+def row_properties(array, n, names):
+    """{property: str (n,)} of an array's n rows, joined by their names (None: in their order): labels.csv's
+    and props.csv's beside it, else the props.csv of its data set; "" where there is no value."""
+    places = [array.with_name("labels.csv"), array.with_name("props.csv")]
+    if not places[1].is_file():
+        places[1] = array.parent.parent.parent / "props.csv"
+    properties = {}
+    for path in filter(Path.is_file, places):
+        if [name.lower() in files.IDENTIFIERS for name in files.read_table(path)] != [True]:
+            properties |= files.read_properties(path, None, names, missing=files.MISSING)
+            if any(len(column) != n for column in properties.values()):
+                raise ValueError(f"{array} and {path} differ in rows; both must list the same pictures, in "
+                                 "the same order or by name")
+    return properties
+
+
 def make_folder(out, name, inputs=()):
     """Make the folder of an output, in which a file of this name is written last.
 
@@ -213,8 +231,8 @@ def read_properties(folder, networks):
     folds = {network["fold"]: path for network, path in zip(networks, paths) if path.is_file()}
     properties = defaultdict(set)
     for path in filter(Path.is_file, (folder / "props.csv", *folds.values())):
-        for name, values in files.read_properties(path).items():
-            properties[name].update(values.tolist())
+        for name, values in files.read_properties(path, missing=files.MISSING).items():
+            properties[name].update({*values.tolist()} - {""})
     return properties
 
 
@@ -282,6 +300,8 @@ def warn(results):
             (len(backbones) > 1, f"losses may differ by their backbones alone ({listing(backbones)})"),
             (len({network["fold"] for network in networks} - {None}) == 1,
              "one fold only: how much a loss varies from training to training is unknown"),
+            (results.select("training", key="jsd") and not results.select("training", key="jsd_null"),
+             "history.csv has no jsd_null (an older train.py made it): JSD of few pairs is biased up"),
             (others, f"not in models/losses.csv: {listing(others)}; kept, type “other”")):
         if true:
             yield text
