@@ -49,11 +49,12 @@ PUBLISHED_THRESHOLD = 2.576  # two-sided 1 % of one z-score; the paper marks the
 SIGNIFICANCE = 0.01          # of the Holm-corrected permutation p-value
 BLOCK_WORK = 4e9             # comparisons in a block at most, a fraction of a second: progress, Ctrl-C
 BLOCK_ROWS = 512             # queries in one matrix product: more does not speed it up (benchmarks/nrprec.py)
+MOST_TESTED = 1e7            # permutations × values, which are kept: more values get no p-value
 SIDE_BY_SIDE = 4             # embeddings on the terminal; more are printed one in a row
 SHOWN = (("R-Prec", "r_precision", 4), ("NR-Prec", "nr_precision", 2), ("± s.e.", "nr_precision_se", 2),
          ("p_holm", "p_holm", 4))
 HEADER = ("embeddings,property,values,queries,skipped,distance,null,max_neighbours,r_precision,nr_precision,"
-          "nr_precision_se,permutations,p_value,p_holm,normalised,ties,tied").split(",")
+          "nr_precision_se,permutations,p_value,p_holm,normalised,ties,tied,missing,value").split(",")
 WALK = 48                    # a class of fewer than n / WALK pictures is walked, larger ones compared densely
 
 
@@ -331,8 +332,10 @@ class Score(NamedTuple):
     nr_precision: float            # mean of (X − E X) / sd X (Eq. 5, with the root); nan for a constant label
     nr_precision_se: float = None  # with a subset of queries: standard error of that mean
     tied: int = 0                  # queries whose cut at R goes through candidates at one distance
+    missing: int = 0               # pictures without a value: no queries, no candidates of the property
     p_value: float = None          # with permutations
     p_holm: float = None
+    by_value: dict = None          # with per_value: {value: Score of the queries that have it}
 
 
 def null_moments(count, depth, n, null):
@@ -361,12 +364,13 @@ def holm(p_values):
 
 
 def nr_precision(embeddings, labels, *, distance="euclidean", normalise=False, null="binomial",
-                 max_neighbours=None, ties="expected", permutations=0, queries=None, seed=0, threads=None,
-                 memory_mib=512, progress=None):
+                 max_neighbours=None, ties="expected", permutations=0, queries=None, per_value=False, seed=0,
+                 threads=None, memory_mib=512, progress=None):
     """R-Precision and Normalized R-Precision of label columns (Kobs et al., Eq. 4 and 5).
 
     embeddings      (n, m) real numbers, used as float32; finite
-    labels          {name: (n,) array of any comparable kind}, or one such array
+    labels          {name: (n,) array of any comparable kind}, or one such array. A picture whose value is
+                    nan, None or "" is no query and no candidate of that column, nor one of its n
     distance        euclidean, squared_euclidean, cosine, dot_product or snr
     normalise       embeddings to length 1 first: with the loss's own distance this is the paper's Eq. 3
     null            binomial (the paper) or hypergeometric (exact for drawing without replacement)
@@ -375,6 +379,7 @@ def nr_precision(embeddings, labels, *, distance="euclidean", normalise=False, n
                     over all orders of the rows; index, the smaller index goes first, as released
     permutations    N: p = (1 + extreme) / (1 + N), extreme: as far from the permuted ones' mean as observed
     queries         a random subset of so many queries, with standard errors; seed: of subset and permutations
+    per_value       also the Score of each value's queries, Score.by_value, corrected over all of them
     threads         all that this process may use; memory_mib: for blocks of similarities and permuted columns
     progress        called with (queries × columns done, in all) after each block
 
@@ -386,20 +391,16 @@ def nr_precision(embeddings, labels, *, distance="euclidean", normalise=False, n
     check_options(distance, null, ties, max_neighbours=max_neighbours, permutations=permutations,
                   queries=queries, seed=seed, threads=threads, memory_mib=memory_mib)
     x, threads = as_embeddings(embeddings, distance, normalise), min(threads or available_threads(), 1024)
-    n, k = len(x), len(named)
-    shapes = [np.shape(label) for label in named.values()]
+    named, n, patterns = {name: np.asarray(label) for name, label in named.items()}, len(x), {}
+    shapes = [label.shape for label in named.values()]
     if set(shapes) != {(n,)}:
         raise ValueError(f"label columns have shapes {shapes}; expected at least one column, ({n},) each")
-    space, columns = prepare(x, distance), make_columns(list(named.values()), max_neighbours)
-    chosen = np.arange(n)
-    if queries is not None and queries < n:
-        chosen = np.sort(np.random.default_rng([seed, 0]).choice(n, queries, replace=False))
-    moments = null_moments(columns.entry_count, columns.entry_depth, n, null)
-
-    # As many permuted columns at a time as half the memory takes; the observed ones ride in the first pass.
-    each = k * 8 * n + n * 16 + 4 * n * len(columns.members)
-    per_pass = int(max(1, min(memory_mib * 2 ** 19 // each, 2e8 // (k * n), 2000))) if permutations else 1
-    total, done, statistics = k * (1 + permutations) * len(chosen), 0, []
+    for name, label in named.items():                     # columns that lack the same pictures share a pass
+        here = has_value(label)
+        patterns.setdefault(here.tobytes(), (np.flatnonzero(here), []))[1].append(name)
+    total, done = 0, 0
+    for rows, names in patterns.values():
+        total += len(names) * (1 + permutations) * min(queries or n, len(rows))
 
     def tick(count):
         nonlocal done
@@ -407,6 +408,54 @@ def nr_precision(embeddings, labels, *, distance="euclidean", normalise=False, n
         if progress:
             progress(done, total)
 
+    options = null, max_neighbours, ties, permutations, queries, per_value, seed, threads, memory_mib, tick
+    scores = {}
+    for rows, names in patterns.values():
+        columns = [named[name][rows] for name in names]
+        if len(rows) < 2:                                 # nobody to be a neighbour of
+            lone = Score(len(rows), 0, len(rows), np.nan, np.nan, p_value=np.nan if permutations else None)
+            some = [lone._replace(by_value={} if per_value else None)] * len(names)
+        else:
+            some = score_columns(prepare(x if len(rows) == n else x[rows], distance), columns, *options)
+        scores |= zip(names, (s._replace(missing=n - len(rows)) for s in some))
+    scores = corrected({name: scores[name] for name in named})
+    if per_value:
+        values = corrected({(name, v): s for name in scores for v, s in scores[name].by_value.items()})
+        scores = {name: s._replace(by_value={v: values[name, v] for v in s.by_value})
+                  for name, s in scores.items()}
+    return scores if isinstance(labels, dict) else scores[""]
+
+
+def has_value(label):
+    """Which pictures have a value of a column (n,): bool (n,). None is nan, None or an empty text."""
+    if label.dtype.kind == "O":
+        return np.array([value is not None and value == value and value != "" for value in label])
+    return label != label.dtype.type() if label.dtype.kind in "US" else label == label
+
+
+def corrected(scores):
+    """{name: Score} with p_holm where there are p-values: Holm's correction over all of them."""
+    tested = {name: s.p_value for name, s in scores.items() if s.p_value is not None}
+    adjusted = dict(zip(tested, holm(list(tested.values())).tolist()))
+    return {name: s._replace(p_holm=adjusted.get(name)) for name, s in scores.items()}
+
+
+def score_columns(space, labels, null, max_neighbours, ties, permutations, queries, per_value, seed, threads,
+                  memory_mib, tick):
+    """The Scores of label columns (list of k) in which every picture of the space has a value."""
+    n, k, columns = len(space.x), len(labels), make_columns(labels, max_neighbours)
+    chosen = np.arange(n)
+    if queries is not None and queries < n:
+        chosen = np.sort(np.random.default_rng([seed, 0]).choice(n, queries, replace=False))
+    moments = null_moments(columns.entry_count, columns.entry_depth, n, null)
+    width, owners = len(columns.entry_depth), [columns.entry_owner]       # whose a row of the tables is
+    owners += [np.arange(width)] if per_value else []
+    tested = owners if width * permutations <= MOST_TESTED else owners[:1]
+
+    # As many permuted columns at a time as half the memory takes; the observed ones ride in the first pass.
+    each = k * 8 * n + n * 16 + 4 * n * len(columns.members)
+    per_pass = int(max(1, min(memory_mib * 2 ** 19 // each, 2e8 // (k * n), 2000))) if permutations else 1
+    statistics = [[] for _ in tested]
     for begin in range(0, max(1, permutations), per_pass):
         drawn = [np.random.default_rng([seed, 1 + i]).permutation(n)
                  for i in range(begin, min(begin + per_pass, permutations))]
@@ -415,14 +464,21 @@ def nr_precision(embeddings, labels, *, distance="euclidean", normalise=False, n
         batch = permute_columns(columns, drawn) if permutations else columns
         blocks = count_blocks(space, batch, chosen, threads, memory_mib / min(len(drawn), 2), ties == "index")
         values, copies = batch.values[:, chosen], len(drawn)
-        sums, used, squares, tied = sum_hits(blocks, values, copies, len(columns.entry_depth), tick)
+        sums, used, squares, tied = sum_hits(blocks, values, copies, width, tick)
         if begin == 0:
-            scores = observe(sums[0], used[0], squares, tied, columns, *moments, sampled=len(chosen) < n)
-        statistics += [mean_z(s, u, columns, *moments) for s, u in zip(sums, used)]
+            scores = [observe(sums[0], used[0], squares, tied, columns, owner, *moments, len(chosen) < n)
+                      for owner in owners]
+        for owner, statistic in zip(tested, statistics):
+            statistic += [mean_z(s, u, columns, owner, *moments) for s, u in zip(sums, used)]
     if permutations:
-        p = p_values(statistics[0], np.array(statistics[1:]))
-        scores = [s._replace(p_value=a, p_holm=b) for s, a, b in zip(scores, p.tolist(), holm(p).tolist())]
-    return dict(zip(named, scores)) if named is labels else scores[0]
+        for i, statistic in enumerate(statistics):
+            p = p_values(statistic[0], np.array(statistic[1:])).tolist()
+            scores[i] = [s._replace(p_value=one) for s, one in zip(scores[i], p)]
+    if not per_value:
+        return scores[0]
+    last = iter(scores[1])
+    return [s._replace(by_value=dict(zip(np.unique(label).tolist(), last)))
+            for s, label in zip(scores[0], labels)]
 
 
 def check_options(distance, null, ties, **numbers):
@@ -459,23 +515,22 @@ def sum_hits(blocks, values, copies, width, tick):
     return sums.reshape(copies, width), used.reshape(copies, width), squares, tied
 
 
-def mean_z(sums, used, columns, mean, deviation):
-    """NR-Prec of each property (k,): hits summed, then standardised value by value. R = 0 is left out."""
+def mean_z(sums, used, columns, owner, mean, deviation):
+    """NR-Prec of each owner of values: hits summed, then standardised value by value. R = 0 is left out."""
     valid = columns.entry_depth > 0
     with np.errstate(invalid="ignore", divide="ignore"):
         z = np.where(valid & (used > 0), (sums - used * mean) / deviation, 0.0)
-        queries = np.bincount(columns.entry_owner, np.where(valid, used, 0))
-        return np.bincount(columns.entry_owner, z) / queries
+        return np.bincount(owner, z) / np.bincount(owner, np.where(valid, used, 0))
 
 
-def observe(sums, used, squares, tied, columns, mean, deviation, sampled):
-    """The observed columns' Scores: list of k; with the standard error where the queries are a sample."""
-    depth, owner = columns.entry_depth, columns.entry_owner
+def observe(sums, used, squares, tied, columns, owner, mean, deviation, sampled):
+    """The observed Scores of each owner of values; with the standard error where the queries are a sample."""
+    depth = columns.entry_depth
     asked = np.where(depth > 0, used, 0)
     queries = np.bincount(owner, asked).astype(int)
     skipped = np.bincount(owner, used).astype(int) - queries
     population = np.bincount(owner, np.where(depth > 0, columns.entry_count, 0))
-    statistic = mean_z(sums, used, columns, mean, deviation)
+    statistic = mean_z(sums, used, columns, owner, mean, deviation)
     with np.errstate(invalid="ignore", divide="ignore"):
         precision = np.bincount(owner, np.where(asked > 0, sums / depth, 0.0)) / queries
         # Σ z² of a value = (Σ X² − 2 μ Σ X + N μ²) / σ²
@@ -578,6 +633,7 @@ def parse_arguments(argv):
     add("--queries", type=int, metavar="N", help="a random subset of N queries, with standard errors (all)")
     add("--bin", action="append", default=[], metavar="PROPERTY=N",
         help="cut a numeric column into N quantile bins; repeatable")
+    add("--per-value", action="store_true", help="also the queries of each value (which colours, which models)")
     add("--seed", type=int, default=0, help="of permutations and query subset (0)")
     add("--threads", type=int, metavar="N", help="for BLAS and the kernel alike (all)")
     add("--memory-mib", type=int, default=512, metavar="N", help="for similarities, permuted labels (512)")
@@ -677,6 +733,7 @@ def main(argv=None):
     options = {name: getattr(args, name) for name in ("null", "ties", "max_neighbours", "permutations",
                                                       "queries", "seed", "threads", "memory_mib")}
     check_options(DISTANCES[0], **options)
+    options["per_value"] = args.per_value
     arrays, tables = files.arrays_and_tables(args.files)
     if args.out is not None:
         files.check_output(args.out, [*arrays, *tables])
@@ -715,9 +772,11 @@ def main(argv=None):
         if tied > MANY_TIES and not collapsed:
             command.say(f"warning: {array}: {tied:.0%} of the queries of {prop} have candidates at the same "
                         f"distance where their list ends; {TIES[args.ties]}")
-        for prop, s in scores.items():
-            rows.append([array, prop, *s[:3], distance, args.null, args.max_neighbours, *s[3:6],
-                         args.permutations, s.p_value, s.p_holm, int(normalise), args.ties, s.tied])
+        for prop, whole in scores.items():
+            for value, s in {"": whole, **(whole.by_value or {})}.items():
+                rows.append([array, prop, *s[:3], distance, args.null, args.max_neighbours, *s[3:6],
+                             args.permutations, s.p_value, s.p_holm, int(normalise), args.ties, s.tied,
+                             whole.missing, value])
         results.append(scores)
     for prop, s in results[0].items():
         if s.skipped:

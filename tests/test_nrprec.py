@@ -380,7 +380,7 @@ def test_table_and_rows(files, run_script):
     rows = list(csv.DictReader(open("out.csv", newline="")))
     assert ",".join(rows[0]) == (
         "embeddings,property,values,queries,skipped,distance,null,max_neighbours,r_precision,nr_precision,"
-        "nr_precision_se,permutations,p_value,p_holm,normalised,ties,tied")
+        "nr_precision_se,permutations,p_value,p_holm,normalised,ties,tied,missing,value")
     labels = {"shape": np.arange(60) % 3, "size": np.arange(60) // 3 % 4}
     for row, (name, score) in zip(rows, nr_precision(np.load("emb.npy"), labels).items()):
         assert row["property"] == name and row["embeddings"] == "emb.npy"
