@@ -9,8 +9,7 @@ every property, exact at any size (Kobs et al., ICCV 2021, section 4).
 
 Reads: embeddings as .npy, (n, m); properties as .csv with a header and n rows in the same order.
 Writes: a table on stdout and, with --out, one CSV row for each embedding file and property.
-In Python: nr_precision(embeddings, labels), nearest(embeddings, R): arrays in, and only numpy, scipy and
-threadpoolctl are needed (with the extension _knn: fast; without: the same numbers, slowly).
+In Python: nr_precision(embeddings, labels): arrays in, and only numpy, scipy and threadpoolctl are needed (with the extension _knn: fast; without: the same numbers, slowly).
 """
 if __name__ == "__main__":  # Ctrl-C ends in one line from here on
     import sys
@@ -22,6 +21,7 @@ if __name__ == "__main__":  # Ctrl-C ends in one line from here on
         sys.exit(2)
     command.begin()
 
+import mmap
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +38,7 @@ try:
     import _knn
 except ImportError:
     _knn = None
-if getattr(_knn, "INTERFACE", None) != 2:  # not built, or from another _knn.pyx
+if getattr(_knn, "INTERFACE", None) != 3:  # not built, or from another _knn.pyx
     _knn = None  # the NumPy twin count_hits_numpy() counts instead
 
 DISTANCES = ("euclidean", "squared_euclidean", "cosine", "dot_product", "snr")
@@ -62,65 +62,97 @@ WALK = 48                    # a class of fewer than n / WALK pictures is walked
 
 class Space(NamedTuple):
     """Embeddings ready for one distance: the similarity is working[:, q] · working[:, i] + offset[i]."""
-    x: np.ndarray        # (n, m) float32, the embeddings as they came
+    x: np.ndarray        # (N, m) float16, float32 or float64 as they came, taken as float32
+    rows: np.ndarray     # (n,) int64: where in x the embeddings stand
+    lengths: np.ndarray  # (n,) float64: they are divided by these; (0,): they are not
     working: np.ndarray  # (m, n) float32: centred, normalised or scaled by a power of two; norms <= 1
     offset: np.ndarray   # (n,) float32
     bounds: np.ndarray   # (n,) float64: |float32 − true similarity| of query q is at most bounds[q]
     aux: np.ndarray      # (n,) float64: norms (cosine), variances (snr), else zeros
     distance: str
 
+    def numbers(self, part):
+        """Some of the embeddings as the distances take them, float32 numbers as float64 (…, m)."""
+        x = self.x[self.rows[part]].astype(np.float32)
+        let_go(self.x)
+        if len(self.lengths):
+            x = (x.astype(np.float64) / self.lengths[part, None]).astype(np.float32)
+        return x.astype(np.float64)
 
-def prepare(x, distance):
-    """Embeddings x (n, m) float32 -> Space. A distance is an inner product plus an offset of the candidate:
+    def source(self):
+        """What the kernel takes these numbers from."""
+        return self.x.view(np.uint8), self.x.itemsize, self.rows, self.lengths
 
-    squared Euclidean / 2 = (‖a‖² / 2) − (a·b − ‖b‖² / 2), on vectors with their mean subtracted (float32
-    cancellation); cosine on normalised ones; SNR, var(a − b) / var(a), ranks like the Euclidean distance of
-    vectors centred over their own components.
+
+def prepare(x, distance, rows=None, normalise=False):
+    """Embeddings x (N, m) of as_embeddings(), or their rows (n,) -> Space.
+
+    A distance is an inner product plus an offset of the candidate. Squared Euclidean / 2 = (‖a‖² / 2) −
+    (a·b − ‖b‖² / 2), on vectors with their mean subtracted (float32 cancellation); cosine on normalised ones;
+    SNR, var(a − b) / var(a), ranks like the Euclidean distance of vectors centred over their own components.
     """
-    n, m = x.shape
-    working, aux, norms = np.empty((m, n), np.float32), np.zeros(n), np.empty(n)
-    centre = x.mean(0, dtype=np.float64) if distance in ("euclidean", "squared_euclidean") else 0.0
-    step = max(1, (1 << 20) // m)
-    parts = [slice(start, start + step) for start in range(0, n, step)]
+    rows = np.arange(len(x)) if rows is None else rows
+    n, m = len(rows), x.shape[1]
+    working, aux, norms, centre = np.empty((m, n), np.float32), np.zeros(n), np.empty(n), 0.0
+    parts = slices(n, m)
+    space = Space(x, rows, np.empty(0), working, np.zeros(n, np.float32), norms, aux, distance)
+    if normalise:
+        lengths = [np.sqrt((space.numbers(part) ** 2).sum(1)) for part in parts]
+        space = space._replace(lengths=np.concatenate(lengths))
+    if distance in ("euclidean", "squared_euclidean"):
+        centre = sum(space.numbers(part).sum(0) for part in parts) / n
 
     def vectors(part):
-        rows = x[part].astype(np.float64)
+        numbers = space.numbers(part)
         if distance == "cosine":
-            aux[part] = np.sqrt((rows ** 2).sum(1))
-            return rows / aux[part, None]
+            aux[part] = np.sqrt((numbers ** 2).sum(1))
+            return numbers / aux[part, None]
         if distance == "snr":
-            aux[part] = rows.var(1)
-            return rows - rows.mean(1, keepdims=True)
-        return rows - centre
+            aux[part] = numbers.var(1)
+            return numbers - numbers.mean(1, keepdims=True)
+        return numbers - centre
 
     for part in parts:
         norms[part] = np.sqrt((vectors(part) ** 2).sum(1))
     # A power of two changes no digit, and squares neither overflow nor vanish.
     exponent = -int(np.frexp(norms.max())[1]) if norms.max() > 0 else 0
     for part in parts:
-        rows = np.ldexp(vectors(part), exponent).astype(np.float32)
-        working[:, part] = rows.T
-        norms[part] = np.sqrt((rows.astype(np.float64) ** 2).sum(1))
-    plain = distance in ("cosine", "dot_product")
-    offset = np.zeros(n, np.float32) if plain else (-norms ** 2 / 2).astype(np.float32)
+        scaled = np.ldexp(vectors(part), exponent).astype(np.float32)
+        working[:, part] = scaled.T
+        norms[part] = np.sqrt((scaled.astype(np.float64) ** 2).sum(1))
+    if distance not in ("cosine", "dot_product"):
+        space.offset[:] = -norms ** 2 / 2
     # Rounding of a float32 product of m terms in any order, of the working rows, the offset and the sum; 5 %
     # for second-order terms and the float64 side, the last term for what underflows.
     u, largest = 2.0 ** -24, norms.max()
     bounds = 1.05 * u * ((m + 8) * norms * largest + 4 * largest ** 2) + (m + 4) * 2.0 ** -125
-    return Space(x, working, offset, bounds, aux, distance)
+    return space._replace(bounds=bounds)
 
 
-def distances64(x, q, distance, aux):
-    """Float64 distances of all rows of x (n, m) from row q: the definition that counts equal to the bit."""
-    a, b = x[q].astype(np.float64), x.astype(np.float64)
-    if distance == "cosine":
+def slices(n, m):
+    """Parts of n rows, a million numbers each."""
+    step = max(1, (1 << 20) // m)
+    return [slice(start, start + step) for start in range(0, n, step)]
+
+
+def let_go(x):
+    """What was read of a memory-mapped file counts as this process's memory until it says so."""
+    if isinstance(x, np.memmap) and x.mode == "r" and hasattr(mmap, "MADV_DONTNEED"):
+        x._mmap.madvise(mmap.MADV_DONTNEED)
+
+
+def distances64(space, q):
+    """Float64 distances of all embeddings from number q: the definition that counts equal to the bit."""
+    b, aux = space.numbers(slice(None)), space.aux
+    a = b[q]
+    if space.distance == "cosine":
         return 1.0 - ((a / aux[q]) * (b / aux[:, None])).sum(1)
-    if distance == "dot_product":
+    if space.distance == "dot_product":
         return -(a * b).sum(1)
-    if distance == "snr":
+    if space.distance == "snr":
         return (a - b).var(1) / aux[q]
     squared = ((a - b) ** 2).sum(1)
-    return np.sqrt(squared) if distance == "euclidean" else squared
+    return np.sqrt(squared) if space.distance == "euclidean" else squared
 
 
 # ---------------------------------------------------------------- label columns and their counts
@@ -188,18 +220,13 @@ def permute_columns(columns, permutations):
                             member_row=np.concatenate(rows).astype(np.int32))
 
 
-def order_numpy(space, q):
-    """The definition: row q's candidates by float64 distance, ties by index; and all rows' distances."""
-    d = distances64(space.x, q, space.distance, space.aux)
-    order = np.argsort(d, kind="stable")
-    return order[order != q], d
-
-
 def count_hits_numpy(space, columns, queries, by_index=False):
     """The plain twin of the kernel's count_hits(), which tells what hits (4, k, len(queries)) int32 are."""
     hits = np.zeros((4, len(columns.values), len(queries)), np.int32)
     for b, q in enumerate(queries):
-        order, d = order_numpy(space, q)
+        d = distances64(space, q)
+        order = np.argsort(d, kind="stable")              # equal ones by index
+        order = order[order != q]
         d = d[order]
         for k, values in enumerate(columns.values):
             depth = columns.entry_depth[values[q]]
@@ -227,7 +254,7 @@ def count_blocks(space, columns, queries, threads, memory_mib, by_index=False):
     Each thread multiplies a block of queries by all candidates and counts in it. Where memory allows few rows
     for each thread, one block at a time is shared by all.
     """
-    n, k = len(space.x), len(columns.values)
+    n, k = columns.values.shape[::-1]
     row_bytes, scratch = 4 * n + 16 * k, 24 * n           # scratch: the kernel's, for each thread
     rows = int((memory_mib * 2 ** 20 - threads * scratch) // (threads * row_bytes))
     workers, inner = (threads, 1) if rows >= 16 else (1, threads)
@@ -243,12 +270,13 @@ def count_blocks(space, columns, queries, threads, memory_mib, by_index=False):
             return part, count_hits_numpy(space, columns, q, by_index)
         products, hits = buffers.pop(), np.zeros((4, k, len(q)), np.int32)
         np.matmul(np.ascontiguousarray(space.working[:, q].T), space.working, out=products[:len(q)])
-        _knn.count_hits(products[:len(q)], q, space.bounds[q], space.x, space.aux, space.offset,
-                        DISTANCES.index(space.distance), columns.codes, planes, columns.members,
+        _knn.count_hits(products[:len(q)], q, space.bounds[q], *space.source(), space.aux,
+                        space.offset, DISTANCES.index(space.distance), columns.codes, planes, columns.members,
                         columns.member_row, np.ascontiguousarray(columns.values[:, q]), columns.entry_code,
                         columns.entry_rank, columns.entry_start, columns.entry_count, columns.ranks, hits,
                         by_index, inner)
         buffers.append(products)
+        let_go(space.x)
         return part, hits
 
     with blas_threads().limit(limits=inner), ThreadPoolExecutor(workers) as pool:
@@ -266,59 +294,33 @@ def count_blocks(space, columns, queries, threads, memory_mib, by_index=False):
 
 
 def as_embeddings(embeddings, distance, normalise=False):
-    """Embeddings as float32 (n, m) in C order, of length 1 if asked for. ValueError unless they are real
-    and finite, n >= 2, and have distances: a zero vector has no direction, a constant one no SNR."""
-    if np.iscomplexobj(embeddings):
+    """Embeddings (n, m), float16, float32 or float64 as they came, others as float32. ValueError unless they
+    are real and finite, n >= 2, and have distances: a zero vector has no direction, a constant one no SNR."""
+    x = np.asanyarray(embeddings)
+    if np.iscomplexobj(x):
         raise ValueError("embeddings are complex; expected real numbers")
-    with np.errstate(over="ignore"):
-        x = np.ascontiguousarray(embeddings, np.float32)
+    as_came = x.dtype in (np.float16, np.float32, np.float64)
+    x = np.require(x, None if as_came else np.float32, ["C", "A"])
     if x.ndim != 2 or not 2 <= len(x) < 2 ** 31 - 64 or x.shape[1] < 1:
         raise ValueError(f"embeddings have shape {x.shape}; expected (n, m), 2 <= n < 2,147,483,584")
-    wrong = {"is not finite": ~np.isfinite(x).all(1)}
-    if distance == "cosine" or normalise:
-        wrong["is a zero vector: it has no direction"] = ~x.any(1)
-    if distance == "snr":
-        wrong["is constant: its SNR is undefined"] = (x == x[:, :1]).all(1)
-    for what, rows in wrong.items():
-        if rows.any():
-            raise ValueError(f"row {int(rows.argmax())} (counting from 0) {what}; remove that picture")
-    if normalise:
-        x, step = x.copy(), max(1, (1 << 20) // x.shape[1])
-        for start in range(0, len(x), step):
-            rows = x[start:start + step].astype(np.float64)
-            x[start:start + step] = rows / np.sqrt((rows ** 2).sum(1, keepdims=True))
+    for part in slices(*x.shape):
+        with np.errstate(over="ignore"):
+            numbers = x[part].astype(np.float32)
+        let_go(x)
+        wrong = {"is not finite; remove or mend that picture": ~np.isfinite(numbers).all(1)}
+        if distance == "cosine" or normalise:
+            wrong["is a zero vector, which has no direction; remove that picture"] = ~numbers.any(1)
+        if distance == "snr":
+            wrong["is constant, its SNR undefined; remove it"] = (numbers == numbers[:, :1]).all(1)
+        for what, rows in wrong.items():
+            if rows.any():
+                raise ValueError(f"row {part.start + int(rows.argmax())} (counting from 0) {what}")
     return x
 
 
 def available_threads():
     """The cores that this process may use (a scheduler may grant fewer than the machine has)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def nearest(embeddings, neighbours, *, distance="euclidean", threads=None):
-    """The exact ordered neighbours of every row: indices (n, R) int64, float64 distances (n, R).
-
-    embeddings (n, m) real, R = neighbours in 1 … n − 1: all but the row itself, equal distances by index.
-    Raises ValueError for anything else.
-    """
-    check_options(distance, NULLS[0], "index", threads=threads)
-    x = as_embeddings(embeddings, distance)
-    n, space, rows = len(x), prepare(x, distance), max(1, min(BLOCK_ROWS, (1 << 26) // len(x)))
-    if not 1 <= neighbours < n:
-        raise ValueError(f"{neighbours} neighbours of {n} embeddings; expected 1 to {n - 1}")
-    indices, distances = np.empty((n, neighbours), np.int64), np.empty((n, neighbours))
-    for start in range(0, n, rows):
-        part = slice(start, min(start + rows, n))
-        if _knn:
-            products = np.matmul(np.ascontiguousarray(space.working[:, part].T), space.working)
-            _knn.nearest(products, np.arange(start, part.stop), space.bounds[part], x, space.aux,
-                         space.offset, DISTANCES.index(distance), indices[part], distances[part],
-                         threads or available_threads())
-            continue
-        for q in range(start, part.stop):
-            order, d = order_numpy(space, q)
-            indices[q], distances[q] = order[:neighbours], d[order[:neighbours]]
-    return indices, distances
 
 
 # ---------------------------------------------------------------- R-Precision, NR-Prec and their significance
@@ -416,7 +418,7 @@ def nr_precision(embeddings, labels, *, distance="euclidean", normalise=False, n
             lone = Score(len(rows), 0, len(rows), np.nan, np.nan, p_value=np.nan if permutations else None)
             some = [lone._replace(by_value={} if per_value else None)] * len(names)
         else:
-            some = score_columns(prepare(x if len(rows) == n else x[rows], distance), columns, *options)
+            some = score_columns(prepare(x, distance, rows, normalise), columns, *options)
         scores |= zip(names, (s._replace(missing=n - len(rows)) for s in some))
     scores = corrected({name: scores[name] for name in named})
     if per_value:
@@ -443,7 +445,7 @@ def corrected(scores):
 def score_columns(space, labels, null, max_neighbours, ties, permutations, queries, per_value, seed, threads,
                   memory_mib, tick):
     """The Scores of label columns (list of k) in which every picture of the space has a value."""
-    n, k, columns = len(space.x), len(labels), make_columns(labels, max_neighbours)
+    n, k, columns = len(space.rows), len(labels), make_columns(labels, max_neighbours)
     chosen = np.arange(n)
     if queries is not None and queries < n:
         chosen = np.sort(np.random.default_rng([seed, 0]).choice(n, queries, replace=False))
