@@ -25,7 +25,6 @@ import mmap
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -43,12 +42,16 @@ if getattr(_knn, "INTERFACE", None) != 3:  # not built, or from another _knn.pyx
 
 DISTANCES = ("euclidean", "squared_euclidean", "cosine", "dot_product", "snr")
 NULLS = ("binomial", "hypergeometric")
+# What --as-published sets: how the released code made Table 6.
+PUBLISHED = {"distance": "euclidean", "normalise": False, "null": "binomial", "max_neighbours": 1023,
+             "ties": "index"}
 TIES = {"expected": "they count with their expectation", "index": "the order of the rows decides"}
 MANY_TIES = 0.01             # of the queries: then it is said
 PUBLISHED_THRESHOLD = 2.576  # two-sided 1 % of one z-score; the paper marks the mean of n of them by it
 SIGNIFICANCE = 0.01          # of the Holm-corrected permutation p-value
 BLOCK_WORK = 4e9             # comparisons in a block at most, a fraction of a second: progress, Ctrl-C
 BLOCK_ROWS = 512             # queries in one matrix product: more does not speed it up (benchmarks/nrprec.py)
+MOST_SHOWN = 30              # values of a property on the terminal
 MOST_TESTED = 1e7            # permutations × values, which are kept: more values get no p-value
 SIDE_BY_SIDE = 4             # embeddings on the terminal; more are printed one in a row
 SHOWN = (("R-Prec", "r_precision", 4), ("NR-Prec", "nr_precision", 2), ("± s.e.", "nr_precision_se", 2),
@@ -340,6 +343,9 @@ class Score(NamedTuple):
     by_value: dict = None          # with per_value: {value: Score of the queries that have it}
 
 
+NOBODY = Score(0, 0, 0, np.nan, np.nan)
+
+
 def null_moments(count, depth, n, null):
     """Mean and standard deviation (nan for a constant label) of the hits X among R = depth candidates.
 
@@ -562,21 +568,33 @@ def dependent_pairs(labels, level=SIGNIFICANCE):
 
     Chi-square of every pair. Its distribution is a gamma distribution with the mean and variance that it has
     under all permutations of one column (Mielke & Berry 1985): right for rare values too, where the usual one
-    gives false alarms. V is bias-corrected (Bergsma 2013). labels: {name: (n,) array}.
+    gives false alarms. V is bias-corrected (Bergsma 2013). Of pictures with a value of both.
+    labels: {name: (n,) array}.
     """
-    codes = {name: np.unique(label, return_inverse=True)[1].reshape(-1) for name, label in labels.items()}
-    counts = {name: np.bincount(code) for name, code in codes.items()}
+    codes = {}
+    for name, label in labels.items():
+        label = np.asarray(label)
+        here, codes[name] = has_value(label), np.full(len(label), -1)
+        codes[name][here] = np.unique(label[here], return_inverse=True)[1].reshape(-1)
     tested = []
     for j, b in enumerate(codes):
         for a in list(codes)[:j]:
-            v_and_p = chi_square(codes[a], codes[b], counts[a], counts[b])
+            both = (codes[a] >= 0) & (codes[b] >= 0)
+            v_and_p = chi_square(codes[a][both], codes[b][both])
             tested += [(a, b, *v_and_p)] if v_and_p else []
     adjusted = holm([p for *_, p in tested])
     return [(a, b, v, float(p)) for (a, b, v, _), p in zip(tested, adjusted) if p < level]
 
 
-def chi_square(a, b, count_a, count_b):
-    """(Cramér's V, p) of two columns (n,) and their counts; None if one is constant or all distinct."""
+def renumbered(codes):
+    """Codes (n,) from 0 -> the same without gaps, and their counts."""
+    count = np.bincount(codes)
+    return (np.cumsum(count > 0) - 1)[codes], count[count > 0]
+
+
+def chi_square(a, b):
+    """(Cramér's V, p) of two columns of codes (n,) int; None if one is constant or all distinct."""
+    (a, count_a), (b, count_b) = renumbered(a), renumbered(b)
     n, r, c = len(a), len(count_a), len(count_b)
     if n < 4 or min(r, c) < 2 or max(r, c) == n:
         return None
@@ -597,18 +615,27 @@ def chi_square(a, b, count_a, count_b):
 
 
 def quantile_bins(name, values, bins):
-    """A numeric column (n,) of str -> (n,) int: which of so many bins of about equally many pictures."""
-    numbers = np.full(len(values), np.nan)
-    for row, value in enumerate(values):
-        with suppress(ValueError):
-            numbers[row] = float(value)
-        if not np.isfinite(numbers[row]):
+    """A numeric column (n,) of str -> (n,) float: the largest number of its bin, of so many equally full ones.
+
+    A picture without a value, an empty text, gets nan. Raises ValueError for what is no number.
+    """
+    here = has_value(values)
+    for row in np.flatnonzero(here):
+        try:
+            bad = not np.isfinite(float(values[row]))
+        except ValueError:
+            bad = True
+        if bad:
             raise ValueError(f"--bin {name}={bins}: row {row} (counting from 0) of {name!r} is "
-                             f"{str(value)!r}; only numbers can be binned")
-    edges = np.quantile(numbers, np.arange(1, bins) / bins, method="inverted_cdf")
-    lower = numbers[numbers < numbers.max()]              # an edge at the maximum leaves nothing above
-    edges = np.minimum(edges, lower.max()) if len(lower) else edges
-    return np.searchsorted(np.unique(edges), numbers, side="left")
+                             f"{str(values[row])!r}; only numbers can be binned")
+    numbers, binned = values[here].astype(np.float64), np.full(len(values), np.nan)
+    if len(numbers):
+        ends = np.quantile(numbers, np.arange(1, bins) / bins, method="inverted_cdf")
+        lower = numbers[numbers < numbers.max()]          # an end at the maximum leaves nothing above
+        ends = np.minimum(ends, lower.max()) if len(lower) else ends
+        ends = np.unique(np.append(ends, numbers.max()))
+        binned[here] = ends[np.searchsorted(ends, numbers)]
+    return binned
 
 
 # ---------------------------------------------------------------- the command
@@ -622,6 +649,8 @@ def parse_arguments(argv):
         "header and n rows; a first column named frame, image, file, path or id is none (the props.csv "
         "beside each EMB.npy, or in results/<dataset>)")
     add("--properties", metavar="A,B", help="only these columns (all)")
+    add("--missing", metavar="A,B", help="spellings of a missing value, beside an empty cell (nan,NA,N/A,null; "
+        "None among numbers): such a picture is no query and no candidate of that property")
     add("--distance", default="euclidean", choices=[*DISTANCES, "own"], help="how neighbours are ranked "
         "(euclidean, as released); own: Eq. 3, the loss's, which the array's JSON names, on normalised ones")
     add("--normalise", action="store_true", help="embeddings to length 1 first")
@@ -630,17 +659,20 @@ def parse_arguments(argv):
     add("--ties", default="expected", choices=TIES, help="candidates at one distance where the R end: "
         "expected, what all orders of the rows give on average; index, the first, as released (expected)")
     add("--max-neighbours", type=int, metavar="K", help="look at min(R, K); 1023: as released (all R)")
+    add("--as-published", action="store_true", help="as Table 6: --distance euclidean of raw embeddings, --null "
+        "binomial, --max-neighbours 1023, --ties index")
     add("--permutations", type=int, default=0, metavar="N",
         help="p-values from N permutations of each property, Holm-corrected (none)")
     add("--queries", type=int, metavar="N", help="a random subset of N queries, with standard errors (all)")
     add("--bin", action="append", default=[], metavar="PROPERTY=N",
-        help="cut a numeric column into N quantile bins; repeatable")
-    add("--per-value", action="store_true", help="also the queries of each value (which colours, which models)")
+        help="cut a numeric column into N quantile bins, named by their largest number; repeatable")
+    add("--per-value", action="store_true", help="also of each value: which colours, which models")
     add("--seed", type=int, default=0, help="of permutations and query subset (0)")
-    add("--threads", type=int, metavar="N", help="for BLAS and the kernel alike (all)")
+    add("--threads", type=int, default=command.available_cpus(), metavar="N",
+        help="for BLAS and the kernel alike (all)")
     add("--memory-mib", type=int, default=512, metavar="N", help="for similarities, permuted labels (512)")
-    add("--out", metavar="FILE.csv", help="also write one row for each embedding file and property")
-    return parser.parse_intermixed_args(argv)
+    add("--out", metavar="FILE.csv", help="also write a row for each embedding file and property (and value)")
+    return command.parse_as_published(parser, argv, PUBLISHED)
 
 
 def read_labels(table, pictures, args, notes):
@@ -648,7 +680,8 @@ def read_labels(table, pictures, args, notes):
     from dml_common import files
 
     names = [name.strip() for name in args.properties.split(",")] if args.properties is not None else None
-    labels = files.read_properties(table, names, pictures, notes)
+    missing = files.MISSING if args.missing is None else ["", *args.missing.split(",")]
+    labels = files.read_properties(table, names, pictures, notes, missing)
     uncut = list(labels)
     for option in args.bin:
         name, _, bins = option.rpartition("=")
@@ -664,22 +697,30 @@ def warnings_before(labels, n, args):
     """What is known before counting, a line each."""
     if args.queries is not None and args.queries > n:
         yield f"--queries {args.queries:,} is more than the {n:,} pictures: all are used"
-    distinct = {name: len(np.unique(label)) for name, label in labels.items()}
+    known = {name: label[has_value(label)] for name, label in labels.items()}
+    lacking = [f"{name} {n - len(label):,}" for name, label in known.items() if len(label) < n]
+    if lacking:
+        yield (f"pictures without a value are no queries and no candidates of that property, which has fewer: "
+               f"{', '.join(lacking)} of {n:,}")
+    distinct = {name: len(np.unique(label)) for name, label in known.items()}
     for name, values in distinct.items():
-        if values == 1:
-            yield f"{name} is constant: its NR-Prec is not defined (nan)"
-        elif values > n / 2:
-            yield (f"{name} has {values:,} values for {n:,} pictures: hardly any has a neighbour to find; "
-                   f"cut it with --bin {name}=10 or leave it out with --properties")
+        if values < 2:
+            yield f"{name} is {'constant' if values else 'empty'}: its NR-Prec is not defined (nan)"
+        elif values > len(known[name]) / 2:
+            yield (f"{name} has {values:,} values for {len(known[name]):,} pictures: hardly any has a neighbour "
+                   f"to find; cut it with --bin {name}=10 or leave it out with --properties")
     for a, b, v, p in dependent_pairs(labels):
         yield (f"{a} and {b} depend on each other (Cramér's V {v:.2f}, Holm-corrected p {p:.1g}): "
                "the method assumes independent properties, so one may show for the other")
     if 0 < args.permutations < 1000:
         yield f"{args.permutations} permutations: fewer than 1,000 give coarse p-values"
-    testable = sum(values > 1 for values in distinct.values())
-    if args.permutations and testable / (1 + args.permutations) >= SIGNIFICANCE:
-        yield (f"{args.permutations:,} permutations of {testable} properties can't give p_holm < "
-               f"{SIGNIFICANCE}: nothing can be marked; use --permutations {100 * testable:,} or more")
+    tests = {"properties": sum(values > 1 for values in distinct.values())}
+    if args.per_value:
+        tests["values"] = sum(values for values in distinct.values() if values > 1)
+    for what, number in tests.items():
+        if args.permutations and number / (1 + args.permutations) >= SIGNIFICANCE:
+            yield (f"{args.permutations:,} permutations of {number:,} {what} can't give p_holm < "
+                   f"{SIGNIFICANCE}: nothing can be marked; use --permutations {100 * number:,} or more")
 
 
 def own_distance(array):
@@ -694,38 +735,75 @@ def own_distance(array):
 
 
 def rounded(value, digits):
-    return f"{round(value, digits) + 0.0:.{digits}f}"        # never −0.00
+    return "" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"              # never −0.00
+
+
+def in_order(values):
+    """Values of a property for people: numbers by their size, texts by the alphabet."""
+    from dml_common import files
+
+    numbers = all(files.is_number(value) for value in values)
+    return sorted(values, key=float if numbers else str)
+
+
+def lines_of(scores):
+    """{(property, value or None): what to call it} of one embedding's {property: Score}, as they are printed."""
+    from dml_common import command
+
+    lines = {}
+    for name, score in scores.items():
+        lines[name, None] = " ".join(name.split())
+        values = in_order(score.by_value or [])
+        if len(values) > MOST_SHOWN:
+            command.say(f"note: {name} has {len(values):,} values: they are shown in --out FILE.csv")
+            continue
+        lines |= {(name, value): "  " + " ".join(f"{value}".split()) for value in values}
+    return lines
 
 
 def print_results(names, results, permutations):
     """Properties in rows, embeddings side by side; of many embeddings NR-Prec alone, one in a row."""
     from dml_common import command
 
-    properties, scores = [" ".join(name.split()) for name in results[0]], list(results[0].values())
-    columns = [["", "property", *properties], ["", "values", *(f"{s.values:,}" for s in scores)],
-               ["", "queries", *(f"{s.queries:,}" for s in scores)]]
-    lines = [["NR-Prec", *properties]]
-    for name, scores in zip(names, (list(r.values()) for r in results)):
+    few, lines = len(results) <= SIDE_BY_SIDE, lines_of(results[0])
+    lines = lines if few else {key: line for key, line in lines.items() if key[1] is None}
+    table = []
+    for scores in results:                                # of all lines; a value may be this one's alone
+        table.append([scores[name] if value is None else scores[name].by_value.get(value, NOBODY)
+                      for name, value in lines])
+    columns = [["", "property", *lines.values()], ["", "values", *(f"{s.values:,}" for s in table[0])],
+               ["", "queries", *(f"{s.queries:,}" for s in table[0])]]
+    rows = [["NR-Prec", *lines.values()]]
+    for name, scores in zip(names, table):
         title = name if len(name) <= 16 else "…" + name[-15:]
-        marked = [s.nr_precision > PUBLISHED_THRESHOLD for s in scores]
+        marks = ["*" if s.nr_precision > PUBLISHED_THRESHOLD else "" for s in scores]
         if permutations:
-            marked = [s.p_holm < SIGNIFICANCE for s in scores]
+            marks = ["*" if s.p_holm is not None and s.p_holm < SIGNIFICANCE else "" for s in scores]
         for heading, field, digits in SHOWN:
             if getattr(scores[0], field) is not None:
                 columns.append([title, heading, *(rounded(getattr(s, field), digits) for s in scores)])
                 title = ""
-        columns.append(["", "", *("*" if mark else "" for mark in marked)])
-        lines.append([name, *(rounded(s.nr_precision, 2) + ("*" if mark else " ")
-                              for s, mark in zip(scores, marked))])
-    if len(results) <= SIDE_BY_SIDE:
-        lines = list(zip(*columns))
-    command.print_aligned(lines if len(results) > 1 else lines[1:])
+        columns.append(["", "", *marks])
+        rows.append([name, *(rounded(s.nr_precision, 2) + (mark or " ") for s, mark in zip(scores, marks))])
+    rows = list(zip(*columns)) if few else rows
+    command.print_aligned(rows if len(results) > 1 else rows[1:])
     mark = (f"NR-Prec > {PUBLISHED_THRESHOLD}: the published mark, one z-score's 1 % threshold applied to a "
             "mean of many; --permutations N tests the mean")
     if permutations:
         mark = (f"p_holm < {SIGNIFICANCE}: {permutations:,} permutations of each property, Holm-corrected "
-                f"over {len(properties)} properties")
+                f"over {len(results[0])} properties")
+        values = sum(len(s.by_value or ()) for s in results[0].values())
+        mark += f", and over {values:,} values" if values else ""
     print(f"\n* {mark}")
+
+
+def rows_of(array, distance, normalise, scores, args):
+    """The rows of nrprec.csv of one embedding: a property's, and with --per-value its values' behind it."""
+    for name, whole in scores.items():
+        parts = whole.by_value or {}
+        for value, s in [("", whole), *((value, parts[value]) for value in in_order(parts))]:
+            yield [array, name, *s[:3], distance, args.null, args.max_neighbours, *s[3:6], args.permutations,
+                   s.p_value, s.p_holm, int(normalise), args.ties, s.tied, whole.missing, value]
 
 
 def main(argv=None):
@@ -735,7 +813,6 @@ def main(argv=None):
     options = {name: getattr(args, name) for name in ("null", "ties", "max_neighbours", "permutations",
                                                       "queries", "seed", "threads", "memory_mib")}
     check_options(DISTANCES[0], **options)
-    options["per_value"] = args.per_value
     arrays, tables = files.arrays_and_tables(args.files)
     if args.out is not None:
         files.check_output(args.out, [*arrays, *tables])
@@ -746,44 +823,43 @@ def main(argv=None):
     normalise = args.normalise or args.distance == "own"
     for array, table, name, distance in zip(arrays, tables, names, distances):
         pictures, notes = files.picture_names(array), []
-        content = Path(table).read_bytes() if Path(table).is_file() else None
-        content = content, pictures and files.pictures_sha256(pictures)  # those of a fold are equal
-        labels = known.get(content) or read_labels(table, pictures, args, notes)
+        files.check_input(table, files.TABLE)
+        content = files.files_digest([table]), pictures and files.pictures_sha256(pictures)
+        labels = known.get(content) or read_labels(table, pictures, args, notes)  # those of a fold are equal
         if results and list(labels) != list(results[0]):
             raise ValueError(f"{tables[0]} and {table} have different properties; give networks of one data "
                              "set, or --properties")
         n = len(next(iter(labels.values())))
-        x = files.read_embeddings(array, table, n)
         try:
-            x = as_embeddings(x, distance, normalise)
+            x = as_embeddings(files.open_embeddings(array, table, n), distance, normalise)
         except ValueError as error:
-            raise ValueError(f"{array}: {error} or choose another distance") from None
+            raise ValueError(error if array in str(error) else f"{array}: {error}") from None
         if content not in known:
             known[content] = labels
             for line in notes:
                 command.say(f"note: {line}")
             for line in warnings_before(labels, n, args):
                 command.say(f"warning: {line}" if len(set(tables)) == 1 else f"warning: {table}: {line}")
-        collapsed = (x == x[0]).all()
+        collapsed = all((x[part] == x[0]).all() for part in slices(*x.shape))
         if collapsed:
             command.say(f"warning: {array}: all {n:,} embeddings are equal: none is nearer than another")
         with command.bar(1.0, name) as bar:
-            scores = nr_precision(x, labels, distance=distance, **options,
+            scores = nr_precision(x, labels, distance=distance, normalise=normalise, **options,
+                                  per_value=args.per_value,
                                   progress=lambda done, total, bar=bar: bar.update(done / total - bar.n))
         tied, prop = max((s.tied / max(s.queries, 1), prop) for prop, s in scores.items())
         if tied > MANY_TIES and not collapsed:
             command.say(f"warning: {array}: {tied:.0%} of the queries of {prop} have candidates at the same "
                         f"distance where their list ends; {TIES[args.ties]}")
-        for prop, whole in scores.items():
-            for value, s in {"": whole, **(whole.by_value or {})}.items():
-                rows.append([array, prop, *s[:3], distance, args.null, args.max_neighbours, *s[3:6],
-                             args.permutations, s.p_value, s.p_holm, int(normalise), args.ties, s.tied,
-                             whole.missing, value])
+        rows += rows_of(array, distance, normalise, scores, args)
         results.append(scores)
     for prop, s in results[0].items():
         if s.skipped:
             command.say(f"warning: {prop}: {s.skipped:,} of {s.skipped + s.queries:,} queries skipped, no "
                         "other picture has their value")
+        if args.permutations and any(one.p_value is None for one in (s.by_value or {}).values()):
+            command.say(f"note: {prop}: {s.values:,} values × {args.permutations:,} permutations are too many to "
+                        "keep: no p-values of values")
     if args.out is not None:
         files.write_table(args.out, HEADER, rows)
     print_results(names, results, args.permutations)

@@ -168,6 +168,19 @@ def add_speed(add):
     add("--workers", type=int, metavar="N", help="threads that decode (this process's CPUs, at most 16)")
 
 
+def parse_as_published(parser, argv, settings):
+    """The parsed options. --as-published sets those of `settings`; another value given beside it is refused."""
+    args = parser.parse_intermixed_args(argv)
+    if args.as_published:
+        parser.set_defaults(**settings)
+        args = parser.parse_intermixed_args(argv)
+        for name, value in settings.items():
+            if (given := getattr(args, name)) != value:
+                option = name.replace("_", "-")
+                raise ValueError(f"--as-published means --{option} {value}, but it is {given}; leave one out")
+    return args
+
+
 def at_least(name, value, least=1):
     """Raise ValueError unless the option's value, where it is given, is at least this."""
     if value is not None and value < least:
