@@ -9,7 +9,8 @@ every property, exact at any size (Kobs et al., ICCV 2021, section 4).
 
 Reads: embeddings as .npy, (n, m); properties as .csv with a header and n rows in the same order.
 Writes: a table on stdout and, with --out, one CSV row for each embedding file and property.
-In Python: nr_precision(embeddings, labels): arrays in, and only numpy, scipy and threadpoolctl are needed (with the extension _knn: fast; without: the same numbers, slowly).
+In Python: nr_precision(embeddings, labels): arrays in, and only numpy, scipy and threadpoolctl are needed
+(with the extension _knn: fast; without: the same numbers, slowly).
 """
 if __name__ == "__main__":  # Ctrl-C ends in one line from here on
     import sys
@@ -25,8 +26,8 @@ import mmap
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -51,7 +52,6 @@ PUBLISHED_THRESHOLD = 2.576  # two-sided 1 % of one z-score; the paper marks the
 SIGNIFICANCE = 0.01          # of the Holm-corrected permutation p-value
 BLOCK_WORK = 4e9             # comparisons in a block at most, a fraction of a second: progress, Ctrl-C
 BLOCK_ROWS = 512             # queries in one matrix product: more does not speed it up (benchmarks/nrprec.py)
-MOST_SHOWN = 30              # values of a property on the terminal
 MOST_TESTED = 1e7            # permutations × values, which are kept: more values get no p-value
 SIDE_BY_SIDE = 4             # embeddings on the terminal; more are printed one in a row
 SHOWN = (("R-Prec", "r_precision", 4), ("NR-Prec", "nr_precision", 2), ("± s.e.", "nr_precision_se", 2),
@@ -343,9 +343,6 @@ class Score(NamedTuple):
     by_value: dict = None          # with per_value: {value: Score of the queries that have it}
 
 
-NOBODY = Score(0, 0, 0, np.nan, np.nan)
-
-
 def null_moments(count, depth, n, null):
     """Mean and standard deviation (nan for a constant label) of the hits X among R = depth candidates.
 
@@ -615,20 +612,18 @@ def chi_square(a, b):
 
 
 def quantile_bins(name, values, bins):
-    """A numeric column (n,) of str -> (n,) float: the largest number of its bin, of so many equally full ones.
+    """A numeric column (n,) of str -> (n,) float: its bin's largest number, of so many equally full bins.
 
-    A picture without a value, an empty text, gets nan. Raises ValueError for what is no number.
+    Without a value, an empty text, it is nan. Raises ValueError for what is no number.
     """
-    here = has_value(values)
+    here, binned = has_value(values), np.full(len(values), np.nan)
     for row in np.flatnonzero(here):
-        try:
-            bad = not np.isfinite(float(values[row]))
-        except ValueError:
-            bad = True
-        if bad:
+        with suppress(ValueError):
+            binned[row] = float(values[row])
+        if not np.isfinite(binned[row]):
             raise ValueError(f"--bin {name}={bins}: row {row} (counting from 0) of {name!r} is "
                              f"{str(values[row])!r}; only numbers can be binned")
-    numbers, binned = values[here].astype(np.float64), np.full(len(values), np.nan)
+    numbers = binned[here]
     if len(numbers):
         ends = np.quantile(numbers, np.arange(1, bins) / bins, method="inverted_cdf")
         lower = numbers[numbers < numbers.max()]          # an end at the maximum leaves nothing above
@@ -649,7 +644,7 @@ def parse_arguments(argv):
         "header and n rows; a first column named frame, image, file, path or id is none (the props.csv "
         "beside each EMB.npy, or in results/<dataset>)")
     add("--properties", metavar="A,B", help="only these columns (all)")
-    add("--missing", metavar="A,B", help="spellings of a missing value, beside an empty cell (nan,NA,N/A,null; "
+    add("--missing", metavar="A,B", help="what stands for no value, as an empty cell does (nan,NA,N/A,null, and "
         "None among numbers): such a picture is no query and no candidate of that property")
     add("--distance", default="euclidean", choices=[*DISTANCES, "own"], help="how neighbours are ranked "
         "(euclidean, as released); own: Eq. 3, the loss's, which the array's JSON names, on normalised ones")
@@ -659,14 +654,14 @@ def parse_arguments(argv):
     add("--ties", default="expected", choices=TIES, help="candidates at one distance where the R end: "
         "expected, what all orders of the rows give on average; index, the first, as released (expected)")
     add("--max-neighbours", type=int, metavar="K", help="look at min(R, K); 1023: as released (all R)")
-    add("--as-published", action="store_true", help="as Table 6: --distance euclidean of raw embeddings, --null "
-        "binomial, --max-neighbours 1023, --ties index")
+    add("--as-published", action="store_true", help="as Table 6: --distance euclidean of what the network "
+        "returns, --null binomial, --max-neighbours 1023, --ties index")
     add("--permutations", type=int, default=0, metavar="N",
         help="p-values from N permutations of each property, Holm-corrected (none)")
     add("--queries", type=int, metavar="N", help="a random subset of N queries, with standard errors (all)")
     add("--bin", action="append", default=[], metavar="PROPERTY=N",
         help="cut a numeric column into N quantile bins, named by their largest number; repeatable")
-    add("--per-value", action="store_true", help="also of each value: which colours, which models")
+    add("--per-value", action="store_true", help="to --out also each value: which colours, which models")
     add("--seed", type=int, default=0, help="of permutations and query subset (0)")
     add("--threads", type=int, default=command.available_cpus(), metavar="N",
         help="for BLAS and the kernel alike (all)")
@@ -700,15 +695,15 @@ def warnings_before(labels, n, args):
     known = {name: label[has_value(label)] for name, label in labels.items()}
     lacking = [f"{name} {n - len(label):,}" for name, label in known.items() if len(label) < n]
     if lacking:
-        yield (f"pictures without a value are no queries and no candidates of that property, which has fewer: "
-               f"{', '.join(lacking)} of {n:,}")
+        yield (f"of {n:,} pictures so many have no value and are no queries and no candidates of a property: "
+               f"{', '.join(lacking)}")
     distinct = {name: len(np.unique(label)) for name, label in known.items()}
     for name, values in distinct.items():
         if values < 2:
             yield f"{name} is {'constant' if values else 'empty'}: its NR-Prec is not defined (nan)"
-        elif values > len(known[name]) / 2:
-            yield (f"{name} has {values:,} values for {len(known[name]):,} pictures: hardly any has a neighbour "
-                   f"to find; cut it with --bin {name}=10 or leave it out with --properties")
+        elif values > (here := len(known[name])) / 2:
+            yield (f"{name} has {values:,} values for {here:,} pictures: hardly any has a neighbour to find; "
+                   f"cut it with --bin {name}=10 or leave it out with --properties")
     for a, b, v, p in dependent_pairs(labels):
         yield (f"{a} and {b} depend on each other (Cramér's V {v:.2f}, Holm-corrected p {p:.1g}): "
                "the method assumes independent properties, so one may show for the other")
@@ -735,73 +730,48 @@ def own_distance(array):
 
 
 def rounded(value, digits):
-    return "" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"              # never −0.00
-
-
-def in_order(values):
-    """Values of a property for people: numbers by their size, texts by the alphabet."""
-    from dml_common import files
-
-    numbers = all(files.is_number(value) for value in values)
-    return sorted(values, key=float if numbers else str)
-
-
-def lines_of(scores):
-    """{(property, value or None): what to call it} of one embedding's {property: Score}, as they are printed."""
-    from dml_common import command
-
-    lines = {}
-    for name, score in scores.items():
-        lines[name, None] = " ".join(name.split())
-        values = in_order(score.by_value or [])
-        if len(values) > MOST_SHOWN:
-            command.say(f"note: {name} has {len(values):,} values: they are shown in --out FILE.csv")
-            continue
-        lines |= {(name, value): "  " + " ".join(f"{value}".split()) for value in values}
-    return lines
+    return f"{round(value, digits) + 0.0:.{digits}f}"        # never −0.00
 
 
 def print_results(names, results, permutations):
     """Properties in rows, embeddings side by side; of many embeddings NR-Prec alone, one in a row."""
     from dml_common import command
 
-    few, lines = len(results) <= SIDE_BY_SIDE, lines_of(results[0])
-    lines = lines if few else {key: line for key, line in lines.items() if key[1] is None}
-    table = []
-    for scores in results:                                # of all lines; a value may be this one's alone
-        table.append([scores[name] if value is None else scores[name].by_value.get(value, NOBODY)
-                      for name, value in lines])
-    columns = [["", "property", *lines.values()], ["", "values", *(f"{s.values:,}" for s in table[0])],
-               ["", "queries", *(f"{s.queries:,}" for s in table[0])]]
-    rows = [["NR-Prec", *lines.values()]]
-    for name, scores in zip(names, table):
+    properties, scores = [" ".join(name.split()) for name in results[0]], list(results[0].values())
+    columns = [["", "property", *properties], ["", "values", *(f"{s.values:,}" for s in scores)],
+               ["", "queries", *(f"{s.queries:,}" for s in scores)]]
+    lines = [["NR-Prec", *properties]]
+    for name, scores in zip(names, (list(r.values()) for r in results)):
         title = name if len(name) <= 16 else "…" + name[-15:]
-        marks = ["*" if s.nr_precision > PUBLISHED_THRESHOLD else "" for s in scores]
+        marked = [s.nr_precision > PUBLISHED_THRESHOLD for s in scores]
         if permutations:
-            marks = ["*" if s.p_holm is not None and s.p_holm < SIGNIFICANCE else "" for s in scores]
+            marked = [s.p_holm < SIGNIFICANCE for s in scores]
         for heading, field, digits in SHOWN:
             if getattr(scores[0], field) is not None:
                 columns.append([title, heading, *(rounded(getattr(s, field), digits) for s in scores)])
                 title = ""
-        columns.append(["", "", *marks])
-        rows.append([name, *(rounded(s.nr_precision, 2) + (mark or " ") for s, mark in zip(scores, marks))])
-    rows = list(zip(*columns)) if few else rows
-    command.print_aligned(rows if len(results) > 1 else rows[1:])
+        columns.append(["", "", *("*" if mark else "" for mark in marked)])
+        lines.append([name, *(rounded(s.nr_precision, 2) + ("*" if mark else " ")
+                              for s, mark in zip(scores, marked))])
+    if len(results) <= SIDE_BY_SIDE:
+        lines = list(zip(*columns))
+    command.print_aligned(lines if len(results) > 1 else lines[1:])
     mark = (f"NR-Prec > {PUBLISHED_THRESHOLD}: the published mark, one z-score's 1 % threshold applied to a "
             "mean of many; --permutations N tests the mean")
     if permutations:
         mark = (f"p_holm < {SIGNIFICANCE}: {permutations:,} permutations of each property, Holm-corrected "
-                f"over {len(results[0])} properties")
-        values = sum(len(s.by_value or ()) for s in results[0].values())
-        mark += f", and over {values:,} values" if values else ""
+                f"over {len(properties)} properties")
     print(f"\n* {mark}")
 
 
 def rows_of(array, distance, normalise, scores, args):
     """The rows of nrprec.csv of one embedding: a property's, and with --per-value its values' behind it."""
+    from dml_common import files
+
     for name, whole in scores.items():
         parts = whole.by_value or {}
-        for value, s in [("", whole), *((value, parts[value]) for value in in_order(parts))]:
+        order = sorted(parts, key=float if all(map(files.is_number, parts)) else str)
+        for value, s in [("", whole), *((value, parts[value]) for value in order)]:
             yield [array, name, *s[:3], distance, args.null, args.max_neighbours, *s[3:6], args.permutations,
                    s.p_value, s.p_holm, int(normalise), args.ties, s.tied, whole.missing, value]
 
@@ -814,6 +784,8 @@ def main(argv=None):
                                                       "queries", "seed", "threads", "memory_mib")}
     check_options(DISTANCES[0], **options)
     arrays, tables = files.arrays_and_tables(args.files)
+    if args.per_value and args.out is None:
+        raise ValueError("--per-value needs --out FILE.csv, where the rows of the values are written")
     if args.out is not None:
         files.check_output(args.out, [*arrays, *tables])
     if _knn is None:
@@ -858,8 +830,8 @@ def main(argv=None):
             command.say(f"warning: {prop}: {s.skipped:,} of {s.skipped + s.queries:,} queries skipped, no "
                         "other picture has their value")
         if args.permutations and any(one.p_value is None for one in (s.by_value or {}).values()):
-            command.say(f"note: {prop}: {s.values:,} values × {args.permutations:,} permutations are too many to "
-                        "keep: no p-values of values")
+            command.say(f"note: {prop}: {s.values:,} values × {args.permutations:,} permutations are too many: "
+                        "the values have no p-values")
     if args.out is not None:
         files.write_table(args.out, HEADER, rows)
     print_results(names, results, args.permutations)

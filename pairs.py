@@ -24,6 +24,7 @@ if __name__ == "__main__":  # Ctrl-C ends in one line from here on
         sys.exit(2)
     command.begin()
 
+import mmap
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +38,7 @@ try:
     import _knn
 except ImportError:
     _knn = None
-if getattr(_knn, "INTERFACE", None) != 2:  # not built, or from another _knn.pyx
+if getattr(_knn, "INTERFACE", None) != 3:  # not built, or from another _knn.pyx
     _knn = None  # the NumPy twins count_pairs_numpy() and rank_queries_numpy() count instead
 
 ROWS, COLUMNS = 512, 2048  # of a tile of products: 4 MiB, which the caches keep until it is counted
@@ -54,25 +55,50 @@ BOOTSTRAP = 1000           # resamples of the classes
 
 class Space(NamedTuple):
     """Embeddings prepared for inner products of normalised rows."""
-    x: np.ndarray      # (n, m) float32, the embeddings as they came
+    x: np.ndarray      # (N, m) float16, float32 or float64 as they came, taken as float32
+    rows: np.ndarray   # (n,) int64: where in x the embeddings stand
     unit: np.ndarray   # (n, m) float32, normalised
     norms: np.ndarray  # (n,) float64
     bound: float       # |float32 product of two unit rows − true inner product| is at most this
 
+    def numbers(self, part):
+        """Some of the embeddings, float32 numbers as float64 (…, m)."""
+        numbers = self.x[self.rows[part]].astype(np.float32).astype(np.float64)
+        let_go(self.x)
+        return numbers
 
-def normalise(x):
-    """Embeddings x (n, m) float32 -> Space. Raises ValueError for a zero vector."""
-    n, m = x.shape
-    unit, norms, step = np.empty((n, m), np.float32), np.empty(n), max(1, (1 << 20) // m)
-    for part in (slice(start, start + step) for start in range(0, n, step)):
-        rows = x[part].astype(np.float64)
-        norms[part] = np.sqrt((rows ** 2).sum(1))
-        if not norms[part].all():
-            row = part.start + int((norms[part] == 0).argmax())
-            raise ValueError(f"row {row} is a zero vector: it has no inner product; remove that picture")
-        unit[part] = rows / norms[part, None]
+    def source(self):
+        """What the kernel takes these numbers from."""
+        return self.x.view(np.uint8), self.x.itemsize, self.rows
+
+
+def normalise(x, rows=None):
+    """Embeddings x (N, m) float16, float32 or float64, or their rows (n,) -> Space. ValueError: a zero vector."""
+    rows = np.arange(len(x)) if rows is None else rows
+    n, m = len(rows), x.shape[1]
     # Rounding of the unit rows and of m float32 terms in any order; 5 % for second order; what underflows.
-    return Space(x, unit, norms, 1.05 * 2.0 ** -24 * (m + 8) + (m + 4) * 2.0 ** -125)
+    bound = 1.05 * 2.0 ** -24 * (m + 8) + (m + 4) * 2.0 ** -125
+    space = Space(x, rows, np.empty((n, m), np.float32), np.empty(n), bound)
+    for part in slices(n, m):
+        numbers = space.numbers(part)
+        space.norms[part] = norms = np.sqrt((numbers ** 2).sum(1))
+        if not norms.all():
+            raise ValueError(f"row {rows[part][norms.argmin()]} is a zero vector: it has no inner product; remove "
+                             "that picture")
+        space.unit[part] = numbers / norms[:, None]
+    return space
+
+
+def slices(n, m):
+    """Parts of n rows, a million numbers each."""
+    step = max(1, (1 << 20) // m)
+    return [slice(start, start + step) for start in range(0, n, step)]
+
+
+def let_go(x):
+    """What was read of a memory-mapped file counts as this process's memory until it says so."""
+    if isinstance(x, np.memmap) and x.mode == "r" and hasattr(mmap, "MADV_DONTNEED"):
+        x._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 def bin_numbers(s, bins):
@@ -83,7 +109,7 @@ def bin_numbers(s, bins):
 def count_pairs_numpy(space, order, ranges, groups, bins):
     """The plain twin of the kernel: the same counts by float64 inner products, row by row."""
     counts = np.zeros((groups[-1] + 1, 2, sum(bins)), np.int64)
-    unit = space.x[order] / space.norms[order, None]
+    unit = space.numbers(order) / space.norms[order, None]
     for p, (begin, split, end) in enumerate(ranges.T):
         s, at = (unit[p] * unit[begin:end]).sum(1), 0
         for b in bins:
@@ -117,7 +143,7 @@ def count_pairs(space, order, ranges, groups, bins, threads, progress=None):
     """
     if _knn is None:
         return count_pairs_numpy(space, order, ranges, groups, bins)
-    n, unit, kinds = len(order), space.unit[order], np.array(bins, np.int64)
+    n, unit, kinds = len(order), space.unit, np.array(bins, np.int64)
     counts = np.zeros((groups[-1] + 1, 2, sum(bins)), np.int64)
     buffers = deque(np.empty(ROWS * COLUMNS, np.float32) for _ in range(threads))
 
@@ -131,11 +157,12 @@ def count_pairs(space, order, ranges, groups, bins, threads, progress=None):
     def count(a, b, c, d):
         buffer = buffers.pop()
         products = buffer[:(b - a) * (d - c)].reshape(b - a, d - c)
-        np.matmul(unit[a:b], unit[c:d].T, out=products)
+        np.matmul(unit[order[a:b]], unit[order[c:d]].T, out=products)
         tile = np.zeros((groups[b - 1] - groups[a] + 1, 2, sum(bins)), np.int64)
-        _knn.pair_histogram(products, a, c, ranges, groups, order, space.x, space.norms, space.bound, kinds,
-                            tile)
+        _knn.pair_histogram(products, a, c, ranges, groups, order, *space.source(), space.norms, space.bound,
+                            kinds, tile)
         buffers.append(buffer)
+        let_go(space.x)
         return a, b, tile, products.size
 
     for a, b, tile, size in in_turn(count, tiles(), threads):
@@ -179,11 +206,10 @@ def jensen_shannon(p, q):
 
 def pair_means(space, order, value, sizes):
     """Mean inner products of positive and negative pairs: Σ_{i<j} u_i·u_j = (‖Σ u‖² − Σ ‖u‖²) / 2."""
-    (n, m), step = space.x.shape, max(1, (1 << 20) // space.x.shape[1])
+    n, m = space.unit.shape
     sums, squares = np.zeros((len(sizes), m)), 0.0
-    for start in range(0, n, step):
-        rows = order[start:start + step]
-        unit, here = space.x[rows] / space.norms[rows, None], value[rows]
+    for rows in (order[part] for part in slices(n, m)):
+        unit, here = space.numbers(rows) / space.norms[rows, None], value[rows]
         first = np.flatnonzero(np.append(True, here[1:] != here[:-1]))
         sums[here[first]] += np.add.reduceat(unit, first, axis=0)
         squares += (unit ** 2).sum()
@@ -223,7 +249,7 @@ class Ranks(NamedTuple):
 def rank_queries_numpy(space, value, queries, relevant, neighbours, by_index=False):
     """The plain twin of the kernel's rank_hits(): counts (len(queries), 7), precision, by a stable sort."""
     counts, precision = np.zeros((len(queries), 7), np.int64), np.zeros(len(queries))
-    unit = space.x / space.norms[:, None]
+    unit = space.numbers(slice(None)) / space.norms[:, None]
     for b, (q, r) in enumerate(zip(queries, relevant)):
         d = 1.0 - (unit[q] * unit).sum(1)
         order = np.argsort(d, kind="stable")
@@ -267,8 +293,9 @@ def rank_queries(space, value, relevant, neighbours, threads, progress=None, by_
                                                                by_index)
         elif relevant[part].any():
             products = np.matmul(space.unit[part], space.unit.T)
-            _knn.rank_hits(products, q, bounds[part], space.x, space.norms, offset, value, relevant[part],
-                           neighbours, counts[part], precision[part], by_index)
+            _knn.rank_hits(products, q, bounds[part], *space.source(), space.norms, offset, value,
+                           relevant[part], neighbours, counts[part], precision[part], by_index)
+            let_go(space.x)
         return len(q) * n
 
     for size in in_turn(rank, ((start,) for start in range(0, n, rows)), threads):
@@ -282,6 +309,7 @@ def rank_queries(space, value, relevant, neighbours, threads, progress=None, by_
 class Score(NamedTuple):
     """One embedding's result. Dictionaries are by the number of bins, and by K."""
     n: int
+    missing: int          # further pictures without a label: in no pair
     classes: int
     lone: int             # pictures whose class has no other: no positives, and no queries
     tied: int             # queries whose R or K divides a group of positives and others at the same distance
@@ -298,6 +326,13 @@ class Score(NamedTuple):
     intervals: dict       # {("jsd", bins), ("recall", K), ("r_precision", None), …: (low, high)}
 
 
+def has_value(label):
+    """Which pictures have a value of a column (n,): bool (n,). None is nan, None or an empty text."""
+    if label.dtype.kind == "O":
+        return np.array([value is not None and value == value and value != "" for value in label])
+    return label != label.dtype.type() if label.dtype.kind in "US" else label == label
+
+
 def available_threads():
     """The cores that this process may use (a scheduler may grant fewer than the machine has)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -308,7 +343,8 @@ def pair_scores(embeddings, labels, *, bins=(200,), recall=(1, 2, 4, 8), ties="e
     """Pair histograms and their JSD (Oi et al., section 3), Recall@K, R-Precision and MAP@R.
 
     embeddings    (n, m) real numbers, used as float32; finite, no zero vector
-    labels        (n,) of any comparable kind: at least two classes, one of them with two rows
+    labels        (n,) of any comparable kind: at least two classes, one of them with two rows. A picture
+                  whose label is nan, None or "" is in no pair
     bins          numbers of equal bins over [−1, 1]
     recall        the K's
     ties          equally near candidates: expected, what all orders of the rows give on average; index, the
@@ -324,8 +360,9 @@ def pair_scores(embeddings, labels, *, bins=(200,), recall=(1, 2, 4, 8), ties="e
     if ties not in TIES:
         raise ValueError(f"unknown ties {ties!r}; expected one of {', '.join(TIES)}")
     x, labels = check_arguments(embeddings, labels, bins, recall, permutations, seed, threads)
-    n, threads, counted = len(x), threads or available_threads(), finest(bins)
-    value, sizes = np.unique(labels, return_inverse=True, return_counts=True)[1:]
+    rows, threads, counted = np.flatnonzero(has_value(labels)), threads or available_threads(), finest(bins)
+    n = len(rows)
+    value, sizes = np.unique(labels[rows], return_inverse=True, return_counts=True)[1:]
     value, relevant = value.reshape(-1), sizes[value.reshape(-1)] - 1          # R of each row
     positives = int((sizes * (sizes - 1) // 2).sum())
     if not positives:
@@ -340,7 +377,7 @@ def pair_scores(embeddings, labels, *, bins=(200,), recall=(1, 2, 4, 8), ties="e
         if progress:
             progress(done, total)
 
-    space, order = normalise(x), np.argsort(value, kind="stable")
+    space, order = normalise(x, rows), np.argsort(value, kind="stable")
     counts = count_classes(space, order, sizes, counted, intervals, threads, advance)
     histograms = split_bins(counts[0], counted, bins)
     jsd = {b: float(jensen_shannon(*histograms[b])) for b in bins}
@@ -357,7 +394,7 @@ def pair_scores(embeddings, labels, *, bins=(200,), recall=(1, 2, 4, 8), ties="e
     if intervals:
         parts = split_bins(counts[1:], counted, bins)
         bounds |= {("jsd", b): jackknife(jsd[b], histograms[b], parts[b]) for b in bins}
-    return Score(n, len(sizes), int((~asked).sum()), int(tied.sum()), positives, n * (n - 1) // 2 - positives,
+    return Score(n, len(x) - n, len(sizes), int((~asked).sum()), int(tied.sum()), positives, n * (n - 1) // 2 - positives,
                  *pair_means(space, order, value, sizes), jsd, null, {k: means["recall", k] for k in recall},
                  means["r_precision", None], means["map_at_r", None], histograms, bounds)
 
@@ -391,16 +428,22 @@ def permuted_divergence(space, sizes, counted, histograms, permutations, seed, t
 
 
 def check_arguments(embeddings, labels, bins, recall, permutations, seed, threads):
-    """(embeddings (n, m) float32, labels (n,)); ValueError for what pair_scores() can't work with."""
+    """(embeddings (n, m) as they came, labels (n,)); ValueError for what pair_scores() can't work with."""
     if np.iscomplexobj(embeddings):
         raise ValueError("embeddings are complex; expected real numbers")
-    x, labels = np.ascontiguousarray(embeddings, np.float32), np.asarray(labels)
+    x, labels = np.asanyarray(embeddings), np.asarray(labels)
+    as_came = x.dtype in (np.float16, np.float32, np.float64)
+    x = np.require(x, None if as_came else np.float32, ["C", "A"])
     if x.ndim != 2 or not 2 <= len(x) < 2 ** 31 - 64 or x.shape[1] < 1:
         raise ValueError(f"embeddings have shape {x.shape}; expected (n, m), 2 <= n < 2,147,483,584")
     if labels.shape != (len(x),):
         raise ValueError(f"labels have shape {labels.shape}; expected ({len(x)},), one for each row")
-    if not np.isfinite(x).all():
-        raise ValueError(f"row {int((~np.isfinite(x).all(1)).argmax())} of the embeddings is not finite")
+    for part in slices(*x.shape):
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(x[part].astype(np.float32)).all(1)
+        let_go(x)
+        if not finite.all():
+            raise ValueError(f"row {part.start + int(finite.argmin())} of the embeddings is not finite")
     for name, values, least, most in (("bins", bins, 1, MOST_BINS), ("recall", recall, 1, None),
                                       ("permutations", [permutations], 0, None), ("seed", [seed], 0, None),
                                       ("threads", [1 if threads is None else threads], 1, None)):
@@ -441,7 +484,7 @@ def jackknife(observed, histograms, parts):
 
 def class_subsets(labels, numbers, repeats, seed):
     """Yield (number of classes, repeat, rows) of random subsets of the classes with at least two pictures."""
-    classes, sizes = np.unique(labels, return_counts=True)
+    classes, sizes = np.unique(labels[has_value(labels)], return_counts=True)
     classes = classes[sizes > 1]
     for k in numbers:
         for r in range(repeats if k < len(classes) else 1):        # all of them: one way only
@@ -475,6 +518,8 @@ def parse_arguments(argv):
     add("files", nargs="+", metavar="FILE", help="EMB.npy …, embeddings (n, m), behind them labels.csv or "
         "props.csv, a header and n rows (the one beside each EMB.npy, or in results/<dataset>)")
     add("--label", default="class", metavar="COLUMN", help="whose equal values make a pair positive (class)")
+    add("--missing", metavar="A,B", help="what stands for no label, as an empty cell does (nan,NA,N/A,null, and "
+        "None among numbers): such a picture is in no pair")
     add("--bins", default="200", metavar="N[,N]",
         help="equal bins over [-1, 1], several in one pass (200; the paper does not state its own)")
     add("--recall", default="1,2,4,8", metavar="K[,K]",
@@ -495,7 +540,8 @@ def parse_arguments(argv):
     add("--figure", metavar="FILE.png", help="the histograms before and after normalising (Fig. 1)")
     add("--class-figure", metavar="FILE.png", help="the metrics against the number of classes")
     add("--seed", type=int, default=0, help="of permutations, subsets and bootstrap (0)")
-    add("--threads", type=int, metavar="N", help="for BLAS and the kernel alike (all)")
+    add("--threads", type=int, default=command.available_cpus(), metavar="N",
+        help="for BLAS and the kernel alike (all)")
     return parser.parse_intermixed_args(argv)
 
 
@@ -512,14 +558,15 @@ def score_file(file, table, name, split, args, options, numbers):
     from dml_common import command, files
 
     notes, pictures = [], files.picture_names(file)
+    missing = files.MISSING if args.missing is None else ["", *args.missing.split(",")]
     try:
-        labels = files.read_properties(table, [args.label], pictures, notes)[args.label]
+        labels = files.read_properties(table, [args.label], pictures, notes, missing)[args.label]
     except ValueError as error:
         raise ValueError(f"{error} (column of --label)") from None
-    x = files.read_embeddings(file, table, len(labels))
+    x = files.open_embeddings(file, table, len(labels))
     for note in notes:
         command.say(f"note: {note}")
-    enough = int((np.unique(labels, return_counts=True)[1] > 1).sum())
+    enough = int((np.unique(labels[has_value(labels)], return_counts=True)[1] > 1).sum())
     if numbers and numbers[-1] > enough:
         raise ValueError(f"--classes {numbers[-1]}: {table} has {enough:,} classes of two or more pictures; "
                          "ask for no more than these")
@@ -533,11 +580,13 @@ def score_file(file, table, name, split, args, options, numbers):
             raise ValueError(f"{file}, {args.label} of {table}: {error}") from None
         results = [Result(file, name, split, None, None, score)]
         for k, repeat, rows in subsets:
-            score = pair_scores(x[rows], labels[rows], **options)
+            some = np.full_like(labels, "")
+            some[rows] = labels[rows]
+            score = pair_scores(x, some, **options)
             results.append(Result(file, name, split, k, repeat, score))
             bar.update(share)
-    tied = results[0].score.tied / (len(x) - results[0].score.lone)
-    if (x == x[0]).all():
+    tied = results[0].score.tied / (results[0].score.n - results[0].score.lone)
+    if all((x[part] == x[0]).all() for part in slices(*x.shape)):
         command.say(f"warning: {file}: all {len(x):,} embeddings are equal: none is nearer than another")
     elif tied > MANY_TIES:
         command.say(f"warning: {file}: {tied:.0%} of the queries have positives and others at the same "
@@ -611,7 +660,7 @@ def write_tables(args, results, bins, numbers):
                          "jsd_null": s.jsd_null[b] if args.permutations else None, "bins": b,
                          **{f"recall_at_{k}": value for k, value in s.recall.items()},
                          "r_precision": s.r_precision, "map_at_r": s.map_at_r, "ties": args.ties,
-                         "tied": s.tied})
+                         "tied": s.tied, "missing": s.missing if r.subset is None else None})
         if r.subset is not None:
             continue
         for b, (positive, negative) in s.histograms.items():
@@ -663,6 +712,9 @@ def main(argv=None):
         results += score_file(*job, args, options, numbers)
     whole = [r for r in results if r.subset is None]
     for name, score in ((r.name, r.score) for r in whole):
+        if score.missing:
+            command.say(f"warning: {name}: {score.missing:,} of {score.n + score.missing:,} pictures have no "
+                        f"{args.label}: they are in no pair")
         if score.lone:
             command.say(f"warning: {name}: {score.lone:,} of {score.n:,} pictures are alone in their class: "
                         "they make no positive pair and are no queries")

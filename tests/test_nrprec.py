@@ -349,7 +349,7 @@ def test_quantile_bins_are_equally_full():
     numbers = np.random.default_rng(9).standard_normal(1000)
     bins = nrprec.quantile_bins("x", numbers.astype(str), 4)
     np.testing.assert_array_equal(np.unique(bins, return_counts=True)[1], [250] * 4)
-    assert np.isin(bins, numbers).all() and bins.max() == numbers.max()      # a bin's name: its largest number
+    assert np.isin(bins, numbers).all() and bins.max() == numbers.max()      # the largest of each
     assert (np.diff(bins[np.argsort(numbers)]) >= 0).all()
     for numbers in (["1", "1", "1", "2"], ["1", "2", "2", "2"], ["1", "1", "2", "2"]):
         assert len(np.unique(nrprec.quantile_bins("x", np.array(numbers), 2))) == 2
@@ -465,8 +465,9 @@ def test_help_teaches_and_torch_is_not_loaded(run_script):
 
 
 @pytest.mark.parametrize("row, value, words", (
-    (None, None, "emb.npy has 59 embeddings, props.csv 60 rows"), (7, np.nan, "emb.npy: row 7 (counting from 0) is not finite"),
-    (59, np.inf, "row 59"), (11, 0, "emb.npy: row 11 (counting from 0) is a zero vector")))
+    (None, None, "emb.npy has 59 embeddings, props.csv 60 rows"),
+    (7, np.nan, "emb.npy: row 7 (counting from 0) is not finite"), (59, np.inf, "row 59"),
+    (11, 0, "emb.npy: row 11 (counting from 0) is a zero vector")))
 def test_bad_embeddings(files, refused, row, value, words):
     """What else an array can be is tried in test_files.py."""
     x = np.load("emb.npy")
