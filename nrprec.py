@@ -22,7 +22,6 @@ if __name__ == "__main__":  # Ctrl-C ends in one line from here on
         sys.exit(2)
     command.begin()
 
-import mmap
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -77,7 +76,6 @@ class Space(NamedTuple):
     def numbers(self, part):
         """Some of the embeddings as the distances take them, float32 numbers as float64 (…, m)."""
         x = self.x[self.rows[part]].astype(np.float32)
-        let_go(self.x)
         if len(self.lengths):
             x = (x.astype(np.float64) / self.lengths[part, None]).astype(np.float32)
         return x.astype(np.float64)
@@ -136,12 +134,6 @@ def slices(n, m):
     """Parts of n rows, a million numbers each."""
     step = max(1, (1 << 20) // m)
     return [slice(start, start + step) for start in range(0, n, step)]
-
-
-def let_go(x):
-    """What was read of a memory-mapped file counts as this process's memory until it says so."""
-    if isinstance(x, np.memmap) and x.mode == "r" and hasattr(mmap, "MADV_DONTNEED"):
-        x._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 def distances64(space, q):
@@ -258,6 +250,8 @@ def count_blocks(space, columns, queries, threads, memory_mib, by_index=False):
     for each thread, one block at a time is shared by all.
     """
     n, k = columns.values.shape[::-1]
+    if isinstance(space.x, np.memmap):                    # its pages count as this process's memory, too
+        memory_mib = max(memory_mib / 2, memory_mib - space.x.nbytes / 2 ** 20)
     row_bytes, scratch = 4 * n + 16 * k, 24 * n           # scratch: the kernel's, for each thread
     rows = int((memory_mib * 2 ** 20 - threads * scratch) // (threads * row_bytes))
     workers, inner = (threads, 1) if rows >= 16 else (1, threads)
@@ -279,7 +273,6 @@ def count_blocks(space, columns, queries, threads, memory_mib, by_index=False):
                         columns.entry_rank, columns.entry_start, columns.entry_count, columns.ranks, hits,
                         by_index, inner)
         buffers.append(products)
-        let_go(space.x)
         return part, hits
 
     with blas_threads().limit(limits=inner), ThreadPoolExecutor(workers) as pool:
@@ -309,7 +302,6 @@ def as_embeddings(embeddings, distance, normalise=False):
     for part in slices(*x.shape):
         with np.errstate(over="ignore"):
             numbers = x[part].astype(np.float32)
-        let_go(x)
         wrong = {"is not finite; remove or mend that picture": ~np.isfinite(numbers).all(1)}
         if distance == "cosine" or normalise:
             wrong["is a zero vector, which has no direction; remove that picture"] = ~numbers.any(1)
@@ -416,7 +408,7 @@ def nr_precision(embeddings, labels, *, distance="euclidean", normalise=False, n
     options = null, max_neighbours, ties, permutations, queries, per_value, seed, threads, memory_mib, tick
     scores = {}
     for rows, names in patterns.values():
-        columns = [named[name][rows] for name in names]
+        columns = [named[name] if len(rows) == n else named[name][rows] for name in names]
         if len(rows) < 2:                                 # nobody to be a neighbour of
             lone = Score(len(rows), 0, len(rows), np.nan, np.nan, p_value=np.nan if permutations else None)
             some = [lone._replace(by_value={} if per_value else None)] * len(names)

@@ -24,7 +24,6 @@ if __name__ == "__main__":  # Ctrl-C ends in one line from here on
         sys.exit(2)
     command.begin()
 
-import mmap
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -63,9 +62,7 @@ class Space(NamedTuple):
 
     def numbers(self, part):
         """Some of the embeddings, float32 numbers as float64 (…, m)."""
-        numbers = self.x[self.rows[part]].astype(np.float32).astype(np.float64)
-        let_go(self.x)
-        return numbers
+        return self.x[self.rows[part]].astype(np.float32).astype(np.float64)
 
     def source(self):
         """What the kernel takes these numbers from."""
@@ -93,12 +90,6 @@ def slices(n, m):
     """Parts of n rows, a million numbers each."""
     step = max(1, (1 << 20) // m)
     return [slice(start, start + step) for start in range(0, n, step)]
-
-
-def let_go(x):
-    """What was read of a memory-mapped file counts as this process's memory until it says so."""
-    if isinstance(x, np.memmap) and x.mode == "r" and hasattr(mmap, "MADV_DONTNEED"):
-        x._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 def bin_numbers(s, bins):
@@ -162,7 +153,6 @@ def count_pairs(space, order, ranges, groups, bins, threads, progress=None):
         _knn.pair_histogram(products, a, c, ranges, groups, order, *space.source(), space.norms, space.bound,
                             kinds, tile)
         buffers.append(buffer)
-        let_go(space.x)
         return a, b, tile, products.size
 
     for a, b, tile, size in in_turn(count, tiles(), threads):
@@ -295,7 +285,6 @@ def rank_queries(space, value, relevant, neighbours, threads, progress=None, by_
             products = np.matmul(space.unit[part], space.unit.T)
             _knn.rank_hits(products, q, bounds[part], *space.source(), space.norms, offset, value,
                            relevant[part], neighbours, counts[part], precision[part], by_index)
-            let_go(space.x)
         return len(q) * n
 
     for size in in_turn(rank, ((start,) for start in range(0, n, rows)), threads):
@@ -441,7 +430,6 @@ def check_arguments(embeddings, labels, bins, recall, permutations, seed, thread
     for part in slices(*x.shape):
         with np.errstate(over="ignore"):
             finite = np.isfinite(x[part].astype(np.float32)).all(1)
-        let_go(x)
         if not finite.all():
             raise ValueError(f"row {part.start + int(finite.argmin())} of the embeddings is not finite")
     for name, values, least, most in (("bins", bins, 1, MOST_BINS), ("recall", recall, 1, None),
