@@ -70,7 +70,7 @@ class Space(NamedTuple):
 
 
 def normalise(x, rows=None):
-    """Embeddings x (N, m) float16, float32 or float64, or their rows (n,) -> Space. ValueError: a zero vector."""
+    """Embeddings x (N, m) as they came, or their rows (n,) -> Space. ValueError: a zero vector."""
     rows = np.arange(len(x)) if rows is None else rows
     n, m = len(rows), x.shape[1]
     # Rounding of the unit rows and of m float32 terms in any order; 5 % for second order; what underflows.
@@ -80,8 +80,8 @@ def normalise(x, rows=None):
         numbers = space.numbers(part)
         space.norms[part] = norms = np.sqrt((numbers ** 2).sum(1))
         if not norms.all():
-            raise ValueError(f"row {rows[part][norms.argmin()]} is a zero vector: it has no inner product; remove "
-                             "that picture")
+            raise ValueError(f"row {rows[part][norms.argmin()]} is a zero vector: it has no inner product; "
+                             "remove that picture")
         space.unit[part] = numbers / norms[:, None]
     return space
 
@@ -349,8 +349,8 @@ def pair_scores(embeddings, labels, *, bins=(200,), recall=(1, 2, 4, 8), ties="e
     if ties not in TIES:
         raise ValueError(f"unknown ties {ties!r}; expected one of {', '.join(TIES)}")
     x, labels = check_arguments(embeddings, labels, bins, recall, permutations, seed, threads)
-    rows, threads, counted = np.flatnonzero(has_value(labels)), threads or available_threads(), finest(bins)
-    n = len(rows)
+    rows, threads = np.flatnonzero(has_value(labels)), threads or available_threads()
+    n, counted = len(rows), finest(bins)
     value, sizes = np.unique(labels[rows], return_inverse=True, return_counts=True)[1:]
     value, relevant = value.reshape(-1), sizes[value.reshape(-1)] - 1          # R of each row
     positives = int((sizes * (sizes - 1) // 2).sum())
@@ -383,9 +383,10 @@ def pair_scores(embeddings, labels, *, bins=(200,), recall=(1, 2, 4, 8), ties="e
     if intervals:
         parts = split_bins(counts[1:], counted, bins)
         bounds |= {("jsd", b): jackknife(jsd[b], histograms[b], parts[b]) for b in bins}
-    return Score(n, len(x) - n, len(sizes), int((~asked).sum()), int(tied.sum()), positives, n * (n - 1) // 2 - positives,
-                 *pair_means(space, order, value, sizes), jsd, null, {k: means["recall", k] for k in recall},
-                 means["r_precision", None], means["map_at_r", None], histograms, bounds)
+    return Score(n, len(x) - n, len(sizes), int((~asked).sum()), int(tied.sum()), positives,
+                 n * (n - 1) // 2 - positives, *pair_means(space, order, value, sizes), jsd, null,
+                 {k: means["recall", k] for k in recall}, means["r_precision", None], means["map_at_r", None],
+                 histograms, bounds)
 
 
 def count_classes(space, order, sizes, bins, apart, threads, advance):
@@ -506,7 +507,7 @@ def parse_arguments(argv):
     add("files", nargs="+", metavar="FILE", help="EMB.npy …, embeddings (n, m), behind them labels.csv or "
         "props.csv, a header and n rows (the one beside each EMB.npy, or in results/<dataset>)")
     add("--label", default="class", metavar="COLUMN", help="whose equal values make a pair positive (class)")
-    add("--missing", metavar="A,B", help="what stands for no label, as an empty cell does (nan,NA,N/A,null, and "
+    add("--missing", metavar="A,B", help="what stands for no label, beside an empty cell (nan,NA,N/A,null; "
         "None among numbers): such a picture is in no pair")
     add("--bins", default="200", metavar="N[,N]",
         help="equal bins over [-1, 1], several in one pass (200; the paper does not state its own)")

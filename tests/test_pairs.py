@@ -283,12 +283,13 @@ def test_products_may_be_as_wrong_as_their_bound():
     for bound in (space.bound, 1e-4, 1e-3, 0.04):        # beyond the true one: many pairs beside edges
         products = (exact + rng.choice([-0.98, 0.0, 0.98], exact.shape) * (bound - 2e-7)).astype(np.float32)
         counts, bins = np.zeros_like(expected), np.array([200, 30])
-        knn.pair_histogram(products, 0, 0, ranges, value, position, *space.source(), space.norms, bound, bins, counts)
+        knn.pair_histogram(products, 0, 0, ranges, value, position, *space.source(), space.norms, bound, bins,
+                           counts)
         np.testing.assert_array_equal(counts, expected)
         for by_index in (0, 1):
             got = np.zeros((n, 7), np.int64), np.zeros(n)
-            knn.rank_hits(products, position, np.full(n, bound), *space.source(), space.norms, np.zeros(n, np.float32),
-                          value.astype(np.int32), relevant, 4, *got, by_index)
+            knn.rank_hits(products, position, np.full(n, bound), *space.source(), space.norms,
+                          np.zeros(n, np.float32), value.astype(np.int32), relevant, 4, *got, by_index)
             np.testing.assert_array_equal(got[0], ranked[by_index][0])
             np.testing.assert_array_equal(got[1], ranked[by_index][1])
 
@@ -478,7 +479,7 @@ def test_every_option(files, run_script):
     assert done.returncode == 0, done.stderr
     rows = read_rows("o.csv")
     assert list(rows[0]) == (["split", "classes", "repeat"] + HEADER[:10]
-                             + ["recall_at_1", "recall_at_10", "r_precision", "map_at_r", "ties", "tied", "missing"])
+                             + ["recall_at_1", "recall_at_10", "r_precision", "map_at_r", *HEADER[-3:]])
     assert len(rows) == 3 * 2 * (1 + 2 * 3)                  # files × bins × (all, 2 numbers × 3 repeats)
     assert [r["split"] for r in rows[::14]] == ["test", "test", "train"]
     assert [r["classes"] for r in rows[:14:2]] == ["6", "2", "2", "2", "4", "4", "4"]
