@@ -315,7 +315,7 @@ def as_embeddings(embeddings, distance, normalise=False):
 
 
 def encode(label):
-    """A column (n,) of any kind -> (its distinct values (t,), sorted; which one a picture has, (n,) int64).
+    """A column (n,) of any kind -> (its distinct values (t,), sorted; which one a picture has (n,) int32).
 
     −1 where there is no value: nan, None or an empty text.
     """
@@ -324,7 +324,7 @@ def encode(label):
         here = np.array([value is not None and value == value and value != "" for value in label])
     else:
         here = label != label.dtype.type() if label.dtype.kind in "US" else label == label
-    codes = np.full(len(label), -1)
+    codes = np.full(len(label), -1, np.int32)
     values, inverse = np.unique(label[here], return_inverse=True)
     codes[here] = inverse.reshape(-1)
     return values, codes
@@ -407,11 +407,11 @@ def nr_precision(embeddings, labels, *, distance="euclidean", normalise=False, n
     x, threads = as_embeddings(embeddings, distance, normalise), min(threads or available_threads(), 1024)
     shapes = [np.shape(label) for label in named.values()]
     if set(shapes) != {(len(x),)}:
-        raise ValueError(f"label columns have shapes {shapes}; expected at least one column, ({len(x)},) each")
+        raise ValueError(f"label columns have shapes {shapes}; expected one column or more, ({len(x)},) each")
     named, patterns = {name: encode(label) for name, label in named.items()}, {}
     for name, (_, codes) in named.items():                # columns that lack the same pictures share a pass
-        rows = np.flatnonzero(codes >= 0)
-        patterns.setdefault(rows.tobytes(), (rows, []))[1].append(name)
+        here = codes >= 0
+        patterns.setdefault(here.tobytes(), (np.flatnonzero(here), []))[1].append(name)
     works = [len(names) * (1 + permutations) * min(queries or len(x), len(rows))
              for rows, names in patterns.values()]
     done, scores = 0, {}
@@ -427,8 +427,8 @@ def nr_precision(embeddings, labels, *, distance="euclidean", normalise=False, n
         some, parts = [lone] * len(names), []             # of fewer than two pictures: no neighbours
         if len(rows) > 1:
             columns, space = [named[name][1][rows] for name in names], prepare(x, distance, rows, normalise)
-            some, parts = score_columns(space, columns, null, max_neighbours, ties, permutations, queries, seed,
-                                        threads, memory_mib, tick)
+            some, parts = score_columns(space, columns, null, max_neighbours, ties, permutations, queries,
+                                        seed, threads, memory_mib, tick)
         parts = iter(parts)
         for name, score in zip(names, some):
             values = dict(zip(named[name][0].tolist(), parts)) if per_value else None
