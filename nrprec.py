@@ -412,15 +412,15 @@ def nr_precision(embeddings, labels, *, distance="euclidean", normalise=False, n
     for name, (_, codes) in named.items():                # columns that lack the same pictures share a pass
         here = codes >= 0
         patterns.setdefault(here.tobytes(), (np.flatnonzero(here), []))[1].append(name)
-    works = [len(names) * (1 + permutations) * min(queries or len(x), len(rows))
-             for rows, names in patterns.values()]
-    done, scores = 0, {}
+    total, done, scores = 0, 0, {}
+    for rows, names in patterns.values():
+        total += len(names) * (1 + permutations) * min(queries or len(x), len(rows))
 
     def tick(count):
         nonlocal done
         done += count
         if progress:
-            progress(done, sum(works))
+            progress(done, total)
 
     for rows, names in patterns.values():
         lone = Score(len(rows), 0, len(rows), np.nan, np.nan, p_value=np.nan if permutations else None)
@@ -428,8 +428,9 @@ def nr_precision(embeddings, labels, *, distance="euclidean", normalise=False, n
         if len(rows) > 1:
             columns = [named[name][1] for name in names]
             columns = columns if len(rows) == len(x) else [codes[rows] for codes in columns]
-            some, parts = score_columns(prepare(x, distance, rows, normalise), columns, null, max_neighbours,
-                                        ties, permutations, queries, seed, threads, memory_mib, tick)
+            space = prepare(x, distance, rows, normalise)
+            some, parts = score_columns(space, columns, null, max_neighbours, ties, permutations, queries,
+                                        seed, per_value, threads, memory_mib, tick)
         parts = iter(parts)
         for name, score in zip(names, some):
             values = dict(zip(named[name][0].tolist(), parts)) if per_value else None
@@ -449,7 +450,7 @@ def corrected(scores):
     return {name: s._replace(p_holm=adjusted.get(name)) for name, s in scores.items()}
 
 
-def score_columns(space, labels, null, max_neighbours, ties, permutations, queries, seed, threads,
+def score_columns(space, labels, null, max_neighbours, ties, permutations, queries, seed, per_value, threads,
                   memory_mib, tick):
     """Scores of columns (list of k) in which every picture of the space has a value, and of their values."""
     n, k, columns = len(space.rows), len(labels), make_columns(labels, max_neighbours)
@@ -459,7 +460,7 @@ def score_columns(space, labels, null, max_neighbours, ties, permutations, queri
     moments = null_moments(columns.entry_count, columns.entry_depth, n, null)
     width = len(columns.entry_depth)
     owners = [columns.entry_owner, np.arange(width)]      # whose a value's hits are: its property's, its own
-    tested = owners if width * permutations <= MOST_TESTED else owners[:1]
+    tested = owners if per_value and width * permutations <= MOST_TESTED else owners[:1]
 
     # As many permuted columns at a time as half the memory takes; the observed ones ride in the first pass.
     each = k * 8 * n + n * 16 + 4 * n * len(columns.members)
@@ -589,12 +590,7 @@ def chi_square(a, b):
     n, r, c = len(a), len(count_a), len(count_b)
     if n < 4 or min(r, c) < 2 or max(r, c) == n:
         return None
-    pairs = a.astype(np.int64) * c + b
-    if r * c <= 4 * n:
-        cells = np.flatnonzero(observed := np.bincount(pairs))
-        observed = observed[cells]
-    else:
-        cells, observed = np.unique(pairs, return_counts=True)
+    cells, observed = np.unique(a.astype(np.int64) * c + b, return_counts=True)
     chi2 = n * ((observed.astype(np.float64) ** 2 / count_a[cells // c] / count_b[cells % c]).sum() - 1)
     v1, v2 = (r - 1) * (n - r) / (n - 1), (c - 1) * (n - c) / (n - 1)
     w1, w2 = ((n / count_a).sum() - r * r) / (n - 2), ((n / count_b).sum() - c * c) / (n - 2)
@@ -685,40 +681,26 @@ def warnings_before(labels, n, args):
     if args.queries is not None and args.queries > n:
         yield f"--queries {args.queries:,} is more than the {n:,} pictures: all are used"
     coded = {name: encode(label) for name, label in labels.items()}
-    lacking = {name: int((codes < 0).sum()) for name, (_, codes) in coded.items()}
-    if any(lacking.values()):
-        yield (f"of {n:,} pictures so many have no value and are no queries and no candidates of a property: "
-               + ", ".join(f"{name} {number:,}" for name, number in lacking.items() if number))
-    distinct = {name: len(values) for name, (values, _) in coded.items()}
-    for name, values in distinct.items():
-        if values < 2:
-            yield f"{name} is {'constant' if values else 'empty'}: its NR-Prec is not defined (nan)"
-        elif values > (n - lacking[name]) / 2:
-            yield (f"{name} has {values:,} values for {n - lacking[name]:,} pictures: hardly any has a "
-                   f"neighbour to find; cut it with --bin {name}=10 or leave it out with --properties")
+    for name, (values, codes) in coded.items():
+        known = np.count_nonzero(codes >= 0)
+        if known < n:
+            yield (f"{name}: {n - known:,} of {n:,} pictures have no value: they are no queries and no "
+                   "candidates of this property")
+        if len(values) < 2:
+            yield f"{name} is constant: its NR-Prec is not defined (nan)"
+        elif len(values) > known / 2:
+            yield (f"{name} has {len(values):,} values for {known:,} pictures: hardly any has a neighbour to "
+                   f"find; cut it with --bin {name}=10 or leave it out with --properties")
     for a, b, v, p in dependent_pairs({name: codes for name, (_, codes) in coded.items()}):
         yield (f"{a} and {b} depend on each other (Cramér's V {v:.2f}, Holm-corrected p {p:.1g}): "
                "the method assumes independent properties, so one may show for the other")
     if 0 < args.permutations < 1000:
         yield f"{args.permutations} permutations: fewer than 1,000 give coarse p-values"
-    tests = {"properties": sum(values > 1 for values in distinct.values())}
-    if args.per_value:
-        tests["values"] = sum(values for values in distinct.values() if values > 1)
-    for what, number in tests.items():
+    sizes = [len(values) for values, _ in coded.values() if len(values) > 1]
+    for what, number in ("properties", len(sizes)), ("values", sum(sizes) * args.per_value):
         if args.permutations and number / (1 + args.permutations) >= SIGNIFICANCE:
             yield (f"{args.permutations:,} permutations of {number:,} {what} can't give p_holm < "
                    f"{SIGNIFICANCE}: nothing can be marked; use --permutations {100 * number:,} or more")
-
-
-def own_distance(array):
-    """The distance that the JSON beside an array names."""
-    from dml_common import files
-
-    distance = files.read_sidecar(array).get("distance")
-    if distance not in DISTANCES:
-        raise ValueError(f"--distance own: no JSON beside {array} names its distance; give one of "
-                         f"{', '.join(DISTANCES)} and --normalise")
-    return distance
 
 
 def rounded(value, digits):
@@ -778,7 +760,13 @@ def main(argv=None):
     if _knn is None:
         command.say("note: this version's _knn is not built (pip install .): NumPy counts, exact but slow")
     known, results, rows, names = {}, [], [], command.short_names(arrays)
-    distances = [own_distance(array) if args.distance == "own" else args.distance for array in arrays]
+    distances = [args.distance] * len(arrays)
+    if args.distance == "own":
+        distances = [files.read_sidecar(array).get("distance") for array in arrays]
+    for array, distance in zip(arrays, distances):
+        if distance not in DISTANCES:
+            raise ValueError(f"--distance own: no JSON beside {array} names its distance; give one of "
+                             f"{', '.join(DISTANCES)} and --normalise")
     normalise = args.normalise or args.distance == "own"
     for array, table, name, distance in zip(arrays, tables, names, distances):
         pictures, notes = files.picture_names(array), []

@@ -71,6 +71,16 @@ def kernel_hits(x, labels, distance, max_neighbours=None, threads=1, memory_mib=
     return hits
 
 
+def hits_of(products, space, columns, threads):
+    """The kernel's hits, called as count_blocks() does, of every row."""
+    hits = np.zeros((4, *columns.values.shape), np.int32)
+    _knn.count_hits(products, space.rows, space.bounds, *space.source(), space.aux, space.offset, 0,
+                    columns.codes, nrprec.bit_planes(columns.codes), columns.members, columns.member_row,
+                    columns.values, columns.entry_code, columns.entry_rank, columns.entry_start,
+                    columns.entry_count, columns.ranks, hits, False, threads)
+    return hits
+
+
 def embeddings_of(kind, n, m, rng):
     x = rng.standard_normal((n, m)).astype(np.float32)
     return {
@@ -181,16 +191,10 @@ def test_kernel_threads_of_its_own():
     rng = np.random.default_rng(7)
     x = rng.standard_normal((300, 5)).astype(np.float32)
     space, columns = nrprec.prepare(x, "euclidean"), nrprec.make_columns([rng.integers(0, 7, 300)])
-    q = np.arange(300)
     products = np.ascontiguousarray(space.working.T) @ space.working
     results = []
     for threads in (1, 3):
-        hits = np.zeros((4, 1, 300), np.int32)
-        _knn.count_hits(products, q, space.bounds, *space.source(), space.aux, space.offset, 0,
-                        columns.codes, nrprec.bit_planes(columns.codes), columns.members,
-                        columns.member_row, columns.values, columns.entry_code, columns.entry_rank,
-                        columns.entry_start, columns.entry_count, columns.ranks, hits, False, threads)
-        results.append(hits)
+        results.append(hits_of(products, space, columns, threads))
     np.testing.assert_array_equal(*results)
 
 
@@ -205,11 +209,7 @@ def test_products_may_be_as_wrong_as_their_bound():
     expected = nrprec.count_hits_numpy(space, columns, q)
     for _ in range(5):
         noise = rng.choice([-0.9, 0.0, 0.9], exact.shape) * space.bounds[:, None]
-        products, hits = (exact + noise).astype(np.float32), np.zeros_like(expected)
-        _knn.count_hits(products, q, space.bounds, *space.source(), space.aux, space.offset, 0,
-                        columns.codes, nrprec.bit_planes(columns.codes), columns.members,
-                        columns.member_row, columns.values, columns.entry_code, columns.entry_rank,
-                        columns.entry_start, columns.entry_count, columns.ranks, hits, False, 2)
+        hits = hits_of((exact + noise).astype(np.float32), space, columns, 2)
         np.testing.assert_array_equal(hits, expected)
 
 

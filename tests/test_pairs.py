@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.spatial.distance import jensenshannon
 
+import nrprec
 import pairs
 from pairs import jensen_shannon, pair_scores
 
@@ -400,19 +401,11 @@ def test_jsd_depends_less_on_the_number_of_classes_than_map_at_r():
     assert 0.85 < change[0] < 1.15 and change[1] < 0.6 and change[2] < 0.8
 
 
-def test_half_precision_and_integers_are_accepted():
-    x, labels = np.round(normal(11, 60, 4) * 3) + 1, np.arange(60) % 4
-    x[(x == 0).all(1)] = 1
-    one = repr(pair_scores(x, labels))
-    for dtype in (np.float16, np.float64, np.int16):
-        assert repr(pair_scores(x.astype(dtype), labels)) == one
-
-
-@pytest.mark.parametrize("dtype", (np.float16, np.float32, np.float64))
+@pytest.mark.parametrize("dtype", (np.float16, np.float32, np.float64, np.int16))
 def test_pictures_without_a_label_are_in_no_pair(dtype, each_counter, tmp_path):
     """As the rows that have one are alone, in whatever precision a file has them."""
     x, labels = normal(14, 120, 5, 6)
-    x, lacking = np.round(x * 3).astype(dtype) + dtype(0.25), np.random.default_rng(15).random(120) < 0.3
+    x, lacking = np.round(x * 3).astype(dtype) + dtype(9), np.random.default_rng(15).random(120) < 0.3
     np.save(tmp_path / "x.npy", x)
     options = dict(intervals=True, seed=3)
     alone = pair_scores(x[~lacking].astype(np.float32), labels[~lacking], **options)
@@ -544,19 +537,26 @@ def test_two_classes_have_no_jackknife(files, run_script):
     assert [r["low"] == "nan" for r in read_rows("i.csv")] == [False] * 6 + [True]
 
 
-def test_without_the_extension_it_says_so(files, monkeypatch, capsys):
-    pairs.main(["emb.npy", "emb.csv", "--intervals", "i.csv"])
-    table = capsys.readouterr().out
-    monkeypatch.setattr(pairs, "_knn", None)
-    pairs.main(["emb.npy", "emb.csv", "--intervals", "i.csv"])
-    captured = capsys.readouterr()
-    assert captured.out == table and "not built" in captured.err and captured.err.count("\n") == 1
+BOTH = pytest.mark.parametrize("script", (nrprec, pairs), ids=("nrprec.py", "pairs.py"))
 
 
-def test_help_teaches_and_torch_is_not_loaded(run_script):
-    done = run_script("pairs.py", "--help")
-    assert done.returncode == 0 and "--class-figure" in done.stdout and "python pairs.py" in done.stdout
-    code = "import sys, pairs, dml_common.files; sys.exit('torch' in sys.modules)"
+@BOTH
+def test_without_the_extension_it_says_so(script, files, monkeypatch, capsys):
+    script.main([*GOOD])
+    before = capsys.readouterr()
+    monkeypatch.setattr(script, "_knn", None)
+    script.main([*GOOD])
+    after = capsys.readouterr()
+    note, rest = after.err.split("\n", 1)
+    assert after.out == before.out and "not built" in note and rest == before.err
+
+
+@BOTH
+def test_help_teaches_and_torch_is_not_loaded(script, run_script):
+    name = script.__name__
+    done = run_script(f"{name}.py", "--help")
+    assert done.returncode == 0 and "--permutations" in done.stdout and f"python {name}.py" in done.stdout
+    code = f"import sys, {name}, dml_common.files; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -577,11 +577,15 @@ def test_bad_options(files, refused, options, words):
     assert words in refused(pairs.main, *GOOD, *options)
 
 
-@pytest.mark.parametrize("files_given, words", (
-    (["emb.npy", "train.csv"], "60 embeddings, train.csv 40 rows"), (["no.npy", "emb.csv"], "does not exist"),
-    (["emb.npy", "none.csv"], "none.csv does not exist"), (["emb.csv", "emb.csv"], "the table comes last")))
-def test_bad_files(files, refused, files_given, words):
-    assert words in refused(pairs.main, *files_given)
+@BOTH
+def test_bad_files(script, files, refused, monkeypatch):
+    for array, table, words in (
+            ("emb.npy", "train.csv", "60 embeddings, train.csv 40 rows"), (".", "emb.csv", "is a folder"),
+            ("no.npy", "emb.csv", "does not exist"), ("emb.csv", "emb.csv", "the table comes last"),
+            ("emb.npy", "none.csv", "none.csv does not exist; give a CSV file with a header")):
+        assert words in refused(script.main, array, table)
+    monkeypatch.setattr(os, "access", lambda *_: False)   # root may write anywhere
+    assert "can't be written to" in refused(script.main, *GOOD, "--out", "out.csv")
 
 
 @pytest.mark.parametrize("column, words", (
@@ -592,24 +596,29 @@ def test_bad_labels(files, refused, column, words):
     assert words in message and "bad.csv" in message
 
 
-@pytest.mark.parametrize("value, words", ((0, "row 7 is a zero"), (np.nan, "row 7"), (np.inf, "row 7")))
-def test_bad_rows(files, refused, value, words):
+@BOTH
+@pytest.mark.parametrize("value, words", ((0, "zero vector"), (np.nan, "not fin"), (-np.inf, "not finite")))
+def test_bad_rows(script, files, refused, value, words):
+    """What else an array can be is tried in test_files.py."""
     x = np.load("emb.npy")
     x[7] = value
     np.save("bad.npy", x)
-    message = refused(pairs.main, "bad.npy", "emb.csv", "--out", "o.csv")
-    assert words in message and "bad.npy" in message
+    options = ["--distance", "cosine"] if script is nrprec else []
+    message = refused(script.main, "bad.npy", "emb.csv", "--out", "o.csv", *options)
+    assert words in message and "bad.npy" in message and "row 7 " in message
 
 
-def test_full_disk_leaves_nothing(files):
+@pytest.mark.parametrize("tried", ("nrprec.py --out", "pairs.py --out", "pairs.py --intervals"))
+def test_full_disk_leaves_what_there_was(tried, files):
     """A file-size limit of 100 bytes stands for the full disk: the write fails midway, for real."""
-    before = sorted(os.listdir())
-    command = [sys.executable, ROOT / "pairs.py", "emb.npy", "emb.csv"]
-    for output in (["--out", "o.csv"], ["--intervals", "i.csv"]):
-        done = subprocess.run([*command, *output], capture_output=True, text=True,
-                              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)))
-        assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("pairs.py: ")
-        assert "Traceback" not in done.stderr and sorted(os.listdir()) == before
+    Path("o.csv").write_text("earlier")
+    before, (script, option) = sorted(os.listdir()), tried.split()
+    command = [sys.executable, ROOT / script, *GOOD, option, "o.csv"]
+    done = subprocess.run(command, capture_output=True, text=True,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)))
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(f"{script}: ")
+    assert "free space" in done.stderr and "Traceback" not in done.stderr
+    assert sorted(os.listdir()) == before and Path("o.csv").read_text() == "earlier"
 
 
 def test_shipped_example(run_script):
@@ -627,18 +636,16 @@ def test_shipped_example(run_script):
 
 
 def test_each_array_with_the_table_beside_it_one_in_a_row(files, run_script):
-    rng = np.random.default_rng(0)
     for fold in range(5):
         place = Path(f"cars/triplet/fold{fold}")
         place.mkdir(parents=True)
-        np.save(place / "emb.npy", rng.normal(size=(20, 4)).astype(np.float32))
+        np.save(place / "emb.npy", normal(fold, 20, 4))
         (place / "labels.csv").write_text("path\n" + "0.png\n" * 20)                        # without shapes
         (place / "props.csv").write_text("frame,shape\n" + "".join(f"{i},{i % 4}\n" for i in range(20)))
     arrays = sorted(Path("cars").glob("*/*/emb.npy"))
     done = run_script("pairs.py", *arrays, "--label", "shape", "--out", "pairs.csv")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and len(read_rows("pairs.csv")) == 5
     assert [line.split()[0] for line in done.stdout.splitlines()] == [
         "pictures", "fold0", "fold1", "fold2", "fold3", "fold4"]
-    assert len(read_rows("pairs.csv")) == 5
     done = run_script("pairs.py", "cars/triplet/fold0/emb.npy")
     assert done.returncode == 2 and "with a column class" in done.stderr
