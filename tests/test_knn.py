@@ -30,18 +30,13 @@ def brute_force_distances(x, distance):
     return np.array(rows)
 
 
-def brute_force_lists(d):
-    """Of every row the others in order, nearest first, ties by index."""
-    lists = [np.lexsort((np.arange(len(d)), row)) for row in d]
-    return [order[order != q] for q, order in enumerate(lists)]
-
-
 def brute_force_hits(d, labels, max_neighbours=None, by_index=False):
     """(4, k, n): sure hits, candidates tied at a cut that divides them, hits among these, places left."""
     hits, others = np.zeros((4, len(labels), len(d)), int), ~np.eye(len(d), dtype=bool)
-    lists = brute_force_lists(d)
+    lists = [np.lexsort((np.arange(len(d)), row)) for row in d]                # nearest first, ties by index
     for k, label in enumerate(labels):
         for q, order in enumerate(lists):
+            order = order[order != q]
             same = (label == label[q]) & others[q]
             depth = min(same.sum(), max_neighbours or len(d))
             if not depth:
