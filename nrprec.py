@@ -2,7 +2,7 @@
 every property, exact at any size (Kobs et al., ICCV 2021, section 4).
 
     python nrprec.py examples/cars/emb.npy examples/cars/props.csv
-    python nrprec.py a/emb.npy b/emb.npy props.csv --out nrprec.csv --per-value
+    python nrprec.py a/emb.npy b/emb.npy props.csv --out nrprec.csv --per-value   # rows: properties, values
     python nrprec.py emb.npy props.csv --null hypergeometric --permutations 2000
     python nrprec.py emb.npy props.csv --queries 2000                     # a sample, with standard errors
     python nrprec.py results/cars/*/fold*/emb.npy --out nrprec.csv        # each with the props.csv beside it
@@ -633,26 +633,24 @@ def parse_arguments(argv):
     add("files", nargs="+", metavar="FILE", help="EMB.npy …, embeddings (n, m), and behind them PROPS.csv, a "
         "header and n rows (the props.csv beside each EMB.npy, or in results/<dataset>)")
     add("--properties", metavar="A,B", help="only these columns (all but a first one of names)")
-    add("--missing", metavar="A,B", help="what stands for no value, beside an empty cell (nan,NA,N/A,null; "
-        "None among numbers): such a picture is no query and no candidate of that property")
+    add("--missing", metavar="A,B", help="spellings of no value, beside the empty cell: such a picture is no "
+        "query and no candidate of that property (nan,NA,N/A,null, and None among numbers)")
     add("--bin", action="append", default=[], metavar="PROPERTY=N",
         help="cut a numeric column into N quantile bins, named by their largest number; repeatable")
-    add("--distance", default="euclidean", choices=[*DISTANCES, "own"], help="how neighbours are ranked "
-        "(euclidean, as released); own: Eq. 3, the loss's, which the array's JSON names, on normalised ones")
+    add("--distance", default="euclidean", choices=[*DISTANCES, "own"], help="what is near (euclidean); own: "
+        "the loss's of Eq. 3, named by the JSON beside the array, on normalised embeddings")
     add("--normalise", action="store_true", help="embeddings to length 1 first")
-    add("--null", default="binomial", choices=NULLS,
-        help="the chance distribution of hits (binomial, the paper's; hypergeometric is exact)")
-    add("--ties", default="expected", choices=TIES, help="candidates at one distance where the R end: "
-        "expected, what all orders of the rows give on average; index, the first, as released (expected)")
-    add("--max-neighbours", type=int, metavar="K", help="look at min(R, K); 1023: as released (all R)")
+    add("--null", default="binomial", choices=NULLS, help="chance's hits (binomial; hypergeometric is exact)")
+    add("--ties", default="expected", choices=TIES, help="candidates equally far where the R end count with "
+        "their expectation over all orders of the rows, or by index, the first ones (expected)")
+    add("--max-neighbours", type=int, metavar="K", help="look at min(R, K) (all R)")
     add("--as-published", action="store_true", help="as Table 6: --distance euclidean of what the network "
         "returns, --null binomial, --max-neighbours 1023, --ties index")
-    add("--permutations", type=int, default=0, metavar="N",
-        help="p-values from N permutations of each property, Holm-corrected (none)")
+    add("--permutations", type=int, default=0, metavar="N", help="of each property, for p-values (none)")
     add("--queries", type=int, metavar="N", help="a random subset of N queries, with standard errors (all)")
-    add("--seed", type=int, default=0, help="of permutations and query subset (0)")
     add("--per-value", action="store_true", help="to --out also each value: which colours, which models")
-    add("--threads", type=int, default=command.available_cpus(), metavar="N", help="(all)")
+    add("--seed", type=int, default=0, help="of permutations and query subset (0)")
+    add("--threads", type=int, default=command.available_cpus(), metavar="N", help="cores to use (all)")
     add("--memory-mib", type=int, default=512, metavar="N", help="for similarities, permuted labels (512)")
     add("--out", metavar="FILE.csv", help="also write a row for each embedding file and property")
     return command.parse_as_published(parser, argv, PUBLISHED)

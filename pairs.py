@@ -511,7 +511,7 @@ def parse_arguments(argv):
     add("--figure", metavar="FILE.png", help="the histograms before and after normalising (Fig. 1)")
     add("--class-figure", metavar="FILE.png", help="the metrics against the number of classes")
     add("--seed", type=int, default=0, help="of permutations, subsets and bootstrap (0)")
-    add("--threads", type=int, default=command.available_cpus(), metavar="N", help="(all)")
+    add("--threads", type=int, default=command.available_cpus(), metavar="N", help="cores to use (all)")
     return parser.parse_intermixed_args(argv)
 
 
@@ -695,7 +695,8 @@ def main(argv=None):
         for r in whole:
             positive, negative = r.score.histograms[bins[0]]
             panels.append({**r.score._asdict(), "name": r.name, "positive": positive, "negative": negative,
-                           "jsd": r.score.jsd[bins[0]]})
+                           "jsd": r.score.jsd[bins[0]],
+                           "jsd_null": r.score.jsd_null[bins[0]] if args.permutations else None})
         files.write_file(args.figure, figures.png(figures.draw_pair_histograms(panels)))
     if args.class_figure is not None:
         files.write_file(args.class_figure, figures.png(figures.draw_class_curves(curves, numbers)))

@@ -169,7 +169,7 @@ def add_speed(add):
 
 
 def parse_as_published(parser, argv, settings):
-    """The options. --as-published sets those of `settings`; another value given beside it is refused."""
+    """The parsed options: --as-published sets those of `settings`, and refuses another value beside it."""
     args = parser.parse_intermixed_args(argv)
     if args.as_published:
         parser.set_defaults(**settings)

@@ -387,7 +387,6 @@ def picture_names(array):
 
     They stand in the labels.csv that embed.py writes beside the array or for its data set.
     """
-    check_input(array, ARRAY)
     array = Path(array)
     folders = (array.parent, array.parent.parent.parent)
     places = [array.with_name(f"{array.stem}.labels.csv"), *(folder / "labels.csv" for folder in folders)]

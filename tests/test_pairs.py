@@ -579,7 +579,7 @@ def test_bad_options(files, refused, options, words):
 @BOTH
 def test_bad_files(script, files, refused, monkeypatch):
     for array, table, words in (
-            ("emb.npy", "train.csv", "60 embeddings, train.csv 40 rows"), (".", "emb.csv", "is a folder"),
+            ("emb.npy", "train.csv", "60 embeddings, train.csv 40 rows"), ("..", "emb.csv", "is a folder"),
             ("no.npy", "emb.csv", "does not exist"), ("emb.csv", "emb.csv", "the table comes last"),
             ("emb.npy", "none.csv", "none.csv does not exist; give a CSV file with a header")):
         assert words in refused(script.main, array, table)
