@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""Exact neighbour counting on the CPU: blocked similarity rows in, hit counts or ordered lists out.
+"""Exact neighbour counting on the CPU: blocked similarity rows in, hit counts out.
 
 The caller multiplies a block of queries with all candidates in float32 (BLAS) and hands the rows over.
 For each query the kernel
@@ -255,6 +255,26 @@ cdef extern from *:
         return pairwise_sum(a, half) + pairwise_sum(a + half, n - half);
     }
 
+    /* One row of the embeddings as they came (float16, float32 or float64: `size` bytes) as float32, divided
+       by its length where that is not 0. */
+    static const float *float_row(const void *x, int size, ptrdiff_t m, double length, float *buffer)
+    {
+        if (size == 4 && length == 0.0) return (const float *)x;
+        for (ptrdiff_t j = 0; j < m; j++) {
+            float value;
+            if (size == 2) {                                  /* its exponent's bias is 15, float32's 127 */
+                const uint16_t half = ((const uint16_t *)x)[j];
+                const uint32_t bits = (uint32_t)(half & 0x7fff) << 13;
+                memcpy(&value, &bits, 4);
+                value *= half & 0x8000 ? -0x1p112f : 0x1p112f;
+            } else {
+                value = size == 4 ? ((const float *)x)[j] : (float)((const double *)x)[j];
+            }
+            buffer[j] = length == 0.0 ? value : (float)((double)value / length);
+        }
+        return buffer;
+    }
+
     /* The summands of a distance: plain loops again, so that they vectorise. */
     CLONES static void squared_differences(const float *a, const float *b, ptrdiff_t m, double *term)
     {
@@ -342,6 +362,7 @@ cdef extern from *:
     int64_t scan(const int16_t *key, const uint8_t *code, const uint64_t *plane, ptrdiff_t n, int16_t low,
                  int16_t high, uint8_t value, int32_t *index, ptrdiff_t *found, bint avx512) noexcept nogil
     bint has_avx512() noexcept nogil
+    const float *float_row(const void *x, int size, ptrdiff_t m, double length, float *buffer) noexcept nogil
     void squared_differences(const float *a, const float *b, ptrdiff_t m, double *term) noexcept nogil
     double pairwise_sum(const double *a, ptrdiff_t n) noexcept nogil
     const int COPIES
@@ -352,13 +373,16 @@ cdef extern from *:
     bint item_less(item_t a, item_t b) noexcept nogil
     int compare_items(const void *a, const void *b) noexcept nogil
 
-INTERFACE = 2                   # of the functions here: the scripts take no other
+INTERFACE = 3                   # of the functions here: the scripts take no other
 AVX512 = bool(has_avx512())     # set to False to run the plain loops on any machine
 
 DISTANCES = ("euclidean", "squared_euclidean", "cosine", "dot_product", "snr")
 
 cdef struct Space:              # what a distance needs, the same for every query
-    const float *x              # (n, m) the embeddings as they came
+    const uint8_t *x            # (N, m) the embeddings as they came, maybe in a memory-mapped file,
+    int size                    # numbers of so many bytes: float16, float32 or float64, taken as float32
+    const int64_t *rows         # (n,) where in x the candidates stand
+    const double *lengths       # (n,) by which they are divided, or NULL
     const double *aux           # (n,) cosine: norms, snr: variances, else unused
     const float *offset         # (n,) added to the products to make similarities
     ptrdiff_t n
@@ -378,17 +402,29 @@ cdef struct Row:                # one query at work: its thread's scratch and wh
     ptrdiff_t lowest            # bin from which on `above` is known
     int32_t *index              # (n,) items near a threshold; after resolve() the chosen ones, then the tied
     item_t *item                # (n,)
-    double *term                # (m,)
+    double *term                # (2 · m,): summands, and behind them two rows as float32
+    const float *own            # (m,) the query itself
     bint by_index               # ties go to the smaller index
     ptrdiff_t tied              # candidates tied at the threshold, 0 where it goes through no group
     ptrdiff_t places            # how many of them are retrieved
 
 
-cdef double distance64(const Space *space, ptrdiff_t q, ptrdiff_t i, double *term) noexcept nogil:
-    """The float64 distance of candidate i from query q, as nrprec.distances64()'s NumPy gives it."""
-    cdef const float *a = space.x + q * space.m
-    cdef const float *b = space.x + i * space.m
-    cdef ptrdiff_t j, m = space.m
+cdef const uint8_t *address(const Space *space, ptrdiff_t i) noexcept nogil:
+    return space.x + space.rows[i] * space.m * space.size
+
+
+cdef const float *numbers(const Space *space, ptrdiff_t i, float *buffer) noexcept nogil:
+    """Candidate i as float32 numbers (m,), in the buffer where they have to be made."""
+    cdef double length = space.lengths[i] if space.lengths else 0.0
+    return float_row(address(space, i), space.size, space.m, length, buffer)
+
+
+cdef double distance64(const Space *space, const Row *row, ptrdiff_t i) noexcept nogil:
+    """The float64 distance of candidate i from the query, as nrprec.distances64()'s NumPy gives it."""
+    cdef ptrdiff_t j, m = space.m, q = row.query
+    cdef double *term = row.term
+    cdef const float *a = row.own
+    cdef const float *b = numbers(space, i, <float *>(term + m) + m)
     cdef double mean, norm_a, norm_b
     if space.distance <= 1:
         squared_differences(a, b, m, term)
@@ -490,6 +526,7 @@ cdef void start(const Space *space, Row *row, uint32_t deepest) noexcept nogil:
     cdef ptrdiff_t n = space.n, i, part
     cdef int16_t least = choose_keys(space, row, deepest)
     cdef uint32_t total, here
+    row.own = numbers(space, row.query, <float *>(row.term + space.m))
     memset(row.above, 0, BINS * sizeof(uint32_t))
     i = 0
     while i < n:                              # a chunk's keys are still in the first-level cache when counted
@@ -565,10 +602,10 @@ cdef ptrdiff_t resolve(const Space *space, Row *row, int64_t rank, const uint8_t
         need -= certain
         if need < unsure:
             for i in range(unsure):
-                for j in range(0, space.m, 16):
-                    PREFETCH(space.x + row.item[i].index * space.m + j)
+                for j in range(0, space.m * space.size, 64):
+                    PREFETCH(address(space, row.item[i].index) + j)
             for i in range(unsure):
-                row.item[i].distance = distance64(space, row.query, row.item[i].index, row.term)
+                row.item[i].distance = distance64(space, row, row.item[i].index)
             select(row.item, unsure, need)
             cut = row.item[need - 1].distance
             for i in range(unsure):
@@ -619,18 +656,20 @@ cdef int64_t hits_walked(const Row *row, const int32_t *member, ptrdiff_t member
     return hits
 
 
-cdef Space make_space(const float[:, ::1] x, const double[::1] aux, const float[::1] offset, int distance):
+cdef Space make_space(const uint8_t[:, ::1] x, int size, const int64_t[::1] rows, const double[::1] lengths,
+                      const double[::1] aux, const float[::1] offset, int distance):
     cdef Space space
-    space.x, space.aux, space.offset = &x[0, 0], &aux[0], &offset[0]
-    space.n, space.m, space.distance, space.avx512 = x.shape[0], x.shape[1], distance, AVX512
+    space.x, space.size, space.rows, space.aux, space.offset = &x[0, 0], size, &rows[0], &aux[0], &offset[0]
+    space.lengths = &lengths[0] if lengths.shape[0] else NULL
+    space.n, space.m, space.distance, space.avx512 = rows.shape[0], x.shape[1] // size, distance, AVX512
     space.vbmi2 = AVX512 and has_vbmi2()
     return space
 
 
 def count_hits(const float[:, ::1] products, const int64_t[::1] queries, const double[::1] bounds,
-               const float[:, ::1] x, const double[::1] aux, const float[::1] offset, int distance,
-               const uint8_t[:, ::1] codes, const uint64_t[:, :, ::1] planes,
-               const int32_t[:, ::1] members, const int32_t[::1] member_row,
+               const uint8_t[:, ::1] x, int size, const int64_t[::1] rows, const double[::1] lengths,
+               const double[::1] aux, const float[::1] offset, int distance, const uint8_t[:, ::1] codes,
+               const uint64_t[:, :, ::1] planes, const int32_t[:, ::1] members, const int32_t[::1] member_row,
                const int32_t[:, ::1] entry, const uint8_t[::1] entry_code, const int32_t[::1] entry_rank,
                const int32_t[::1] entry_start, const int32_t[::1] entry_count, const int64_t[::1] ranks,
                int32_t[:, :, ::1] hits, bint by_index=False, int threads=1):
@@ -639,7 +678,9 @@ def count_hits(const float[:, ::1] products, const int64_t[::1] queries, const d
     products   (B, n) float32   working rows · working rows of the queries, any BLAS
     queries    (B,)   int64     the queries' own indices
     bounds     (B,)   float64   bound of |products + offset − true similarity|
-    x          (n, m) float32   embeddings; aux (n,) float64, offset (n,) float32, distance: nrprec.prepare()
+    x          (N, m · size)    embeddings as they came, as bytes: numbers of size bytes (2, 4, 8)
+    rows       (n,)   int64     where in x the candidates stand; lengths (n,) float64: they are divided by
+                                these, or (0,); aux (n,) float64, offset (n,) float32: nrprec.prepare()
     codes      (k, n) uint8     labels of the columns' frequent values (1 … 255; 0: any other value)
     planes     (p, k, ⌈n/64⌉) uint64  bit i of planes[c − 1, k]: codes[k, i] == c, for c <= p; p may be 0
     members    (w, n) int32     indices sorted by value; member_row (k,) int32 gives a column's row (−1: none)
@@ -650,7 +691,7 @@ def count_hits(const float[:, ::1] products, const int64_t[::1] queries, const d
                                 hits among these · how many of these are retrieved
     by_index                    the smaller indices of these: all hits are sure; ties are told all the same
     """
-    cdef Space space = make_space(x, aux, offset, distance)
+    cdef Space space = make_space(x, size, rows, lengths, aux, offset, distance)
     cdef ptrdiff_t n = space.n, block = products.shape[0], columns = entry.shape[0], slots = ranks.shape[0]
     cdef ptrdiff_t b, t
     threads = max(1, min(threads, block))
@@ -658,7 +699,7 @@ def count_hits(const float[:, ::1] products, const int64_t[::1] queries, const d
     cdef uint32_t[:, ::1] above = np.empty((threads, BINS), np.uint32)
     cdef int32_t[:, ::1] index = np.empty((threads, n + 64), np.int32)
     cdef double[:, ::1] item = np.empty((threads, 2 * n), np.float64)     # item_t is two words of eight bytes
-    cdef double[:, ::1] term = np.empty((threads, space.m), np.float64)
+    cdef double[:, ::1] term = np.empty((threads, 2 * space.m), np.float64)
     cdef int32_t[:, ::1] first = np.empty((threads, slots + 1), np.int32)
     cdef int32_t[:, ::1] order = np.empty((threads, columns), np.int32)
     for b in prange(block, nogil=True, num_threads=threads, schedule="dynamic"):
@@ -740,59 +781,12 @@ cdef void count_row(const Space *space, const float *product, ptrdiff_t query, d
                                     threshold, value, space.avx512)
 
 
-def nearest(const float[:, ::1] products, const int64_t[::1] queries, const double[::1] bounds,
-            const float[:, ::1] x, const double[::1] aux, const float[::1] offset, int distance,
-            int64_t[:, ::1] indices, double[:, ::1] distances, int threads=1):
-    """Each query's R nearest candidates in order, R = indices.shape[1] <= n − 1, and their float64 distances.
-
-    Arguments as count_hits(); indices (B, R) int64 and distances (B, R) float64 are the result.
-    """
-    cdef Space space = make_space(x, aux, offset, distance)
-    cdef ptrdiff_t n = space.n, block = products.shape[0], b, t
-    threads = max(1, min(threads, block))
-    cdef int16_t[:, ::1] key = np.empty((threads, n), np.int16)
-    cdef uint32_t[:, ::1] above = np.empty((threads, BINS), np.uint32)
-    cdef int32_t[:, ::1] index = np.empty((threads, n + 64), np.int32)
-    cdef double[:, ::1] item = np.empty((threads, 2 * n), np.float64)
-    cdef double[:, ::1] term = np.empty((threads, space.m), np.float64)
-    for b in prange(block, nogil=True, num_threads=threads, schedule="dynamic"):
-        t = threadid()
-        nearest_row(&space, &products[b, 0], queries[b], bounds[b], &key[t, 0], &above[t, 0], &index[t, 0],
-                    <item_t *>&item[t, 0], &term[t, 0], indices, distances, b)
-
-
-cdef void nearest_row(const Space *space, const float *product, ptrdiff_t query, double bound, int16_t *key,
-                      uint32_t *above, int32_t *index, item_t *item, double *term,
-                      int64_t[:, ::1] indices, double[:, ::1] distances, ptrdiff_t b) noexcept nogil:
-    cdef Row row
-    cdef ptrdiff_t rank = indices.shape[1], chosen, found = 0, i
-    cdef int64_t unused = 0
-    cdef int16_t threshold = 0
-    row.product, row.query, row.bound = product, query, bound
-    row.key, row.above, row.index, row.item, row.term = key, above, index, item, term
-    row.by_index = True
-    start(space, &row, <uint32_t>rank)
-    chosen = resolve(space, &row, rank, NULL, NULL, 0, &threshold, &unused)
-    for i in range(chosen):
-        item[i].index = index[i]
-    if threshold < 32766:
-        scan(key, NULL, NULL, space.n, <int16_t>(threshold + 1), 32766, 0, index, &found, space.avx512)
-    for i in range(found):                    # chosen + found == rank
-        item[chosen + i].index = index[i]
-    for i in range(rank):
-        item[i].distance = distance64(space, query, item[i].index, term)
-    qsort(item, rank, sizeof(item_t), compare_items)
-    for i in range(rank):
-        indices[b, i] = item[i].index
-        distances[b, i] = item[i].distance
-
-
 # ---------------------------------------------------------------- pairs: histograms and rankings (pairs.py)
 
 def pair_histogram(const float[:, ::1] products, ptrdiff_t first_row, ptrdiff_t first_column,
                    const int64_t[:, ::1] ranges, const int64_t[::1] groups, const int64_t[::1] order,
-                   const float[:, ::1] x, const double[::1] norms, double bound, const int64_t[::1] bins,
-                   int64_t[:, :, ::1] counts):
+                   const uint8_t[:, ::1] x, int size, const int64_t[::1] rows, const double[::1] norms,
+                   double bound, const int64_t[::1] bins, int64_t[:, :, ::1] counts):
     """Add one tile of pairs to histograms of their inner products, exactly.
 
     The bin of rows a and b is min(floor((s + 1) · (bins / 2)), bins − 1), at least 0, with s NumPy's float64
@@ -802,13 +796,13 @@ def pair_histogram(const float[:, ::1] products, ptrdiff_t first_row, ptrdiff_t 
     ranges     (3, n) int64     of a position p: begin, split, end; columns begin <= q < split go to
                                 counts[:, 0], split <= q < end to counts[:, 1]
     groups     (n,)   int64     ascending: position p counts in counts[groups[p] − groups[first_row]]
-    order      (n,)   int64     position p holds row order[p] of
-    x          (n, m) float32   the embeddings as they came; norms (n,) float64
+    order      (n,)   int64     position p holds candidate order[p]
+    norms      (n,)   float64   of the candidates; x, size, rows: as count_hits() has them
     bound      |float32 product − s| is at most this
     bins       (k,)   int64     1 … 32,000 each; counts (groups of the tile, 2, sum of bins) int64, added to
     """
-    cdef ptrdiff_t rows = products.shape[0], columns = products.shape[1], m = x.shape[1]
-    cdef ptrdiff_t kinds = bins.shape[0]
+    cdef Space space = make_space(x, size, rows, norms[:0], norms, np.zeros(1, np.float32), 2)
+    cdef ptrdiff_t columns = products.shape[1], m = space.m, kinds = bins.shape[0]
     cdef ptrdiff_t slots = 0, width = 0, r, p, k, i, j, low, high, split, found = 0
     cdef ptrdiff_t group = groups[first_row], at
     cdef bint avx512 = AVX512, ready
@@ -820,8 +814,10 @@ def pair_histogram(const float[:, ::1] products, ptrdiff_t first_row, ptrdiff_t 
     cdef int16_t[::1] key = np.empty(columns + 64, np.int16)
     cdef int32_t[::1] index = np.empty(columns + 64, np.int32)
     cdef double[::1] unit = np.empty(m), term = np.empty(m)
+    cdef float[::1] buffer = np.empty(m, np.float32)
+    cdef const float *own
     with nogil:
-        for r in range(rows):
+        for r in range(products.shape[0]):
             p = first_row + r
             if groups[p] != group:
                 flush(histogram, bins, &counts[group - groups[first_row], 0, 0], width)
@@ -840,15 +836,16 @@ def pair_histogram(const float[:, ::1] products, ptrdiff_t first_row, ptrdiff_t 
                 scan(&key[0], NULL, NULL, high - low, <int16_t>bins[k], <int16_t>bins[k], 0, &index[0],
                      &found, avx512)
                 for i in range(found):
-                    for j in range(0, m, 16):
-                        PREFETCH(&x[order[first_column + low + index[i]], j])
+                    for j in range(0, m * size, 64):
+                        PREFETCH(address(&space, order[first_column + low + index[i]]) + j)
                 if found and not ready:
+                    own = numbers(&space, order[p], &buffer[0])
                     for j in range(m):
-                        unit[j] = <double>x[order[p], j] / norms[order[p]]
+                        unit[j] = <double>own[j] / norms[order[p]]
                     ready = True
                 for i in range(found):
                     j = order[first_column + low + index[i]]
-                    unit_products(&unit[0], &x[j, 0], norms[j], m, &term[0])
+                    unit_products(&unit[0], numbers(&space, j, &buffer[0]), norms[j], m, &term[0])
                     s = (pairwise_sum(&term[0], m) + 1.0) * (0.5 * bins[k])
                     j = min(max(<ptrdiff_t>s, 0), bins[k] - 1)    # s > −1: truncation is floor after clipping
                     histogram[0 if index[i] < split - low else 1, 0, at + j] += 1
@@ -877,9 +874,9 @@ cdef void flush(uint32_t[:, :, ::1] histogram, const int64_t[::1] bins, int64_t 
 
 
 def rank_hits(const float[:, ::1] products, const int64_t[::1] queries, const double[::1] bounds,
-              const float[:, ::1] x, const double[::1] norms, const float[::1] offset,
-              const int32_t[::1] values, const int64_t[::1] relevant, int64_t neighbours,
-              int64_t[:, ::1] counts, double[::1] precision, bint by_index=False):
+              const uint8_t[:, ::1] x, int size, const int64_t[::1] rows, const double[::1] norms,
+              const float[::1] offset, const int32_t[::1] values, const int64_t[::1] relevant,
+              int64_t neighbours, int64_t[:, ::1] counts, double[::1] precision, bint by_index=False):
     """Each query's candidates in order of cosine distance: where those of its value stand.
 
     Candidates at the same distance form a group, or, by index, each a group of its own.
@@ -891,12 +888,12 @@ def rank_hits(const float[:, ::1] products, const int64_t[::1] queries, const do
     precision  (B,) float64   Σ_{k=1..R} E[Precision@k · p(k)] over all orders of the groups, not divided by R
     Other arguments as count_hits(). No list is kept: memory does not grow with R.
     """
-    cdef Space space = make_space(x, norms, offset, 2)
+    cdef Space space = make_space(x, size, rows, norms[:0], norms, offset, 2)
     cdef ptrdiff_t n = space.n, m = space.m, b
     cdef int16_t[::1] key = np.empty(n, np.int16)
     cdef uint32_t[::1] above = np.empty(BINS, np.uint32)
     cdef int32_t[::1] index = np.empty(n + 64, np.int32)
-    cdef double[::1] item = np.empty(2 * n, np.float64), term = np.empty(m), unit = np.empty(m)
+    cdef double[::1] item = np.empty(2 * n, np.float64), term = np.empty(2 * m), unit = np.empty(m)
     cdef Row row
     row.key, row.above, row.index = &key[0], &above[0], &index[0]
     row.item, row.term = <item_t *>&item[0], &term[0]
@@ -949,11 +946,12 @@ cdef void rank_row(const Space *space, Row *row, int64_t depth, int64_t relevant
         if mixed:
             if not ready:
                 for j in range(m):
-                    unit[j] = <double>space.x[row.query * m + j] / space.aux[row.query]
+                    unit[j] = <double>row.own[j] / space.aux[row.query]
                 ready = True
             for j in range(begin, i):
                 found = row.item[j].index
-                unit_products(unit, space.x + found * m, space.aux[found], m, row.term)
+                unit_products(unit, numbers(space, found, <float *>(row.term + m) + m), space.aux[found], m,
+                              row.term)
                 row.item[j].distance = 1.0 - pairwise_sum(row.term, m)
             order_items(row.item + begin, i - begin)
         while begin < i:                      # a run of hits alone, or of none, is one group in any order

@@ -357,18 +357,17 @@ def draw_class_curves(curves, numbers):
     """Metrics against the number of classes, a row an embedding: left the mean and standard deviation over
     random subsets of the classes, right the mean relative to the fewest classes -> Figure.
 
-    curves: [(name, {metric: [values of the subsets of numbers[0] classes, …]}) …]; numbers: ascending. What
+    curves: [(name, {metric: (means, standard deviations) of numbers of classes}) …]; numbers: ascending. What
     is called … permuted is a chance level and has no place on the right.
     """
     fig = Figure(figsize=(WIDTH, 0.5 + 1.8 * len(curves)), layout="constrained")
     axes = fig.subplots(len(curves), 2, sharex=True, squeeze=False)
     for (left, right), (name, metrics) in zip(axes, curves):
-        for (colour, marker), (metric, subsets) in zip(MARKERS, metrics.items()):
-            means = np.array([np.mean(values) for values in subsets])  # (numbers,)
+        for (colour, marker), (metric, (means, spread)) in zip(MARKERS, metrics.items()):
             look = {"color": colour, "marker": marker, "ms": 3.5, "lw": 1.1, "label": plain(metric)}
-            left.errorbar(numbers, means, [np.std(values) for values in subsets], elinewidth=0.8, **look)
+            left.errorbar(numbers, means, spread, elinewidth=0.8, **look)
             if means[0] > 0 and not metric.endswith("permuted"):
-                right.plot(numbers, means / means[0], **look)
+                right.plot(numbers, np.divide(means, means[0]), **look)
         left.set(title=plain(name, 36), ylabel="mean ± s.d.")
         right.set_title("relative to the fewest classes")
         for ax in left, right:

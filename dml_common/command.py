@@ -204,10 +204,10 @@ def add_speed(add):
 
 def parse_as_published(parser, argv, settings):
     """The parsed options: --as-published sets those of `settings`, and refuses another value beside it."""
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if args.as_published:
         parser.set_defaults(**settings)
-        args = parser.parse_args(argv)
+        args = parser.parse_intermixed_args(argv)
         for name, value in settings.items():
             if (given := getattr(args, name)) != value:
                 option = name.replace("_", "-")

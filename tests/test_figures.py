@@ -189,7 +189,7 @@ def test_pairs_are_drawn_as_counted_and_of_area_1(counted):
 
 
 def test_class_curves_by_hand():
-    curves = [("net", {"JSD": [[.8, .6], [.35, .35]], "JSD, labels permuted": [[.2], [.1]]})]
+    curves = [("net", {"JSD": ([.7, .35], [.1, 0]), "JSD, labels permuted": ([.2, .1], [0, 0])})]
     left, right = figures.draw_class_curves(curves, [2, 10]).axes
     assert left.lines[0].get_ydata() == pytest.approx([.7, .35]) and segments(left)[0] == [2, 2]
     assert left.collections[0].get_segments()[0][:, 1] == pytest.approx([.6, .8])

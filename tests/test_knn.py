@@ -30,18 +30,13 @@ def brute_force_distances(x, distance):
     return np.array(rows)
 
 
-def brute_force_lists(d):
-    """Of every row the others in order, nearest first, ties by index."""
-    lists = [np.lexsort((np.arange(len(d)), row)) for row in d]
-    return [order[order != q] for q, order in enumerate(lists)]
-
-
 def brute_force_hits(d, labels, max_neighbours=None, by_index=False):
     """(4, k, n): sure hits, candidates tied at a cut that divides them, hits among these, places left."""
     hits, others = np.zeros((4, len(labels), len(d)), int), ~np.eye(len(d), dtype=bool)
-    lists = brute_force_lists(d)
+    lists = [np.lexsort((np.arange(len(d)), row)) for row in d]                # nearest first, ties by index
     for k, label in enumerate(labels):
         for q, order in enumerate(lists):
+            order = order[order != q]
             same = (label == label[q]) & others[q]
             depth = min(same.sum(), max_neighbours or len(d))
             if not depth:
@@ -56,18 +51,28 @@ def brute_force_hits(d, labels, max_neighbours=None, by_index=False):
     return hits
 
 
-def kernel_hits(x, labels, distance, max_neighbours=None, threads=1, memory_mib=64, avx512=None, by_index=0):
-    space = nrprec.prepare(np.ascontiguousarray(x, np.float32), distance)
-    columns = nrprec.make_columns(labels, max_neighbours)
-    hits = np.full((4, len(labels), len(x)), -1, np.int32)
+def kernel_hits(x, labels, distance, max_neighbours=None, threads=1, memory_mib=64, avx512=None, by_index=0,
+                **options):
+    space, columns = nrprec.prepare(x, distance, **options), nrprec.make_columns(labels, max_neighbours)
+    hits = np.full((4, len(labels), len(space.rows)), -1, np.int32)
     before = _knn.AVX512
     try:
         _knn.AVX512 = before if avx512 is None else avx512 and before
-        queries = np.arange(len(x))
+        queries = np.arange(len(space.rows))
         for part, block in nrprec.count_blocks(space, columns, queries, threads, memory_mib, by_index):
             hits[..., part] = block
     finally:
         _knn.AVX512 = before
+    return hits
+
+
+def hits_of(products, space, columns, threads):
+    """The kernel's hits, called as count_blocks() does, of every row."""
+    hits = np.zeros((4, *columns.values.shape), np.int32)
+    _knn.count_hits(products, space.rows, space.bounds, *space.source(), space.aux, space.offset, 0,
+                    columns.codes, nrprec.bit_planes(columns.codes), columns.members, columns.member_row,
+                    columns.values, columns.entry_code, columns.entry_rank, columns.entry_start,
+                    columns.entry_count, columns.ranks, hits, False, threads)
     return hits
 
 
@@ -112,10 +117,24 @@ def test_counts_equal_brute_force(kind, distance):
                 np.testing.assert_array_equal(ours, twin)
             np.testing.assert_array_equal(kernel_hits(x, labels, distance, 5, by_index=by_index),
                                           brute_force_hits(d, labels, 5, by_index))
-        for depth in {1, n // 2, n - 1} - {0}:
-            indices, distances = nrprec.nearest(x, depth, distance=distance, threads=2)
-            np.testing.assert_array_equal(indices, [order[:depth] for order in brute_force_lists(d)])
-            assert (np.diff(distances, axis=1) >= 0).all()
+
+
+@pytest.mark.parametrize("distance", nrprec.DISTANCES)
+@pytest.mark.parametrize("dtype", (np.float16, np.float32, np.float64))
+def test_rows_of_a_file_as_they_lie_there(dtype, distance, tmp_path):
+    """Half, single or double precision, some of the rows, of length 1: as the float32 rows made of them."""
+    rng = np.random.default_rng(9)
+    x = np.round(rng.standard_normal((180, 5)) * 8).astype(dtype) + dtype(0.25 + 1e-9)       # rounded off
+    x[:20] *= dtype(2.0 ** -20)                                                # half's denormal numbers
+    rows, labels = np.flatnonzero(rng.random(180) < 0.7), [rng.integers(0, v, 180) for v in (2, 30)]
+    np.save(tmp_path / "x.npy", x)
+    mapped, some = np.load(tmp_path / "x.npy", mmap_mode="r"), [label[rows] for label in labels]
+    made = x[rows].astype(np.float32)
+    unit = made.astype(np.float64) / np.sqrt((made.astype(np.float64) ** 2).sum(1, keepdims=True))
+    for expected, normalise in ((made, False), (unit.astype(np.float32), True)):
+        hits = brute_force_hits(brute_force_distances(expected, distance), some)
+        ours = kernel_hits(mapped, some, distance, rows=rows, normalise=normalise)
+        np.testing.assert_array_equal(ours, hits)
 
 
 def test_many_candidates_and_a_class_column():
@@ -167,16 +186,10 @@ def test_kernel_threads_of_its_own():
     rng = np.random.default_rng(7)
     x = rng.standard_normal((300, 5)).astype(np.float32)
     space, columns = nrprec.prepare(x, "euclidean"), nrprec.make_columns([rng.integers(0, 7, 300)])
-    q = np.arange(300)
     products = np.ascontiguousarray(space.working.T) @ space.working
     results = []
     for threads in (1, 3):
-        hits = np.zeros((4, 1, 300), np.int32)
-        _knn.count_hits(products, q, space.bounds, x, space.aux, space.offset, 0, columns.codes,
-                        nrprec.bit_planes(columns.codes), columns.members,
-                        columns.member_row, columns.values, columns.entry_code, columns.entry_rank,
-                        columns.entry_start, columns.entry_count, columns.ranks, hits, False, threads)
-        results.append(hits)
+        results.append(hits_of(products, space, columns, threads))
     np.testing.assert_array_equal(*results)
 
 
@@ -191,11 +204,7 @@ def test_products_may_be_as_wrong_as_their_bound():
     expected = nrprec.count_hits_numpy(space, columns, q)
     for _ in range(5):
         noise = rng.choice([-0.9, 0.0, 0.9], exact.shape) * space.bounds[:, None]
-        products, hits = (exact + noise).astype(np.float32), np.zeros_like(expected)
-        _knn.count_hits(products, q, space.bounds, x, space.aux, space.offset, 0, columns.codes,
-                        nrprec.bit_planes(columns.codes), columns.members,
-                        columns.member_row, columns.values, columns.entry_code, columns.entry_rank,
-                        columns.entry_start, columns.entry_count, columns.ranks, hits, False, 2)
+        hits = hits_of((exact + noise).astype(np.float32), space, columns, 2)
         np.testing.assert_array_equal(hits, expected)
 
 
