@@ -38,7 +38,7 @@ try:
     import _knn
 except ImportError:
     _knn = None
-if getattr(_knn, "INTERFACE", None) != 3:  # not built, or from another _knn.pyx
+if getattr(_knn, "INTERFACE", None) != 4:  # not built, or from another _knn.pyx
     _knn = None  # the NumPy twin count_hits_numpy() counts instead
 
 DISTANCES = ("euclidean", "squared_euclidean", "cosine", "dot_product", "snr")
@@ -203,10 +203,11 @@ def make_columns(labels, max_neighbours=None):
 def bit_planes(codes):
     """codes (k, n) uint8 -> (p, k, ⌈n/64⌉) uint64: bit i of [c − 1, column] is codes[column, i] == c.
 
-    Read by the kernel's AVX-512 loops only: an eighth of the bytes. Elsewhere p is 0, there at most 16.
+    Read by the kernel's vector loops only: an eighth of the bytes. Elsewhere p is 0, there at most 16.
     """
     k, n = codes.shape
-    planes = np.zeros((min(16, int(codes.max())) if _knn and _knn.AVX512 else 0, k, -(-n // 64)), np.uint64)
+    most = min(16, int(codes.max())) if _knn and _knn.ISA != "scalar" else 0
+    planes = np.zeros((most, k, -(-n // 64)), np.uint64)
     for c in range(len(planes)):
         planes.view(np.uint8)[c, :, :-(-n // 8)] = np.packbits(codes == c + 1, axis=1, bitorder="little")
     return planes

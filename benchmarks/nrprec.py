@@ -102,7 +102,7 @@ def main():
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     (products, products_cpu), shape = best_products(x, queries, arguments.threads)
     print(f"n = {arguments.n:,}, m = {arguments.dim}, {len(labels)} properties, {queries:,} queries, "
-          f"{arguments.threads} threads, kernel {'built' if nrprec._knn else 'not built (NumPy twin)'}")
+          f"{arguments.threads} threads, kernel {nrprec._knn.ISA if nrprec._knn else 'not built (NumPy twin)'}")
     print(f"bare float32 products   {products:9.2f} s   best block {shape}, "
           f"{2 * arguments.n * queries * arguments.dim / products / 1e9:,.0f} GFLOP/s")
     print(f"whole NR-Prec           {ours:9.2f} s   {ours / products:.2f} × the products "

@@ -1,15 +1,23 @@
 """The kernel's counts and lists equal float64 brute force, with ties in expectation and by index: for every
 distance, cardinality, kind of input, block, thread count and instruction set."""
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nrprec
+from conftest import ROOT
 
 _knn = nrprec._knn
 if _knn is None:
     pytest.skip("this version's extension is not built: pip install .", allow_module_level=True)
+ISAS = _knn.ISAS                                 # every path that this processor has
 
 
 def brute_force_distances(x, distance):
@@ -56,18 +64,18 @@ def brute_force_hits(d, labels, max_neighbours=None, by_index=False):
     return hits
 
 
-def kernel_hits(x, labels, distance, max_neighbours=None, threads=1, memory_mib=64, avx512=None, by_index=0):
+def kernel_hits(x, labels, distance, max_neighbours=None, threads=1, memory_mib=64, isa=None, by_index=0):
     space = nrprec.prepare(np.ascontiguousarray(x, np.float32), distance)
     columns = nrprec.make_columns(labels, max_neighbours)
     hits = np.full((4, len(labels), len(x)), -1, np.int32)
-    before = _knn.AVX512
+    before = _knn.ISA
     try:
-        _knn.AVX512 = before if avx512 is None else avx512 and before
+        _knn.use(isa or before)
         queries = np.arange(len(x))
         for part, block in nrprec.count_blocks(space, columns, queries, threads, memory_mib, by_index):
             hits[..., part] = block
     finally:
-        _knn.AVX512 = before
+        _knn.use(before)
     return hits
 
 
@@ -107,8 +115,8 @@ def test_counts_equal_brute_force(kind, distance):
         for by_index in (False, True):
             twin = nrprec.count_hits_numpy(space, columns, np.arange(n), by_index)
             np.testing.assert_array_equal(twin, brute_force_hits(d, labels, by_index=by_index))
-            for avx512 in (True, False):
-                ours = kernel_hits(x, labels, distance, avx512=avx512, by_index=by_index)
+            for isa in ISAS:
+                ours = kernel_hits(x, labels, distance, isa=isa, by_index=by_index)
                 np.testing.assert_array_equal(ours, twin)
             np.testing.assert_array_equal(kernel_hits(x, labels, distance, 5, by_index=by_index),
                                           brute_force_hits(d, labels, 5, by_index))
@@ -124,13 +132,14 @@ def test_many_candidates_and_a_class_column():
     queries = np.sort(rng.choice(n, 40, replace=False))
     space, columns = nrprec.prepare(x, "euclidean"), nrprec.make_columns(labels)
     expected = nrprec.count_hits_numpy(space, columns, queries)
-    for avx512 in (False, True):
-        before, _knn.AVX512 = _knn.AVX512, avx512 and _knn.AVX512
+    for isa in ISAS:
+        before = _knn.ISA
         try:
+            _knn.use(isa)
             for part, hits in nrprec.count_blocks(space, columns, queries, 2, 64):
                 np.testing.assert_array_equal(hits, expected[..., part])
         finally:
-            _knn.AVX512 = before
+            _knn.use(before)
 
 
 def test_a_sample_that_misleads():
@@ -209,5 +218,28 @@ def test_any_small_input(data):
     except ValueError:
         return
     twin = nrprec.count_hits_numpy(space, nrprec.make_columns(labels), np.arange(n))
-    np.testing.assert_array_equal(kernel_hits(x, labels, distance), twin)
-    np.testing.assert_array_equal(kernel_hits(x, labels, distance, avx512=False), twin)
+    for isa in ISAS:
+        np.testing.assert_array_equal(kernel_hits(x, labels, distance, isa=isa), twin)
+
+
+def test_what_the_processor_lacks_is_refused(tmp_path, run_script):
+    """KNN_ISA is read once; an unknown one ends the command that would use it."""
+    np.save(tmp_path / "emb.npy", np.eye(4, dtype=np.float32))
+    (tmp_path / "props.csv").write_text("class\nr\nr\nb\nb\n")
+    for script in ("nrprec.py", "pairs.py"):
+        result = run_script(script, tmp_path / "emb.npy", tmp_path / "props.csv", "--out", tmp_path / "out.csv",
+                            env={**os.environ, "KNN_ISA": "neon"})
+        assert result.returncode == 2 and not (tmp_path / "out.csv").exists()
+        assert len(result.stderr.splitlines()) == 1 and result.stderr.endswith(
+            f"KNN_ISA is 'neon'; expected one of {', '.join(ISAS)}, which this processor has\n")
+
+
+def test_the_kernel_compiles_for_arm64(tmp_path):
+    """Warnings are errors. .ci/run installs the cross compiler where it may."""
+    compiler = shutil.which("aarch64-linux-gnu-gcc") or pytest.skip("there is no aarch64-linux-gnu-gcc here")
+    cython = [sys.executable, "-m", "cython", "-3", ROOT / "_knn.pyx", "-o", tmp_path / "_knn.c"]
+    subprocess.run(cython, check=True)
+    compile_it = [compiler, "-c", "-O3", "-ffp-contract=off", "-fopenmp", "-Wall", "-Wextra", "-Werror",
+                  "-Wno-unused-parameter", "-I", sysconfig.get_paths()["include"], tmp_path / "_knn.c",
+                  "-o", tmp_path / "_knn.o"]
+    subprocess.run(compile_it, check=True)
