@@ -2,7 +2,7 @@
 every property, exact at any size (Kobs et al., ICCV 2021, section 4).
 
     python nrprec.py examples/cars/emb.npy examples/cars/props.csv
-    python nrprec.py a/emb.npy b/emb.npy props.csv --out nrprec.csv       # side by side, and as rows
+    python nrprec.py a/emb.npy b/emb.npy props.csv --out nrprec.csv --per-value
     python nrprec.py emb.npy props.csv --null hypergeometric --permutations 2000
     python nrprec.py emb.npy props.csv --queries 2000                     # a sample, with standard errors
     python nrprec.py results/cars/*/fold*/emb.npy --out nrprec.csv        # each with the props.csv beside it
@@ -22,12 +22,12 @@ if __name__ == "__main__":  # Ctrl-C ends in one line from here on
         sys.exit(2)
     command.begin()
 
-import mmap
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -53,7 +53,6 @@ SIGNIFICANCE = 0.01          # of the Holm-corrected permutation p-value
 BLOCK_WORK = 4e9             # comparisons in a block at most, a fraction of a second: progress, Ctrl-C
 BLOCK_ROWS = 512             # queries in one matrix product: more does not speed it up (benchmarks/nrprec.py)
 MOST_TESTED = 1e7            # permutations × values, which are kept: more values get no p-value
-SIDE_BY_SIDE = 4             # embeddings on the terminal; more are printed one in a row
 SHOWN = (("R-Prec", "r_precision", 4), ("NR-Prec", "nr_precision", 2), ("± s.e.", "nr_precision_se", 2),
          ("p_holm", "p_holm", 4))
 HEADER = ("embeddings,property,values,queries,skipped,distance,null,max_neighbours,r_precision,nr_precision,"
@@ -77,7 +76,6 @@ class Space(NamedTuple):
     def numbers(self, part):
         """Some of the embeddings as the distances take them, float32 numbers as float64 (…, m)."""
         x = self.x[self.rows[part]].astype(np.float32)
-        let_go(self.x)
         if len(self.lengths):
             x = (x.astype(np.float64) / self.lengths[part, None]).astype(np.float32)
         return x.astype(np.float64)
@@ -136,12 +134,6 @@ def slices(n, m):
     """Parts of n rows, a million numbers each."""
     step = max(1, (1 << 20) // m)
     return [slice(start, start + step) for start in range(0, n, step)]
-
-
-def let_go(x):
-    """What was read of a memory-mapped file counts as this process's memory until it says so."""
-    if isinstance(x, np.memmap) and x.mode == "r" and hasattr(mmap, "MADV_DONTNEED"):
-        x._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 def distances64(space, q):
@@ -259,6 +251,8 @@ def count_blocks(space, columns, queries, threads, memory_mib, by_index=False):
     for each thread, one block at a time is shared by all.
     """
     n, k = columns.values.shape[::-1]
+    if isinstance(space.x, np.memmap):                    # its pages count as this process's memory, too
+        memory_mib = max(memory_mib / 2, memory_mib - space.x.nbytes / 2 ** 20)
     row_bytes, scratch = 4 * n + 16 * k, 24 * n           # scratch: the kernel's, for each thread
     rows = int((memory_mib * 2 ** 20 - threads * scratch) // (threads * row_bytes))
     workers, inner = (threads, 1) if rows >= 16 else (1, threads)
@@ -280,7 +274,6 @@ def count_blocks(space, columns, queries, threads, memory_mib, by_index=False):
                         columns.entry_rank, columns.entry_start, columns.entry_count, columns.ranks, hits,
                         by_index, inner)
         buffers.append(products)
-        let_go(space.x)
         return part, hits
 
     with blas_threads().limit(limits=inner), ThreadPoolExecutor(workers) as pool:
@@ -310,16 +303,32 @@ def as_embeddings(embeddings, distance, normalise=False):
     for part in slices(*x.shape):
         with np.errstate(over="ignore"):
             numbers = x[part].astype(np.float32)
-        let_go(x)
-        wrong = {"is not finite; remove or mend that picture": ~np.isfinite(numbers).all(1)}
+        wrong = {"is not finite": ~np.isfinite(numbers).all(1)}
         if distance == "cosine" or normalise:
-            wrong["is a zero vector, which has no direction; remove that picture"] = ~numbers.any(1)
+            wrong["is a zero vector: it has no direction"] = ~numbers.any(1)
         if distance == "snr":
-            wrong["is constant, its SNR undefined; remove it"] = (numbers == numbers[:, :1]).all(1)
+            wrong["is constant: its SNR is undefined"] = (numbers == numbers[:, :1]).all(1)
         for what, rows in wrong.items():
             if rows.any():
-                raise ValueError(f"row {part.start + int(rows.argmax())} (counting from 0) {what}")
+                row = part.start + int(rows.argmax())
+                raise ValueError(f"row {row} (counting from 0) {what}; remove or mend that picture")
     return x
+
+
+def encode(label):
+    """A column (n,) of any kind -> (its distinct values (t,), sorted; which one a picture has (n,) int32).
+
+    −1 where there is no value: nan, None or an empty text.
+    """
+    label = np.asarray(label)
+    if label.dtype.kind == "O":
+        here = np.array([value is not None and value == value and value != "" for value in label])
+    else:
+        here = label != label.dtype.type() if label.dtype.kind in "US" else label == label
+    codes = np.full(len(label), -1, np.int32)
+    values, inverse = np.unique(label[here], return_inverse=True)
+    codes[here] = inverse.reshape(-1)
+    return values, codes
 
 
 def available_threads():
@@ -370,7 +379,7 @@ def holm(p_values):
 
 
 def nr_precision(embeddings, labels, *, distance="euclidean", normalise=False, null="binomial",
-                 max_neighbours=None, ties="expected", permutations=0, queries=None, per_value=False, seed=0,
+                 max_neighbours=None, ties="expected", permutations=0, queries=None, seed=0, per_value=False,
                  threads=None, memory_mib=512, progress=None):
     """R-Precision and Normalized R-Precision of label columns (Kobs et al., Eq. 4 and 5).
 
@@ -397,46 +406,40 @@ def nr_precision(embeddings, labels, *, distance="euclidean", normalise=False, n
     check_options(distance, null, ties, max_neighbours=max_neighbours, permutations=permutations,
                   queries=queries, seed=seed, threads=threads, memory_mib=memory_mib)
     x, threads = as_embeddings(embeddings, distance, normalise), min(threads or available_threads(), 1024)
-    named, n, patterns = {name: np.asarray(label) for name, label in named.items()}, len(x), {}
-    shapes = [label.shape for label in named.values()]
-    if set(shapes) != {(n,)}:
-        raise ValueError(f"label columns have shapes {shapes}; expected at least one column, ({n},) each")
-    for name, label in named.items():                     # columns that lack the same pictures share a pass
-        here = has_value(label)
+    shapes = [np.shape(label) for label in named.values()]
+    if set(shapes) != {(len(x),)}:
+        raise ValueError(f"label columns have shapes {shapes}; expected one column or more, ({len(x)},) each")
+    named, patterns = {name: encode(label) for name, label in named.items()}, {}
+    for name, (_, codes) in named.items():                # columns that lack the same pictures share a pass
+        here = codes >= 0
         patterns.setdefault(here.tobytes(), (np.flatnonzero(here), []))[1].append(name)
-    total, done = 0, 0
-    for rows, names in patterns.values():
-        total += len(names) * (1 + permutations) * min(queries or n, len(rows))
+    works = [len(names) * (1 + permutations) * min(queries or len(x), len(rows))
+             for rows, names in patterns.values()]
+    done, scores = 0, {}
 
     def tick(count):
         nonlocal done
         done += count
         if progress:
-            progress(done, total)
+            progress(done, sum(works))
 
-    options = null, max_neighbours, ties, permutations, queries, per_value, seed, threads, memory_mib, tick
-    scores = {}
     for rows, names in patterns.values():
-        columns = [named[name][rows] for name in names]
-        if len(rows) < 2:                                 # nobody to be a neighbour of
-            lone = Score(len(rows), 0, len(rows), np.nan, np.nan, p_value=np.nan if permutations else None)
-            some = [lone._replace(by_value={} if per_value else None)] * len(names)
-        else:
-            some = score_columns(prepare(x, distance, rows, normalise), columns, *options)
-        scores |= zip(names, (s._replace(missing=n - len(rows)) for s in some))
+        lone = Score(len(rows), 0, len(rows), np.nan, np.nan, p_value=np.nan if permutations else None)
+        some, parts = [lone] * len(names), []             # of fewer than two pictures: no neighbours
+        if len(rows) > 1:
+            columns, space = [named[name][1][rows] for name in names], prepare(x, distance, rows, normalise)
+            some, parts = score_columns(space, columns, null, max_neighbours, ties, permutations, queries,
+                                        seed, threads, memory_mib, tick)
+        parts = iter(parts)
+        for name, score in zip(names, some):
+            values = dict(zip(named[name][0].tolist(), parts)) if per_value else None
+            scores[name] = score._replace(missing=len(x) - len(rows), by_value=values)
     scores = corrected({name: scores[name] for name in named})
     if per_value:
-        values = corrected({(name, v): s for name in scores for v, s in scores[name].by_value.items()})
-        scores = {name: s._replace(by_value={v: values[name, v] for v in s.by_value})
-                  for name, s in scores.items()}
+        values = corrected({(name, v): s for name in named for v, s in scores[name].by_value.items()})
+        for (name, value), score in values.items():
+            scores[name].by_value[value] = score
     return scores if isinstance(labels, dict) else scores[""]
-
-
-def has_value(label):
-    """Which pictures have a value of a column (n,): bool (n,). None is nan, None or an empty text."""
-    if label.dtype.kind == "O":
-        return np.array([value is not None and value == value and value != "" for value in label])
-    return label != label.dtype.type() if label.dtype.kind in "US" else label == label
 
 
 def corrected(scores):
@@ -446,16 +449,16 @@ def corrected(scores):
     return {name: s._replace(p_holm=adjusted.get(name)) for name, s in scores.items()}
 
 
-def score_columns(space, labels, null, max_neighbours, ties, permutations, queries, per_value, seed, threads,
+def score_columns(space, labels, null, max_neighbours, ties, permutations, queries, seed, threads,
                   memory_mib, tick):
-    """The Scores of label columns (list of k) in which every picture of the space has a value."""
+    """Scores of columns (list of k) in which every picture of the space has a value, and of their values."""
     n, k, columns = len(space.rows), len(labels), make_columns(labels, max_neighbours)
     chosen = np.arange(n)
     if queries is not None and queries < n:
         chosen = np.sort(np.random.default_rng([seed, 0]).choice(n, queries, replace=False))
     moments = null_moments(columns.entry_count, columns.entry_depth, n, null)
-    width, owners = len(columns.entry_depth), [columns.entry_owner]       # whose a row of the tables is
-    owners += [np.arange(width)] if per_value else []
+    width = len(columns.entry_depth)
+    owners = [columns.entry_owner, np.arange(width)]      # whose a value's hits are: its property's, its own
     tested = owners if width * permutations <= MOST_TESTED else owners[:1]
 
     # As many permuted columns at a time as half the memory takes; the observed ones ride in the first pass.
@@ -480,11 +483,7 @@ def score_columns(space, labels, null, max_neighbours, ties, permutations, queri
         for i, statistic in enumerate(statistics):
             p = p_values(statistic[0], np.array(statistic[1:])).tolist()
             scores[i] = [s._replace(p_value=one) for s, one in zip(scores[i], p)]
-    if not per_value:
-        return scores[0]
-    last = iter(scores[1])
-    return [s._replace(by_value=dict(zip(np.unique(label).tolist(), last)))
-            for s, label in zip(scores[0], labels)]
+    return scores
 
 
 def check_options(distance, null, ties, **numbers):
@@ -561,25 +560,19 @@ def p_values(observed, permuted):
 
 # ---------------------------------------------------------------- what the method assumes of the properties
 
-def dependent_pairs(labels, level=SIGNIFICANCE):
+def dependent_pairs(codes, level=SIGNIFICANCE):
     """Pairs of properties that depend on each other: [(name, name, Cramér's V, Holm-corrected p)].
 
     Chi-square of every pair. Its distribution is a gamma distribution with the mean and variance that it has
     under all permutations of one column (Mielke & Berry 1985): right for rare values too, where the usual one
-    gives false alarms. V is bias-corrected (Bergsma 2013). Of pictures with a value of both.
-    labels: {name: (n,) array}.
+    gives false alarms. V is bias-corrected (Bergsma 2013). Pictures without a value of both are left out.
+    codes: {name: (n,) int, −1: no value}.
     """
-    codes = {}
-    for name, label in labels.items():
-        label = np.asarray(label)
-        here, codes[name] = has_value(label), np.full(len(label), -1)
-        codes[name][here] = np.unique(label[here], return_inverse=True)[1].reshape(-1)
     tested = []
-    for j, b in enumerate(codes):
-        for a in list(codes)[:j]:
-            both = (codes[a] >= 0) & (codes[b] >= 0)
-            v_and_p = chi_square(codes[a][both], codes[b][both])
-            tested += [(a, b, *v_and_p)] if v_and_p else []
+    for (a, code_a), (b, code_b) in combinations(codes.items(), 2):
+        both = (code_a >= 0) & (code_b >= 0)
+        v_and_p = chi_square(code_a[both], code_b[both])
+        tested += [(a, b, *v_and_p)] if v_and_p else []
     adjusted = holm([p for *_, p in tested])
     return [(a, b, v, float(p)) for (a, b, v, _), p in zip(tested, adjusted) if p < level]
 
@@ -615,9 +608,9 @@ def chi_square(a, b):
 def quantile_bins(name, values, bins):
     """A numeric column (n,) of str -> (n,) float: its bin's largest number, of so many equally full bins.
 
-    Without a value, an empty text, it is nan. Raises ValueError for what is no number.
+    Of an empty text it is nan. Raises ValueError for what is no number.
     """
-    here, binned = has_value(values), np.full(len(values), np.nan)
+    here, binned = values != "", np.full(len(values), np.nan)
     for row in np.flatnonzero(here):
         with suppress(ValueError):
             binned[row] = float(values[row])
@@ -642,11 +635,12 @@ def parse_arguments(argv):
     parser = command.parser(__doc__)
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="EMB.npy …, embeddings (n, m), and behind them PROPS.csv, a "
-        "header and n rows; a first column named frame, image, file, path or id is none (the props.csv "
-        "beside each EMB.npy, or in results/<dataset>)")
-    add("--properties", metavar="A,B", help="only these columns (all)")
-    add("--missing", metavar="A,B", help="what stands for no value, as an empty cell does (nan,NA,N/A,null, and "
+        "header and n rows (the props.csv beside each EMB.npy, or in results/<dataset>)")
+    add("--properties", metavar="A,B", help="only these columns (all but a first one of names)")
+    add("--missing", metavar="A,B", help="what stands for no value, beside an empty cell (nan,NA,N/A,null; "
         "None among numbers): such a picture is no query and no candidate of that property")
+    add("--bin", action="append", default=[], metavar="PROPERTY=N",
+        help="cut a numeric column into N quantile bins, named by their largest number; repeatable")
     add("--distance", default="euclidean", choices=[*DISTANCES, "own"], help="how neighbours are ranked "
         "(euclidean, as released); own: Eq. 3, the loss's, which the array's JSON names, on normalised ones")
     add("--normalise", action="store_true", help="embeddings to length 1 first")
@@ -660,14 +654,11 @@ def parse_arguments(argv):
     add("--permutations", type=int, default=0, metavar="N",
         help="p-values from N permutations of each property, Holm-corrected (none)")
     add("--queries", type=int, metavar="N", help="a random subset of N queries, with standard errors (all)")
-    add("--bin", action="append", default=[], metavar="PROPERTY=N",
-        help="cut a numeric column into N quantile bins, named by their largest number; repeatable")
-    add("--per-value", action="store_true", help="to --out also each value: which colours, which models")
     add("--seed", type=int, default=0, help="of permutations and query subset (0)")
-    add("--threads", type=int, default=command.available_cpus(), metavar="N",
-        help="for BLAS and the kernel alike (all)")
+    add("--per-value", action="store_true", help="to --out also each value: which colours, which models")
+    add("--threads", type=int, default=command.available_cpus(), metavar="N", help="(all)")
     add("--memory-mib", type=int, default=512, metavar="N", help="for similarities, permuted labels (512)")
-    add("--out", metavar="FILE.csv", help="also write a row for each embedding file and property (and value)")
+    add("--out", metavar="FILE.csv", help="also write a row for each embedding file and property")
     return command.parse_as_published(parser, argv, PUBLISHED)
 
 
@@ -693,19 +684,19 @@ def warnings_before(labels, n, args):
     """What is known before counting, a line each."""
     if args.queries is not None and args.queries > n:
         yield f"--queries {args.queries:,} is more than the {n:,} pictures: all are used"
-    known = {name: label[has_value(label)] for name, label in labels.items()}
-    lacking = [f"{name} {n - len(label):,}" for name, label in known.items() if len(label) < n]
-    if lacking:
+    coded = {name: encode(label) for name, label in labels.items()}
+    lacking = {name: int((codes < 0).sum()) for name, (_, codes) in coded.items()}
+    if any(lacking.values()):
         yield (f"of {n:,} pictures so many have no value and are no queries and no candidates of a property: "
-               f"{', '.join(lacking)}")
-    distinct = {name: len(np.unique(label)) for name, label in known.items()}
+               + ", ".join(f"{name} {number:,}" for name, number in lacking.items() if number))
+    distinct = {name: len(values) for name, (values, _) in coded.items()}
     for name, values in distinct.items():
         if values < 2:
             yield f"{name} is {'constant' if values else 'empty'}: its NR-Prec is not defined (nan)"
-        elif values > (here := len(known[name])) / 2:
-            yield (f"{name} has {values:,} values for {here:,} pictures: hardly any has a neighbour to find; "
-                   f"cut it with --bin {name}=10 or leave it out with --properties")
-    for a, b, v, p in dependent_pairs(labels):
+        elif values > (n - lacking[name]) / 2:
+            yield (f"{name} has {values:,} values for {n - lacking[name]:,} pictures: hardly any has a "
+                   f"neighbour to find; cut it with --bin {name}=10 or leave it out with --properties")
+    for a, b, v, p in dependent_pairs({name: codes for name, (_, codes) in coded.items()}):
         yield (f"{a} and {b} depend on each other (Cramér's V {v:.2f}, Holm-corrected p {p:.1g}): "
                "the method assumes independent properties, so one may show for the other")
     if 0 < args.permutations < 1000:
@@ -735,33 +726,28 @@ def rounded(value, digits):
 
 
 def print_results(names, results, permutations):
-    """Properties in rows, embeddings side by side; of many embeddings NR-Prec alone, one in a row."""
+    """Of one embedding its properties in rows; of several NR-Prec alone, one in a row."""
     from dml_common import command
 
-    properties, scores = [" ".join(name.split()) for name in results[0]], list(results[0].values())
-    columns = [["", "property", *properties], ["", "values", *(f"{s.values:,}" for s in scores)],
-               ["", "queries", *(f"{s.queries:,}" for s in scores)]]
-    lines = [["NR-Prec", *properties]]
+    lines = [["NR-Prec", *(" ".join(name.split()) for name in results[0])]]
     for name, scores in zip(names, (list(r.values()) for r in results)):
-        title = name if len(name) <= 16 else "…" + name[-15:]
-        marked = [s.nr_precision > PUBLISHED_THRESHOLD for s in scores]
+        marks = ["*" if s.nr_precision > PUBLISHED_THRESHOLD else "" for s in scores]
         if permutations:
-            marked = [s.p_holm < SIGNIFICANCE for s in scores]
+            marks = ["*" if s.p_holm < SIGNIFICANCE else "" for s in scores]
+        lines.append([name, *(rounded(s.nr_precision, 2) + (mark or " ") for s, mark in zip(scores, marks))])
+    if len(results) == 1:
+        columns = [["property", *lines[0][1:]], ["values", *(f"{s.values:,}" for s in scores)],
+                   ["queries", *(f"{s.queries:,}" for s in scores)]]
         for heading, field, digits in SHOWN:
             if getattr(scores[0], field) is not None:
-                columns.append([title, heading, *(rounded(getattr(s, field), digits) for s in scores)])
-                title = ""
-        columns.append(["", "", *("*" if mark else "" for mark in marked)])
-        lines.append([name, *(rounded(s.nr_precision, 2) + ("*" if mark else " ")
-                              for s, mark in zip(scores, marked))])
-    if len(results) <= SIDE_BY_SIDE:
-        lines = list(zip(*columns))
-    command.print_aligned(lines if len(results) > 1 else lines[1:])
+                columns.append([heading, *(rounded(getattr(s, field), digits) for s in scores)])
+        lines = list(zip(*columns, ["", *marks]))
+    command.print_aligned(lines)
     mark = (f"NR-Prec > {PUBLISHED_THRESHOLD}: the published mark, one z-score's 1 % threshold applied to a "
             "mean of many; --permutations N tests the mean")
     if permutations:
         mark = (f"p_holm < {SIGNIFICANCE}: {permutations:,} permutations of each property, Holm-corrected "
-                f"over {len(properties)} properties")
+                f"over {len(results[0])} properties")
     print(f"\n* {mark}")
 
 
@@ -831,8 +817,8 @@ def main(argv=None):
             command.say(f"warning: {prop}: {s.skipped:,} of {s.skipped + s.queries:,} queries skipped, no "
                         "other picture has their value")
         if args.permutations and any(one.p_value is None for one in (s.by_value or {}).values()):
-            command.say(f"note: {prop}: {s.values:,} values × {args.permutations:,} permutations are too many: "
-                        "the values have no p-values")
+            command.say(f"note: {prop}: {s.values:,} values × {args.permutations:,} permutations are too "
+                        "many: its values have no p-values")
     if args.out is not None:
         files.write_table(args.out, HEADER, rows)
     print_results(names, results, args.permutations)

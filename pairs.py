@@ -24,7 +24,6 @@ if __name__ == "__main__":  # Ctrl-C ends in one line from here on
         sys.exit(2)
     command.begin()
 
-import mmap
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -63,9 +62,7 @@ class Space(NamedTuple):
 
     def numbers(self, part):
         """Some of the embeddings, float32 numbers as float64 (…, m)."""
-        numbers = self.x[self.rows[part]].astype(np.float32).astype(np.float64)
-        let_go(self.x)
-        return numbers
+        return self.x[self.rows[part]].astype(np.float32).astype(np.float64)
 
     def source(self):
         """What the kernel takes these numbers from."""
@@ -73,7 +70,7 @@ class Space(NamedTuple):
 
 
 def normalise(x, rows=None):
-    """Embeddings x (N, m) float16, float32 or float64, or their rows (n,) -> Space. ValueError: a zero vector."""
+    """Embeddings x (N, m) as they came, or their rows (n,) -> Space. ValueError: a zero vector."""
     rows = np.arange(len(x)) if rows is None else rows
     n, m = len(rows), x.shape[1]
     # Rounding of the unit rows and of m float32 terms in any order; 5 % for second order; what underflows.
@@ -83,8 +80,8 @@ def normalise(x, rows=None):
         numbers = space.numbers(part)
         space.norms[part] = norms = np.sqrt((numbers ** 2).sum(1))
         if not norms.all():
-            raise ValueError(f"row {rows[part][norms.argmin()]} is a zero vector: it has no inner product; remove "
-                             "that picture")
+            raise ValueError(f"row {rows[part][norms.argmin()]} is a zero vector: it has no inner product; "
+                             "remove that picture")
         space.unit[part] = numbers / norms[:, None]
     return space
 
@@ -93,12 +90,6 @@ def slices(n, m):
     """Parts of n rows, a million numbers each."""
     step = max(1, (1 << 20) // m)
     return [slice(start, start + step) for start in range(0, n, step)]
-
-
-def let_go(x):
-    """What was read of a memory-mapped file counts as this process's memory until it says so."""
-    if isinstance(x, np.memmap) and x.mode == "r" and hasattr(mmap, "MADV_DONTNEED"):
-        x._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 def bin_numbers(s, bins):
@@ -162,7 +153,6 @@ def count_pairs(space, order, ranges, groups, bins, threads, progress=None):
         _knn.pair_histogram(products, a, c, ranges, groups, order, *space.source(), space.norms, space.bound,
                             kinds, tile)
         buffers.append(buffer)
-        let_go(space.x)
         return a, b, tile, products.size
 
     for a, b, tile, size in in_turn(count, tiles(), threads):
@@ -295,7 +285,6 @@ def rank_queries(space, value, relevant, neighbours, threads, progress=None, by_
             products = np.matmul(space.unit[part], space.unit.T)
             _knn.rank_hits(products, q, bounds[part], *space.source(), space.norms, offset, value,
                            relevant[part], neighbours, counts[part], precision[part], by_index)
-            let_go(space.x)
         return len(q) * n
 
     for size in in_turn(rank, ((start,) for start in range(0, n, rows)), threads):
@@ -360,8 +349,8 @@ def pair_scores(embeddings, labels, *, bins=(200,), recall=(1, 2, 4, 8), ties="e
     if ties not in TIES:
         raise ValueError(f"unknown ties {ties!r}; expected one of {', '.join(TIES)}")
     x, labels = check_arguments(embeddings, labels, bins, recall, permutations, seed, threads)
-    rows, threads, counted = np.flatnonzero(has_value(labels)), threads or available_threads(), finest(bins)
-    n = len(rows)
+    rows, threads = np.flatnonzero(has_value(labels)), threads or available_threads()
+    n, counted = len(rows), finest(bins)
     value, sizes = np.unique(labels[rows], return_inverse=True, return_counts=True)[1:]
     value, relevant = value.reshape(-1), sizes[value.reshape(-1)] - 1          # R of each row
     positives = int((sizes * (sizes - 1) // 2).sum())
@@ -394,9 +383,10 @@ def pair_scores(embeddings, labels, *, bins=(200,), recall=(1, 2, 4, 8), ties="e
     if intervals:
         parts = split_bins(counts[1:], counted, bins)
         bounds |= {("jsd", b): jackknife(jsd[b], histograms[b], parts[b]) for b in bins}
-    return Score(n, len(x) - n, len(sizes), int((~asked).sum()), int(tied.sum()), positives, n * (n - 1) // 2 - positives,
-                 *pair_means(space, order, value, sizes), jsd, null, {k: means["recall", k] for k in recall},
-                 means["r_precision", None], means["map_at_r", None], histograms, bounds)
+    return Score(n, len(x) - n, len(sizes), int((~asked).sum()), int(tied.sum()), positives,
+                 n * (n - 1) // 2 - positives, *pair_means(space, order, value, sizes), jsd, null,
+                 {k: means["recall", k] for k in recall}, means["r_precision", None], means["map_at_r", None],
+                 histograms, bounds)
 
 
 def count_classes(space, order, sizes, bins, apart, threads, advance):
@@ -441,7 +431,6 @@ def check_arguments(embeddings, labels, bins, recall, permutations, seed, thread
     for part in slices(*x.shape):
         with np.errstate(over="ignore"):
             finite = np.isfinite(x[part].astype(np.float32)).all(1)
-        let_go(x)
         if not finite.all():
             raise ValueError(f"row {part.start + int(finite.argmin())} of the embeddings is not finite")
     for name, values, least, most in (("bins", bins, 1, MOST_BINS), ("recall", recall, 1, None),
@@ -518,7 +507,7 @@ def parse_arguments(argv):
     add("files", nargs="+", metavar="FILE", help="EMB.npy …, embeddings (n, m), behind them labels.csv or "
         "props.csv, a header and n rows (the one beside each EMB.npy, or in results/<dataset>)")
     add("--label", default="class", metavar="COLUMN", help="whose equal values make a pair positive (class)")
-    add("--missing", metavar="A,B", help="what stands for no label, as an empty cell does (nan,NA,N/A,null, and "
+    add("--missing", metavar="A,B", help="what stands for no label, beside an empty cell (nan,NA,N/A,null; "
         "None among numbers): such a picture is in no pair")
     add("--bins", default="200", metavar="N[,N]",
         help="equal bins over [-1, 1], several in one pass (200; the paper does not state its own)")

@@ -241,7 +241,6 @@ def check_rows(results):
     for table, kind in ("nrprec", "emb"), ("compare", "maps"):
         for row in results.tables.get(table, []):
             n = (row.get("n") or row.get("queries") or 0) + (row.get("left_out") or row.get("skipped") or 0)
-            n += row.get("missing") or 0
             for end in row["ends"]:
                 here = lengths.get((*end, kind), n)
                 if n and here != n and row.get("nr_precision_se") is None:  # else a sample of the queries

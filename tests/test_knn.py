@@ -64,14 +64,14 @@ def brute_force_hits(d, labels, max_neighbours=None, by_index=False):
     return hits
 
 
-def kernel_hits(x, labels, distance, max_neighbours=None, threads=1, memory_mib=64, isa=None, by_index=0):
-    space = nrprec.prepare(np.ascontiguousarray(x, np.float32), distance)
-    columns = nrprec.make_columns(labels, max_neighbours)
-    hits = np.full((4, len(labels), len(x)), -1, np.int32)
+def kernel_hits(x, labels, distance, max_neighbours=None, threads=1, memory_mib=64, isa=None, by_index=0,
+                **options):
+    space, columns = nrprec.prepare(x, distance, **options), nrprec.make_columns(labels, max_neighbours)
+    hits = np.full((4, len(labels), len(space.rows)), -1, np.int32)
     before = _knn.ISA
     try:
         _knn.use(isa or before)
-        queries = np.arange(len(x))
+        queries = np.arange(len(space.rows))
         for part, block in nrprec.count_blocks(space, columns, queries, threads, memory_mib, by_index):
             hits[..., part] = block
     finally:
@@ -120,6 +120,24 @@ def test_counts_equal_brute_force(kind, distance):
                 np.testing.assert_array_equal(ours, twin)
             np.testing.assert_array_equal(kernel_hits(x, labels, distance, 5, by_index=by_index),
                                           brute_force_hits(d, labels, 5, by_index))
+
+
+@pytest.mark.parametrize("distance", nrprec.DISTANCES)
+@pytest.mark.parametrize("dtype", (np.float16, np.float32, np.float64))
+def test_rows_of_a_file_as_they_lie_there(dtype, distance, tmp_path):
+    """Half, single or double precision, some of the rows, of length 1: as the float32 rows made of them."""
+    rng = np.random.default_rng(9)
+    x = np.round(rng.standard_normal((180, 5)) * 8).astype(dtype) + dtype(0.25 + 1e-9)       # rounded off
+    x[:20] *= dtype(2.0 ** -20)                                                # half's denormal numbers
+    rows, labels = np.flatnonzero(rng.random(180) < 0.7), [rng.integers(0, v, 180) for v in (2, 30)]
+    np.save(tmp_path / "x.npy", x)
+    mapped, some = np.load(tmp_path / "x.npy", mmap_mode="r"), [label[rows] for label in labels]
+    made = x[rows].astype(np.float32)
+    unit = made.astype(np.float64) / np.sqrt((made.astype(np.float64) ** 2).sum(1, keepdims=True))
+    for expected, normalise in ((made, False), (unit.astype(np.float32), True)):
+        hits = brute_force_hits(brute_force_distances(expected, distance), some)
+        ours = kernel_hits(mapped, some, distance, rows=rows, normalise=normalise)
+        np.testing.assert_array_equal(ours, hits)
 
 
 def test_many_candidates_and_a_class_column():

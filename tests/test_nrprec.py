@@ -255,6 +255,56 @@ def test_normalised_embeddings_of_any_distance():
     assert normalised.r_precision == pytest.approx(np.mean(hits))
 
 
+@pytest.mark.parametrize("distance", nrprec.DISTANCES)
+@pytest.mark.parametrize("normalise", (False, True))
+def test_pictures_without_a_value_are_left_out(distance, normalise):
+    """Each property equals one run on the rows that have a value, to the last bit; however it is missing."""
+    rng = np.random.default_rng(17)
+    x = np.round(rng.standard_normal((90, 4)) * 3).astype(np.float16) + np.eye(90, 4, dtype=np.float16) / 2
+    x[(x == x[:, :1]).all(1), 1] += 1                     # SNR has no constant ones
+    lacks = rng.random(90) < 0.2, rng.random(90) < 0.6
+    labels = {"text": rng.integers(0, 4, 90).astype(str), "number": rng.integers(0, 20, 90).astype(float),
+              "object": rng.integers(0, 3, 90).astype(object), "whole": rng.integers(0, 5, 90)}
+    labels["text"][lacks[0]], labels["number"][lacks[0]], labels["object"][lacks[1]] = "", np.nan, None
+    options = dict(distance=distance, normalise=normalise, permutations=9, queries=30, seed=2, per_value=True)
+    together = nr_precision(x, labels, **options)
+    for name, lacking in zip(labels, (lacks[0], lacks[0], lacks[1], np.zeros(90, bool))):
+        alone = nr_precision(x[~lacking], labels[name][~lacking], **options)
+        assert together[name].missing == lacking.sum() and alone.missing == 0
+        assert repr(together[name]._replace(missing=0, p_holm=0, by_value=0)) == repr(
+            alone._replace(p_holm=0, by_value=0))
+        assert repr(list(together[name].by_value)) == repr(list(alone.by_value))
+        for ours, theirs in zip(together[name].by_value.values(), alone.by_value.values()):
+            assert repr(ours._replace(p_holm=0)) == repr(theirs._replace(p_holm=0))
+
+
+def test_properties_of_nobody_and_of_one_picture():
+    lacking = np.array([np.nan] * 6), np.array(["", "", "x", "", "", ""])
+    for label, n in zip(lacking, (0, 1)):
+        score = nr_precision(LINE, label, permutations=3)
+        assert score[:3] == (n, 0, n) and score.missing == 6 - n and np.isnan(score.nr_precision)
+
+
+def test_the_queries_of_each_value():
+    """By hand as above: a has queries 0, 1, 4 with hits 1, 1, 0, b 2, 3, 5 with 0, 1, 1; R = 2, p = 1/2."""
+    a, b = nr_precision(LINE, SIX, per_value=True).by_value.values()
+    for score in (a, b):
+        assert (score.values, score.queries, score.r_precision) == (1, 3, pytest.approx(1 / 3))
+        assert score.nr_precision == pytest.approx((2 / 3 - 1) / np.sqrt(0.5))
+    rng = np.random.default_rng(18)
+    x, label = rng.standard_normal((40, 3)).astype(np.float32), rng.integers(0, 3, 40)
+    label[x[:, 0] > 1] = 3
+    whole = nr_precision(x, {"p": label, "q": label % 2}, permutations=60, seed=9, per_value=True)
+    orders = [np.random.default_rng([9, 1 + i]).permutation(40) for i in range(60)]
+    for value, score in whole["p"].by_value.items():
+        observed, *permuted = [reference(x, some)[2][some == value].mean()
+                               for some in (label, *(label[order] for order in orders))]
+        far = np.abs(permuted - np.mean(permuted)) >= abs(observed - np.mean(permuted)) - 1e-9
+        assert score.nr_precision == pytest.approx(observed) and score.p_value == (1 + far.sum()) / 61
+    tests = [s for score in whole.values() for s in score.by_value.values()]
+    np.testing.assert_allclose([s.p_holm for s in tests], nrprec.holm([s.p_value for s in tests]))
+
+
 @pytest.mark.parametrize("dtype", (np.float16, np.float64, np.int16, bool))
 def test_other_number_types_are_converted(dtype):
     x = np.round(np.random.default_rng(7).standard_normal((60, 4)) * 3).astype(dtype)
@@ -266,7 +316,7 @@ def test_other_number_types_are_converted(dtype):
     (dict(distance="manhattan"), "manhattan"), (dict(null="normal"), "normal"),
     (dict(max_neighbours=0), "at least 1"), (dict(queries=0), "queries is 0"), (dict(seed=-1), "seed is -1"),
     (dict(permutations=-1), "permutations is -1"), (dict(threads=0), "threads is 0"),
-    (dict(labels=SIX[:5]), r"\(6,\)"), (dict(labels={}), "at least one column"),
+    (dict(labels=SIX[:5]), r"\(6,\)"), (dict(labels={}), "one column or more"),
     (dict(embeddings=LINE[:, 0]), r"\(n, m\)"), (dict(embeddings=LINE * 1j), "complex"),
     (dict(embeddings=LINE * np.nan), "row 0"), (dict(embeddings=LINE, distance="snr"), "constant"),
     (dict(ties="random"), "random"), (dict(embeddings=LINE - LINE, normalise=True), "zero vector"),
@@ -393,8 +443,8 @@ def test_several_embeddings_every_option(files, run_script):
                       "--max-neighbours", 10, "--permutations", 1100, "--queries", 40, "--bin", "angle=5",
                       "--seed", 1, "--threads", 2, "--memory-mib", 64, "--out", "o.csv", "props.csv")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0].split() == ["emb", "other"]
-    assert "p_holm < 0.01: 1,100 permutations" in done.stdout and "± s.e." in done.stdout
+    assert [line.split()[0] for line in done.stdout.splitlines()[:3]] == ["NR-Prec", "emb", "other"]
+    assert "p_holm < 0.01: 1,100 permutations" in done.stdout
     rows = list(csv.DictReader(open("o.csv", newline="")))
     assert len(rows) == 6 and rows[2]["values"] == "5"
     assert all(row["max_neighbours"] == "10" and row["p_holm"] and row["nr_precision_se"] for row in rows)
@@ -464,6 +514,44 @@ def test_help_teaches_and_torch_is_not_loaded(run_script):
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+def test_missing_values_and_rows_of_values(files, run_script):
+    rows = [f"{i},{'ab'[i % 2] if i % 5 else 'NA'},{i % 3 if i % 7 else '?'},{i}\n" for i in range(60)]
+    Path("props.csv").write_text("frame,shape,size,angle\n" + "".join(rows))
+    done = run_script("nrprec.py", "emb.npy", "props.csv", "--properties", "shape,angle", "--bin", "angle=2",
+                      "--per-value", "--out", "o.csv")
+    assert done.stderr.count("\n") == 1 and "candidates of a property: shape 12\n" in done.stderr
+    read = list(csv.DictReader(open("o.csv")))
+    assert [(r["property"], r["value"], r["queries"], r["missing"]) for r in read] == [
+        ("shape", "", "48", "12"), ("shape", "a", "24", "12"), ("shape", "b", "24", "12"),
+        ("angle", "", "60", "0"), ("angle", "29.0", "30", "0"), ("angle", "59.0", "30", "0")]
+    here = np.arange(60) % 5 > 0
+    alone = nr_precision(np.load("emb.npy")[here], np.arange(60)[here] % 2)
+    assert float(read[0]["nr_precision"]) == alone.nr_precision
+    done = run_script("nrprec.py", "emb.npy", "props.csv", "--missing", "?", "--out", "o.csv")
+    assert "candidates of a property: size 9\n" in done.stderr
+    assert [r["values"] for r in csv.DictReader(open("o.csv"))] == ["3", "3", "60"]       # NA is a value now
+
+
+def test_dependence_of_the_pictures_with_both_values():
+    rng = np.random.default_rng(19)
+    a, b = rng.integers(0, 3, 400), rng.integers(0, 4, 400)
+    b[:200] = a[:200]
+    b[200:] = -1                                          # unrelated, were they not left out
+    (_, _, v, p), = nrprec.dependent_pairs({"a": a, "b": b})
+    assert v == pytest.approx(1) and (v, p) == nrprec.chi_square(a[:200], b[:200])
+
+
+def test_as_published_is_the_released_procedure(files, run_script, refused):
+    options = "--null", "binomial", "--distance", "euclidean", "--max-neighbours", 1023, "--ties", "index"
+    for some in (["--as-published"], options, ["--as-published", *options]):
+        done = run_script("nrprec.py", "emb.npy", "props.csv", *some, "--out", f"{len(some)}.csv")
+        assert done.returncode == 0
+    assert Path("1.csv").read_text() == Path("8.csv").read_text() == Path("9.csv").read_text()
+    row = next(csv.DictReader(open("1.csv")))
+    assert [row[name] for name in ("distance", "normalised", "null", "max_neighbours", "ties")] == [
+        "euclidean", "0", "binomial", "1023", "index"]
+
+
 @pytest.mark.parametrize("row, value, words", (
     (None, None, "emb.npy has 59 embeddings, props.csv 60 rows"),
     (7, np.nan, "emb.npy: row 7 (counting from 0) is not finite"), (59, np.inf, "row 59"),
@@ -486,6 +574,12 @@ def test_bad_embeddings(files, refused, row, value, words):
     (["--properties", "colour"], "'colour'; it has shape, size, angle"), (["--queries", "0"], "queries is 0"),
     (["--queries", "few"], "few"), (["--permutations", "-5"], "-5"), (["--threads", "0"], "threads is 0"),
     (["--memory-mib", "0"], "memory_mib is 0"), (["--seed", "-1"], "seed is -1"), (["--colour"], "--colour"),
+    (["--per-value"], "--per-value needs --out"), (["--missing", ""], "without a value"),
+    (["--as-published", "--ties", "expected"], "--ties index, but it is expected"),
+    (["--as-published", "--max-neighbours", "9"], "--max-neighbours 1023, but it is 9"),
+    (["--null", "hypergeometric", "--as-published"], "--null binomial, but it is hypergeometric"),
+    (["--as-published", "--normalise"], "--normalise False, but it is True"),
+    (["--as-published", "--distance", "own"], "--distance euclidean, but it is own"),
     (["--out", "no/o.csv"], "does not exist"), (["--out", "."], "no name"),
     (["--out", "props.csv"], "is an input")))
 def test_bad_options(files, refused, options, words):

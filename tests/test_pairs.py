@@ -283,12 +283,13 @@ def test_products_may_be_as_wrong_as_their_bound():
     for bound in (space.bound, 1e-4, 1e-3, 0.04):        # beyond the true one: many pairs beside edges
         products = (exact + rng.choice([-0.98, 0.0, 0.98], exact.shape) * (bound - 2e-7)).astype(np.float32)
         counts, bins = np.zeros_like(expected), np.array([200, 30])
-        knn.pair_histogram(products, 0, 0, ranges, value, position, *space.source(), space.norms, bound, bins, counts)
+        knn.pair_histogram(products, 0, 0, ranges, value, position, *space.source(), space.norms, bound, bins,
+                           counts)
         np.testing.assert_array_equal(counts, expected)
         for by_index in (0, 1):
             got = np.zeros((n, 7), np.int64), np.zeros(n)
-            knn.rank_hits(products, position, np.full(n, bound), *space.source(), space.norms, np.zeros(n, np.float32),
-                          value.astype(np.int32), relevant, 4, *got, by_index)
+            knn.rank_hits(products, position, np.full(n, bound), *space.source(), space.norms,
+                          np.zeros(n, np.float32), value.astype(np.int32), relevant, 4, *got, by_index)
             np.testing.assert_array_equal(got[0], ranked[by_index][0])
             np.testing.assert_array_equal(got[1], ranked[by_index][1])
 
@@ -418,6 +419,19 @@ def test_half_precision_and_integers_are_accepted():
         assert repr(pair_scores(x.astype(dtype), labels)) == one
 
 
+@pytest.mark.parametrize("dtype", (np.float16, np.float32, np.float64))
+def test_pictures_without_a_label_are_in_no_pair(dtype, each_counter, tmp_path):
+    """As the rows that have one are alone, in whatever precision a file has them."""
+    x, labels = normal(14, 120, 5, 6)
+    x, lacking = np.round(x * 3).astype(dtype) + dtype(0.25), np.random.default_rng(15).random(120) < 0.3
+    np.save(tmp_path / "x.npy", x)
+    options = dict(intervals=True, seed=3)
+    alone = pair_scores(x[~lacking].astype(np.float32), labels[~lacking], **options)
+    for missing in (np.where(lacking, np.nan, labels), np.where(lacking, "", labels.astype(str))):
+        score = pair_scores(np.load(tmp_path / "x.npy", mmap_mode="r"), missing, **options)
+        assert score.missing == lacking.sum() and repr(score._replace(missing=0)) == repr(alone)
+
+
 @pytest.mark.parametrize("change, words", (
     (dict(bins=(0,)), "bins is 0"), (dict(bins=(40_000,)), "at most 32,000"), (dict(bins=()), "is empty"),
     (dict(recall=(0,)), "recall is 0"), (dict(permutations=-1), "permutations is -1"),
@@ -478,7 +492,7 @@ def test_every_option(files, run_script):
     assert done.returncode == 0, done.stderr
     rows = read_rows("o.csv")
     assert list(rows[0]) == (["split", "classes", "repeat"] + HEADER[:10]
-                             + ["recall_at_1", "recall_at_10", "r_precision", "map_at_r", "ties", "tied", "missing"])
+                             + ["recall_at_1", "recall_at_10", "r_precision", "map_at_r", *HEADER[-3:]])
     assert len(rows) == 3 * 2 * (1 + 2 * 3)                  # files × bins × (all, 2 numbers × 3 repeats)
     assert [r["split"] for r in rows[::14]] == ["test", "test", "train"]
     assert [r["classes"] for r in rows[:14:2]] == ["6", "2", "2", "2", "4", "4", "4"]
@@ -504,6 +518,18 @@ def test_a_figure_without_what_draws_it(files, refused, monkeypatch, hidden, wor
     monkeypatch.delitem(sys.modules, "figures", raising=False)
     monkeypatch.setitem(sys.modules, hidden, None)
     assert words in refused(pairs.main, *GOOD, "--figure", "f.png")
+
+
+def test_missing_labels(files, run_script):
+    rows = [f"{i},{'abcd?'[i % 5]}\n" for i in range(60)]
+    Path("emb.csv").write_text("path,class\n" + "".join(rows))
+    done = run_script("pairs.py", *GOOD, "--missing", "?", "--classes", 2, "--out", "o.csv")
+    assert done.returncode == 0 and "12 of 60 pictures have no class: they are in no pair" in done.stderr
+    whole, *subsets = read_rows("o.csv")
+    here = np.arange(60) % 5 < 4
+    alone = pair_scores(np.load("emb.npy")[here], np.arange(60)[here] % 5)
+    assert (whole["n"], whole["missing"], float(whole["jsd"])) == ("48", "12", alone.jsd[200])
+    assert {row["n"] for row in subsets} == {"24"} and {row["missing"] for row in subsets} == {""}
 
 
 def test_lone_pictures_are_named(files, run_script):
