@@ -44,7 +44,7 @@ cdef extern from *:
 
     /* Plain loops are compiled for three levels of x86-64 where the compiler can do it (setup.py tries); `isa`
        chooses: 0 the plain loops, 1 AVX2, 2 AVX-512. Elsewhere there is one version, arm64's with NEON. */
-    static int isa = 0;
+    static int isa = 0, has_vbmi2 = 0, has_vpopcnt = 0;
     #define LOOP static inline __attribute__((always_inline))
     #ifdef KNN_X86
     #include <immintrin.h>
@@ -65,14 +65,18 @@ cdef extern from *:
             && __builtin_cpu_supports("avx512vl")) return 2;
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
     }
-    static int has_vbmi2(void) { return isa == 2 && __builtin_cpu_supports("avx512vbmi2"); }
+    static void set_isa(int level)
+    {
+        isa = level;
+        has_vbmi2 = level == 2 && __builtin_cpu_supports("avx512vbmi2");
+        has_vpopcnt = level == 2 && __builtin_cpu_supports("avx512vpopcntdq");
+    }
     #else
     #define EACH_ISA(type, name, parameters, arguments) \
         static type name parameters { return name##_loop arguments; }
     static int best_isa(void) { return 0; }
-    static int has_vbmi2(void) { return 0; }
-    #endif
     static void set_isa(int level) { isa = level; }
+    #endif
     #ifdef __GNUC__
     #define PREFETCH(address) __builtin_prefetch(address)
     #else
@@ -274,7 +278,23 @@ cdef extern from *:
         for (ptrdiff_t i = 0; i < words; i++) total += __builtin_popcountll(a[i] & b[i]);
         return total;
     }
-    EACH_ISA(int64_t, common_bits, (const uint64_t *a, const uint64_t *b, ptrdiff_t words), (a, b, words))
+    #ifdef KNN_X86
+    AVX2 static int64_t common_bits_popcnt(const uint64_t *a, const uint64_t *b, ptrdiff_t words)
+    {
+        return common_bits_loop(a, b, words);
+    }
+    __attribute__((target("avx512f,avx512vpopcntdq,prefer-vector-width=512")))
+    static int64_t common_bits_vpopcnt(const uint64_t *a, const uint64_t *b, ptrdiff_t words)
+    {
+        return common_bits_loop(a, b, words);
+    }
+    static int64_t common_bits(const uint64_t *a, const uint64_t *b, ptrdiff_t words)
+    {
+        return has_vpopcnt ? common_bits_vpopcnt(a, b, words) : common_bits_popcnt(a, b, words);
+    }
+    #else
+    #define common_bits common_bits_loop
+    #endif
 
     /* NumPy's order of summation along a contiguous axis: eight lanes in blocks of up to 128, then halves. */
     LOOP double pairwise_block_loop(const double *a, ptrdiff_t n)
@@ -409,7 +429,7 @@ cdef extern from *:
     void add_histogram(const int16_t *key, ptrdiff_t n, uint32_t *histogram) noexcept nogil
     void add_histogram_above(const int16_t *key, ptrdiff_t n, int16_t least,
                              uint32_t *histogram) noexcept nogil
-    bint has_vbmi2() noexcept nogil
+    int has_vbmi2
     const int CHUNK
     ptrdiff_t sum_from_top(uint32_t *histogram, uint32_t deepest) noexcept nogil
     int64_t count_above(const int16_t *key, const uint8_t *code, ptrdiff_t n, int16_t threshold,
@@ -432,7 +452,7 @@ cdef extern from *:
     bint item_less(item_t a, item_t b) noexcept nogil
     int compare_items(const void *a, const void *b) noexcept nogil
 
-INTERFACE = 4                   # of the functions here: the scripts take no other
+INTERFACE = 5                   # of the functions here: the scripts take no other
 ISAS = ("scalar", "avx2", "avx512")[:best_isa() + 1]               # what this processor has
 ISA = os.environ.get("KNN_ISA") or ISAS[best_isa()]
 
@@ -446,6 +466,9 @@ def use(name):
     ISA = name
 
 
+cdef enum:
+    PIECE = 128                 # words of a mask, 8,192 candidates, that stay in the cache
+
 DISTANCES = ("euclidean", "squared_euclidean", "cosine", "dot_product", "snr")
 
 cdef struct Space:              # what a distance needs, the same for every query
@@ -458,7 +481,6 @@ cdef struct Space:              # what a distance needs, the same for every quer
     ptrdiff_t n
     ptrdiff_t m
     int distance                # index into DISTANCES
-    bint vbmi2
 
 cdef struct Row:                # one query at work: its thread's scratch and what is known so far
     const float *product        # (n,) float32 products with every candidate
@@ -574,7 +596,7 @@ cdef int16_t choose_keys(const Space *space, Row *row, uint32_t deepest) noexcep
     width = max(high - low, <float>1e-30)
     row.low, row.scale = low - width * <float>0.03, <float>65534.0 / (width * <float>1.25)
     needed = count * share + 5.0 * sqrt(count * share * (1.0 - share)) + 2.0
-    if not space.vbmi2 or needed > 0.7 * count:
+    if not has_vbmi2 or needed > 0.7 * count:
         return -32768
     memset(coarse, 0, sizeof(coarse))
     for i in range(count):
@@ -696,12 +718,15 @@ cdef ptrdiff_t resolve(const Space *space, Row *row, int64_t rank, const uint8_t
     return need
 
 
-cdef int64_t hits_chosen(const Row *row, const uint8_t *code, uint8_t value, ptrdiff_t first,
-                         ptrdiff_t last) noexcept nogil:
+cdef int64_t hits_chosen(const Row *row, const uint8_t *code, const uint64_t *plane, uint8_t value,
+                         ptrdiff_t first, ptrdiff_t last) noexcept nogil:
     cdef int64_t hits = 0
     cdef ptrdiff_t i
     for i in range(first, last):
-        hits += code[row.index[i]] == value
+        if plane:
+            hits += plane[row.index[i] >> 6] >> (row.index[i] & 63) & 1
+        else:
+            hits += code[row.index[i]] == value
     return hits
 
 
@@ -728,7 +753,6 @@ cdef Space make_space(const uint8_t[:, ::1] x, int size, const int64_t[::1] rows
     space.x, space.size, space.rows, space.aux, space.offset = &x[0, 0], size, &rows[0], &aux[0], &offset[0]
     space.lengths = &lengths[0] if lengths.shape[0] else NULL
     space.n, space.m, space.distance = rows.shape[0], x.shape[1] // size, distance
-    space.vbmi2 = has_vbmi2()
     return space
 
 
@@ -738,7 +762,7 @@ def count_hits(const float[:, ::1] products, const int64_t[::1] queries, const d
                const uint64_t[:, :, ::1] planes, const int32_t[:, ::1] members, const int32_t[::1] member_row,
                const int32_t[:, ::1] entry, const uint8_t[::1] entry_code, const int32_t[::1] entry_rank,
                const int32_t[::1] entry_start, const int32_t[::1] entry_count, const int64_t[::1] ranks,
-               int32_t[:, :, ::1] hits, bint by_index=False, int threads=1):
+               int32_t[:, :, ::1] hits, bint by_index=False, int threads=1, int period=0):
     """Among each query's R nearest candidates, how many carry its label: for every label column at once.
 
     products   (B, n) float32   working rows · working rows of the queries, any BLAS
@@ -747,7 +771,8 @@ def count_hits(const float[:, ::1] products, const int64_t[::1] queries, const d
     x          (N, m · size)    embeddings as they came, as bytes: numbers of size bytes (2, 4, 8)
     rows       (n,)   int64     where in x the candidates stand; lengths (n,) float64: they are divided by
                                 these, or (0,); aux (n,) float64, offset (n,) float32: nrprec.prepare()
-    codes      (k, n) uint8     labels of the columns' frequent values (1 … 255; 0: any other value)
+    codes      (k, n) uint8     labels of the columns' frequent values (1 … 255; 0: any other value); not read
+                                of values that have planes
     planes     (p, k, ⌈n/64⌉) uint64  bit i of planes[c − 1, k]: codes[k, i] == c, for c <= p; p may be 0
     members    (w, n) int32     indices sorted by value; member_row (k,) int32 gives a column's row (−1: none)
     entry      (k, B) int32     the queries' values as rows of the table entry_*:
@@ -756,42 +781,91 @@ def count_hits(const float[:, ::1] products, const int64_t[::1] queries, const d
     hits       (4, k, B) int32  the result, zeros before: hits retrieved for sure · tied at the cut ·
                                 hits among these · how many of these are retrieved
     by_index                    the smaller indices of these: all hits are sure; ties are told all the same
+    period                      the columns are copies of the first so many, under permutations; 0: they aren't
     """
     cdef Space space = make_space(x, size, rows, lengths, aux, offset, distance)
     cdef ptrdiff_t n = space.n, block = products.shape[0], columns = entry.shape[0], slots = ranks.shape[0]
-    cdef ptrdiff_t b, t
-    threads = max(1, min(threads, block))
-    cdef uint32_t[:, ::1] above = np.empty((threads, BINS), np.uint32)
+    cdef ptrdiff_t words = padded(n) // 64, group = 1, g, t
+    if period and planes.shape[0]:            # masks of 16 MiB for each thread
+        group = max(1, min(32, 2 ** 21 // (slots * words)))
+    threads = max(1, min(threads, (block + group - 1) // group))
     cdef int16_t[:, ::1] key = np.empty((threads, padded(n)), np.int16)
-    cdef uint64_t[:, ::1] bits = np.empty((threads, padded(n) // 64), np.uint64)
+    cdef uint64_t[:, :, ::1] masks = np.empty((threads, group * slots if group > 1 else 1, words), np.uint64)
+    cdef uint8_t[:, ::1] masked = np.empty((threads, group * slots), np.uint8)
+    cdef uint32_t[:, ::1] above = np.empty((threads, BINS), np.uint32)
     cdef int32_t[:, ::1] index = np.empty((threads, n + 64), np.int32)
     cdef double[:, ::1] item = np.empty((threads, 2 * n), np.float64)     # item_t is two words of eight bytes
     cdef double[:, ::1] term = np.empty((threads, 2 * space.m), np.float64)
     cdef int32_t[:, ::1] first = np.empty((threads, slots + 1), np.int32)
     cdef int32_t[:, ::1] order = np.empty((threads, columns), np.int32)
-    for b in prange(block, nogil=True, num_threads=threads, schedule="dynamic"):
+    for g in prange((block + group - 1) // group, nogil=True, num_threads=threads, schedule="dynamic"):
         t = threadid()
-        count_row(&space, &products[b, 0], queries[b], bounds[b], &key[t, 0], &above[t, 0], &bits[t, 0],
-                  &index[t, 0], <item_t *>&item[t, 0], &term[t, 0], &first[t, 0], &order[t, 0], codes, planes,
-                  members, member_row, entry, entry_code, entry_rank, entry_start, entry_count, ranks, hits,
-                  by_index, b)
+        count_queries(&space, &products[0, 0], &queries[0], &bounds[0], g * group, min((g + 1) * group, block),
+                    period if group > 1 else 0, &key[t, 0], &above[t, 0], &masks[t, 0, 0], &masked[t, 0],
+                    &index[t, 0], <item_t *>&item[t, 0], &term[t, 0], &first[t, 0], &order[t, 0], codes, planes,
+                    members, member_row, entry, entry_code, entry_rank, entry_start, entry_count, ranks, hits,
+                    by_index)
+
+
+cdef void count_queries(const Space *space, const float *products, const int64_t *queries, const double *bounds,
+                      ptrdiff_t begin, ptrdiff_t end, ptrdiff_t period, int16_t *key, uint32_t *above,
+                      uint64_t *masks, uint8_t *masked, int32_t *index, item_t *item, double *term,
+                      int32_t *first, int32_t *order, const uint8_t[:, ::1] codes,
+                      const uint64_t[:, :, ::1] planes, const int32_t[:, ::1] members,
+                      const int32_t[::1] member_row, const int32_t[:, ::1] entry,
+                      const uint8_t[::1] entry_code, const int32_t[::1] entry_rank,
+                      const int32_t[::1] entry_start, const int32_t[::1] entry_count, const int64_t[::1] ranks,
+                      int32_t[:, :, ::1] hits, bint by_index) noexcept nogil:
+    """Queries begin … end. With a period: what each threshold retrieves becomes a mask, which serves all columns.
+
+    A piece of the masks and of a column's planes stays in the cache for the group's queries.
+    """
+    cdef ptrdiff_t slots = ranks.shape[0], words = padded(space.n) // 64, b, p, k, at, slot, piece
+    cdef int32_t e
+    cdef uint8_t value
+    memset(masked, 0, slots * (end - begin if period else 1))
+    for b in range(begin, end):
+        at = (b - begin) * slots if period else 0
+        count_row(space, products + b * space.n, queries[b], bounds[b], key, above, masks + at * words,
+                  masked + at if period else NULL, index, item, term, first, order, codes, planes, members,
+                  member_row, entry, entry_code, entry_rank, entry_start, entry_count, ranks, hits, by_index, b)
+    if not period:
+        return
+    at = 0
+    while at < words:
+        piece = min(PIECE, words - at)
+        for p in range(period):
+            k = p
+            while k < entry.shape[0]:
+                for b in range(begin, end):
+                    e = entry[k, b]
+                    value = entry_code[e]
+                    slot = (b - begin) * slots + entry_rank[e]
+                    if 0 < value <= planes.shape[0] and entry_rank[e] >= 0 and masked[slot]:
+                        hits[0, k, b] += <int32_t>common_bits(masks + slot * words + at,
+                                                              &planes[value - 1, k, at], piece)
+                k += period
+        at += piece
 
 
 cdef void count_row(const Space *space, const float *product, ptrdiff_t query, double bound, int16_t *key,
-                    uint32_t *above, uint64_t *bits, int32_t *index, item_t *item, double *term,
-                    int32_t *first, int32_t *order, const uint8_t[:, ::1] codes,
+                    uint32_t *above, uint64_t *masks, uint8_t *masked, int32_t *index, item_t *item,
+                    double *term, int32_t *first, int32_t *order, const uint8_t[:, ::1] codes,
                     const uint64_t[:, :, ::1] planes,
                     const int32_t[:, ::1] members, const int32_t[::1] member_row,
                     const int32_t[:, ::1] entry, const uint8_t[::1] entry_code, const int32_t[::1] entry_rank,
                     const int32_t[::1] entry_start, const int32_t[::1] entry_count, const int64_t[::1] ranks,
                     int32_t[:, :, ::1] hits, bint by_index, ptrdiff_t b) noexcept nogil:
     cdef Row row
-    cdef ptrdiff_t columns = entry.shape[0], slots = ranks.shape[0], k, i, slot, chosen, last
+    cdef ptrdiff_t columns = entry.shape[0], slots = ranks.shape[0], words = padded(space.n) // 64
+    cdef ptrdiff_t k, i, j, slot, chosen, last
+    cdef uint64_t *bits
+    cdef const uint64_t *plane
     cdef int64_t found = 0, tied
     cdef int32_t e
     cdef uint8_t value
     cdef int16_t threshold = 0
-    cdef bint ready
+    cdef bint counted, ready
     row.product, row.query, row.bound, row.by_index = product, query, bound, by_index
     row.key, row.above, row.index, row.item, row.term = key, above, index, item, term
     # Columns in the order of their rank, so that each threshold is resolved once (counting sort).
@@ -817,16 +891,35 @@ cdef void count_row(const Space *space, const float *product, ptrdiff_t query, d
         if i == first[slot]:
             continue
         k = order[i]
-        value = entry_code[entry[k, b]]
+        value = 0 if masked else entry_code[entry[k, b]]
+        counted, ready, bits = value > 0, False, masks + (slot * words if masked else 0)
         chosen = resolve(space, &row, ranks[slot], &codes[k, 0] if value else NULL,
                          &planes[value - 1, k, 0] if 0 < value <= planes.shape[0] else NULL, value,
                          &threshold, &found)
         last = chosen if by_index else chosen + row.tied
-        ready = False
-        while True:
+        if masked and not row.tied:           # all that is retrieved; count_queries() counts in it
+            above_bits(key, space.n, threshold, bits)
+            for j in range(chosen):
+                bits[index[j] >> 6] |= <uint64_t>1 << (index[j] & 63)
+            masked[slot] = True
+        while i < first[slot]:                # the columns with this R
+            k = order[i]
+            i += 1
+            value = entry_code[entry[k, b]]
+            plane = &planes[value - 1, k, 0] if 0 < value <= planes.shape[0] else NULL
+            if masked and masked[slot] and plane:
+                continue
             if value:
-                found += hits_chosen(&row, &codes[k, 0], value, 0, chosen)
-                tied = hits_chosen(&row, &codes[k, 0], value, chosen, last)
+                if plane and not counted:
+                    if not ready:
+                        above_bits(key, space.n, threshold, bits)
+                        ready = True
+                    found = common_bits(bits, plane, words)
+                elif not counted:
+                    found = count_above(key, &codes[k, 0], space.n, threshold, value)
+                counted = False               # scan() has counted the first column's
+                found += hits_chosen(&row, &codes[k, 0], plane, value, 0, chosen)
+                tied = hits_chosen(&row, &codes[k, 0], plane, value, chosen, last)
             else:
                 e = entry[k, b]
                 found = hits_walked(&row, &members[member_row[k], entry_start[e]], entry_count[e], threshold,
@@ -839,18 +932,6 @@ cdef void count_row(const Space *space, const float *product, ptrdiff_t query, d
             if row.tied:
                 hits[1, k, b], hits[2, k, b] = <int32_t>row.tied, <int32_t>tied
                 hits[3, k, b] = <int32_t>row.places
-            i += 1
-            if i == first[slot]:
-                break
-            k = order[i]                      # a further column with the same R
-            value = entry_code[entry[k, b]]
-            if 0 < value <= planes.shape[0]:
-                if not ready:
-                    above_bits(row.key, space.n, threshold, bits)
-                    ready = True
-                found = common_bits(bits, &planes[value - 1, k, 0], planes.shape[2])
-            elif value:
-                found = count_above(row.key, &codes[k, 0], space.n, threshold, value)
 
 
 # ---------------------------------------------------------------- pairs: histograms and rankings (pairs.py)

@@ -140,6 +140,33 @@ def test_rows_of_a_file_as_they_lie_there(dtype, distance, tmp_path):
         np.testing.assert_array_equal(ours, hits)
 
 
+@pytest.mark.parametrize("kind", ("normal", "integers", "signs", "identical"))
+def test_permuted_columns(kind):
+    """Copies of the columns under permutations count as columns of their own: with planes for all values, with
+    rare ones and with more than 16 frequent ones, tied and not; in groups of queries and row by row."""
+    rng = np.random.default_rng(12)
+    n = 333
+    x = embeddings_of(kind, n, 5, rng)
+    for cards in ((2, 3, 10), (2, 60), (20, 3)):
+        labels = [rng.integers(0, v, n) for v in cards]
+        space, columns = nrprec.prepare(x, "euclidean"), nrprec.make_columns(labels)
+        drawn = [np.arange(n)] + [rng.permutation(n) for _ in range(6)]
+        loose = nrprec.make_columns([label[p] for p in drawn for label in labels])
+        expected = nrprec.count_hits_numpy(space, loose, np.arange(n))
+        for isa in ISAS:
+            before = _knn.ISA
+            try:
+                _knn.use(isa)
+                batch = nrprec.permute_columns(columns, drawn)
+                np.testing.assert_array_equal(nrprec.values_of(batch, np.arange(n)).shape, loose.values.shape)
+                for threads in (1, 2):
+                    for part, hits in nrprec.count_blocks(space, batch, np.arange(n), threads, 64):
+                        np.testing.assert_array_equal(hits, expected[..., part])
+            finally:
+                _knn.use(before)
+        np.testing.assert_array_equal(nrprec.count_hits_numpy(space, batch, np.arange(n)), expected)
+
+
 def test_many_candidates_and_a_class_column():
     """n that no block divides, more candidates than 32,768-item parts, 20,000 classes beside one of half."""
     rng = np.random.default_rng(5)
@@ -190,17 +217,9 @@ def test_kernel_threads_of_its_own():
     rng = np.random.default_rng(7)
     x = rng.standard_normal((300, 5)).astype(np.float32)
     space, columns = nrprec.prepare(x, "euclidean"), nrprec.make_columns([rng.integers(0, 7, 300)])
-    q = np.arange(300)
-    products = np.ascontiguousarray(space.working.T) @ space.working
-    results = []
-    for threads in (1, 3):
-        hits = np.zeros((4, 1, 300), np.int32)
-        _knn.count_hits(products, q, space.bounds, *space.source(), space.aux, space.offset, 0,
-                        columns.codes, nrprec.bit_planes(columns.codes), columns.members,
-                        columns.member_row, columns.values, columns.entry_code, columns.entry_rank,
-                        columns.entry_start, columns.entry_count, columns.ranks, hits, False, threads)
-        results.append(hits)
-    np.testing.assert_array_equal(*results)
+    products, planes = np.ascontiguousarray(space.working.T) @ space.working, nrprec.bit_planes(columns)
+    np.testing.assert_array_equal(*(nrprec.count_hits(space, columns, planes, np.arange(300), products, False, t)
+                                    for t in (1, 3)))
 
 
 def test_products_may_be_as_wrong_as_their_bound():
@@ -214,11 +233,8 @@ def test_products_may_be_as_wrong_as_their_bound():
     expected = nrprec.count_hits_numpy(space, columns, q)
     for _ in range(5):
         noise = rng.choice([-0.9, 0.0, 0.9], exact.shape) * space.bounds[:, None]
-        products, hits = (exact + noise).astype(np.float32), np.zeros_like(expected)
-        _knn.count_hits(products, q, space.bounds, *space.source(), space.aux, space.offset, 0,
-                        columns.codes, nrprec.bit_planes(columns.codes), columns.members,
-                        columns.member_row, columns.values, columns.entry_code, columns.entry_rank,
-                        columns.entry_start, columns.entry_count, columns.ranks, hits, False, 2)
+        products = (exact + noise).astype(np.float32)
+        hits = nrprec.count_hits(space, columns, nrprec.bit_planes(columns), q, products, False, 2)
         np.testing.assert_array_equal(hits, expected)
 
 
