@@ -457,9 +457,10 @@ def nr_precision(embeddings, labels, *, distance="euclidean", normalise=False, n
         lone = Score(len(rows), 0, len(rows), np.nan, np.nan, p_value=np.nan if permutations else None)
         some, parts = [lone] * len(names), []             # of fewer than two pictures: no neighbours
         if len(rows) > 1:
-            columns, space = [named[name][1][rows] for name in names], prepare(x, distance, rows, normalise)
-            some, parts = score_columns(space, columns, null, max_neighbours, ties, permutations, queries,
-                                        seed, threads, memory_mib, tick)
+            columns = [named[name][1] for name in names]
+            columns = columns if len(rows) == len(x) else [codes[rows] for codes in columns]
+            some, parts = score_columns(prepare(x, distance, rows, normalise), columns, null, max_neighbours,
+                                        ties, permutations, queries, seed, threads, memory_mib, tick)
         parts = iter(parts)
         for name, score in zip(names, some):
             values = dict(zip(named[name][0].tolist(), parts)) if per_value else None

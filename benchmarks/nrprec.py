@@ -1,7 +1,7 @@
 """How fast is nrprec.py? Its whole NR-Prec against its floor, the bare float32 products, in one run.
 
     python benchmarks/nrprec.py --n 100000 --dim 128
-    python benchmarks/nrprec.py --n 1000000 --dim 256 --queries 500 --mapped      # memory: n · m · 4 B + 1 GiB
+    python benchmarks/nrprec.py --n 1000000 --dim 256 --queries 500 --mapped   # memory: n · m · 4 B + 1 GiB
     python benchmarks/nrprec.py --n 10000 --plain               # and against what one would write
 
 Prints seconds, ratios and peak memory; asserts nothing. Embeddings are random (seeded), labels have Table 5's
