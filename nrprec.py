@@ -38,7 +38,7 @@ try:
     import _knn
 except ImportError:
     _knn = None
-if getattr(_knn, "INTERFACE", None) != 3:  # not built, or from another _knn.pyx
+if getattr(_knn, "INTERFACE", None) != 5:  # not built, or from another _knn.pyx
     _knn = None  # the NumPy twin count_hits_numpy() counts instead
 
 DISTANCES = ("euclidean", "squared_euclidean", "cosine", "dot_product", "snr")
@@ -58,6 +58,7 @@ SHOWN = (("R-Prec", "r_precision", 4), ("NR-Prec", "nr_precision", 2), ("± s.e.
          ("p_holm", "p_holm", 4))
 HEADER = ("embeddings,property,values,queries,skipped,distance,null,max_neighbours,r_precision,nr_precision,"
           "nr_precision_se,permutations,p_value,p_holm,normalised,ties,tied,missing,value").split(",")
+MOST_PLANES = 16             # values of a column that have a bit plane each
 WALK = 48                    # a class of fewer than n / WALK pictures is walked, larger ones compared densely
 
 
@@ -166,6 +167,7 @@ class Columns(NamedTuple):
     entry_depth: np.ndarray  # (t,) int64: R
     entry_owner: np.ndarray  # (t,) int64: the property
     ranks: np.ndarray        # (s,) int64: the distinct R
+    copies: np.ndarray = None  # (p, n) int32: the permutations that all columns are taken under
 
 
 def make_columns(labels, max_neighbours=None):
@@ -193,38 +195,59 @@ def make_columns(labels, max_neighbours=None):
                    count.astype(np.int32), depth, owner, ranks)
 
 
-def bit_planes(codes):
-    """codes (k, n) uint8 -> (p, k, ⌈n/64⌉) uint64: bit i of [c − 1, column] is codes[column, i] == c.
+def values_of(columns, queries):
+    """The queries' values as rows of the value tables: (k, N) int32, or (p · k, N) of permuted copies."""
+    if columns.copies is None:
+        return np.ascontiguousarray(columns.values[:, queries])
+    values = columns.values[:, columns.copies[:, queries]]
+    return np.ascontiguousarray(values.swapaxes(0, 1)).reshape(-1, len(queries))
 
-    Read by the kernel's AVX-512 loops only: an eighth of the bytes. Elsewhere p is 0, there at most 16.
-    """
-    k, n = codes.shape
-    planes = np.zeros((min(16, int(codes.max())) if _knn and _knn.AVX512 else 0, k, -(-n // 64)), np.uint64)
-    for c in range(len(planes)):
-        planes.view(np.uint8)[c, :, :-(-n // 8)] = np.packbits(codes == c + 1, axis=1, bitorder="little")
+
+def has_planes(columns):
+    """Do the kernel's bit planes, which its vector loops read, hold all values?"""
+    codes = columns.codes
+    return bool(_knn and _knn.ISA != "scalar" and codes.min() > 0 and codes.max() <= MOST_PLANES)
+
+
+def bit_planes(columns):
+    """(p, k, ⌈n/64⌉) uint64: bit i of [c − 1, column] is codes[column, i] == c. p = 0 without vector loops."""
+    k, n = columns.codes.shape
+    copies = [slice(None)] if columns.copies is None or not has_planes(columns) else columns.copies
+    most = min(MOST_PLANES, int(columns.codes.max())) if _knn and _knn.ISA != "scalar" else 0
+    planes = np.zeros((most, len(copies) * k, -(-n // 64)), np.uint64)
+    for i, copy in enumerate(copies):
+        codes, part = columns.codes[:, copy], planes.view(np.uint8)[:, i * k:i * k + k, :-(-n // 8)]
+        for c in range(most):
+            part[c] = np.packbits(codes == c + 1, axis=1, bitorder="little")
     return planes
 
 
 def permute_columns(columns, permutations):
-    """The k columns under each of p permutations of the pictures (p, n), one permutation after the other."""
+    """The k columns under each of p permutations of the pictures (p, n), one permutation after the other.
+
+    Where bit planes hold all, they alone are made, by bit_planes().
+    """
+    columns = columns._replace(copies=np.array(permutations, np.int32))
+    if has_planes(columns):
+        return columns
     inverse = np.argsort(permutations, axis=1).astype(np.int32)
     shift = np.where(columns.member_row >= 0, len(columns.members), 0)
     rows = [columns.member_row + shift * i for i in range(len(permutations))]
-    return columns._replace(values=np.concatenate([columns.values.take(p, 1) for p in permutations]),
-                            codes=np.concatenate([columns.codes.take(p, 1) for p in permutations]),
+    return columns._replace(codes=np.concatenate([columns.codes.take(p, 1) for p in permutations]),
                             members=np.concatenate([i.take(columns.members) for i in inverse]),
                             member_row=np.concatenate(rows).astype(np.int32))
 
 
 def count_hits_numpy(space, columns, queries, by_index=False):
     """The plain twin of the kernel's count_hits(), which tells what hits (4, k, len(queries)) int32 are."""
-    hits = np.zeros((4, len(columns.values), len(queries)), np.int32)
+    values_of_all = values_of(columns, np.arange(columns.values.shape[1]))
+    hits = np.zeros((4, len(values_of_all), len(queries)), np.int32)
     for b, q in enumerate(queries):
         d = distances64(space, q)
         order = np.argsort(d, kind="stable")              # equal ones by index
         order = order[order != q]
         d = d[order]
-        for k, values in enumerate(columns.values):
+        for k, values in enumerate(values_of_all):
             depth = columns.entry_depth[values[q]]
             if not depth:
                 continue
@@ -235,6 +258,17 @@ def count_hits_numpy(space, columns, queries, by_index=False):
                 hits[1:, k, b] = last - first, 0, depth - first
                 if not by_index:
                     hits[0, k, b], hits[2, k, b] = right[:first].sum(), right[first:last].sum()
+    return hits
+
+
+def count_hits(space, columns, planes, queries, products, by_index=False, threads=1):
+    """The kernel's hits (4, k, len(queries)) int32 from products (len(queries), n) float32."""
+    entry, k = values_of(columns, queries), len(columns.values)
+    hits = np.zeros((4, len(entry), len(queries)), np.int32)
+    _knn.count_hits(products, queries, space.bounds[queries], *space.source(), space.aux, space.offset,
+                    DISTANCES.index(space.distance), columns.codes, planes, columns.members,
+                    columns.member_row, entry, columns.entry_code, columns.entry_rank, columns.entry_start, columns.entry_count,
+                    columns.ranks, hits, by_index, threads, k if columns.copies is not None else 0)
     return hits
 
 
@@ -250,15 +284,16 @@ def count_blocks(space, columns, queries, threads, memory_mib, by_index=False):
     Each thread multiplies a block of queries by all candidates and counts in it. Where memory allows few rows
     for each thread, one block at a time is shared by all.
     """
-    n, k = columns.values.shape[::-1]
+    n, period = columns.values.shape[::-1]
+    k = period * (1 if columns.copies is None else len(columns.copies))
     if isinstance(space.x, np.memmap):                    # its pages count as this process's memory, too
         memory_mib = max(memory_mib / 2, memory_mib - space.x.nbytes / 2 ** 20)
     row_bytes, scratch = 4 * n + 16 * k, 24 * n           # scratch: the kernel's, for each thread
     rows = int((memory_mib * 2 ** 20 - threads * scratch) // (threads * row_bytes))
     workers, inner = (threads, 1) if rows >= 16 else (1, threads)
-    rows = rows * threads if workers == 1 else rows
-    rows = max(1, min(rows, BLOCK_ROWS, -(-len(queries) // workers), max(8, int(BLOCK_WORK / (n * k)))))
-    planes = bit_planes(columns.codes)
+    rows, least = rows * threads if workers == 1 else rows, 128 if has_planes(columns) else 8
+    rows = max(1, min(rows, BLOCK_ROWS, -(-len(queries) // workers), max(least, int(BLOCK_WORK / (n * k)))))
+    planes = bit_planes(columns)
     buffers = deque(np.empty((rows, n), np.float32) for _ in range(workers) if _knn)
 
     def count(start):
@@ -266,14 +301,10 @@ def count_blocks(space, columns, queries, threads, memory_mib, by_index=False):
         q = queries[part]
         if _knn is None:
             return part, count_hits_numpy(space, columns, q, by_index)
-        products, hits = buffers.pop(), np.zeros((4, k, len(q)), np.int32)
-        np.matmul(np.ascontiguousarray(space.working[:, q].T), space.working, out=products[:len(q)])
-        _knn.count_hits(products[:len(q)], q, space.bounds[q], *space.source(), space.aux,
-                        space.offset, DISTANCES.index(space.distance), columns.codes, planes, columns.members,
-                        columns.member_row, np.ascontiguousarray(columns.values[:, q]), columns.entry_code,
-                        columns.entry_rank, columns.entry_start, columns.entry_count, columns.ranks, hits,
-                        by_index, inner)
-        buffers.append(products)
+        products = buffers.pop()[:len(q)]
+        np.matmul(np.ascontiguousarray(space.working[:, q].T), space.working, out=products)
+        hits = count_hits(space, columns, planes, q, products, by_index, inner)
+        buffers.append(products.base)
         return part, hits
 
     with blas_threads().limit(limits=inner), ThreadPoolExecutor(workers) as pool:
@@ -464,8 +495,9 @@ def score_columns(space, labels, null, max_neighbours, ties, permutations, queri
     tested = owners if per_value and width * permutations <= MOST_TESTED else owners[:1]
 
     # As many permuted columns at a time as half the memory takes; the observed ones ride in the first pass.
-    each = k * 8 * n + n * 16 + 4 * n * len(columns.members)
-    per_pass = int(max(1, min(memory_mib * 2 ** 19 // each, 2e8 // (k * n), 2000))) if permutations else 1
+    each = 4 * n + k * n * min(MOST_PLANES, int(columns.codes.max())) // 8
+    each += 0 if has_planes(columns) else k * n + 16 * n + 4 * n * len(columns.members)
+    per_pass = int(max(1, min(memory_mib * 2 ** 19 // each, 2000))) if permutations else 1
     statistics = [[] for _ in tested]
     for begin in range(0, max(1, permutations), per_pass):
         drawn = [np.random.default_rng([seed, 1 + i]).permutation(n)
@@ -474,8 +506,7 @@ def score_columns(space, labels, null, max_neighbours, ties, permutations, queri
             drawn.insert(0, np.arange(n))
         batch = permute_columns(columns, drawn) if permutations else columns
         blocks = count_blocks(space, batch, chosen, threads, memory_mib / min(len(drawn), 2), ties == "index")
-        values, copies = batch.values[:, chosen], len(drawn)
-        sums, used, squares, tied = sum_hits(blocks, values, copies, width, tick)
+        sums, used, squares, tied = sum_hits(blocks, batch, chosen, tick)
         if begin == 0:
             scores = [observe(sums[0], used[0], squares, tied, columns, owner, *moments, len(chosen) < n)
                       for owner in owners]
@@ -500,17 +531,17 @@ def check_options(distance, null, ties, **numbers):
             raise ValueError(f"{name} is {value!r}; expected a whole number, at least {least}")
 
 
-def sum_hits(blocks, values, copies, width, tick):
-    """Add up the hits X of count_blocks(), columns (copies · k, N) with these values, by copy and value.
+def sum_hits(blocks, columns, queries, tick):
+    """Add up the hits X of count_blocks(), columns (copies · k, N), by copy and value.
 
     For the t = width rows of the value tables: sums of X (copies, t), queries (copies, t), and of the first
     copy sums of X² and tied queries (t,), added in the order of the queries: no blocks can change them.
     """
+    copies, width = 1 if columns.copies is None else len(columns.copies), len(columns.entry_depth)
     (sums, used), (squares, tied) = np.zeros((2, copies * width)), np.zeros((2, width))
-    k = len(values) // copies
-    first = np.repeat(np.arange(copies) * width, k)[:, None]
+    first = np.repeat(np.arange(copies) * width, len(columns.values))[:, None]
     for part, hits in blocks:
-        place, x = (first + values[:, part]).ravel(), hits[0].ravel().astype(np.float64)
+        place, x = (first + values_of(columns, queries[part])).ravel(), hits[0].ravel().astype(np.float64)
         at, observed = np.flatnonzero(hits[1]), len(place) // copies
         group, right, places = hits[1:].reshape(3, -1)[:, at].astype(np.float64)
         x[at] += right * places / group

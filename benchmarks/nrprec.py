@@ -118,7 +118,8 @@ def main():
     x = x.astype(np.float32, copy=False)
     (products, products_cpu), shape = best_products(x, queries, arguments.threads)
     print(f"n = {arguments.n:,}, m = {arguments.dim}, {len(labels)} properties, {queries:,} queries, "
-          f"{arguments.threads} threads, kernel {'built' if nrprec._knn else 'not built (NumPy twin)'}")
+          f"{arguments.threads} threads, "
+          f"kernel {nrprec._knn.ISA if nrprec._knn else 'not built (NumPy twin)'}")
     print(f"bare float32 products   {products:9.2f} s   best block {shape}, "
           f"{2 * arguments.n * queries * arguments.dim / products / 1e9:,.0f} GFLOP/s")
     print(f"whole NR-Prec           {ours:9.2f} s   {ours / products:.2f} × the products "

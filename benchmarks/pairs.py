@@ -89,7 +89,7 @@ def histogram(args, rng):
                        plain[1] / args.share, *counting_alone(space, ranges, counted, args.share)])
     wall, cpu, bare_wall, bare_cpu, plain_wall, plain_cpu, numpy_alone, kernel_alone = np.median(rounds, 0)
     print(f"all {n * (n - 1) // 2:,} pairs of n = {n:,}, m = {args.dim}, {bins} bins, {threads} threads, "
-          f"median of {args.repeats}, kernel {'built' if pairs._knn else 'not built (NumPy twin)'}")
+          f"median of {args.repeats}, kernel {pairs._knn.ISA if pairs._knn else 'not built (NumPy twin)'}")
     print(f"bare float32 products    {bare_wall:8.2f} s  {bare_cpu:8.2f} s CPU   fastest tile shape {best}")
     print(f"histograms, exact        {wall:8.2f} s  {cpu:8.2f} s CPU   {wall / bare_wall:.2f} × the products "
           f"({cpu / bare_cpu:.2f} × in CPU time)")

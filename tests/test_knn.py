@@ -1,7 +1,14 @@
 """The kernel's counts and lists equal float64 brute force, with ties in expectation and by index: for every
 distance, cardinality, kind of input, block, thread count and instruction set."""
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,6 +17,7 @@ import nrprec
 _knn = nrprec._knn
 if _knn is None:
     pytest.skip("this version's extension is not built: pip install .", allow_module_level=True)
+ISAS = _knn.ISAS                                 # every path that this processor has
 
 
 def brute_force_distances(x, distance):
@@ -51,28 +59,18 @@ def brute_force_hits(d, labels, max_neighbours=None, by_index=False):
     return hits
 
 
-def kernel_hits(x, labels, distance, max_neighbours=None, threads=1, memory_mib=64, avx512=None, by_index=0,
+def kernel_hits(x, labels, distance, max_neighbours=None, threads=1, memory_mib=64, isa=None, by_index=0,
                 **options):
     space, columns = nrprec.prepare(x, distance, **options), nrprec.make_columns(labels, max_neighbours)
     hits = np.full((4, len(labels), len(space.rows)), -1, np.int32)
-    before = _knn.AVX512
+    before = _knn.ISA
     try:
-        _knn.AVX512 = before if avx512 is None else avx512 and before
+        _knn.use(isa or before)
         queries = np.arange(len(space.rows))
         for part, block in nrprec.count_blocks(space, columns, queries, threads, memory_mib, by_index):
             hits[..., part] = block
     finally:
-        _knn.AVX512 = before
-    return hits
-
-
-def hits_of(products, space, columns, threads):
-    """The kernel's hits, called as count_blocks() does, of every row."""
-    hits = np.zeros((4, *columns.values.shape), np.int32)
-    _knn.count_hits(products, space.rows, space.bounds, *space.source(), space.aux, space.offset, 0,
-                    columns.codes, nrprec.bit_planes(columns.codes), columns.members, columns.member_row,
-                    columns.values, columns.entry_code, columns.entry_rank, columns.entry_start,
-                    columns.entry_count, columns.ranks, hits, False, threads)
+        _knn.use(before)
     return hits
 
 
@@ -112,8 +110,8 @@ def test_counts_equal_brute_force(kind, distance):
         for by_index in (False, True):
             twin = nrprec.count_hits_numpy(space, columns, np.arange(n), by_index)
             np.testing.assert_array_equal(twin, brute_force_hits(d, labels, by_index=by_index))
-            for avx512 in (True, False):
-                ours = kernel_hits(x, labels, distance, avx512=avx512, by_index=by_index)
+            for isa in ISAS:
+                ours = kernel_hits(x, labels, distance, isa=isa, by_index=by_index)
                 np.testing.assert_array_equal(ours, twin)
             np.testing.assert_array_equal(kernel_hits(x, labels, distance, 5, by_index=by_index),
                                           brute_force_hits(d, labels, 5, by_index))
@@ -137,6 +135,33 @@ def test_rows_of_a_file_as_they_lie_there(dtype, distance, tmp_path):
         np.testing.assert_array_equal(ours, hits)
 
 
+@pytest.mark.parametrize("kind", ("normal", "integers", "signs", "identical"))
+def test_permuted_columns(kind):
+    """Copies of the columns under permutations count as columns of their own do: with planes for all values,
+    with rare ones and with more than 16 frequent ones, tied and not; in groups of queries and row by row."""
+    rng = np.random.default_rng(12)
+    n = 333
+    x = embeddings_of(kind, n, 5, rng)
+    for cards in ((2, 3, 10), (2, 60), (20, 3)):
+        labels = [rng.integers(0, v, n) for v in cards]
+        space, columns = nrprec.prepare(x, "euclidean"), nrprec.make_columns(labels)
+        drawn = [np.arange(n)] + [rng.permutation(n) for _ in range(6)]
+        loose = nrprec.make_columns([label[p] for p in drawn for label in labels])
+        expected = nrprec.count_hits_numpy(space, loose, np.arange(n))
+        for isa in ISAS:
+            before = _knn.ISA
+            try:
+                _knn.use(isa)
+                batch = nrprec.permute_columns(columns, drawn)
+                np.testing.assert_array_equal(nrprec.values_of(batch, np.arange(n)).shape, loose.values.shape)
+                for threads in (1, 2):
+                    for part, hits in nrprec.count_blocks(space, batch, np.arange(n), threads, 64):
+                        np.testing.assert_array_equal(hits, expected[..., part])
+            finally:
+                _knn.use(before)
+        np.testing.assert_array_equal(nrprec.count_hits_numpy(space, batch, np.arange(n)), expected)
+
+
 def test_many_candidates_and_a_class_column():
     """n that no block divides, more candidates than 32,768-item parts, 20,000 classes beside one of half."""
     rng = np.random.default_rng(5)
@@ -147,13 +172,14 @@ def test_many_candidates_and_a_class_column():
     queries = np.sort(rng.choice(n, 40, replace=False))
     space, columns = nrprec.prepare(x, "euclidean"), nrprec.make_columns(labels)
     expected = nrprec.count_hits_numpy(space, columns, queries)
-    for avx512 in (False, True):
-        before, _knn.AVX512 = _knn.AVX512, avx512 and _knn.AVX512
+    for isa in ISAS:
+        before = _knn.ISA
         try:
+            _knn.use(isa)
             for part, hits in nrprec.count_blocks(space, columns, queries, 2, 64):
                 np.testing.assert_array_equal(hits, expected[..., part])
         finally:
-            _knn.AVX512 = before
+            _knn.use(before)
 
 
 def test_a_sample_that_misleads():
@@ -186,10 +212,9 @@ def test_kernel_threads_of_its_own():
     rng = np.random.default_rng(7)
     x = rng.standard_normal((300, 5)).astype(np.float32)
     space, columns = nrprec.prepare(x, "euclidean"), nrprec.make_columns([rng.integers(0, 7, 300)])
-    products = np.ascontiguousarray(space.working.T) @ space.working
-    results = []
-    for threads in (1, 3):
-        results.append(hits_of(products, space, columns, threads))
+    products, planes = np.ascontiguousarray(space.working.T) @ space.working, nrprec.bit_planes(columns)
+    results = [nrprec.count_hits(space, columns, planes, np.arange(300), products, threads=threads)
+               for threads in (1, 3)]
     np.testing.assert_array_equal(*results)
 
 
@@ -204,7 +229,9 @@ def test_products_may_be_as_wrong_as_their_bound():
     expected = nrprec.count_hits_numpy(space, columns, q)
     for _ in range(5):
         noise = rng.choice([-0.9, 0.0, 0.9], exact.shape) * space.bounds[:, None]
-        hits = hits_of((exact + noise).astype(np.float32), space, columns, 2)
+        products = (exact + noise).astype(np.float32)
+        hits = nrprec.count_hits(space, columns, nrprec.bit_planes(columns), np.arange(400), products,
+                                 threads=2)
         np.testing.assert_array_equal(hits, expected)
 
 
@@ -222,5 +249,28 @@ def test_any_small_input(data):
     except ValueError:
         return
     twin = nrprec.count_hits_numpy(space, nrprec.make_columns(labels), np.arange(n))
-    np.testing.assert_array_equal(kernel_hits(x, labels, distance), twin)
-    np.testing.assert_array_equal(kernel_hits(x, labels, distance, avx512=False), twin)
+    for isa in ISAS:
+        np.testing.assert_array_equal(kernel_hits(x, labels, distance, isa=isa), twin)
+
+
+def test_what_the_processor_lacks_is_refused(tmp_path, run_script):
+    """KNN_ISA is read once; an unknown one ends the command that would use it."""
+    np.save(tmp_path / "emb.npy", np.eye(4, dtype=np.float32))
+    (tmp_path / "props.csv").write_text("class\nr\nr\nb\nb\n")
+    for script in ("nrprec.py", "pairs.py"):
+        result = run_script(script, tmp_path / "emb.npy", tmp_path / "props.csv",
+                            "--out", tmp_path / "out.csv", env={**os.environ, "KNN_ISA": "neon"})
+        assert result.returncode == 2 and not (tmp_path / "out.csv").exists()
+        assert len(result.stderr.splitlines()) == 1 and result.stderr.endswith(
+            f"KNN_ISA is 'neon'; expected one of {', '.join(ISAS)}, which this processor has\n")
+
+
+def test_the_kernel_compiles_for_arm64(tmp_path):
+    """Warnings are errors. .ci/run installs the cross compiler where it may."""
+    compiler = shutil.which("aarch64-linux-gnu-gcc") or pytest.skip("there is no aarch64-linux-gnu-gcc here")
+    cython = [sys.executable, "-m", "cython", "-3", ROOT / "_knn.pyx", "-o", tmp_path / "_knn.c"]
+    subprocess.run(cython, check=True)
+    compile_it = [compiler, "-c", "-O3", "-ffp-contract=off", "-fopenmp", "-Wall", "-Wextra", "-Werror",
+                  "-Wno-unused-parameter", "-I", sysconfig.get_paths()["include"], tmp_path / "_knn.c",
+                  "-o", tmp_path / "_knn.o"]
+    subprocess.run(compile_it, check=True)

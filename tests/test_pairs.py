@@ -64,15 +64,15 @@ def rank(x, value, relevant, by_index=False):
     return pairs.rank_queries(pairs.normalise(x), value, relevant, 1, 1, by_index=by_index)
 
 
-@pytest.fixture(params=("kernel", "kernel without AVX-512", "numpy"))
+@pytest.fixture(params=("scalar", "avx2", "avx512", "numpy"))
 def each_counter(request, monkeypatch):
-    """The test runs with the kernel, with its plain loops, and with the NumPy twin."""
+    """The test runs with every path of the kernel that this processor has, and with the NumPy twin."""
     if request.param == "numpy":
         monkeypatch.setattr(pairs, "_knn", None)
-    elif pairs._knn is None:
-        pytest.skip("the extension is not built: pip install .")
-    elif request.param != "kernel":
-        monkeypatch.setattr(pairs._knn, "AVX512", False)
+    elif request.param not in getattr(pairs._knn, "ISAS", ()):
+        pytest.skip("the extension is not built (pip install .), or this processor lacks the instructions")
+    else:
+        monkeypatch.setattr(pairs._knn, "ISA", request.param)             # taken at the next call
 
 
 # ---------------------------------------------------------------- worked out by hand
