@@ -522,7 +522,8 @@ def features_of(network):
     with torch.inference_mode():
         features = network.module(torch.stack([black, black]))
     if not features.is_floating_point():
-        raise ValueError(f"{network.name} gives features of {features.dtype}; expected floating-point numbers")
+        raise ValueError(f"{network.name} gives features of {features.dtype}; expected floating-point "
+                         "numbers")
     return features.shape[1]
 
 
