@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""Exact neighbour counting on the CPU: blocked similarity rows in, hit counts or ordered lists out.
+"""Exact neighbour counting on the CPU: blocked similarity rows in, hit counts out.
 
 The caller multiplies a block of queries with all candidates in float32 (BLAS) and hands the rows over.
 For each query the kernel
@@ -32,6 +32,8 @@ from libc.stdint cimport int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t,
 from libc.stdlib cimport qsort
 from libc.string cimport memset
 
+import os
+
 import numpy as np
 
 cdef extern from *:
@@ -40,11 +42,40 @@ cdef extern from *:
     #include <stddef.h>
     #include <string.h>
 
-    /* Plain loops, compiled for several x86-64 levels, chosen at load time where the compiler can do it. */
-    #ifdef KNN_CLONES
-    #define CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+    /* Plain loops are compiled for three levels of x86-64 where the compiler can do it (setup.py tries); `isa`
+       chooses: 0 the plain loops, 1 AVX2, 2 AVX-512. Elsewhere there is one version, arm64's with NEON. */
+    static int isa = 0, has_vbmi2 = 0, has_vpopcnt = 0;
+    #define LOOP static inline __attribute__((always_inline))
+    #ifdef KNN_X86
+    #include <immintrin.h>
+    #define AVX2 __attribute__((target("avx2,bmi,bmi2,popcnt")))
+    #define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,bmi,bmi2,popcnt")))
+    #define EACH_ISA(type, name, parameters, arguments) \
+        static type name##_plain parameters { return name##_loop arguments; } \
+        AVX2 static type name##_avx2 parameters { return name##_loop arguments; } \
+        AVX512 static type name##_avx512 parameters { return name##_loop arguments; } \
+        static type name parameters \
+        { \
+            return isa == 2 ? name##_avx512 arguments \
+                 : isa == 1 ? name##_avx2 arguments : name##_plain arguments; \
+        }
+    static int best_isa(void)
+    {
+        if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")
+            && __builtin_cpu_supports("avx512vl")) return 2;
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
+    }
+    static void set_isa(int level)
+    {
+        isa = level;
+        has_vbmi2 = level == 2 && __builtin_cpu_supports("avx512vbmi2");
+        has_vpopcnt = level == 2 && __builtin_cpu_supports("avx512vpopcntdq");
+    }
     #else
-    #define CLONES
+    #define EACH_ISA(type, name, parameters, arguments) \
+        static type name parameters { return name##_loop arguments; }
+    static int best_isa(void) { return 0; }
+    static void set_isa(int level) { isa = level; }
     #endif
     #ifdef __GNUC__
     #define PREFETCH(address) __builtin_prefetch(address)
@@ -57,8 +88,8 @@ cdef extern from *:
 
     /* similarity = product + offset -> key in -32767 .. 32766; monotone, as every rounded step is.
        -32768 is left for the query itself, 32767 for items promoted above every threshold. */
-    CLONES static void to_keys(const float *product, const float *offset, ptrdiff_t n,
-                               float low, float scale, int16_t *key)
+    LOOP void to_keys_loop(const float *product, const float *offset, ptrdiff_t n, float low, float scale,
+                           int16_t *key)
     {
         for (ptrdiff_t i = 0; i < n; i++) {
             float x = (product[i] + offset[i] - low) * scale;
@@ -67,6 +98,9 @@ cdef extern from *:
             key[i] = (int16_t)((int32_t)x - 32768);
         }
     }
+    EACH_ISA(void, to_keys, (const float *product, const float *offset, ptrdiff_t n, float low, float scale,
+              int16_t *key),
+             (product, offset, n, low, scale, key))
 
     static void add_histogram(const int16_t *key, ptrdiff_t n, uint32_t *histogram)
     {
@@ -87,8 +121,7 @@ cdef extern from *:
     /* The same for keys >= least alone, which AVX-512's compression puts side by side first; chunks of up to
        CHUNK. */
     #define CHUNK 4096
-    #ifdef KNN_AVX512
-    #include <immintrin.h>
+    #ifdef KNN_X86
     __attribute__((target("avx512bw,avx512vl,avx512vbmi2,popcnt")))
     static void add_histogram_above(const int16_t *key, ptrdiff_t n, int16_t least, uint32_t *histogram)
     {
@@ -103,17 +136,31 @@ cdef extern from *:
         }
         add_histogram(kept, count, histogram);
     }
-    static int has_vbmi2(void)
-    {
-        return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi2");
-    }
     #else
     #define add_histogram_above(key, n, least, histogram) add_histogram(key, n, histogram)
-    static int has_vbmi2(void) { return 0; }
     #endif
 
-    CLONES static int64_t count_above(const int16_t *key, const uint8_t *code, ptrdiff_t n,
-                                      int16_t threshold, uint8_t value)
+    /* Counts become numbers of items in higher bins, as far down as `deepest` items: the lowest such bin, −1
+       where there are fewer. Lower ones are never read. */
+    static ptrdiff_t sum_from_top(uint32_t *histogram, uint32_t deepest)
+    {
+        uint32_t total = 0;
+        for (ptrdiff_t i = BINS - 8; i >= 0; i -= 8) {
+            for (int j = 7; j >= 0; j--) {
+                const uint32_t here = histogram[i + j];
+                histogram[i + j] = total;
+                total += here;
+            }
+            if (total >= deepest) {
+                for (i += 7; histogram[i] < deepest && i % 8; i--);
+                return histogram[i] < deepest ? i : i + 1;
+            }
+        }
+        return -1;
+    }
+
+    LOOP int64_t count_above_loop(const int16_t *key, const uint8_t *code, ptrdiff_t n, int16_t threshold,
+                                  uint8_t value)
     {
         int64_t total = 0;
         while (n > 0) {
@@ -126,10 +173,12 @@ cdef extern from *:
         }
         return total;
     }
+    EACH_ISA(int64_t, count_above, (const int16_t *key, const uint8_t *code, ptrdiff_t n, int16_t threshold,
+              uint8_t value),
+             (key, code, n, threshold, value))
 
     /* Indices of low <= key <= high, in ascending order. Few items are: whole blocks are tested first. */
-    CLONES static ptrdiff_t collect(const int16_t *key, ptrdiff_t n, int16_t low, int16_t high,
-                                    int32_t *index)
+    LOOP ptrdiff_t collect_loop(const int16_t *key, ptrdiff_t n, int16_t low, int16_t high, int32_t *index)
     {
         const uint16_t width = (uint16_t)(high - low);
         ptrdiff_t found = 0, i = 0;
@@ -153,85 +202,102 @@ cdef extern from *:
             if ((uint16_t)(key[i] - low) <= width) index[found++] = (int32_t)i;
         return found;
     }
+    EACH_ISA(ptrdiff_t, collect, (const int16_t *key, ptrdiff_t n, int16_t low, int16_t high, int32_t *index),
+             (key, n, low, high, index))
 
-    /* Both in one pass, by AVX-512 masks: a third of the time of the two loops above, its plain twin.
-       A frequent value also has its pictures as a bit plane, an eighth of the bytes of the codes. */
-    #ifdef KNN_AVX512
-    __attribute__((target("avx512bw,avx512vl,popcnt,bmi")))
-    static int64_t scan_avx512(const int16_t *key, const uint8_t *code, const uint64_t *plane, ptrdiff_t n,
-                               int16_t low, int16_t high, uint8_t value, int32_t *index, ptrdiff_t *found)
+    /* 64 keys > threshold as bits. A frequent value has its pictures as a bit plane too, an eighth of the bytes
+       of the codes, so that a count is AND and popcount. Rows of keys are padded to a multiple of 64 with keys
+       that no threshold lets through. */
+    #ifdef KNN_X86
+    AVX2 static inline uint64_t above64_avx2(const int16_t *key, int16_t threshold)
     {
-        const __m512i lows = _mm512_set1_epi16(low), widths = _mm512_set1_epi16((int16_t)(high - low));
-        const __m512i highs = _mm512_set1_epi16(high), values = _mm512_set1_epi8((char)value);
-        int64_t hits = 0;
-        ptrdiff_t i = 0, kept = 0;
-        for (; i < n; i += 64) {
-            const uint64_t valid = n - i < 64 ? ((uint64_t)1 << (n - i)) - 1 : ~(uint64_t)0;
-            const __m512i a = _mm512_maskz_loadu_epi16((__mmask32)valid, key + i);
-            const __m512i b = _mm512_maskz_loadu_epi16((__mmask32)(valid >> 32), key + i + 32);
-            const uint64_t above = _mm512_cmpgt_epi16_mask(a, highs)
-                                 | (uint64_t)_mm512_cmpgt_epi16_mask(b, highs) << 32;
-            uint64_t near = _mm512_cmple_epu16_mask(_mm512_sub_epi16(a, lows), widths)
-                          | (uint64_t)_mm512_cmple_epu16_mask(_mm512_sub_epi16(b, lows), widths) << 32;
-            if (plane)
-                hits += __builtin_popcountll(above & plane[i / 64]);
-            else if (code)
-                hits += __builtin_popcountll(
-                    above & _mm512_mask_cmpeq_epi8_mask(
-                        valid, _mm512_maskz_loadu_epi8(valid, code + i), values));
-            for (near &= valid; near; near &= near - 1)
-                index[kept++] = (int32_t)(i + __builtin_ctzll(near));
+        const __m256i least = _mm256_set1_epi16(threshold);
+        uint64_t bits = 0;
+        for (int half = 0; half < 64; half += 32) {
+            const __m256i a = _mm256_cmpgt_epi16(_mm256_loadu_si256((const void *)(key + half)), least);
+            const __m256i b = _mm256_cmpgt_epi16(_mm256_loadu_si256((const void *)(key + half + 16)), least);
+            const __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi16(a, b), 0xd8);
+            bits |= (uint64_t)(uint32_t)_mm256_movemask_epi8(both) << half;
         }
-        *found = kept;
-        return hits;
+        return bits;
     }
-    __attribute__((target("avx512bw,avx512vl,popcnt,bmi")))
-    static int64_t count_avx512(const int16_t *key, const uint64_t *plane, ptrdiff_t n, int16_t threshold)
+    AVX512 static inline uint64_t above64_avx512(const int16_t *key, int16_t threshold)
     {
-        const __m512i thresholds = _mm512_set1_epi16(threshold);
-        int64_t hits = 0;
-        ptrdiff_t i = 0;
-        for (; i + 64 <= n; i += 64) {
-            const uint64_t above = _mm512_cmpgt_epi16_mask(_mm512_loadu_si512(key + i), thresholds)
-                                 | (uint64_t)_mm512_cmpgt_epi16_mask(
-                                       _mm512_loadu_si512(key + i + 32), thresholds) << 32;
-            hits += __builtin_popcountll(above & plane[i / 64]);
+        const __m512i least = _mm512_set1_epi16(threshold);
+        const __mmask32 a = _mm512_cmpgt_epi16_mask(_mm512_loadu_si512(key), least);
+        const __mmask32 b = _mm512_cmpgt_epi16_mask(_mm512_loadu_si512(key + 32), least);
+        return _mm512_kunpackd(b, a);
+    }
+    #define VECTOR_LOOPS(TARGET, above64, scan_vector, above_vector) \
+        TARGET static int64_t scan_vector(const int16_t *key, const uint64_t *plane, ptrdiff_t n, int16_t low, \
+                                          int16_t high, int32_t *index, ptrdiff_t *found) \
+        { \
+            int64_t hits = 0; \
+            ptrdiff_t kept = 0; \
+            for (ptrdiff_t i = 0, word = 0; i < n; i += 64, word++) { \
+                const uint64_t above = above64(key + i, high); \
+                uint64_t near = above64(key + i, low - 1) & ~above; \
+                hits += __builtin_popcountll(above & (plane ? plane[word] : 0)); \
+                for (; near; near &= near - 1) index[kept++] = (int32_t)(i + __builtin_ctzll(near)); \
+            } \
+            *found = kept; \
+            return hits; \
+        } \
+        TARGET static void above_vector(const int16_t *key, ptrdiff_t n, int16_t threshold, uint64_t *bits) \
+        { \
+            for (ptrdiff_t i = 0; i < n; i += 64) bits[i / 64] = above64(key + i, threshold); \
         }
-        for (; i < n; i++)
-            hits += (key[i] > threshold) & (plane[i / 64] >> (i % 64) & 1);
-        return hits;
-    }
-    static int has_avx512(void)
-    {
-        return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-    }
+    VECTOR_LOOPS(AVX2, above64_avx2, scan_avx2, above_avx2)
+    VECTOR_LOOPS(AVX512, above64_avx512, scan_avx512, above_avx512)
     #else
-    #define scan_avx512(key, code, plane, n, low, high, value, index, found) 0
-    #define count_avx512(key, plane, n, threshold) 0
-    static int has_avx512(void) { return 0; }
+    #define scan_avx2(key, plane, n, low, high, index, found) 0
+    #define scan_avx512(key, plane, n, low, high, index, found) 0
+    #define above_avx2(key, n, threshold, bits) ((void)0)
+    #define above_avx512(key, n, threshold, bits) ((void)0)
     #endif
-
-    /* Number of items with key > threshold and the given code. */
-    static int64_t count_codes(const int16_t *key, const uint8_t *code, const uint64_t *plane, ptrdiff_t n,
-                               int16_t threshold, uint8_t value, int avx512)
-    {
-        if (avx512 && plane) return count_avx512(key, plane, n, threshold);
-        return count_above(key, code, n, threshold, value);
-    }
 
     /* Number of items with key > high and the given code (none counted without codes), and the indices of
        low <= key <= high in ascending order. */
     static int64_t scan(const int16_t *key, const uint8_t *code, const uint64_t *plane, ptrdiff_t n,
-                        int16_t low, int16_t high, uint8_t value, int32_t *index, ptrdiff_t *found,
-                        int avx512)
+                        int16_t low, int16_t high, uint8_t value, int32_t *index, ptrdiff_t *found)
     {
-        if (avx512) return scan_avx512(key, code, plane, n, low, high, value, index, found);
-        *found = collect(key, n, low, high, index);
-        return code ? count_above(key, code, n, high, value) : 0;
+        int64_t hits = 0;
+        if (isa == 2) hits = scan_avx512(key, plane, n, low, high, index, found);
+        else if (isa == 1) hits = scan_avx2(key, plane, n, low, high, index, found);
+        else *found = collect(key, n, low, high, index);
+        return code && !(isa && plane) ? count_above(key, code, n, high, value) : hits;
     }
+    static void above_bits(const int16_t *key, ptrdiff_t n, int16_t threshold, uint64_t *bits)
+    {
+        if (isa == 2) above_avx512(key, n, threshold, bits);
+        else above_avx2(key, n, threshold, bits);
+    }
+    LOOP int64_t common_bits_loop(const uint64_t *a, const uint64_t *b, ptrdiff_t words)
+    {
+        int64_t total = 0;
+        for (ptrdiff_t i = 0; i < words; i++) total += __builtin_popcountll(a[i] & b[i]);
+        return total;
+    }
+    #ifdef KNN_X86
+    AVX2 static int64_t common_bits_popcnt(const uint64_t *a, const uint64_t *b, ptrdiff_t words)
+    {
+        return common_bits_loop(a, b, words);
+    }
+    __attribute__((target("avx512f,avx512vpopcntdq,prefer-vector-width=512")))
+    static int64_t common_bits_vpopcnt(const uint64_t *a, const uint64_t *b, ptrdiff_t words)
+    {
+        return common_bits_loop(a, b, words);
+    }
+    static int64_t common_bits(const uint64_t *a, const uint64_t *b, ptrdiff_t words)
+    {
+        return has_vpopcnt ? common_bits_vpopcnt(a, b, words) : common_bits_popcnt(a, b, words);
+    }
+    #else
+    #define common_bits common_bits_loop
+    #endif
 
     /* NumPy's order of summation along a contiguous axis: eight lanes in blocks of up to 128, then halves. */
-    CLONES static double pairwise_block(const double *a, ptrdiff_t n)
+    LOOP double pairwise_block_loop(const double *a, ptrdiff_t n)
     {
         if (n < 8) {
             double sum = 0.0;
@@ -247,6 +313,8 @@ cdef extern from *:
         for (; i < n; i++) sum += a[i];
         return sum;
     }
+    EACH_ISA(double, pairwise_block, (const double *a, ptrdiff_t n),
+             (a, n))
     static double pairwise_sum(const double *a, ptrdiff_t n)
     {
         if (n <= 128) return pairwise_block(a, n);
@@ -255,19 +323,41 @@ cdef extern from *:
         return pairwise_sum(a, half) + pairwise_sum(a + half, n - half);
     }
 
+    /* One row of the embeddings as they came (float16, float32 or float64: `size` bytes) as float32, divided
+       by its length where that is not 0. */
+    static const float *float_row(const void *x, int size, ptrdiff_t m, double length, float *buffer)
+    {
+        if (size == 4 && length == 0.0) return (const float *)x;
+        for (ptrdiff_t j = 0; j < m; j++) {
+            float value;
+            if (size == 2) {                                  /* its exponent's bias is 15, float32's 127 */
+                const uint16_t half = ((const uint16_t *)x)[j];
+                const uint32_t bits = (uint32_t)(half & 0x7fff) << 13;
+                memcpy(&value, &bits, 4);
+                value *= half & 0x8000 ? -0x1p112f : 0x1p112f;
+            } else {
+                value = size == 4 ? ((const float *)x)[j] : (float)((const double *)x)[j];
+            }
+            buffer[j] = length == 0.0 ? value : (float)((double)value / length);
+        }
+        return buffer;
+    }
+
     /* The summands of a distance: plain loops again, so that they vectorise. */
-    CLONES static void squared_differences(const float *a, const float *b, ptrdiff_t m, double *term)
+    LOOP void squared_differences_loop(const float *a, const float *b, ptrdiff_t m, double *term)
     {
         for (ptrdiff_t j = 0; j < m; j++) {
             const double difference = (double)a[j] - (double)b[j];
             term[j] = difference * difference;
         }
     }
+    EACH_ISA(void, squared_differences, (const float *a, const float *b, ptrdiff_t m, double *term),
+             (a, b, m, term))
 
     /* Inner products in -1 .. 1 -> bins 0 .. bins - 1 of equal width, 1 in the last; `bins` itself where the
        rounding error (margin, in bins) leaves two of them open. half = bins / 2; beyond the outermost edges
        nothing is open. */
-    CLONES static void to_bins(const float *product, ptrdiff_t n, float half, float margin, int16_t *key)
+    LOOP void to_bins_loop(const float *product, ptrdiff_t n, float half, float margin, int16_t *key)
     {
         const float top = 2.0f * half - 0.5f, other = 1.0f - margin;
         const int32_t open = (int32_t)(2.0f * half);
@@ -280,6 +370,8 @@ cdef extern from *:
             key[i] = (int16_t)((part < margin) | (part > other) ? open : bin);
         }
     }
+    EACH_ISA(void, to_bins, (const float *product, ptrdiff_t n, float half, float margin, int16_t *key),
+             (product, n, half, margin, key))
 
     /* Few bins are hit again and again: eight histograms side by side, so that no store waits for another. */
     #define COPIES 8
@@ -305,11 +397,13 @@ cdef extern from *:
     }
 
     /* The summands of an inner product of normalised rows; unit is the first row, normalised already. */
-    CLONES static void unit_products(const double *unit, const float *b, double norm, ptrdiff_t m,
-                                     double *term)
+    LOOP void unit_products_loop(const double *unit, const float *b, double norm, ptrdiff_t m, double *term)
     {
         for (ptrdiff_t j = 0; j < m; j++) term[j] = unit[j] * ((double)b[j] / norm);
     }
+    EACH_ISA(void, unit_products, (const double *unit, const float *b, double norm, ptrdiff_t m,
+              double *term),
+             (unit, b, norm, m, term))
 
     typedef struct { double distance; int64_t index; } item_t;
 
@@ -335,13 +429,19 @@ cdef extern from *:
     void add_histogram(const int16_t *key, ptrdiff_t n, uint32_t *histogram) noexcept nogil
     void add_histogram_above(const int16_t *key, ptrdiff_t n, int16_t least,
                              uint32_t *histogram) noexcept nogil
-    bint has_vbmi2() noexcept nogil
+    int has_vbmi2
     const int CHUNK
-    int64_t count_codes(const int16_t *key, const uint8_t *code, const uint64_t *plane, ptrdiff_t n,
-                        int16_t threshold, uint8_t value, bint avx512) noexcept nogil
+    ptrdiff_t sum_from_top(uint32_t *histogram, uint32_t deepest) noexcept nogil
+    int64_t count_above(const int16_t *key, const uint8_t *code, ptrdiff_t n, int16_t threshold,
+                        uint8_t value) noexcept nogil
     int64_t scan(const int16_t *key, const uint8_t *code, const uint64_t *plane, ptrdiff_t n, int16_t low,
-                 int16_t high, uint8_t value, int32_t *index, ptrdiff_t *found, bint avx512) noexcept nogil
-    bint has_avx512() noexcept nogil
+                 int16_t high, uint8_t value, int32_t *index, ptrdiff_t *found) noexcept nogil
+    void above_bits(const int16_t *key, ptrdiff_t n, int16_t threshold, uint64_t *bits) noexcept nogil
+    int64_t common_bits(const uint64_t *a, const uint64_t *b, ptrdiff_t words) noexcept nogil
+    int isa
+    int best_isa() noexcept nogil
+    void set_isa(int level) noexcept nogil
+    const float *float_row(const void *x, int size, ptrdiff_t m, double length, float *buffer) noexcept nogil
     void squared_differences(const float *a, const float *b, ptrdiff_t m, double *term) noexcept nogil
     double pairwise_sum(const double *a, ptrdiff_t n) noexcept nogil
     const int COPIES
@@ -352,43 +452,70 @@ cdef extern from *:
     bint item_less(item_t a, item_t b) noexcept nogil
     int compare_items(const void *a, const void *b) noexcept nogil
 
-INTERFACE = 2                   # of the functions here: the scripts take no other
-AVX512 = bool(has_avx512())     # set to False to run the plain loops on any machine
+INTERFACE = 5                   # of the functions here: the scripts take no other
+ISAS = ("scalar", "avx2", "avx512")[:best_isa() + 1]               # what this processor has
+ISA = os.environ.get("KNN_ISA") or ISAS[best_isa()]
+
+
+def use(name):
+    """Take the loops of one instruction set of ISAS. ValueError where the processor lacks it."""
+    global ISA
+    if name not in ISAS:
+        raise ValueError(f"KNN_ISA is {name!r}; expected one of {', '.join(ISAS)}, which this processor has")
+    set_isa(ISAS.index(name))
+    ISA = name
+
+
+cdef enum:
+    PIECE = 128                 # words of a mask, 8,192 candidates, that stay in the cache
 
 DISTANCES = ("euclidean", "squared_euclidean", "cosine", "dot_product", "snr")
 
 cdef struct Space:              # what a distance needs, the same for every query
-    const float *x              # (n, m) the embeddings as they came
+    const uint8_t *x            # (N, m) the embeddings as they came, maybe in a memory-mapped file,
+    int size                    # numbers of so many bytes: float16, float32 or float64, taken as float32
+    const int64_t *rows         # (n,) where in x the candidates stand
+    const double *lengths       # (n,) by which they are divided, or NULL
     const double *aux           # (n,) cosine: norms, snr: variances, else unused
     const float *offset         # (n,) added to the products to make similarities
     ptrdiff_t n
     ptrdiff_t m
     int distance                # index into DISTANCES
-    bint avx512
-    bint vbmi2
 
 cdef struct Row:                # one query at work: its thread's scratch and what is known so far
     const float *product        # (n,) float32 products with every candidate
     ptrdiff_t query
     double bound                # |computed − true similarity| is at most this
-    float low
+    float low                   # a similarity's key is (similarity − low) · scale
     float scale
-    int16_t *key                # (n,)
+    int16_t *key                # (n,), and behind them −32768 up to a multiple of 64
     uint32_t *above             # (BINS,) histogram, then the number of items in higher bins
     ptrdiff_t lowest            # bin from which on `above` is known
     int32_t *index              # (n,) items near a threshold; after resolve() the chosen ones, then the tied
     item_t *item                # (n,)
-    double *term                # (m,)
+    double *term                # (2 · m,): summands, and behind them two rows as float32
+    const float *own            # (m,) the query itself
     bint by_index               # ties go to the smaller index
     ptrdiff_t tied              # candidates tied at the threshold, 0 where it goes through no group
     ptrdiff_t places            # how many of them are retrieved
 
 
-cdef double distance64(const Space *space, ptrdiff_t q, ptrdiff_t i, double *term) noexcept nogil:
-    """The float64 distance of candidate i from query q, as nrprec.distances64()'s NumPy gives it."""
-    cdef const float *a = space.x + q * space.m
-    cdef const float *b = space.x + i * space.m
-    cdef ptrdiff_t j, m = space.m
+cdef const uint8_t *address(const Space *space, ptrdiff_t i) noexcept nogil:
+    return space.x + space.rows[i] * space.m * space.size
+
+
+cdef const float *numbers(const Space *space, ptrdiff_t i, float *buffer) noexcept nogil:
+    """Candidate i as float32 numbers (m,), in the buffer where they have to be made."""
+    cdef double length = space.lengths[i] if space.lengths else 0.0
+    return float_row(address(space, i), space.size, space.m, length, buffer)
+
+
+cdef double distance64(const Space *space, const Row *row, ptrdiff_t i) noexcept nogil:
+    """The float64 distance of candidate i from the query, as nrprec.distances64()'s NumPy gives it."""
+    cdef ptrdiff_t j, m = space.m, q = row.query
+    cdef double *term = row.term
+    cdef const float *a = row.own
+    cdef const float *b = numbers(space, i, <float *>(term + m) + m)
     cdef double mean, norm_a, norm_b
     if space.distance <= 1:
         squared_differences(a, b, m, term)
@@ -452,31 +579,28 @@ cdef int16_t choose_keys(const Space *space, Row *row, uint32_t deepest) noexcep
 
     Returns a key that more than `deepest` items are very likely to reach, by the same sample.
     """
-    cdef ptrdiff_t n = space.n, i, step = max(16, n // 64), count = 0        # runs of 16: a cache line each
-    cdef float value, low = 0, high = 0, width
+    cdef ptrdiff_t n = space.n, i, j, step = max(16, n // 64), count = 0     # runs of 16: a cache line each
+    cdef float[1280] sample
     cdef uint16_t[256] coarse
+    cdef float low, high, width
     cdef double share = <double>deepest / n, needed
-    i = 0
-    while i < n:
-        if i % step < 16 and i != row.query:
-            value = row.product[i] + space.offset[i]
-            low = value if count == 0 else min(low, value)
-            high = value if count == 0 else max(high, value)
-            count += 1
-        i += 1 if i % step < 15 else step - 15
+    sample[0] = 0                             # n > 1: never alone
+    for i in range((n + step - 1) // step):
+        for j in range(i * step, min(i * step + 16, n)):
+            if j != row.query:
+                sample[count] = row.product[j] + space.offset[j]
+                count += 1
+    low = high = sample[0]
+    for i in range(1, count):
+        low, high = min(low, sample[i]), max(high, sample[i])
     width = max(high - low, <float>1e-30)
     row.low, row.scale = low - width * <float>0.03, <float>65534.0 / (width * <float>1.25)
     needed = count * share + 5.0 * sqrt(count * share * (1.0 - share)) + 2.0
-    if not space.vbmi2 or needed > 0.7 * count:
+    if not has_vbmi2 or needed > 0.7 * count:
         return -32768
-    for i in range(256):
-        coarse[i] = 0
-    i = 0
-    while i < n:
-        if i % step < 16 and i != row.query:
-            coarse[<ptrdiff_t>min((row.product[i] + space.offset[i] - row.low) * row.scale,
-                                  <float>65534.0) >> 8] += 1
-        i += 1 if i % step < 15 else step - 15
+    memset(coarse, 0, sizeof(coarse))
+    for i in range(count):
+        coarse[<ptrdiff_t>min((sample[i] - row.low) * row.scale, <float>65534.0) >> 8] += 1
     i = 256
     while i > 0 and needed > 0:
         i -= 1
@@ -487,11 +611,10 @@ cdef int16_t choose_keys(const Space *space, Row *row, uint32_t deepest) noexcep
 cdef void start(const Space *space, Row *row, uint32_t deepest) noexcept nogil:
     """Keys and, down to the rank `deepest`, the number of items above each bin; the query itself is left out.
     """
-    cdef ptrdiff_t n = space.n, i, part
+    cdef ptrdiff_t n = space.n, i = 0, part
     cdef int16_t least = choose_keys(space, row, deepest)
-    cdef uint32_t total, here
+    row.own = numbers(space, row.query, <float *>(row.term + space.m))
     memset(row.above, 0, BINS * sizeof(uint32_t))
-    i = 0
     while i < n:                              # a chunk's keys are still in the first-level cache when counted
         part = min(CHUNK, n - i)
         to_keys(row.product + i, space.offset + i, part, row.low, row.scale, row.key + i)
@@ -500,22 +623,21 @@ cdef void start(const Space *space, Row *row, uint32_t deepest) noexcept nogil:
         else:
             add_histogram(row.key + i, part, row.above)
         i += part
+    for i in range(n, padded(n)):
+        row.key[i] = -32768
     if row.key[row.query] >= least:
         row.above[(row.key[row.query] + 32768) >> BIN_SHIFT] -= 1
     row.key[row.query] = -32768
-    while True:
-        total, i = 0, BINS - 1
-        while i >= 0 and total < deepest:     # bins below the deepest rank are never read
-            here = row.above[i]
-            row.above[i] = total
-            total += here
-            i -= 1
-        row.lowest = i + 1
-        if total >= deepest:
-            return
-        memset(row.above, 0, BINS * sizeof(uint32_t))             # an unlucky sample: again, with every key
+    row.lowest = sum_from_top(row.above, deepest)
+    if row.lowest < 0:                                            # an unlucky sample: again, with every key
+        memset(row.above, 0, BINS * sizeof(uint32_t))
         add_histogram(row.key, n, row.above)
         row.above[0] -= 1                                         # the query
+        row.lowest = sum_from_top(row.above, deepest)
+
+
+cdef ptrdiff_t padded(ptrdiff_t n) noexcept nogil:
+    return (n + 63) // 64 * 64
 
 
 cdef ptrdiff_t resolve(const Space *space, Row *row, int64_t rank, const uint8_t *code,
@@ -542,8 +664,10 @@ cdef ptrdiff_t resolve(const Space *space, Row *row, int64_t rank, const uint8_t
     key_high = min(top + margin, 32766)
     near = 0
     hits[0] = scan(row.key, code, plane, space.n, <int16_t>key_low, <int16_t>key_high, value, row.index,
-                   &near, space.avx512)
+                   &near)
     need = rank - row.above[low]
+    for i in range(near):
+        PREFETCH(row.product + row.index[i])
     for i in range(near):
         j = row.index[i]
         row.item[i].index = j
@@ -565,10 +689,10 @@ cdef ptrdiff_t resolve(const Space *space, Row *row, int64_t rank, const uint8_t
         need -= certain
         if need < unsure:
             for i in range(unsure):
-                for j in range(0, space.m, 16):
-                    PREFETCH(space.x + row.item[i].index * space.m + j)
+                for j in range(0, space.m * space.size, 64):
+                    PREFETCH(address(space, row.item[i].index) + j)
             for i in range(unsure):
-                row.item[i].distance = distance64(space, row.query, row.item[i].index, row.term)
+                row.item[i].distance = distance64(space, row, row.item[i].index)
             select(row.item, unsure, need)
             cut = row.item[need - 1].distance
             for i in range(unsure):
@@ -594,12 +718,15 @@ cdef ptrdiff_t resolve(const Space *space, Row *row, int64_t rank, const uint8_t
     return need
 
 
-cdef int64_t hits_chosen(const Row *row, const uint8_t *code, uint8_t value, ptrdiff_t first,
-                         ptrdiff_t last) noexcept nogil:
+cdef int64_t hits_chosen(const Row *row, const uint8_t *code, const uint64_t *plane, uint8_t value,
+                         ptrdiff_t first, ptrdiff_t last) noexcept nogil:
     cdef int64_t hits = 0
     cdef ptrdiff_t i
     for i in range(first, last):
-        hits += code[row.index[i]] == value
+        if plane:
+            hits += plane[row.index[i] >> 6] >> (row.index[i] & 63) & 1
+        else:
+            hits += code[row.index[i]] == value
     return hits
 
 
@@ -619,28 +746,33 @@ cdef int64_t hits_walked(const Row *row, const int32_t *member, ptrdiff_t member
     return hits
 
 
-cdef Space make_space(const float[:, ::1] x, const double[::1] aux, const float[::1] offset, int distance):
+cdef Space make_space(const uint8_t[:, ::1] x, int size, const int64_t[::1] rows, const double[::1] lengths,
+                      const double[::1] aux, const float[::1] offset, int distance):
     cdef Space space
-    space.x, space.aux, space.offset = &x[0, 0], &aux[0], &offset[0]
-    space.n, space.m, space.distance, space.avx512 = x.shape[0], x.shape[1], distance, AVX512
-    space.vbmi2 = AVX512 and has_vbmi2()
+    use(ISA)
+    space.x, space.size, space.rows, space.aux, space.offset = &x[0, 0], size, &rows[0], &aux[0], &offset[0]
+    space.lengths = &lengths[0] if lengths.shape[0] else NULL
+    space.n, space.m, space.distance = rows.shape[0], x.shape[1] // size, distance
     return space
 
 
 def count_hits(const float[:, ::1] products, const int64_t[::1] queries, const double[::1] bounds,
-               const float[:, ::1] x, const double[::1] aux, const float[::1] offset, int distance,
-               const uint8_t[:, ::1] codes, const uint64_t[:, :, ::1] planes,
-               const int32_t[:, ::1] members, const int32_t[::1] member_row,
+               const uint8_t[:, ::1] x, int size, const int64_t[::1] rows, const double[::1] lengths,
+               const double[::1] aux, const float[::1] offset, int distance, const uint8_t[:, ::1] codes,
+               const uint64_t[:, :, ::1] planes, const int32_t[:, ::1] members, const int32_t[::1] member_row,
                const int32_t[:, ::1] entry, const uint8_t[::1] entry_code, const int32_t[::1] entry_rank,
                const int32_t[::1] entry_start, const int32_t[::1] entry_count, const int64_t[::1] ranks,
-               int32_t[:, :, ::1] hits, bint by_index=False, int threads=1):
+               int32_t[:, :, ::1] hits, bint by_index=False, int threads=1, int period=0):
     """Among each query's R nearest candidates, how many carry its label: for every label column at once.
 
     products   (B, n) float32   working rows · working rows of the queries, any BLAS
     queries    (B,)   int64     the queries' own indices
     bounds     (B,)   float64   bound of |products + offset − true similarity|
-    x          (n, m) float32   embeddings; aux (n,) float64, offset (n,) float32, distance: nrprec.prepare()
-    codes      (k, n) uint8     labels of the columns' frequent values (1 … 255; 0: any other value)
+    x          (N, m · size)    embeddings as they came, as bytes: numbers of size bytes (2, 4, 8)
+    rows       (n,)   int64     where in x the candidates stand; lengths (n,) float64: they are divided by
+                                these, or (0,); aux (n,) float64, offset (n,) float32: nrprec.prepare()
+    codes      (k, n) uint8     labels of the columns' frequent values (1 … 255; 0: any other value); not read
+                                of values that have planes
     planes     (p, k, ⌈n/64⌉) uint64  bit i of planes[c − 1, k]: codes[k, i] == c, for c <= p; p may be 0
     members    (w, n) int32     indices sorted by value; member_row (k,) int32 gives a column's row (−1: none)
     entry      (k, B) int32     the queries' values as rows of the table entry_*:
@@ -649,42 +781,93 @@ def count_hits(const float[:, ::1] products, const int64_t[::1] queries, const d
     hits       (4, k, B) int32  the result, zeros before: hits retrieved for sure · tied at the cut ·
                                 hits among these · how many of these are retrieved
     by_index                    the smaller indices of these: all hits are sure; ties are told all the same
+    period                      the columns are copies of the first so many, under permutations; 0: they aren't
     """
-    cdef Space space = make_space(x, aux, offset, distance)
+    cdef Space space = make_space(x, size, rows, lengths, aux, offset, distance)
     cdef ptrdiff_t n = space.n, block = products.shape[0], columns = entry.shape[0], slots = ranks.shape[0]
-    cdef ptrdiff_t b, t
-    threads = max(1, min(threads, block))
-    cdef int16_t[:, ::1] key = np.empty((threads, n), np.int16)
+    cdef ptrdiff_t words = padded(n) // 64, group = 1, g, t
+    if period and planes.shape[0]:            # masks of 16 MiB for each thread
+        group = max(1, min(32, 2 ** 21 // (slots * words)))
+    threads = max(1, min(threads, (block + group - 1) // group))
+    cdef int16_t[:, ::1] key = np.empty((threads, padded(n)), np.int16)
+    cdef uint64_t[:, :, ::1] masks = np.empty((threads, group * slots if group > 1 else 1, words), np.uint64)
+    cdef uint8_t[:, ::1] masked = np.empty((threads, group * slots), np.uint8)
     cdef uint32_t[:, ::1] above = np.empty((threads, BINS), np.uint32)
     cdef int32_t[:, ::1] index = np.empty((threads, n + 64), np.int32)
     cdef double[:, ::1] item = np.empty((threads, 2 * n), np.float64)     # item_t is two words of eight bytes
-    cdef double[:, ::1] term = np.empty((threads, space.m), np.float64)
+    cdef double[:, ::1] term = np.empty((threads, 2 * space.m), np.float64)
     cdef int32_t[:, ::1] first = np.empty((threads, slots + 1), np.int32)
     cdef int32_t[:, ::1] order = np.empty((threads, columns), np.int32)
-    for b in prange(block, nogil=True, num_threads=threads, schedule="dynamic"):
+    for g in prange((block + group - 1) // group, nogil=True, num_threads=threads, schedule="dynamic"):
         t = threadid()
-        count_row(&space, &products[b, 0], queries[b], bounds[b], &key[t, 0], &above[t, 0], &index[t, 0],
-                  <item_t *>&item[t, 0], &term[t, 0], &first[t, 0], &order[t, 0], codes, planes, members,
-                  member_row, entry, entry_code, entry_rank, entry_start, entry_count, ranks, hits, by_index,
-                  b)
+        count_queries(&space, &products[0, 0], &queries[0], &bounds[0], g * group, min((g + 1) * group, block),
+                    period if group > 1 else 0, &key[t, 0], &above[t, 0], &masks[t, 0, 0], &masked[t, 0],
+                    &index[t, 0], <item_t *>&item[t, 0], &term[t, 0], &first[t, 0], &order[t, 0], codes, planes,
+                    members, member_row, entry, entry_code, entry_rank, entry_start, entry_count, ranks, hits,
+                    by_index)
+
+
+cdef void count_queries(const Space *space, const float *products, const int64_t *queries, const double *bounds,
+                      ptrdiff_t begin, ptrdiff_t end, ptrdiff_t period, int16_t *key, uint32_t *above,
+                      uint64_t *masks, uint8_t *masked, int32_t *index, item_t *item, double *term,
+                      int32_t *first, int32_t *order, const uint8_t[:, ::1] codes,
+                      const uint64_t[:, :, ::1] planes, const int32_t[:, ::1] members,
+                      const int32_t[::1] member_row, const int32_t[:, ::1] entry,
+                      const uint8_t[::1] entry_code, const int32_t[::1] entry_rank,
+                      const int32_t[::1] entry_start, const int32_t[::1] entry_count, const int64_t[::1] ranks,
+                      int32_t[:, :, ::1] hits, bint by_index) noexcept nogil:
+    """Queries begin … end. With a period: what each threshold retrieves becomes a mask, which serves all columns.
+
+    A piece of the masks and of a column's planes stays in the cache for the group's queries.
+    """
+    cdef ptrdiff_t slots = ranks.shape[0], words = padded(space.n) // 64, b, p, k, at, slot, piece
+    cdef int32_t e
+    cdef uint8_t value
+    memset(masked, 0, slots * (end - begin if period else 1))
+    for b in range(begin, end):
+        at = (b - begin) * slots if period else 0
+        count_row(space, products + b * space.n, queries[b], bounds[b], key, above, masks + at * words,
+                  masked + at if period else NULL, index, item, term, first, order, codes, planes, members,
+                  member_row, entry, entry_code, entry_rank, entry_start, entry_count, ranks, hits, by_index, b)
+    if not period:
+        return
+    at = 0
+    while at < words:
+        piece = min(PIECE, words - at)
+        for p in range(period):
+            k = p
+            while k < entry.shape[0]:
+                for b in range(begin, end):
+                    e = entry[k, b]
+                    value = entry_code[e]
+                    slot = (b - begin) * slots + entry_rank[e]
+                    if 0 < value <= planes.shape[0] and entry_rank[e] >= 0 and masked[slot]:
+                        hits[0, k, b] += <int32_t>common_bits(masks + slot * words + at,
+                                                              &planes[value - 1, k, at], piece)
+                k += period
+        at += piece
 
 
 cdef void count_row(const Space *space, const float *product, ptrdiff_t query, double bound, int16_t *key,
-                    uint32_t *above, int32_t *index, item_t *item, double *term, int32_t *first,
-                    int32_t *order, const uint8_t[:, ::1] codes, const uint64_t[:, :, ::1] planes,
+                    uint32_t *above, uint64_t *masks, uint8_t *masked, int32_t *index, item_t *item,
+                    double *term, int32_t *first, int32_t *order, const uint8_t[:, ::1] codes,
+                    const uint64_t[:, :, ::1] planes,
                     const int32_t[:, ::1] members, const int32_t[::1] member_row,
                     const int32_t[:, ::1] entry, const uint8_t[::1] entry_code, const int32_t[::1] entry_rank,
                     const int32_t[::1] entry_start, const int32_t[::1] entry_count, const int64_t[::1] ranks,
                     int32_t[:, :, ::1] hits, bint by_index, ptrdiff_t b) noexcept nogil:
     cdef Row row
-    cdef ptrdiff_t columns = entry.shape[0], slots = ranks.shape[0], k, i, slot, chosen, last
+    cdef ptrdiff_t columns = entry.shape[0], slots = ranks.shape[0], words = padded(space.n) // 64
+    cdef ptrdiff_t k, i, j, slot, chosen, last
+    cdef uint64_t *bits
+    cdef const uint64_t *plane
     cdef int64_t found = 0, tied
     cdef int32_t e
     cdef uint8_t value
     cdef int16_t threshold = 0
-    row.product, row.query, row.bound = product, query, bound
+    cdef bint counted, ready
+    row.product, row.query, row.bound, row.by_index = product, query, bound, by_index
     row.key, row.above, row.index, row.item, row.term = key, above, index, item, term
-    row.by_index = by_index
     # Columns in the order of their rank, so that each threshold is resolved once (counting sort).
     for slot in range(slots + 1):
         first[slot] = 0
@@ -708,15 +891,35 @@ cdef void count_row(const Space *space, const float *product, ptrdiff_t query, d
         if i == first[slot]:
             continue
         k = order[i]
-        value = entry_code[entry[k, b]]
+        value = 0 if masked else entry_code[entry[k, b]]
+        counted, ready, bits = value > 0, False, masks + (slot * words if masked else 0)
         chosen = resolve(space, &row, ranks[slot], &codes[k, 0] if value else NULL,
                          &planes[value - 1, k, 0] if 0 < value <= planes.shape[0] else NULL, value,
                          &threshold, &found)
         last = chosen if by_index else chosen + row.tied
-        while True:
+        if masked and not row.tied:           # all that is retrieved; count_queries() counts in it
+            above_bits(key, space.n, threshold, bits)
+            for j in range(chosen):
+                bits[index[j] >> 6] |= <uint64_t>1 << (index[j] & 63)
+            masked[slot] = True
+        while i < first[slot]:                # the columns with this R
+            k = order[i]
+            i += 1
+            value = entry_code[entry[k, b]]
+            plane = &planes[value - 1, k, 0] if 0 < value <= planes.shape[0] else NULL
+            if masked and masked[slot] and plane:
+                continue
             if value:
-                found += hits_chosen(&row, &codes[k, 0], value, 0, chosen)
-                tied = hits_chosen(&row, &codes[k, 0], value, chosen, last)
+                if plane and not counted:
+                    if not ready:
+                        above_bits(key, space.n, threshold, bits)
+                        ready = True
+                    found = common_bits(bits, plane, words)
+                elif not counted:
+                    found = count_above(key, &codes[k, 0], space.n, threshold, value)
+                counted = False               # scan() has counted the first column's
+                found += hits_chosen(&row, &codes[k, 0], plane, value, 0, chosen)
+                tied = hits_chosen(&row, &codes[k, 0], plane, value, chosen, last)
             else:
                 e = entry[k, b]
                 found = hits_walked(&row, &members[member_row[k], entry_start[e]], entry_count[e], threshold,
@@ -729,70 +932,14 @@ cdef void count_row(const Space *space, const float *product, ptrdiff_t query, d
             if row.tied:
                 hits[1, k, b], hits[2, k, b] = <int32_t>row.tied, <int32_t>tied
                 hits[3, k, b] = <int32_t>row.places
-            i += 1
-            if i == first[slot]:
-                break
-            k = order[i]                      # a further column with the same R
-            value = entry_code[entry[k, b]]
-            if value:
-                found = count_codes(row.key, &codes[k, 0],
-                                    &planes[value - 1, k, 0] if value <= planes.shape[0] else NULL, space.n,
-                                    threshold, value, space.avx512)
-
-
-def nearest(const float[:, ::1] products, const int64_t[::1] queries, const double[::1] bounds,
-            const float[:, ::1] x, const double[::1] aux, const float[::1] offset, int distance,
-            int64_t[:, ::1] indices, double[:, ::1] distances, int threads=1):
-    """Each query's R nearest candidates in order, R = indices.shape[1] <= n − 1, and their float64 distances.
-
-    Arguments as count_hits(); indices (B, R) int64 and distances (B, R) float64 are the result.
-    """
-    cdef Space space = make_space(x, aux, offset, distance)
-    cdef ptrdiff_t n = space.n, block = products.shape[0], b, t
-    threads = max(1, min(threads, block))
-    cdef int16_t[:, ::1] key = np.empty((threads, n), np.int16)
-    cdef uint32_t[:, ::1] above = np.empty((threads, BINS), np.uint32)
-    cdef int32_t[:, ::1] index = np.empty((threads, n + 64), np.int32)
-    cdef double[:, ::1] item = np.empty((threads, 2 * n), np.float64)
-    cdef double[:, ::1] term = np.empty((threads, space.m), np.float64)
-    for b in prange(block, nogil=True, num_threads=threads, schedule="dynamic"):
-        t = threadid()
-        nearest_row(&space, &products[b, 0], queries[b], bounds[b], &key[t, 0], &above[t, 0], &index[t, 0],
-                    <item_t *>&item[t, 0], &term[t, 0], indices, distances, b)
-
-
-cdef void nearest_row(const Space *space, const float *product, ptrdiff_t query, double bound, int16_t *key,
-                      uint32_t *above, int32_t *index, item_t *item, double *term,
-                      int64_t[:, ::1] indices, double[:, ::1] distances, ptrdiff_t b) noexcept nogil:
-    cdef Row row
-    cdef ptrdiff_t rank = indices.shape[1], chosen, found = 0, i
-    cdef int64_t unused = 0
-    cdef int16_t threshold = 0
-    row.product, row.query, row.bound = product, query, bound
-    row.key, row.above, row.index, row.item, row.term = key, above, index, item, term
-    row.by_index = True
-    start(space, &row, <uint32_t>rank)
-    chosen = resolve(space, &row, rank, NULL, NULL, 0, &threshold, &unused)
-    for i in range(chosen):
-        item[i].index = index[i]
-    if threshold < 32766:
-        scan(key, NULL, NULL, space.n, <int16_t>(threshold + 1), 32766, 0, index, &found, space.avx512)
-    for i in range(found):                    # chosen + found == rank
-        item[chosen + i].index = index[i]
-    for i in range(rank):
-        item[i].distance = distance64(space, query, item[i].index, term)
-    qsort(item, rank, sizeof(item_t), compare_items)
-    for i in range(rank):
-        indices[b, i] = item[i].index
-        distances[b, i] = item[i].distance
 
 
 # ---------------------------------------------------------------- pairs: histograms and rankings (pairs.py)
 
 def pair_histogram(const float[:, ::1] products, ptrdiff_t first_row, ptrdiff_t first_column,
                    const int64_t[:, ::1] ranges, const int64_t[::1] groups, const int64_t[::1] order,
-                   const float[:, ::1] x, const double[::1] norms, double bound, const int64_t[::1] bins,
-                   int64_t[:, :, ::1] counts):
+                   const uint8_t[:, ::1] x, int size, const int64_t[::1] rows, const double[::1] norms,
+                   double bound, const int64_t[::1] bins, int64_t[:, :, ::1] counts):
     """Add one tile of pairs to histograms of their inner products, exactly.
 
     The bin of rows a and b is min(floor((s + 1) · (bins / 2)), bins − 1), at least 0, with s NumPy's float64
@@ -802,17 +949,18 @@ def pair_histogram(const float[:, ::1] products, ptrdiff_t first_row, ptrdiff_t 
     ranges     (3, n) int64     of a position p: begin, split, end; columns begin <= q < split go to
                                 counts[:, 0], split <= q < end to counts[:, 1]
     groups     (n,)   int64     ascending: position p counts in counts[groups[p] − groups[first_row]]
-    order      (n,)   int64     position p holds row order[p] of
-    x          (n, m) float32   the embeddings as they came; norms (n,) float64
+    order      (n,)   int64     position p holds candidate order[p]
+    norms      (n,)   float64   of the candidates; x, size, rows: as count_hits() has them
     bound      |float32 product − s| is at most this
     bins       (k,)   int64     1 … 32,000 each; counts (groups of the tile, 2, sum of bins) int64, added to
     """
-    cdef ptrdiff_t rows = products.shape[0], columns = products.shape[1], m = x.shape[1]
-    cdef ptrdiff_t kinds = bins.shape[0]
+    cdef Space space = make_space(x, size, rows, norms[:0], norms, np.zeros(1, np.float32), 2)
+    cdef ptrdiff_t columns = products.shape[1], m = space.m, kinds = bins.shape[0]
     cdef ptrdiff_t slots = 0, width = 0, r, p, k, i, j, low, high, split, found = 0
     cdef ptrdiff_t group = groups[first_row], at
-    cdef bint avx512 = AVX512, ready
+    cdef bint ready
     cdef double s
+    use(ISA)
     for k in range(kinds):
         slots += bins[k] + 1                  # the last slot of each: left open
         width += bins[k]
@@ -820,8 +968,10 @@ def pair_histogram(const float[:, ::1] products, ptrdiff_t first_row, ptrdiff_t 
     cdef int16_t[::1] key = np.empty(columns + 64, np.int16)
     cdef int32_t[::1] index = np.empty(columns + 64, np.int32)
     cdef double[::1] unit = np.empty(m), term = np.empty(m)
+    cdef float[::1] buffer = np.empty(m, np.float32)
+    cdef const float *own
     with nogil:
-        for r in range(rows):
+        for r in range(products.shape[0]):
             p = first_row + r
             if groups[p] != group:
                 flush(histogram, bins, &counts[group - groups[first_row], 0, 0], width)
@@ -837,18 +987,21 @@ def pair_histogram(const float[:, ::1] products, ptrdiff_t first_row, ptrdiff_t 
                         &key[0])
                 add_bins(&key[0], split - low, &histogram[0, 0, at], slots)
                 add_bins(&key[split - low], high - split, &histogram[1, 0, at], slots)
+                for i in range(high - low, padded(high - low)):
+                    key[i] = -32768
                 scan(&key[0], NULL, NULL, high - low, <int16_t>bins[k], <int16_t>bins[k], 0, &index[0],
-                     &found, avx512)
+                     &found)
                 for i in range(found):
-                    for j in range(0, m, 16):
-                        PREFETCH(&x[order[first_column + low + index[i]], j])
+                    for j in range(0, m * size, 64):
+                        PREFETCH(address(&space, order[first_column + low + index[i]]) + j)
                 if found and not ready:
+                    own = numbers(&space, order[p], &buffer[0])
                     for j in range(m):
-                        unit[j] = <double>x[order[p], j] / norms[order[p]]
+                        unit[j] = <double>own[j] / norms[order[p]]
                     ready = True
                 for i in range(found):
                     j = order[first_column + low + index[i]]
-                    unit_products(&unit[0], &x[j, 0], norms[j], m, &term[0])
+                    unit_products(&unit[0], numbers(&space, j, &buffer[0]), norms[j], m, &term[0])
                     s = (pairwise_sum(&term[0], m) + 1.0) * (0.5 * bins[k])
                     j = min(max(<ptrdiff_t>s, 0), bins[k] - 1)    # s > −1: truncation is floor after clipping
                     histogram[0 if index[i] < split - low else 1, 0, at + j] += 1
@@ -877,9 +1030,9 @@ cdef void flush(uint32_t[:, :, ::1] histogram, const int64_t[::1] bins, int64_t 
 
 
 def rank_hits(const float[:, ::1] products, const int64_t[::1] queries, const double[::1] bounds,
-              const float[:, ::1] x, const double[::1] norms, const float[::1] offset,
-              const int32_t[::1] values, const int64_t[::1] relevant, int64_t neighbours,
-              int64_t[:, ::1] counts, double[::1] precision, bint by_index=False):
+              const uint8_t[:, ::1] x, int size, const int64_t[::1] rows, const double[::1] norms,
+              const float[::1] offset, const int32_t[::1] values, const int64_t[::1] relevant,
+              int64_t neighbours, int64_t[:, ::1] counts, double[::1] precision, bint by_index=False):
     """Each query's candidates in order of cosine distance: where those of its value stand.
 
     Candidates at the same distance form a group, or, by index, each a group of its own.
@@ -891,12 +1044,12 @@ def rank_hits(const float[:, ::1] products, const int64_t[::1] queries, const do
     precision  (B,) float64   Σ_{k=1..R} E[Precision@k · p(k)] over all orders of the groups, not divided by R
     Other arguments as count_hits(). No list is kept: memory does not grow with R.
     """
-    cdef Space space = make_space(x, norms, offset, 2)
+    cdef Space space = make_space(x, size, rows, norms[:0], norms, offset, 2)
     cdef ptrdiff_t n = space.n, m = space.m, b
-    cdef int16_t[::1] key = np.empty(n, np.int16)
+    cdef int16_t[::1] key = np.empty(padded(n), np.int16)
     cdef uint32_t[::1] above = np.empty(BINS, np.uint32)
     cdef int32_t[::1] index = np.empty(n + 64, np.int32)
-    cdef double[::1] item = np.empty(2 * n, np.float64), term = np.empty(m), unit = np.empty(m)
+    cdef double[::1] item = np.empty(2 * n, np.float64), term = np.empty(2 * m), unit = np.empty(m)
     cdef Row row
     row.key, row.above, row.index = &key[0], &above[0], &index[0]
     row.item, row.term = <item_t *>&item[0], &term[0]
@@ -930,8 +1083,7 @@ cdef void rank_row(const Space *space, Row *row, int64_t depth, int64_t relevant
         row.item[certain + i].index = j
         row.item[certain + i].distance = -<double>(row.product[j] + space.offset[j])
     if certain:                               # a counting sort: `above` says where a bin's items begin
-        scan(row.key, NULL, NULL, space.n, <int16_t>(threshold + 1), 32766, 0, row.index, &found,
-             space.avx512)
+        scan(row.key, NULL, NULL, space.n, <int16_t>(threshold + 1), 32766, 0, row.index, &found)
         for i in range(found):
             j = row.index[i]
             begin = row.above[(row.key[j] + 32768) >> BIN_SHIFT]
@@ -949,11 +1101,12 @@ cdef void rank_row(const Space *space, Row *row, int64_t depth, int64_t relevant
         if mixed:
             if not ready:
                 for j in range(m):
-                    unit[j] = <double>space.x[row.query * m + j] / space.aux[row.query]
+                    unit[j] = <double>row.own[j] / space.aux[row.query]
                 ready = True
             for j in range(begin, i):
                 found = row.item[j].index
-                unit_products(unit, space.x + found * m, space.aux[found], m, row.term)
+                unit_products(unit, numbers(space, found, <float *>(row.term + m) + m), space.aux[found], m,
+                              row.term)
                 row.item[j].distance = 1.0 - pairwise_sum(row.term, m)
             order_items(row.item + begin, i - begin)
         while begin < i:                      # a run of hits alone, or of none, is one group in any order

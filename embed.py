@@ -7,7 +7,7 @@ Output: emb.npy, float32 (n, m), the raw output, row i is picture i; emb.json be
 labels.csv lists the pictures, with their classes where the data set has them (names in classes.csv).
 
     python embed.py --dataset my_pictures --model efficientnet_lite0 --out emb.npy
-    python embed.py --dataset my_pictures --model my_package.networks:resnet --out emb.npy
+    python embed.py --dataset my_pictures --model timm:vit_small_patch14_dinov2 --out emb.npy
     python embed.py --dataset my_pictures --model my_package.networks:resnet --weights mine.pth \
         --as "My loss" --type ranking --fold 0 --out results
     python embed.py --dataset cars196 --loss all --fold all --out results

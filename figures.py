@@ -7,7 +7,7 @@
 Reads:  results/<dataset>/ (or a folder of such) and models/trained/<dataset>/, as the steps leave them
 Writes: NAME.svg, NAME.png, NAME.pdf (photographs: no SVG), and figures.json with titles and captions
 
-    profile      NR-Prec of every property, losses as dots (Kobs et al., Table 6)
+    profile      NR-Prec of every property, losses as dots (Kobs et al., Table 6); values: of every value
     correlation  the saliency maps' correlation, losses clustered (Table 2); jsd: the same for the divergence
     gallery      saliency maps, a row a network (Fig. 2, Appendix B)
     tsne         embeddings of one network, coloured by property (Fig. 3)
@@ -62,8 +62,9 @@ TYPES = {  # of losses: colour, marker, the same as a letter, words
     "ranking": (BLUE, "o", "●", "ranking"), "classification": (VERMILION, "^", "▲", "classification"),
     "other": (GREEN, "D", "◆", "other"), "none": (GREY, "s", "■", "no DML loss")}
 PAIRS = {"positive pairs": (VERMILION, "-"), "negative pairs": (BLUE, "--"), "before training": (GREY, ":")}
-CURVES = {"loss": "loss", "positive_mean": "positive\npairs' mean", "negative_mean": "negative\npairs' mean",
-          "jsd": "JSD", "recall_at_1": "Recall@1", "map_at_r": "MAP@R"}  # of train.py
+CURVES = {  # of train.py
+    "loss": "loss", "positive_mean": "positive\npairs' mean", "negative_mean": "negative\npairs' mean",
+    "jsd": "JSD", "jsd_above": "JSD above\nits null", "recall_at_1": "Recall@1", "map_at_r": "MAP@R"}
 VIRIDIS = LinearSegmentedColormap.from_list("dark", matplotlib.colormaps["viridis"](np.linspace(0, 0.93, 64)))
 # Dark, blue, light, ochre: lightness against blue-yellow, which no colour blindness takes away.
 CIRCLE = LinearSegmentedColormap.from_list("circle", [
@@ -314,7 +315,7 @@ def draw_pair_histograms(panels, counted=True):
     """Inner products of pairs: left as counted, right each of area 1 (Oi et al., Fig. 1) -> Figure.
 
     panels: dicts with name, positive, negative (counts (bins,) of equal bins over [-1, 1]), positive_mean,
-    negative_mean, jsd (None: not written), and if known before: [counts (2, bins) before training].
+    negative_mean, jsd (None: not written); if known jsd_null, before: [counts (2, bins) before training].
     counted: else three panels a row, of area 1 alone, each on its own scale (Fig. 3).
     """
     counts = []
@@ -337,7 +338,9 @@ def draw_pair_histograms(panels, counted=True):
         for _ in panel.get("before", []):
             draw_histogram(ax, edges, next(rest), dotted=True)
         if panel["jsd"] is not None:
-            title.append(f"JSD {panel['jsd']:.3f} in {len(panel['positive']):,} bins")
+            null = panel.get("jsd_null")
+            null = "" if null is None else f" (null {null:.3f})"
+            title.append(f"JSD {panel['jsd']:.3f}{null} in {len(panel['positive']):,} bins")
         if counted and panel["positive_mean"] is not None:
             title.append("means {positive_mean:.3f}, {negative_mean:.3f}".format(**panel).replace("-", "−"))
         ax.set_title("\n".join(title))
@@ -354,18 +357,17 @@ def draw_class_curves(curves, numbers):
     """Metrics against the number of classes, a row an embedding: left the mean and standard deviation over
     random subsets of the classes, right the mean relative to the fewest classes -> Figure.
 
-    curves: [(name, {metric: [values of the subsets of numbers[0] classes, …]}) …]; numbers: ascending. What
+    curves: [(name, {metric: (means, standard deviations) of numbers of classes}) …]; numbers: ascending. What
     is called … permuted is a chance level and has no place on the right.
     """
     fig = Figure(figsize=(WIDTH, 0.5 + 1.8 * len(curves)), layout="constrained")
     axes = fig.subplots(len(curves), 2, sharex=True, squeeze=False)
     for (left, right), (name, metrics) in zip(axes, curves):
-        for (colour, marker), (metric, subsets) in zip(MARKERS, metrics.items()):
-            means = np.array([np.mean(values) for values in subsets])  # (numbers,)
+        for (colour, marker), (metric, (means, spread)) in zip(MARKERS, metrics.items()):
             look = {"color": colour, "marker": marker, "ms": 3.5, "lw": 1.1, "label": plain(metric)}
-            left.errorbar(numbers, means, [np.std(values) for values in subsets], elinewidth=0.8, **look)
+            left.errorbar(numbers, means, spread, elinewidth=0.8, **look)
             if means[0] > 0 and not metric.endswith("permuted"):
-                right.plot(numbers, means / means[0], **look)
+                right.plot(numbers, np.divide(means, means[0]), **look)
         left.set(title=plain(name, 36), ylabel="mean ± s.d.")
         right.set_title("relative to the fewest classes")
         for ax in left, right:
@@ -419,14 +421,22 @@ def draw_training(rows, types, chosen):
 
 def make_profile(one, dataset, args):
     rows = one.select("nr_precision", fold="mean")
-    if rows:
-        options, tested = one.tables["nrprec"][0], rows[0].note == "tested"
-        facts = {"test": "p_holm < 0.01 in every fold by permutation" if tested else f"a mean beyond {MARK}",
-                 "folds": max(row.n for row in rows), "networks": ", ".join(one.names("nr_precision")),
-                 "distance": options.get("distance"), "null": options.get("null")}
-        means = {row.key: row.value for row in one.select("nr_precision", "all")}
-        properties, means = sorted(means, key=means.get, reverse=True), one.select("nr_precision", "type")
-        yield "profile", facts, draw_profile(rows, one.types, properties, means)
+    if not rows:
+        return
+    options, tested = one.tables["nrprec"][0], rows[0].note == "tested"
+    facts = {"test": "p_holm < 0.01 in every fold by permutation" if tested else f"a mean beyond {MARK}",
+             "folds": max(row.n for row in rows), "networks": ", ".join(one.names("nr_precision")),
+             "distance": options.get("distance"), "null": options.get("null"), "what": "Which properties"}
+    means = {row.key: row.value for row in one.select("nr_precision", "all")}
+    properties, means = sorted(means, key=means.get, reverse=True), one.select("nr_precision", "type")
+    yield "profile", facts, draw_profile(rows, one.types, properties, means)
+    keys, rows, means = one.keys("values"), one.select("values", fold="mean"), one.select("values", "type")
+    names = dict.fromkeys(key.split(" = ")[0] for key in keys)  # of nrprec.py --per-value
+    for number, name in enumerate(names, 1):
+        values = [key for key in keys if key.startswith(f"{name} = ")]
+        parts = ([row for row in some if row.key in values] for some in (rows, means))
+        fig = draw_profile(next(parts), one.types, values, next(parts))
+        yield f"values_{number}", {**facts, "what": f"Which values of {name}"}, fig
 
 
 def make_heat_map(one, dataset, args, measure="correlation", ramp="Blues"):
@@ -472,12 +482,14 @@ def make_gallery(one, dataset, args):
 
 
 def make_tsne(one, dataset, args):
-    from dml_common import results
+    from dml_common import files, folders
     network = next((network for network in matching(one.networks, args.network) if network["emb"]), None)
-    properties = results.row_properties(network) if network else {}
-    if properties and len(network["emb"]["array"]) >= 4:
-        name, array, panels = network["name"], network["emb"]["array"], {}
-        n = min(args.points, len(array))
+    array, properties = network["emb"]["array"] if network else [], {}
+    if len(array) >= 4:
+        path = network["emb"]["path"]
+        properties = folders.row_properties(path, len(array), files.picture_names(path))
+    if properties:
+        name, panels, n = network["name"], {}, min(args.points, len(array))
         rows = np.sort(np.random.default_rng(args.seed).choice(len(array), n, replace=False))
         scores = one.select("nr_precision", network=name, fold=network["fold"], seed=network["seed"])
         scores = {row.key: f" ({row.value:.1f})".replace("-", "−") for row in scores}
@@ -491,7 +503,8 @@ def make_tsne(one, dataset, args):
 def make_samples(one, dataset, args):
     from dml_common import files, pictures
     if dataset and dataset.properties:
-        properties, rows = files.read_properties(pictures.properties_table(dataset.folder)), []
+        table = pictures.properties_table(dataset.folder)
+        properties, rows = files.read_properties(table, None, dataset.relative, missing=files.MISSING), []
         for name, (members, n) in choose_samples(properties).items():
             cells = [np.asarray(pictures.read_rgb(dataset.paths[row])) for row in members]
             part = "" if n == len(members) else f" ({len(members)} of {n} values)"
@@ -502,10 +515,9 @@ def make_samples(one, dataset, args):
 def make_pairs(one, dataset, args):
     from dml_common import results
     asked, panels = matching(one.networks, args.network), []
-    label, folds = results.pair_histograms(one.folder, asked)
+    label, counts = results.pair_histograms(one.folder, asked)
     chosen = asked[0] if len(asked) == 1 else {"fold": "mean", "seed": None, "folder": Path("all folds")}
-    for name, histograms in folds.items():
-        (positive, negative), *before = [sum(parts) for parts in zip(*histograms)]
+    for name, ((positive, negative), *before) in counts.items():
         panel = {"name": f"{TYPES[one.types[name]][2]} {name}", "positive": positive, "negative": negative,
                  "before": before, "jsd": None, "positive_mean": None, "negative_mean": None}
         for row in one.select("pairs", network=name, fold=chosen["fold"], seed=chosen["seed"]):
@@ -517,7 +529,9 @@ def make_pairs(one, dataset, args):
 
 
 def make_training(one, dataset, args):
-    rows = one.select("training", fold="mean")
+    rows = [row for row in one.select("training", fold="mean") if row.key in CURVES]
+    if any(row.key == "jsd_above" for row in rows):  # histories of an older train.py have no jsd_null
+        rows = [row for row in rows if row.key != "jsd"]
     if any(row.epoch for row in rows):
         names = [network["name"] for network in matching(one.networks, args.network) if network["history"]]
         chosen = next(iter(names), rows[0].network)
@@ -536,7 +550,7 @@ COMPARED = ("compare.csv (compare.py)", "{what} of different losses' saliency ma
             "average linkage. The maps' own noise allows a correlation of {ceiling} on average.")
 FIGURES = {  # how it is made, what it needs, its title, its caption
     "profile": (
-        make_profile, "nrprec.csv (nrprec.py)", "Which properties the embeddings cluster by",
+        make_profile, "nrprec.csv (nrprec.py)", "{what} the embeddings cluster by",
         "NR-Prec: means over {folds} folds, their range (of one fold: the 95 % interval over its queries). "
         "Strokes: a type's mean, Student's 95 % interval over losses. Filled: above chance, {test}. Dashed: "
         "the published mark, one z-score's 1 % threshold. Distance {distance}, null {null}. {networks}."),

@@ -2,15 +2,15 @@
 every property, exact at any size (Kobs et al., ICCV 2021, section 4).
 
     python nrprec.py examples/cars/emb.npy examples/cars/props.csv
-    python nrprec.py a/emb.npy b/emb.npy props.csv --out nrprec.csv       # side by side, and as rows
+    python nrprec.py a/emb.npy b/emb.npy props.csv --out nrprec.csv --per-value   # rows: properties, values
     python nrprec.py emb.npy props.csv --null hypergeometric --permutations 2000
     python nrprec.py emb.npy props.csv --queries 2000                     # a sample, with standard errors
     python nrprec.py results/cars/*/fold*/emb.npy --out nrprec.csv        # each with the props.csv beside it
 
 Reads: embeddings as .npy, (n, m); properties as .csv with a header and n rows in the same order.
 Writes: a table on stdout and, with --out, one CSV row for each embedding file and property.
-In Python: nr_precision(embeddings, labels), nearest(embeddings, R): arrays in, and only numpy, scipy and
-threadpoolctl are needed (with the extension _knn: fast; without: the same numbers, slowly).
+In Python: nr_precision(embeddings, labels): arrays in, and only numpy, scipy and threadpoolctl are needed
+(with the extension _knn: fast; without: the same numbers, slowly).
 """
 if __name__ == "__main__":  # Ctrl-C ends in one line from here on
     import sys
@@ -27,7 +27,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
-from pathlib import Path
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -38,22 +38,27 @@ try:
     import _knn
 except ImportError:
     _knn = None
-if getattr(_knn, "INTERFACE", None) != 2:  # not built, or from another _knn.pyx
+if getattr(_knn, "INTERFACE", None) != 5:  # not built, or from another _knn.pyx
     _knn = None  # the NumPy twin count_hits_numpy() counts instead
 
 DISTANCES = ("euclidean", "squared_euclidean", "cosine", "dot_product", "snr")
 NULLS = ("binomial", "hypergeometric")
+# What --as-published sets: how the released code made Table 6.
+PUBLISHED = {"distance": "euclidean", "normalise": False, "null": "binomial", "max_neighbours": 1023,
+             "ties": "index"}
 TIES = {"expected": "they count with their expectation", "index": "the order of the rows decides"}
 MANY_TIES = 0.01             # of the queries: then it is said
 PUBLISHED_THRESHOLD = 2.576  # two-sided 1 % of one z-score; the paper marks the mean of n of them by it
 SIGNIFICANCE = 0.01          # of the Holm-corrected permutation p-value
 BLOCK_WORK = 4e9             # comparisons in a block at most, a fraction of a second: progress, Ctrl-C
 BLOCK_ROWS = 512             # queries in one matrix product: more does not speed it up (benchmarks/nrprec.py)
-SIDE_BY_SIDE = 4             # embeddings on the terminal; more are printed one in a row
+MOST_PAIRED = 500            # properties that are tested in pairs: some seconds
+MOST_TESTED = 1e7            # permutations × values, which are kept: more values get no p-value
 SHOWN = (("R-Prec", "r_precision", 4), ("NR-Prec", "nr_precision", 2), ("± s.e.", "nr_precision_se", 2),
          ("p_holm", "p_holm", 4))
 HEADER = ("embeddings,property,values,queries,skipped,distance,null,max_neighbours,r_precision,nr_precision,"
-          "nr_precision_se,permutations,p_value,p_holm,normalised,ties,tied").split(",")
+          "nr_precision_se,permutations,p_value,p_holm,normalised,ties,tied,missing,value").split(",")
+MOST_PLANES = 16             # values of a column that have a bit plane each
 WALK = 48                    # a class of fewer than n / WALK pictures is walked, larger ones compared densely
 
 
@@ -61,65 +66,90 @@ WALK = 48                    # a class of fewer than n / WALK pictures is walked
 
 class Space(NamedTuple):
     """Embeddings ready for one distance: the similarity is working[:, q] · working[:, i] + offset[i]."""
-    x: np.ndarray        # (n, m) float32, the embeddings as they came
+    x: np.ndarray        # (N, m) float16, float32 or float64 as they came, taken as float32
+    rows: np.ndarray     # (n,) int64: where in x the embeddings stand
+    lengths: np.ndarray  # (n,) float64: they are divided by these; (0,): they are not
     working: np.ndarray  # (m, n) float32: centred, normalised or scaled by a power of two; norms <= 1
     offset: np.ndarray   # (n,) float32
     bounds: np.ndarray   # (n,) float64: |float32 − true similarity| of query q is at most bounds[q]
     aux: np.ndarray      # (n,) float64: norms (cosine), variances (snr), else zeros
     distance: str
 
+    def numbers(self, part):
+        """Some of the embeddings as the distances take them, float32 numbers as float64 (…, m)."""
+        x = self.x[self.rows[part]].astype(np.float32)
+        if len(self.lengths):
+            x = (x.astype(np.float64) / self.lengths[part, None]).astype(np.float32)
+        return x.astype(np.float64)
 
-def prepare(x, distance):
-    """Embeddings x (n, m) float32 -> Space. A distance is an inner product plus an offset of the candidate:
+    def source(self):
+        """What the kernel takes these numbers from."""
+        return self.x.view(np.uint8), self.x.itemsize, self.rows, self.lengths
 
-    squared Euclidean / 2 = (‖a‖² / 2) − (a·b − ‖b‖² / 2), on vectors with their mean subtracted (float32
-    cancellation); cosine on normalised ones; SNR, var(a − b) / var(a), ranks like the Euclidean distance of
-    vectors centred over their own components.
+
+def prepare(x, distance, rows=None, normalise=False):
+    """Embeddings x (N, m) of as_embeddings(), or their rows (n,) -> Space.
+
+    A distance is an inner product plus an offset of the candidate. Squared Euclidean / 2 = (‖a‖² / 2) −
+    (a·b − ‖b‖² / 2), on vectors with their mean subtracted (float32 cancellation); cosine on normalised ones;
+    SNR, var(a − b) / var(a), ranks like the Euclidean distance of vectors centred over their own components.
     """
-    n, m = x.shape
-    working, aux, norms = np.empty((m, n), np.float32), np.zeros(n), np.empty(n)
-    centre = x.mean(0, dtype=np.float64) if distance in ("euclidean", "squared_euclidean") else 0.0
-    step = max(1, (1 << 20) // m)
-    parts = [slice(start, start + step) for start in range(0, n, step)]
+    rows = np.arange(len(x)) if rows is None else rows
+    n, m = len(rows), x.shape[1]
+    working, aux, norms, centre = np.empty((m, n), np.float32), np.zeros(n), np.empty(n), 0.0
+    parts = slices(n, m)
+    space = Space(x, rows, np.empty(0), working, np.zeros(n, np.float32), norms, aux, distance)
+    if normalise:
+        lengths = [np.sqrt((space.numbers(part) ** 2).sum(1)) for part in parts]
+        space = space._replace(lengths=np.concatenate(lengths))
+    if distance in ("euclidean", "squared_euclidean"):
+        centre = sum(space.numbers(part).sum(0) for part in parts) / n
 
     def vectors(part):
-        rows = x[part].astype(np.float64)
+        numbers = space.numbers(part)
         if distance == "cosine":
-            aux[part] = np.sqrt((rows ** 2).sum(1))
-            return rows / aux[part, None]
+            aux[part] = np.sqrt((numbers ** 2).sum(1))
+            return numbers / aux[part, None]
         if distance == "snr":
-            aux[part] = rows.var(1)
-            return rows - rows.mean(1, keepdims=True)
-        return rows - centre
+            aux[part] = numbers.var(1)
+            return numbers - numbers.mean(1, keepdims=True)
+        return numbers - centre
 
     for part in parts:
         norms[part] = np.sqrt((vectors(part) ** 2).sum(1))
     # A power of two changes no digit, and squares neither overflow nor vanish.
     exponent = -int(np.frexp(norms.max())[1]) if norms.max() > 0 else 0
     for part in parts:
-        rows = np.ldexp(vectors(part), exponent).astype(np.float32)
-        working[:, part] = rows.T
-        norms[part] = np.sqrt((rows.astype(np.float64) ** 2).sum(1))
-    plain = distance in ("cosine", "dot_product")
-    offset = np.zeros(n, np.float32) if plain else (-norms ** 2 / 2).astype(np.float32)
+        scaled = np.ldexp(vectors(part), exponent).astype(np.float32)
+        working[:, part] = scaled.T
+        norms[part] = np.sqrt((scaled.astype(np.float64) ** 2).sum(1))
+    if distance not in ("cosine", "dot_product"):
+        space.offset[:] = -norms ** 2 / 2
     # Rounding of a float32 product of m terms in any order, of the working rows, the offset and the sum; 5 %
     # for second-order terms and the float64 side, the last term for what underflows.
     u, largest = 2.0 ** -24, norms.max()
     bounds = 1.05 * u * ((m + 8) * norms * largest + 4 * largest ** 2) + (m + 4) * 2.0 ** -125
-    return Space(x, working, offset, bounds, aux, distance)
+    return space._replace(bounds=bounds)
 
 
-def distances64(x, q, distance, aux):
-    """Float64 distances of all rows of x (n, m) from row q: the definition that counts equal to the bit."""
-    a, b = x[q].astype(np.float64), x.astype(np.float64)
-    if distance == "cosine":
+def slices(n, m):
+    """Parts of n rows, a million numbers each."""
+    step = max(1, (1 << 20) // m)
+    return [slice(start, start + step) for start in range(0, n, step)]
+
+
+def distances64(space, q):
+    """Float64 distances of all embeddings from number q: the definition that counts equal to the bit."""
+    b, aux = space.numbers(slice(None)), space.aux
+    a = b[q]
+    if space.distance == "cosine":
         return 1.0 - ((a / aux[q]) * (b / aux[:, None])).sum(1)
-    if distance == "dot_product":
+    if space.distance == "dot_product":
         return -(a * b).sum(1)
-    if distance == "snr":
+    if space.distance == "snr":
         return (a - b).var(1) / aux[q]
     squared = ((a - b) ** 2).sum(1)
-    return np.sqrt(squared) if distance == "euclidean" else squared
+    return np.sqrt(squared) if space.distance == "euclidean" else squared
 
 
 # ---------------------------------------------------------------- label columns and their counts
@@ -137,6 +167,7 @@ class Columns(NamedTuple):
     entry_depth: np.ndarray  # (t,) int64: R
     entry_owner: np.ndarray  # (t,) int64: the property
     ranks: np.ndarray        # (s,) int64: the distinct R
+    copies: np.ndarray = None  # (p, n) int32: the permutations that all columns are taken under
 
 
 def make_columns(labels, max_neighbours=None):
@@ -164,43 +195,59 @@ def make_columns(labels, max_neighbours=None):
                    count.astype(np.int32), depth, owner, ranks)
 
 
-def bit_planes(codes):
-    """codes (k, n) uint8 -> (p, k, ⌈n/64⌉) uint64: bit i of [c − 1, column] is codes[column, i] == c.
+def values_of(columns, queries):
+    """The queries' values as rows of the value tables: (k, N) int32, or (p · k, N) of permuted copies."""
+    if columns.copies is None:
+        return np.ascontiguousarray(columns.values[:, queries])
+    values = columns.values[:, columns.copies[:, queries]]
+    return np.ascontiguousarray(values.swapaxes(0, 1)).reshape(-1, len(queries))
 
-    Read by the kernel's AVX-512 loops only: an eighth of the bytes. Elsewhere p is 0, there at most 16.
-    """
-    k, n = codes.shape
-    planes = np.zeros((min(16, int(codes.max())) if _knn and _knn.AVX512 else 0, k, -(-n // 64)), np.uint64)
-    for c in range(len(planes)):
-        planes.view(np.uint8)[c, :, :-(-n // 8)] = np.packbits(codes == c + 1, axis=1, bitorder="little")
+
+def has_planes(columns):
+    """Do the kernel's bit planes, which its vector loops read, hold all values?"""
+    codes = columns.codes
+    return bool(_knn and _knn.ISA != "scalar" and codes.min() > 0 and codes.max() <= MOST_PLANES)
+
+
+def bit_planes(columns):
+    """(p, k, ⌈n/64⌉) uint64: bit i of [c − 1, column] is codes[column, i] == c. p = 0 without vector loops."""
+    k, n = columns.codes.shape
+    copies = [slice(None)] if columns.copies is None or not has_planes(columns) else columns.copies
+    most = min(MOST_PLANES, int(columns.codes.max())) if _knn and _knn.ISA != "scalar" else 0
+    planes = np.zeros((most, len(copies) * k, -(-n // 64)), np.uint64)
+    for i, copy in enumerate(copies):
+        codes, part = columns.codes[:, copy], planes.view(np.uint8)[:, i * k:i * k + k, :-(-n // 8)]
+        for c in range(most):
+            part[c] = np.packbits(codes == c + 1, axis=1, bitorder="little")
     return planes
 
 
 def permute_columns(columns, permutations):
-    """The k columns under each of p permutations of the pictures (p, n), one permutation after the other."""
+    """The k columns under each of p permutations of the pictures (p, n), one permutation after the other.
+
+    Where bit planes hold all, they alone are made, by bit_planes().
+    """
+    columns = columns._replace(copies=np.array(permutations, np.int32))
+    if has_planes(columns):
+        return columns
     inverse = np.argsort(permutations, axis=1).astype(np.int32)
     shift = np.where(columns.member_row >= 0, len(columns.members), 0)
     rows = [columns.member_row + shift * i for i in range(len(permutations))]
-    return columns._replace(values=np.concatenate([columns.values.take(p, 1) for p in permutations]),
-                            codes=np.concatenate([columns.codes.take(p, 1) for p in permutations]),
+    return columns._replace(codes=np.concatenate([columns.codes.take(p, 1) for p in permutations]),
                             members=np.concatenate([i.take(columns.members) for i in inverse]),
                             member_row=np.concatenate(rows).astype(np.int32))
 
 
-def order_numpy(space, q):
-    """The definition: row q's candidates by float64 distance, ties by index; and all rows' distances."""
-    d = distances64(space.x, q, space.distance, space.aux)
-    order = np.argsort(d, kind="stable")
-    return order[order != q], d
-
-
 def count_hits_numpy(space, columns, queries, by_index=False):
     """The plain twin of the kernel's count_hits(), which tells what hits (4, k, len(queries)) int32 are."""
-    hits = np.zeros((4, len(columns.values), len(queries)), np.int32)
+    values_of_all = values_of(columns, np.arange(columns.values.shape[1]))
+    hits = np.zeros((4, len(values_of_all), len(queries)), np.int32)
     for b, q in enumerate(queries):
-        order, d = order_numpy(space, q)
+        d = distances64(space, q)
+        order = np.argsort(d, kind="stable")              # equal ones by index
+        order = order[order != q]
         d = d[order]
-        for k, values in enumerate(columns.values):
+        for k, values in enumerate(values_of_all):
             depth = columns.entry_depth[values[q]]
             if not depth:
                 continue
@@ -211,6 +258,17 @@ def count_hits_numpy(space, columns, queries, by_index=False):
                 hits[1:, k, b] = last - first, 0, depth - first
                 if not by_index:
                     hits[0, k, b], hits[2, k, b] = right[:first].sum(), right[first:last].sum()
+    return hits
+
+
+def count_hits(space, columns, planes, queries, products, by_index=False, threads=1):
+    """The kernel's hits (4, k, len(queries)) int32 from products (len(queries), n) float32."""
+    entry, k = values_of(columns, queries), len(columns.values)
+    hits = np.zeros((4, len(entry), len(queries)), np.int32)
+    _knn.count_hits(products, queries, space.bounds[queries], *space.source(), space.aux, space.offset,
+                    DISTANCES.index(space.distance), columns.codes, planes, columns.members,
+                    columns.member_row, entry, columns.entry_code, columns.entry_rank, columns.entry_start, columns.entry_count,
+                    columns.ranks, hits, by_index, threads, k if columns.copies is not None else 0)
     return hits
 
 
@@ -226,13 +284,16 @@ def count_blocks(space, columns, queries, threads, memory_mib, by_index=False):
     Each thread multiplies a block of queries by all candidates and counts in it. Where memory allows few rows
     for each thread, one block at a time is shared by all.
     """
-    n, k = len(space.x), len(columns.values)
+    n, period = columns.values.shape[::-1]
+    k = period * (1 if columns.copies is None else len(columns.copies))
+    if isinstance(space.x, np.memmap):                    # its pages count as this process's memory, too
+        memory_mib = max(memory_mib / 2, memory_mib - space.x.nbytes / 2 ** 20)
     row_bytes, scratch = 4 * n + 16 * k, 24 * n           # scratch: the kernel's, for each thread
     rows = int((memory_mib * 2 ** 20 - threads * scratch) // (threads * row_bytes))
     workers, inner = (threads, 1) if rows >= 16 else (1, threads)
-    rows = rows * threads if workers == 1 else rows
-    rows = max(1, min(rows, BLOCK_ROWS, -(-len(queries) // workers), max(8, int(BLOCK_WORK / (n * k)))))
-    planes = bit_planes(columns.codes)
+    rows, least = rows * threads if workers == 1 else rows, 128 if has_planes(columns) else 8
+    rows = max(1, min(rows, BLOCK_ROWS, -(-len(queries) // workers), max(least, int(BLOCK_WORK / (n * k)))))
+    planes = bit_planes(columns)
     buffers = deque(np.empty((rows, n), np.float32) for _ in range(workers) if _knn)
 
     def count(start):
@@ -240,14 +301,10 @@ def count_blocks(space, columns, queries, threads, memory_mib, by_index=False):
         q = queries[part]
         if _knn is None:
             return part, count_hits_numpy(space, columns, q, by_index)
-        products, hits = buffers.pop(), np.zeros((4, k, len(q)), np.int32)
-        np.matmul(np.ascontiguousarray(space.working[:, q].T), space.working, out=products[:len(q)])
-        _knn.count_hits(products[:len(q)], q, space.bounds[q], space.x, space.aux, space.offset,
-                        DISTANCES.index(space.distance), columns.codes, planes, columns.members,
-                        columns.member_row, np.ascontiguousarray(columns.values[:, q]), columns.entry_code,
-                        columns.entry_rank, columns.entry_start, columns.entry_count, columns.ranks, hits,
-                        by_index, inner)
-        buffers.append(products)
+        products = buffers.pop()[:len(q)]
+        np.matmul(np.ascontiguousarray(space.working[:, q].T), space.working, out=products)
+        hits = count_hits(space, columns, planes, q, products, by_index, inner)
+        buffers.append(products.base)
         return part, hits
 
     with blas_threads().limit(limits=inner), ThreadPoolExecutor(workers) as pool:
@@ -265,59 +322,49 @@ def count_blocks(space, columns, queries, threads, memory_mib, by_index=False):
 
 
 def as_embeddings(embeddings, distance, normalise=False):
-    """Embeddings as float32 (n, m) in C order, of length 1 if asked for. ValueError unless they are real
-    and finite, n >= 2, and have distances: a zero vector has no direction, a constant one no SNR."""
-    if np.iscomplexobj(embeddings):
+    """Embeddings (n, m), float16, float32 or float64 as they came, others as float32. ValueError unless they
+    are real and finite, n >= 2, and have distances: a zero vector has no direction, a constant one no SNR."""
+    x = np.asanyarray(embeddings)
+    if np.iscomplexobj(x):
         raise ValueError("embeddings are complex; expected real numbers")
-    with np.errstate(over="ignore"):
-        x = np.ascontiguousarray(embeddings, np.float32)
+    as_came = x.dtype in (np.float16, np.float32, np.float64)
+    x = np.require(x, None if as_came else np.float32, ["C", "A"])
     if x.ndim != 2 or not 2 <= len(x) < 2 ** 31 - 64 or x.shape[1] < 1:
         raise ValueError(f"embeddings have shape {x.shape}; expected (n, m), 2 <= n < 2,147,483,584")
-    wrong = {"is not finite": ~np.isfinite(x).all(1)}
-    if distance == "cosine" or normalise:
-        wrong["is a zero vector: it has no direction"] = ~x.any(1)
-    if distance == "snr":
-        wrong["is constant: its SNR is undefined"] = (x == x[:, :1]).all(1)
-    for what, rows in wrong.items():
-        if rows.any():
-            raise ValueError(f"row {int(rows.argmax())} (counting from 0) {what}; remove that picture")
-    if normalise:
-        x, step = x.copy(), max(1, (1 << 20) // x.shape[1])
-        for start in range(0, len(x), step):
-            rows = x[start:start + step].astype(np.float64)
-            x[start:start + step] = rows / np.sqrt((rows ** 2).sum(1, keepdims=True))
+    for part in slices(*x.shape):
+        with np.errstate(over="ignore"):
+            numbers = x[part].astype(np.float32)
+        wrong = {"is not finite": ~np.isfinite(numbers).all(1)}
+        if distance == "cosine" or normalise:
+            wrong["is a zero vector: it has no direction"] = ~numbers.any(1)
+        if distance == "snr":
+            wrong["is constant: its SNR is undefined"] = (numbers == numbers[:, :1]).all(1)
+        for what, rows in wrong.items():
+            if rows.any():
+                row = part.start + int(rows.argmax())
+                raise ValueError(f"row {row} (counting from 0) {what}; remove or mend that picture")
     return x
+
+
+def encode(label):
+    """A column (n,) of any kind -> (its distinct values (t,), sorted; which one a picture has (n,) int32).
+
+    −1 where there is no value: nan, None or an empty text.
+    """
+    label = np.asarray(label)
+    if label.dtype.kind == "O":
+        here = np.array([value is not None and value == value and value != "" for value in label])
+    else:
+        here = label != label.dtype.type() if label.dtype.kind in "US" else label == label
+    codes = np.full(len(label), -1, np.int32)
+    values, inverse = np.unique(label[here], return_inverse=True)
+    codes[here] = inverse.reshape(-1)
+    return values, codes
 
 
 def available_threads():
     """The cores that this process may use (a scheduler may grant fewer than the machine has)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def nearest(embeddings, neighbours, *, distance="euclidean", threads=None):
-    """The exact ordered neighbours of every row: indices (n, R) int64, float64 distances (n, R).
-
-    embeddings (n, m) real, R = neighbours in 1 … n − 1: all but the row itself, equal distances by index.
-    Raises ValueError for anything else.
-    """
-    check_options(distance, NULLS[0], "index", threads=threads)
-    x = as_embeddings(embeddings, distance)
-    n, space, rows = len(x), prepare(x, distance), max(1, min(BLOCK_ROWS, (1 << 26) // len(x)))
-    if not 1 <= neighbours < n:
-        raise ValueError(f"{neighbours} neighbours of {n} embeddings; expected 1 to {n - 1}")
-    indices, distances = np.empty((n, neighbours), np.int64), np.empty((n, neighbours))
-    for start in range(0, n, rows):
-        part = slice(start, min(start + rows, n))
-        if _knn:
-            products = np.matmul(np.ascontiguousarray(space.working[:, part].T), space.working)
-            _knn.nearest(products, np.arange(start, part.stop), space.bounds[part], x, space.aux,
-                         space.offset, DISTANCES.index(distance), indices[part], distances[part],
-                         threads or available_threads())
-            continue
-        for q in range(start, part.stop):
-            order, d = order_numpy(space, q)
-            indices[q], distances[q] = order[:neighbours], d[order[:neighbours]]
-    return indices, distances
 
 
 # ---------------------------------------------------------------- R-Precision, NR-Prec and their significance
@@ -331,8 +378,10 @@ class Score(NamedTuple):
     nr_precision: float            # mean of (X − E X) / sd X (Eq. 5, with the root); nan for a constant label
     nr_precision_se: float = None  # with a subset of queries: standard error of that mean
     tied: int = 0                  # queries whose cut at R goes through candidates at one distance
+    missing: int = 0               # pictures without a value: no queries, no candidates of the property
     p_value: float = None          # with permutations
     p_holm: float = None
+    by_value: dict = None          # with per_value: {value: Score of the queries that have it}
 
 
 def null_moments(count, depth, n, null):
@@ -361,12 +410,13 @@ def holm(p_values):
 
 
 def nr_precision(embeddings, labels, *, distance="euclidean", normalise=False, null="binomial",
-                 max_neighbours=None, ties="expected", permutations=0, queries=None, seed=0, threads=None,
-                 memory_mib=512, progress=None):
+                 max_neighbours=None, ties="expected", permutations=0, queries=None, seed=0, per_value=False,
+                 threads=None, memory_mib=512, progress=None):
     """R-Precision and Normalized R-Precision of label columns (Kobs et al., Eq. 4 and 5).
 
     embeddings      (n, m) real numbers, used as float32; finite
-    labels          {name: (n,) array of any comparable kind}, or one such array
+    labels          {name: (n,) array of any comparable kind}, or one such array. A picture whose value is
+                    nan, None or "" is no query and no candidate of that column, nor one of its n
     distance        euclidean, squared_euclidean, cosine, dot_product or snr
     normalise       embeddings to length 1 first: with the loss's own distance this is the paper's Eq. 3
     null            binomial (the paper) or hypergeometric (exact for drawing without replacement)
@@ -375,6 +425,7 @@ def nr_precision(embeddings, labels, *, distance="euclidean", normalise=False, n
                     over all orders of the rows; index, the smaller index goes first, as released
     permutations    N: p = (1 + extreme) / (1 + N), extreme: as far from the permuted ones' mean as observed
     queries         a random subset of so many queries, with standard errors; seed: of subset and permutations
+    per_value       also the Score of each value's queries, Score.by_value, corrected over all of them
     threads         all that this process may use; memory_mib: for blocks of similarities and permuted columns
     progress        called with (queries × columns done, in all) after each block
 
@@ -386,20 +437,16 @@ def nr_precision(embeddings, labels, *, distance="euclidean", normalise=False, n
     check_options(distance, null, ties, max_neighbours=max_neighbours, permutations=permutations,
                   queries=queries, seed=seed, threads=threads, memory_mib=memory_mib)
     x, threads = as_embeddings(embeddings, distance, normalise), min(threads or available_threads(), 1024)
-    n, k = len(x), len(named)
     shapes = [np.shape(label) for label in named.values()]
-    if set(shapes) != {(n,)}:
-        raise ValueError(f"label columns have shapes {shapes}; expected at least one column, ({n},) each")
-    space, columns = prepare(x, distance), make_columns(list(named.values()), max_neighbours)
-    chosen = np.arange(n)
-    if queries is not None and queries < n:
-        chosen = np.sort(np.random.default_rng([seed, 0]).choice(n, queries, replace=False))
-    moments = null_moments(columns.entry_count, columns.entry_depth, n, null)
-
-    # As many permuted columns at a time as half the memory takes; the observed ones ride in the first pass.
-    each = k * 8 * n + n * 16 + 4 * n * len(columns.members)
-    per_pass = int(max(1, min(memory_mib * 2 ** 19 // each, 2e8 // (k * n), 2000))) if permutations else 1
-    total, done, statistics = k * (1 + permutations) * len(chosen), 0, []
+    if set(shapes) != {(len(x),)}:
+        raise ValueError(f"label columns have shapes {shapes}; expected one column or more, ({len(x)},) each")
+    named, patterns = {name: encode(label) for name, label in named.items()}, {}
+    for name, (_, codes) in named.items():                # columns that lack the same pictures share a pass
+        here = codes >= 0
+        patterns.setdefault(here.tobytes(), (np.flatnonzero(here), []))[1].append(name)
+    total, done, scores = 0, 0, {}
+    for rows, names in patterns.values():
+        total += len(names) * (1 + permutations) * min(queries or len(x), len(rows))
 
     def tick(count):
         nonlocal done
@@ -407,6 +454,51 @@ def nr_precision(embeddings, labels, *, distance="euclidean", normalise=False, n
         if progress:
             progress(done, total)
 
+    for rows, names in patterns.values():
+        lone = Score(len(rows), 0, len(rows), np.nan, np.nan, p_value=np.nan if permutations else None)
+        some, parts = [lone] * len(names), []             # of fewer than two pictures: no neighbours
+        if len(rows) > 1:
+            columns = [named[name][1] for name in names]
+            columns = columns if len(rows) == len(x) else [codes[rows] for codes in columns]
+            space = prepare(x, distance, rows, normalise)
+            some, parts = score_columns(space, columns, null, max_neighbours, ties, permutations, queries,
+                                        seed, per_value, threads, memory_mib, tick)
+        parts = iter(parts)
+        for name, score in zip(names, some):
+            values = dict(zip(named[name][0].tolist(), parts)) if per_value else None
+            scores[name] = score._replace(missing=len(x) - len(rows), by_value=values)
+    scores = corrected({name: scores[name] for name in named})
+    if per_value:
+        values = corrected({(name, v): s for name in named for v, s in scores[name].by_value.items()})
+        for (name, value), score in values.items():
+            scores[name].by_value[value] = score
+    return scores if isinstance(labels, dict) else scores[""]
+
+
+def corrected(scores):
+    """{name: Score} with p_holm where there are p-values: Holm's correction over all of them."""
+    tested = {name: s.p_value for name, s in scores.items() if s.p_value is not None}
+    adjusted = dict(zip(tested, holm(list(tested.values())).tolist()))
+    return {name: s._replace(p_holm=adjusted.get(name)) for name, s in scores.items()}
+
+
+def score_columns(space, labels, null, max_neighbours, ties, permutations, queries, seed, per_value, threads,
+                  memory_mib, tick):
+    """Scores of columns (list of k) in which every picture of the space has a value, and of their values."""
+    n, k, columns = len(space.rows), len(labels), make_columns(labels, max_neighbours)
+    chosen = np.arange(n)
+    if queries is not None and queries < n:
+        chosen = np.sort(np.random.default_rng([seed, 0]).choice(n, queries, replace=False))
+    moments = null_moments(columns.entry_count, columns.entry_depth, n, null)
+    width = len(columns.entry_depth)
+    owners = [columns.entry_owner, np.arange(width)]      # whose a value's hits are: its property's, its own
+    tested = owners if per_value and width * permutations <= MOST_TESTED else owners[:1]
+
+    # As many permuted columns at a time as half the memory takes; the observed ones ride in the first pass.
+    each = 4 * n + k * n * min(MOST_PLANES, int(columns.codes.max())) // 8
+    each += 0 if has_planes(columns) else k * n + 16 * n + 4 * n * len(columns.members)
+    per_pass = int(max(1, min(memory_mib * 2 ** 19 // each, 2000))) if permutations else 1
+    statistics = [[] for _ in tested]
     for begin in range(0, max(1, permutations), per_pass):
         drawn = [np.random.default_rng([seed, 1 + i]).permutation(n)
                  for i in range(begin, min(begin + per_pass, permutations))]
@@ -414,15 +506,17 @@ def nr_precision(embeddings, labels, *, distance="euclidean", normalise=False, n
             drawn.insert(0, np.arange(n))
         batch = permute_columns(columns, drawn) if permutations else columns
         blocks = count_blocks(space, batch, chosen, threads, memory_mib / min(len(drawn), 2), ties == "index")
-        values, copies = batch.values[:, chosen], len(drawn)
-        sums, used, squares, tied = sum_hits(blocks, values, copies, len(columns.entry_depth), tick)
+        sums, used, squares, tied = sum_hits(blocks, batch, chosen, tick)
         if begin == 0:
-            scores = observe(sums[0], used[0], squares, tied, columns, *moments, sampled=len(chosen) < n)
-        statistics += [mean_z(s, u, columns, *moments) for s, u in zip(sums, used)]
+            scores = [observe(sums[0], used[0], squares, tied, columns, owner, *moments, len(chosen) < n)
+                      for owner in owners]
+        for owner, statistic in zip(tested, statistics):
+            statistic += [mean_z(s, u, columns, owner, *moments) for s, u in zip(sums, used)]
     if permutations:
-        p = p_values(statistics[0], np.array(statistics[1:]))
-        scores = [s._replace(p_value=a, p_holm=b) for s, a, b in zip(scores, p.tolist(), holm(p).tolist())]
-    return dict(zip(named, scores)) if named is labels else scores[0]
+        for i, statistic in enumerate(statistics):
+            p = p_values(statistic[0], np.array(statistic[1:])).tolist()
+            scores[i] = [s._replace(p_value=one) for s, one in zip(scores[i], p)]
+    return scores
 
 
 def check_options(distance, null, ties, **numbers):
@@ -437,17 +531,17 @@ def check_options(distance, null, ties, **numbers):
             raise ValueError(f"{name} is {value!r}; expected a whole number, at least {least}")
 
 
-def sum_hits(blocks, values, copies, width, tick):
-    """Add up the hits X of count_blocks(), columns (copies · k, N) with these values, by copy and value.
+def sum_hits(blocks, columns, queries, tick):
+    """Add up the hits X of count_blocks(), columns (copies · k, N), by copy and value.
 
     For the t = width rows of the value tables: sums of X (copies, t), queries (copies, t), and of the first
     copy sums of X² and tied queries (t,), added in the order of the queries: no blocks can change them.
     """
+    copies, width = 1 if columns.copies is None else len(columns.copies), len(columns.entry_depth)
     (sums, used), (squares, tied) = np.zeros((2, copies * width)), np.zeros((2, width))
-    k = len(values) // copies
-    first = np.repeat(np.arange(copies) * width, k)[:, None]
+    first = np.repeat(np.arange(copies) * width, len(columns.values))[:, None]
     for part, hits in blocks:
-        place, x = (first + values[:, part]).ravel(), hits[0].ravel().astype(np.float64)
+        place, x = (first + values_of(columns, queries[part])).ravel(), hits[0].ravel().astype(np.float64)
         at, observed = np.flatnonzero(hits[1]), len(place) // copies
         group, right, places = hits[1:].reshape(3, -1)[:, at].astype(np.float64)
         x[at] += right * places / group
@@ -459,23 +553,22 @@ def sum_hits(blocks, values, copies, width, tick):
     return sums.reshape(copies, width), used.reshape(copies, width), squares, tied
 
 
-def mean_z(sums, used, columns, mean, deviation):
-    """NR-Prec of each property (k,): hits summed, then standardised value by value. R = 0 is left out."""
+def mean_z(sums, used, columns, owner, mean, deviation):
+    """NR-Prec of each owner of values: hits summed, then standardised value by value. R = 0 is left out."""
     valid = columns.entry_depth > 0
     with np.errstate(invalid="ignore", divide="ignore"):
         z = np.where(valid & (used > 0), (sums - used * mean) / deviation, 0.0)
-        queries = np.bincount(columns.entry_owner, np.where(valid, used, 0))
-        return np.bincount(columns.entry_owner, z) / queries
+        return np.bincount(owner, z) / np.bincount(owner, np.where(valid, used, 0))
 
 
-def observe(sums, used, squares, tied, columns, mean, deviation, sampled):
-    """The observed columns' Scores: list of k; with the standard error where the queries are a sample."""
-    depth, owner = columns.entry_depth, columns.entry_owner
+def observe(sums, used, squares, tied, columns, owner, mean, deviation, sampled):
+    """The observed Scores of each owner of values; with the standard error where the queries are a sample."""
+    depth = columns.entry_depth
     asked = np.where(depth > 0, used, 0)
     queries = np.bincount(owner, asked).astype(int)
     skipped = np.bincount(owner, used).astype(int) - queries
     population = np.bincount(owner, np.where(depth > 0, columns.entry_count, 0))
-    statistic = mean_z(sums, used, columns, mean, deviation)
+    statistic = mean_z(sums, used, columns, owner, mean, deviation)
     with np.errstate(invalid="ignore", divide="ignore"):
         precision = np.bincount(owner, np.where(asked > 0, sums / depth, 0.0)) / queries
         # Σ z² of a value = (Σ X² − 2 μ Σ X + N μ²) / σ²
@@ -500,35 +593,36 @@ def p_values(observed, permuted):
 
 # ---------------------------------------------------------------- what the method assumes of the properties
 
-def dependent_pairs(labels, level=SIGNIFICANCE):
+def dependent_pairs(codes, level=SIGNIFICANCE):
     """Pairs of properties that depend on each other: [(name, name, Cramér's V, Holm-corrected p)].
 
     Chi-square of every pair. Its distribution is a gamma distribution with the mean and variance that it has
     under all permutations of one column (Mielke & Berry 1985): right for rare values too, where the usual one
-    gives false alarms. V is bias-corrected (Bergsma 2013). labels: {name: (n,) array}.
+    gives false alarms. V is bias-corrected (Bergsma 2013). Pictures without a value of both are left out.
+    codes: {name: (n,) int, −1: no value}.
     """
-    codes = {name: np.unique(label, return_inverse=True)[1].reshape(-1) for name, label in labels.items()}
-    counts = {name: np.bincount(code) for name, code in codes.items()}
     tested = []
-    for j, b in enumerate(codes):
-        for a in list(codes)[:j]:
-            v_and_p = chi_square(codes[a], codes[b], counts[a], counts[b])
-            tested += [(a, b, *v_and_p)] if v_and_p else []
+    for (a, code_a), (b, code_b) in combinations(codes.items(), 2):
+        both = (code_a >= 0) & (code_b >= 0)
+        v_and_p = chi_square(code_a[both], code_b[both])
+        tested += [(a, b, *v_and_p)] if v_and_p else []
     adjusted = holm([p for *_, p in tested])
     return [(a, b, v, float(p)) for (a, b, v, _), p in zip(tested, adjusted) if p < level]
 
 
-def chi_square(a, b, count_a, count_b):
-    """(Cramér's V, p) of two columns (n,) and their counts; None if one is constant or all distinct."""
+def renumbered(codes):
+    """Codes (n,) from 0 -> the same without gaps, and their counts."""
+    count = np.bincount(codes)
+    return (np.cumsum(count > 0) - 1)[codes], count[count > 0]
+
+
+def chi_square(a, b):
+    """(Cramér's V, p) of two columns of codes (n,) int; None if one is constant or all distinct."""
+    (a, count_a), (b, count_b) = renumbered(a), renumbered(b)
     n, r, c = len(a), len(count_a), len(count_b)
     if n < 4 or min(r, c) < 2 or max(r, c) == n:
         return None
-    pairs = a.astype(np.int64) * c + b
-    if r * c <= 4 * n:
-        cells = np.flatnonzero(observed := np.bincount(pairs))
-        observed = observed[cells]
-    else:
-        cells, observed = np.unique(pairs, return_counts=True)
+    cells, observed = np.unique(a.astype(np.int64) * c + b, return_counts=True)
     chi2 = n * ((observed.astype(np.float64) ** 2 / count_a[cells // c] / count_b[cells % c]).sum() - 1)
     v1, v2 = (r - 1) * (n - r) / (n - 1), (c - 1) * (n - c) / (n - 1)
     w1, w2 = ((n / count_a).sum() - r * r) / (n - 2), ((n / count_b).sum() - c * c) / (n - 2)
@@ -540,18 +634,25 @@ def chi_square(a, b, count_a, count_b):
 
 
 def quantile_bins(name, values, bins):
-    """A numeric column (n,) of str -> (n,) int: which of so many bins of about equally many pictures."""
-    numbers = np.full(len(values), np.nan)
-    for row, value in enumerate(values):
+    """A numeric column (n,) of str -> (n,) float: its bin's largest number, of so many equally full bins.
+
+    Of an empty text it is nan. Raises ValueError for what is no number.
+    """
+    here, binned = values != "", np.full(len(values), np.nan)
+    for row in np.flatnonzero(here):
         with suppress(ValueError):
-            numbers[row] = float(value)
-        if not np.isfinite(numbers[row]):
+            binned[row] = float(values[row])
+        if not np.isfinite(binned[row]):
             raise ValueError(f"--bin {name}={bins}: row {row} (counting from 0) of {name!r} is "
-                             f"{str(value)!r}; only numbers can be binned")
-    edges = np.quantile(numbers, np.arange(1, bins) / bins, method="inverted_cdf")
-    lower = numbers[numbers < numbers.max()]              # an edge at the maximum leaves nothing above
-    edges = np.minimum(edges, lower.max()) if len(lower) else edges
-    return np.searchsorted(np.unique(edges), numbers, side="left")
+                             f"{str(values[row])!r}; only numbers can be binned")
+    numbers = binned[here]
+    if len(numbers):
+        ends = np.quantile(numbers, np.arange(1, bins) / bins, method="inverted_cdf")
+        lower = numbers[numbers < numbers.max()]          # an end at the maximum leaves nothing above
+        ends = np.minimum(ends, lower.max()) if len(lower) else ends
+        ends = np.unique(np.append(ends, numbers.max()))
+        binned[here] = ends[np.searchsorted(ends, numbers)]
+    return binned
 
 
 # ---------------------------------------------------------------- the command
@@ -562,27 +663,29 @@ def parse_arguments(argv):
     parser = command.parser(__doc__)
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="EMB.npy …, embeddings (n, m), and behind them PROPS.csv, a "
-        "header and n rows; a first column named frame, image, file, path or id is none (the props.csv "
-        "beside each EMB.npy, or in results/<dataset>)")
-    add("--properties", metavar="A,B", help="only these columns (all)")
-    add("--distance", default="euclidean", choices=[*DISTANCES, "own"], help="how neighbours are ranked "
-        "(euclidean, as released); own: Eq. 3, the loss's, which the array's JSON names, on normalised ones")
-    add("--normalise", action="store_true", help="embeddings to length 1 first")
-    add("--null", default="binomial", choices=NULLS,
-        help="the chance distribution of hits (binomial, the paper's; hypergeometric is exact)")
-    add("--ties", default="expected", choices=TIES, help="candidates at one distance where the R end: "
-        "expected, what all orders of the rows give on average; index, the first, as released (expected)")
-    add("--max-neighbours", type=int, metavar="K", help="look at min(R, K); 1023: as released (all R)")
-    add("--permutations", type=int, default=0, metavar="N",
-        help="p-values from N permutations of each property, Holm-corrected (none)")
-    add("--queries", type=int, metavar="N", help="a random subset of N queries, with standard errors (all)")
+        "header and n rows (the props.csv beside each EMB.npy, or in results/<dataset>)")
+    add("--properties", metavar="A,B", help="only these columns (all but a first one of names)")
+    add("--missing", metavar="A,B", help="spellings of no value, beside the empty cell: such a picture is no "
+        "query and no candidate of that property (nan,NA,N/A,null, and None among numbers)")
     add("--bin", action="append", default=[], metavar="PROPERTY=N",
-        help="cut a numeric column into N quantile bins; repeatable")
+        help="cut a numeric column into N quantile bins, named by their largest number; repeatable")
+    add("--distance", default="euclidean", choices=[*DISTANCES, "own"], help="what is near (euclidean); own: "
+        "the loss's of Eq. 3, named by the JSON beside the array, on normalised embeddings")
+    add("--normalise", action="store_true", help="embeddings to length 1 first")
+    add("--null", default="binomial", choices=NULLS, help="chance's hits (binomial; hypergeometric is exact)")
+    add("--ties", default="expected", choices=TIES, help="candidates equally far where the R end count with "
+        "their expectation over all orders of the rows, or by index, the first ones (expected)")
+    add("--max-neighbours", type=int, metavar="K", help="look at min(R, K) (all R)")
+    add("--as-published", action="store_true", help="as Table 6: --distance euclidean of what the network "
+        "returns, --null binomial, --max-neighbours 1023, --ties index")
+    add("--permutations", type=int, default=0, metavar="N", help="of each property, for p-values (none)")
+    add("--queries", type=int, metavar="N", help="a random subset of N queries, with standard errors (all)")
+    add("--per-value", action="store_true", help="to --out also each value: which colours, which models")
     add("--seed", type=int, default=0, help="of permutations and query subset (0)")
-    add("--threads", type=int, metavar="N", help="for BLAS and the kernel alike (all)")
+    add("--threads", type=int, default=command.available_cpus(), metavar="N", help="cores to use (all)")
     add("--memory-mib", type=int, default=512, metavar="N", help="for similarities, permuted labels (512)")
-    add("--out", metavar="FILE.csv", help="also write one row for each embedding file and property")
-    return parser.parse_intermixed_args(argv)
+    add("--out", metavar="FILE.csv", help="also write a row for each embedding file and property")
+    return command.parse_as_published(parser, argv, PUBLISHED)
 
 
 def read_labels(table, pictures, args, notes):
@@ -590,7 +693,8 @@ def read_labels(table, pictures, args, notes):
     from dml_common import files
 
     names = [name.strip() for name in args.properties.split(",")] if args.properties is not None else None
-    labels = files.read_properties(table, names, pictures, notes)
+    missing = files.MISSING if args.missing is None else ["", *args.missing.split(",")]
+    labels = files.read_properties(table, names, pictures, notes, missing)
     uncut = list(labels)
     for option in args.bin:
         name, _, bins = option.rpartition("=")
@@ -606,33 +710,32 @@ def warnings_before(labels, n, args):
     """What is known before counting, a line each."""
     if args.queries is not None and args.queries > n:
         yield f"--queries {args.queries:,} is more than the {n:,} pictures: all are used"
-    distinct = {name: len(np.unique(label)) for name, label in labels.items()}
-    for name, values in distinct.items():
-        if values == 1:
+    coded = {name: encode(label) for name, label in labels.items()}
+    for name, (values, codes) in coded.items():
+        known = np.count_nonzero(codes >= 0)
+        if known < n:
+            yield (f"{name}: {n - known:,} of {n:,} pictures have no value: they are no queries and no "
+                   "candidates of this property")
+        if len(values) < 2:
             yield f"{name} is constant: its NR-Prec is not defined (nan)"
-        elif values > n / 2:
-            yield (f"{name} has {values:,} values for {n:,} pictures: hardly any has a neighbour to find; "
-                   f"cut it with --bin {name}=10 or leave it out with --properties")
-    for a, b, v, p in dependent_pairs(labels):
+        elif len(values) > known / 2:
+            yield (f"{name} has {len(values):,} values for {known:,} pictures: hardly any has a neighbour to "
+                   f"find; cut it with --bin {name}=10 or leave it out with --properties")
+    few = len(labels) <= MOST_PAIRED
+    if not few:
+        yield (f"{len(labels):,} properties are more than {MOST_PAIRED}: whether they depend on each other, "
+               "which the method assumes they don't, is not tested")
+    coded = {name: codes for name, (_, codes) in coded.items()}
+    for a, b, v, p in dependent_pairs(coded) if few else ():
         yield (f"{a} and {b} depend on each other (Cramér's V {v:.2f}, Holm-corrected p {p:.1g}): "
                "the method assumes independent properties, so one may show for the other")
     if 0 < args.permutations < 1000:
         yield f"{args.permutations} permutations: fewer than 1,000 give coarse p-values"
-    testable = sum(values > 1 for values in distinct.values())
-    if args.permutations and testable / (1 + args.permutations) >= SIGNIFICANCE:
-        yield (f"{args.permutations:,} permutations of {testable} properties can't give p_holm < "
-               f"{SIGNIFICANCE}: nothing can be marked; use --permutations {100 * testable:,} or more")
-
-
-def own_distance(array):
-    """The distance that the JSON beside an array names."""
-    from dml_common import files
-
-    distance = files.read_sidecar(array).get("distance")
-    if distance not in DISTANCES:
-        raise ValueError(f"--distance own: no JSON beside {array} names its distance; give one of "
-                         f"{', '.join(DISTANCES)} and --normalise")
-    return distance
+    sizes = [len(values) for values, _ in coded.values() if len(values) > 1]
+    for what, number in ("properties", len(sizes)), ("values", sum(sizes) * args.per_value):
+        if args.permutations and number / (1 + args.permutations) >= SIGNIFICANCE:
+            yield (f"{args.permutations:,} permutations of {number:,} {what} can't give p_holm < "
+                   f"{SIGNIFICANCE}: nothing can be marked; use --permutations {100 * number:,} or more")
 
 
 def rounded(value, digits):
@@ -640,34 +743,41 @@ def rounded(value, digits):
 
 
 def print_results(names, results, permutations):
-    """Properties in rows, embeddings side by side; of many embeddings NR-Prec alone, one in a row."""
+    """Of one embedding its properties in rows; of several NR-Prec alone, one in a row."""
     from dml_common import command
 
-    properties, scores = [" ".join(name.split()) for name in results[0]], list(results[0].values())
-    columns = [["", "property", *properties], ["", "values", *(f"{s.values:,}" for s in scores)],
-               ["", "queries", *(f"{s.queries:,}" for s in scores)]]
-    lines = [["NR-Prec", *properties]]
+    lines = [["NR-Prec", *(" ".join(name.split()) for name in results[0])]]
     for name, scores in zip(names, (list(r.values()) for r in results)):
-        title = name if len(name) <= 16 else "…" + name[-15:]
-        marked = [s.nr_precision > PUBLISHED_THRESHOLD for s in scores]
+        marks = ["*" if s.nr_precision > PUBLISHED_THRESHOLD else "" for s in scores]
         if permutations:
-            marked = [s.p_holm < SIGNIFICANCE for s in scores]
+            marks = ["*" if s.p_holm < SIGNIFICANCE else "" for s in scores]
+        lines.append([name, *(rounded(s.nr_precision, 2) + (mark or " ") for s, mark in zip(scores, marks))])
+    if len(results) == 1:
+        columns = [["property", *lines[0][1:]], ["values", *(f"{s.values:,}" for s in scores)],
+                   ["queries", *(f"{s.queries:,}" for s in scores)]]
         for heading, field, digits in SHOWN:
             if getattr(scores[0], field) is not None:
-                columns.append([title, heading, *(rounded(getattr(s, field), digits) for s in scores)])
-                title = ""
-        columns.append(["", "", *("*" if mark else "" for mark in marked)])
-        lines.append([name, *(rounded(s.nr_precision, 2) + ("*" if mark else " ")
-                              for s, mark in zip(scores, marked))])
-    if len(results) <= SIDE_BY_SIDE:
-        lines = list(zip(*columns))
-    command.print_aligned(lines if len(results) > 1 else lines[1:])
+                columns.append([heading, *(rounded(getattr(s, field), digits) for s in scores)])
+        lines = list(zip(*columns, ["", *marks]))
+    command.print_aligned(lines)
     mark = (f"NR-Prec > {PUBLISHED_THRESHOLD}: the published mark, one z-score's 1 % threshold applied to a "
             "mean of many; --permutations N tests the mean")
     if permutations:
         mark = (f"p_holm < {SIGNIFICANCE}: {permutations:,} permutations of each property, Holm-corrected "
-                f"over {len(properties)} properties")
+                f"over {len(results[0])} properties")
     print(f"\n* {mark}")
+
+
+def rows_of(array, distance, normalise, scores, args):
+    """The rows of nrprec.csv of one embedding: a property's, and with --per-value its values' behind it."""
+    from dml_common import files
+
+    for name, whole in scores.items():
+        parts = whole.by_value or {}
+        order = sorted(parts, key=float if all(map(files.is_number, parts)) else str)
+        for value, s in [("", whole), *((value, parts[value]) for value in order)]:
+            yield [array, name, *s[:3], distance, args.null, args.max_neighbours, *s[3:6], args.permutations,
+                   s.p_value, s.p_holm, int(normalise), args.ties, s.tied, whole.missing, value]
 
 
 def main(argv=None):
@@ -678,51 +788,60 @@ def main(argv=None):
                                                       "queries", "seed", "threads", "memory_mib")}
     check_options(DISTANCES[0], **options)
     arrays, tables = files.arrays_and_tables(args.files)
+    if args.per_value and args.out is None:
+        raise ValueError("--per-value needs --out FILE.csv, where the rows of the values are written")
     if args.out is not None:
         files.check_output(args.out, [*arrays, *tables])
     if _knn is None:
         command.say("note: this version's _knn is not built (pip install .): NumPy counts, exact but slow")
     known, results, rows, names = {}, [], [], command.short_names(arrays)
-    distances = [own_distance(array) if args.distance == "own" else args.distance for array in arrays]
+    distances = [args.distance] * len(arrays)
+    if args.distance == "own":
+        distances = [files.read_sidecar(array).get("distance") for array in arrays]
+    for array, distance in zip(arrays, distances):
+        if distance not in DISTANCES:
+            raise ValueError(f"--distance own: no JSON beside {array} names its distance; give one of "
+                             f"{', '.join(DISTANCES)} and --normalise")
     normalise = args.normalise or args.distance == "own"
     for array, table, name, distance in zip(arrays, tables, names, distances):
         pictures, notes = files.picture_names(array), []
-        content = Path(table).read_bytes() if Path(table).is_file() else None
-        content = content, pictures and files.pictures_sha256(pictures)  # those of a fold are equal
-        labels = known.get(content) or read_labels(table, pictures, args, notes)
+        files.check_input(table, files.TABLE)
+        content = files.files_digest([table]), pictures and files.pictures_sha256(pictures)
+        labels = known.get(content) or read_labels(table, pictures, args, notes)  # those of a fold are equal
         if results and list(labels) != list(results[0]):
             raise ValueError(f"{tables[0]} and {table} have different properties; give networks of one data "
                              "set, or --properties")
         n = len(next(iter(labels.values())))
-        x = files.read_embeddings(array, table, n)
         try:
-            x = as_embeddings(x, distance, normalise)
+            x = as_embeddings(files.open_embeddings(array, table, n), distance, normalise)
         except ValueError as error:
-            raise ValueError(f"{array}: {error} or choose another distance") from None
+            raise ValueError(error if array in str(error) else f"{array}: {error}") from None
         if content not in known:
             known[content] = labels
             for line in notes:
                 command.say(f"note: {line}")
             for line in warnings_before(labels, n, args):
                 command.say(f"warning: {line}" if len(set(tables)) == 1 else f"warning: {table}: {line}")
-        collapsed = (x == x[0]).all()
+        collapsed = all((x[part] == x[0]).all() for part in slices(*x.shape))
         if collapsed:
             command.say(f"warning: {array}: all {n:,} embeddings are equal: none is nearer than another")
         with command.bar(1.0, name) as bar:
-            scores = nr_precision(x, labels, distance=distance, **options,
+            scores = nr_precision(x, labels, distance=distance, normalise=normalise, **options,
+                                  per_value=args.per_value,
                                   progress=lambda done, total, bar=bar: bar.update(done / total - bar.n))
         tied, prop = max((s.tied / max(s.queries, 1), prop) for prop, s in scores.items())
         if tied > MANY_TIES and not collapsed:
             command.say(f"warning: {array}: {tied:.0%} of the queries of {prop} have candidates at the same "
                         f"distance where their list ends; {TIES[args.ties]}")
-        for prop, s in scores.items():
-            rows.append([array, prop, *s[:3], distance, args.null, args.max_neighbours, *s[3:6],
-                         args.permutations, s.p_value, s.p_holm, int(normalise), args.ties, s.tied])
+        rows += rows_of(array, distance, normalise, scores, args)
         results.append(scores)
     for prop, s in results[0].items():
         if s.skipped:
             command.say(f"warning: {prop}: {s.skipped:,} of {s.skipped + s.queries:,} queries skipped, no "
                         "other picture has their value")
+        if args.permutations and any(one.p_value is None for one in (s.by_value or {}).values()):
+            command.say(f"note: {prop}: {s.values:,} values × {args.permutations:,} permutations are too "
+                        "many: its values have no p-values")
     if args.out is not None:
         files.write_table(args.out, HEADER, rows)
     print_results(names, results, args.permutations)

@@ -37,7 +37,7 @@ try:
     import _knn
 except ImportError:
     _knn = None
-if getattr(_knn, "INTERFACE", None) != 2:  # not built, or from another _knn.pyx
+if getattr(_knn, "INTERFACE", None) != 5:  # not built, or from another _knn.pyx
     _knn = None  # the NumPy twins count_pairs_numpy() and rank_queries_numpy() count instead
 
 ROWS, COLUMNS = 512, 2048  # of a tile of products: 4 MiB, which the caches keep until it is counted
@@ -54,25 +54,42 @@ BOOTSTRAP = 1000           # resamples of the classes
 
 class Space(NamedTuple):
     """Embeddings prepared for inner products of normalised rows."""
-    x: np.ndarray      # (n, m) float32, the embeddings as they came
+    x: np.ndarray      # (N, m) float16, float32 or float64 as they came, taken as float32
+    rows: np.ndarray   # (n,) int64: where in x the embeddings stand
     unit: np.ndarray   # (n, m) float32, normalised
     norms: np.ndarray  # (n,) float64
     bound: float       # |float32 product of two unit rows − true inner product| is at most this
 
+    def numbers(self, part):
+        """Some of the embeddings, float32 numbers as float64 (…, m)."""
+        return self.x[self.rows[part]].astype(np.float32).astype(np.float64)
 
-def normalise(x):
-    """Embeddings x (n, m) float32 -> Space. Raises ValueError for a zero vector."""
-    n, m = x.shape
-    unit, norms, step = np.empty((n, m), np.float32), np.empty(n), max(1, (1 << 20) // m)
-    for part in (slice(start, start + step) for start in range(0, n, step)):
-        rows = x[part].astype(np.float64)
-        norms[part] = np.sqrt((rows ** 2).sum(1))
-        if not norms[part].all():
-            row = part.start + int((norms[part] == 0).argmax())
-            raise ValueError(f"row {row} is a zero vector: it has no inner product; remove that picture")
-        unit[part] = rows / norms[part, None]
+    def source(self):
+        """What the kernel takes these numbers from."""
+        return self.x.view(np.uint8), self.x.itemsize, self.rows
+
+
+def normalise(x, rows=None):
+    """Embeddings x (N, m) as they came, or their rows (n,) -> Space. ValueError: a zero vector."""
+    rows = np.arange(len(x)) if rows is None else rows
+    n, m = len(rows), x.shape[1]
     # Rounding of the unit rows and of m float32 terms in any order; 5 % for second order; what underflows.
-    return Space(x, unit, norms, 1.05 * 2.0 ** -24 * (m + 8) + (m + 4) * 2.0 ** -125)
+    bound = 1.05 * 2.0 ** -24 * (m + 8) + (m + 4) * 2.0 ** -125
+    space = Space(x, rows, np.empty((n, m), np.float32), np.empty(n), bound)
+    for part in slices(n, m):
+        numbers = space.numbers(part)
+        space.norms[part] = norms = np.sqrt((numbers ** 2).sum(1))
+        if not norms.all():
+            raise ValueError(f"row {rows[part][norms.argmin()]} is a zero vector: it has no inner product; "
+                             "remove that picture")
+        space.unit[part] = numbers / norms[:, None]
+    return space
+
+
+def slices(n, m):
+    """Parts of n rows, a million numbers each."""
+    step = max(1, (1 << 20) // m)
+    return [slice(start, start + step) for start in range(0, n, step)]
 
 
 def bin_numbers(s, bins):
@@ -83,7 +100,7 @@ def bin_numbers(s, bins):
 def count_pairs_numpy(space, order, ranges, groups, bins):
     """The plain twin of the kernel: the same counts by float64 inner products, row by row."""
     counts = np.zeros((groups[-1] + 1, 2, sum(bins)), np.int64)
-    unit = space.x[order] / space.norms[order, None]
+    unit = space.numbers(order) / space.norms[order, None]
     for p, (begin, split, end) in enumerate(ranges.T):
         s, at = (unit[p] * unit[begin:end]).sum(1), 0
         for b in bins:
@@ -117,7 +134,7 @@ def count_pairs(space, order, ranges, groups, bins, threads, progress=None):
     """
     if _knn is None:
         return count_pairs_numpy(space, order, ranges, groups, bins)
-    n, unit, kinds = len(order), space.unit[order], np.array(bins, np.int64)
+    n, unit, kinds = len(order), space.unit, np.array(bins, np.int64)
     counts = np.zeros((groups[-1] + 1, 2, sum(bins)), np.int64)
     buffers = deque(np.empty(ROWS * COLUMNS, np.float32) for _ in range(threads))
 
@@ -131,10 +148,10 @@ def count_pairs(space, order, ranges, groups, bins, threads, progress=None):
     def count(a, b, c, d):
         buffer = buffers.pop()
         products = buffer[:(b - a) * (d - c)].reshape(b - a, d - c)
-        np.matmul(unit[a:b], unit[c:d].T, out=products)
+        np.matmul(unit[order[a:b]], unit[order[c:d]].T, out=products)
         tile = np.zeros((groups[b - 1] - groups[a] + 1, 2, sum(bins)), np.int64)
-        _knn.pair_histogram(products, a, c, ranges, groups, order, space.x, space.norms, space.bound, kinds,
-                            tile)
+        _knn.pair_histogram(products, a, c, ranges, groups, order, *space.source(), space.norms, space.bound,
+                            kinds, tile)
         buffers.append(buffer)
         return a, b, tile, products.size
 
@@ -145,25 +162,9 @@ def count_pairs(space, order, ranges, groups, bins, threads, progress=None):
     return counts
 
 
-def split_bins(counts, counted, bins):
-    """counts (…, Σ counted) -> {bins: (…, bins)}; half, a quarter … of a counted number sums neighbours."""
-    parts, split = dict(zip(counted, np.split(counts, np.cumsum(counted)[:-1], axis=-1))), {}
-    for b in bins:
-        c = next(c for c in counted if is_doubled(b, c))
-        split[b] = parts[c].reshape(*counts.shape[:-1], b, c // b).sum(-1)
-    return split
-
-
-def finest(bins):
-    """The numbers of bins that have to be counted: those whose double, fourfold … is not asked for as well.
-
-    (s + 1) · bins / 2 is the same float64 but for its exponent when bins doubles, so the sums are exact.
-    """
-    return sorted({b for b in bins if not any(c > b and is_doubled(b, c) for c in bins)})
-
-
-def is_doubled(b, c):
-    return c % b == 0 and (c // b).bit_count() == 1
+def split_bins(counts, bins):
+    """counts (…, Σ bins) -> {bins: (…, bins)}."""
+    return dict(zip(bins, np.split(counts, np.cumsum(bins)[:-1], axis=-1)))
 
 
 def jensen_shannon(p, q):
@@ -179,11 +180,10 @@ def jensen_shannon(p, q):
 
 def pair_means(space, order, value, sizes):
     """Mean inner products of positive and negative pairs: Σ_{i<j} u_i·u_j = (‖Σ u‖² − Σ ‖u‖²) / 2."""
-    (n, m), step = space.x.shape, max(1, (1 << 20) // space.x.shape[1])
+    n, m = space.unit.shape
     sums, squares = np.zeros((len(sizes), m)), 0.0
-    for start in range(0, n, step):
-        rows = order[start:start + step]
-        unit, here = space.x[rows] / space.norms[rows, None], value[rows]
+    for rows in (order[part] for part in slices(n, m)):
+        unit, here = space.numbers(rows) / space.norms[rows, None], value[rows]
         first = np.flatnonzero(np.append(True, here[1:] != here[:-1]))
         sums[here[first]] += np.add.reduceat(unit, first, axis=0)
         squares += (unit ** 2).sum()
@@ -223,7 +223,7 @@ class Ranks(NamedTuple):
 def rank_queries_numpy(space, value, queries, relevant, neighbours, by_index=False):
     """The plain twin of the kernel's rank_hits(): counts (len(queries), 7), precision, by a stable sort."""
     counts, precision = np.zeros((len(queries), 7), np.int64), np.zeros(len(queries))
-    unit = space.x / space.norms[:, None]
+    unit = space.numbers(slice(None)) / space.norms[:, None]
     for b, (q, r) in enumerate(zip(queries, relevant)):
         d = 1.0 - (unit[q] * unit).sum(1)
         order = np.argsort(d, kind="stable")
@@ -267,8 +267,8 @@ def rank_queries(space, value, relevant, neighbours, threads, progress=None, by_
                                                                by_index)
         elif relevant[part].any():
             products = np.matmul(space.unit[part], space.unit.T)
-            _knn.rank_hits(products, q, bounds[part], space.x, space.norms, offset, value, relevant[part],
-                           neighbours, counts[part], precision[part], by_index)
+            _knn.rank_hits(products, q, bounds[part], *space.source(), space.norms, offset, value,
+                           relevant[part], neighbours, counts[part], precision[part], by_index)
         return len(q) * n
 
     for size in in_turn(rank, ((start,) for start in range(0, n, rows)), threads):
@@ -282,6 +282,7 @@ def rank_queries(space, value, relevant, neighbours, threads, progress=None, by_
 class Score(NamedTuple):
     """One embedding's result. Dictionaries are by the number of bins, and by K."""
     n: int
+    missing: int          # further pictures without a label: in no pair
     classes: int
     lone: int             # pictures whose class has no other: no positives, and no queries
     tied: int             # queries whose R or K divides a group of positives and others at the same distance
@@ -298,6 +299,13 @@ class Score(NamedTuple):
     intervals: dict       # {("jsd", bins), ("recall", K), ("r_precision", None), …: (low, high)}
 
 
+def has_value(label):
+    """Which pictures have a value of a column (n,): bool (n,). None is nan, None or an empty text."""
+    if label.dtype.kind == "O":
+        return np.array([value is not None and value == value and value != "" for value in label])
+    return label != label.dtype.type() if label.dtype.kind in "US" else label == label
+
+
 def available_threads():
     """The cores that this process may use (a scheduler may grant fewer than the machine has)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -308,7 +316,8 @@ def pair_scores(embeddings, labels, *, bins=(200,), recall=(1, 2, 4, 8), ties="e
     """Pair histograms and their JSD (Oi et al., section 3), Recall@K, R-Precision and MAP@R.
 
     embeddings    (n, m) real numbers, used as float32; finite, no zero vector
-    labels        (n,) of any comparable kind: at least two classes, one of them with two rows
+    labels        (n,) of any comparable kind: at least two classes, one of them with two rows. A picture
+                  whose label is nan, None or "" is in no pair
     bins          numbers of equal bins over [−1, 1]
     recall        the K's
     ties          equally near candidates: expected, what all orders of the rows give on average; index, the
@@ -324,8 +333,9 @@ def pair_scores(embeddings, labels, *, bins=(200,), recall=(1, 2, 4, 8), ties="e
     if ties not in TIES:
         raise ValueError(f"unknown ties {ties!r}; expected one of {', '.join(TIES)}")
     x, labels = check_arguments(embeddings, labels, bins, recall, permutations, seed, threads)
-    n, threads, counted = len(x), threads or available_threads(), finest(bins)
-    value, sizes = np.unique(labels, return_inverse=True, return_counts=True)[1:]
+    rows, threads = np.flatnonzero(has_value(labels)), threads or available_threads()
+    n, bins = len(rows), list(dict.fromkeys(bins))
+    value, sizes = np.unique(labels[rows], return_inverse=True, return_counts=True)[1:]
     value, relevant = value.reshape(-1), sizes[value.reshape(-1)] - 1          # R of each row
     positives = int((sizes * (sizes - 1) // 2).sum())
     if not positives:
@@ -340,11 +350,11 @@ def pair_scores(embeddings, labels, *, bins=(200,), recall=(1, 2, 4, 8), ties="e
         if progress:
             progress(done, total)
 
-    space, order = normalise(x), np.argsort(value, kind="stable")
-    counts = count_classes(space, order, sizes, counted, intervals, threads, advance)
-    histograms = split_bins(counts[0], counted, bins)
+    space, order = normalise(x, rows), np.argsort(value, kind="stable")
+    counts = count_classes(space, order, sizes, bins, intervals, threads, advance)
+    histograms = split_bins(counts[0], bins)
     jsd = {b: float(jensen_shannon(*histograms[b])) for b in bins}
-    null = permuted_divergence(space, sizes, counted, histograms, permutations, seed, threads, advance)
+    null = permuted_divergence(space, sizes, histograms, permutations, seed, threads, advance)
 
     ranks = rank_queries(space, value, relevant, min(max(recall), n), threads, advance, ties == "index")
     asked, rank = relevant > 0, np.maximum(relevant, 1)
@@ -355,11 +365,12 @@ def pair_scores(embeddings, labels, *, bins=(200,), recall=(1, 2, 4, 8), ties="e
     means = {name: float(e[asked].mean()) for name, e in each.items()}
     bounds = bootstrap(each, value, asked, seed) if intervals else {}
     if intervals:
-        parts = split_bins(counts[1:], counted, bins)
+        parts = split_bins(counts[1:], bins)
         bounds |= {("jsd", b): jackknife(jsd[b], histograms[b], parts[b]) for b in bins}
-    return Score(n, len(sizes), int((~asked).sum()), int(tied.sum()), positives, n * (n - 1) // 2 - positives,
-                 *pair_means(space, order, value, sizes), jsd, null, {k: means["recall", k] for k in recall},
-                 means["r_precision", None], means["map_at_r", None], histograms, bounds)
+    return Score(n, len(x) - n, len(sizes), int((~asked).sum()), int(tied.sum()), positives,
+                 n * (n - 1) // 2 - positives, *pair_means(space, order, value, sizes), jsd, null,
+                 {k: means["recall", k] for k in recall}, means["r_precision", None], means["map_at_r", None],
+                 histograms, bounds)
 
 
 def count_classes(space, order, sizes, bins, apart, threads, advance):
@@ -377,39 +388,40 @@ def count_classes(space, order, sizes, bins, apart, threads, advance):
     return np.concatenate([total, counts]) if apart else total
 
 
-def permuted_divergence(space, sizes, counted, histograms, permutations, seed, threads, advance):
+def permuted_divergence(space, sizes, histograms, permutations, seed, threads, advance):
     """{bins: mean JSD over permutations of the labels}; nan without. Negatives are all pairs − positives."""
-    n = int(sizes.sum())
-    end = np.repeat(np.cumsum(sizes), sizes)
+    n, end = int(sizes.sum()), np.repeat(np.cumsum(sizes), sizes)
     ranges, drawn = np.array([np.arange(1, n + 1), end, end]), {b: [] for b in histograms}
     for i in range(permutations):                         # the same sizes of classes, filled at random
         order = np.random.default_rng([seed, 1, i]).permutation(n)
-        counts = count_pairs(space, order, ranges, np.zeros(n, np.int64), counted, threads, advance)
-        for b, (p, _) in split_bins(counts[0], counted, histograms).items():
+        counts = count_pairs(space, order, ranges, np.zeros(n, np.int64), list(drawn), threads, advance)
+        for b, (p, _) in split_bins(counts[0], list(drawn)).items():
             drawn[b].append(float(jensen_shannon(p, histograms[b].sum(0) - p)))
     return {b: float(np.mean(values)) if values else float("nan") for b, values in drawn.items()}
 
 
 def check_arguments(embeddings, labels, bins, recall, permutations, seed, threads):
-    """(embeddings (n, m) float32, labels (n,)); ValueError for what pair_scores() can't work with."""
-    if np.iscomplexobj(embeddings):
+    """(embeddings (n, m) as they came, labels (n,)); ValueError for what pair_scores() can't work with."""
+    x, labels = np.asanyarray(embeddings), np.asarray(labels)
+    if np.iscomplexobj(x):
         raise ValueError("embeddings are complex; expected real numbers")
-    x, labels = np.ascontiguousarray(embeddings, np.float32), np.asarray(labels)
+    as_came = x.dtype in (np.float16, np.float32, np.float64)
+    x = np.require(x, None if as_came else np.float32, ["C", "A"])
     if x.ndim != 2 or not 2 <= len(x) < 2 ** 31 - 64 or x.shape[1] < 1:
         raise ValueError(f"embeddings have shape {x.shape}; expected (n, m), 2 <= n < 2,147,483,584")
     if labels.shape != (len(x),):
         raise ValueError(f"labels have shape {labels.shape}; expected ({len(x)},), one for each row")
-    if not np.isfinite(x).all():
-        raise ValueError(f"row {int((~np.isfinite(x).all(1)).argmax())} of the embeddings is not finite")
-    for name, values, least, most in (("bins", bins, 1, MOST_BINS), ("recall", recall, 1, None),
-                                      ("permutations", [permutations], 0, None), ("seed", [seed], 0, None),
-                                      ("threads", [1 if threads is None else threads], 1, None)):
-        if not len(values):
-            raise ValueError(f"{name} is empty; expected at least one number")
-        for value in values:
-            if value < least or most and value > most:
-                limit = f"least {least:,}" if value < least else f"most {most:,}"
-                raise ValueError(f"{name} is {value}; expected at {limit}")
+    for part in slices(*x.shape):
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(x[part].astype(np.float32)).all(1)
+        if not finite.all():
+            raise ValueError(f"row {part.start + int(finite.argmin())} of the embeddings is not finite")
+    for name, values, least in (("bins", bins, 1), ("recall", recall, 1), ("permutations", [permutations], 0),
+                                ("seed", [seed], 0), ("threads", [1 if threads is None else threads], 1)):
+        if not len(values) or min(values) < least:
+            raise ValueError(f"{name}: {min(values, default='none')}; expected at least {least}")
+    if max(bins) > MOST_BINS:
+        raise ValueError(f"bins: {max(bins):,}; expected at most {MOST_BINS:,}")
     return x, labels
 
 
@@ -441,8 +453,10 @@ def jackknife(observed, histograms, parts):
 
 def class_subsets(labels, numbers, repeats, seed):
     """Yield (number of classes, repeat, rows) of random subsets of the classes with at least two pictures."""
-    classes, sizes = np.unique(labels, return_counts=True)
+    classes, sizes = np.unique(labels[has_value(labels)], return_counts=True)
     classes = classes[sizes > 1]
+    if max(numbers, default=0) > len(classes):
+        raise ValueError(f"there are {len(classes):,} classes of two or more pictures, not {max(numbers):,}")
     for k in numbers:
         for r in range(repeats if k < len(classes) else 1):        # all of them: one way only
             drawn = np.random.default_rng([seed, 3, k, r]).choice(len(classes), k, replace=False)
@@ -475,6 +489,8 @@ def parse_arguments(argv):
     add("files", nargs="+", metavar="FILE", help="EMB.npy …, embeddings (n, m), behind them labels.csv or "
         "props.csv, a header and n rows (the one beside each EMB.npy, or in results/<dataset>)")
     add("--label", default="class", metavar="COLUMN", help="whose equal values make a pair positive (class)")
+    add("--missing", metavar="A,B", help="what stands for no label, beside an empty cell (nan,NA,N/A,null; "
+        "None among numbers): such a picture is in no pair")
     add("--bins", default="200", metavar="N[,N]",
         help="equal bins over [-1, 1], several in one pass (200; the paper does not state its own)")
     add("--recall", default="1,2,4,8", metavar="K[,K]",
@@ -495,7 +511,7 @@ def parse_arguments(argv):
     add("--figure", metavar="FILE.png", help="the histograms before and after normalising (Fig. 1)")
     add("--class-figure", metavar="FILE.png", help="the metrics against the number of classes")
     add("--seed", type=int, default=0, help="of permutations, subsets and bootstrap (0)")
-    add("--threads", type=int, metavar="N", help="for BLAS and the kernel alike (all)")
+    add("--threads", type=int, default=command.available_cpus(), metavar="N", help="cores to use (all)")
     return parser.parse_intermixed_args(argv)
 
 
@@ -512,37 +528,49 @@ def score_file(file, table, name, split, args, options, numbers):
     from dml_common import command, files
 
     notes, pictures = [], files.picture_names(file)
+    missing = files.MISSING if args.missing is None else ["", *args.missing.split(",")]
     try:
-        labels = files.read_properties(table, [args.label], pictures, notes)[args.label]
+        labels = files.read_properties(table, [args.label], pictures, notes, missing)[args.label]
     except ValueError as error:
         raise ValueError(f"{error} (column of --label)") from None
-    x = files.read_embeddings(file, table, len(labels))
+    x = files.open_embeddings(file, table, len(labels))
     for note in notes:
         command.say(f"note: {note}")
-    enough = int((np.unique(labels, return_counts=True)[1] > 1).sum())
-    if numbers and numbers[-1] > enough:
-        raise ValueError(f"--classes {numbers[-1]}: {table} has {enough:,} classes of two or more pictures; "
-                         "ask for no more than these")
-    subsets = list(class_subsets(labels, numbers, args.repeats, args.seed))
-    share = 1 / (1 + len(subsets))
-    with command.bar(1.0, name) as bar:
-        try:
+    try:
+        subsets = list(class_subsets(labels, numbers, args.repeats, args.seed))
+        with command.bar(1.0, name) as bar:
+            step = 1 / (1 + len(subsets))
             score = pair_scores(x, labels, intervals=args.intervals is not None, **options,
-                                progress=lambda done, total: bar.update(done / total * share - bar.n))
-        except ValueError as error:
-            raise ValueError(f"{file}, {args.label} of {table}: {error}") from None
-        results = [Result(file, name, split, None, None, score)]
-        for k, repeat, rows in subsets:
-            score = pair_scores(x[rows], labels[rows], **options)
-            results.append(Result(file, name, split, k, repeat, score))
-            bar.update(share)
-    tied = results[0].score.tied / (len(x) - results[0].score.lone)
-    if (x == x[0]).all():
+                                progress=lambda done, total: bar.update(done / total * step - bar.n))
+            results = [Result(file, name, split, None, None, score)]
+            for k, repeat, rows in subsets:
+                some = np.full_like(labels, "")           # the others' labels are missing
+                some[rows] = labels[rows]
+                results.append(Result(file, name, split, k, repeat, pair_scores(x, some, **options)))
+                bar.update(step)
+    except ValueError as error:
+        raise ValueError(f"{file}, {args.label} of {table}: {error}") from None
+    if all((x[part] == x[0]).all() for part in slices(*x.shape)):
         command.say(f"warning: {file}: all {len(x):,} embeddings are equal: none is nearer than another")
-    elif tied > MANY_TIES:
-        command.say(f"warning: {file}: {tied:.0%} of the queries have positives and others at the same "
-                    f"distance where a list ends; {TIES[args.ties]}")
+    for line in warnings_of(name, score, args):
+        command.say(f"warning: {line}")
     return results
+
+
+def warnings_of(name, score, args):
+    """What a reader of one embedding's scores must know, a line each."""
+    n, tied = score.n, score.tied / (score.n - score.lone)
+    if score.missing:
+        yield f"{name}: {score.missing:,} of {n + score.missing:,} pictures have no {args.label}: in no pair"
+    if score.lone:
+        yield (f"{name}: {score.lone:,} of {n:,} pictures are alone in their class: they make no positive "
+               "pair and are no queries")
+    if MANY_TIES < tied < 1:
+        yield (f"{name}: {tied:.0%} of the queries have positives and others at the same distance where a "
+               f"list ends; {TIES[args.ties]}")
+    if any(np.isnan(low) for low, _ in score.intervals.values()):
+        yield (f"{name}: without one of its {score.classes:,} classes no positive or no negative pair is "
+               "left, so the JSD has no interval (nan)")
 
 
 def print_table(results, bins, recall):
@@ -554,8 +582,8 @@ def print_table(results, bins, recall):
         text = f"{value:,}" if isinstance(value, int) else f"{round(value, 4) + 0.0:.4f}"    # never −0.0000
         return f"{text} [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else text
 
-    metrics = [("pictures", "n", None), ("classes", "classes", None)]
-    for name in ("positive pairs", "negative pairs", "positive mean", "negative mean"):
+    metrics = [("pictures", "n", None)]
+    for name in ("classes", "positive pairs", "negative pairs", "positive mean", "negative mean"):
         metrics.append((name, name.replace(" ", "_"), None))
     for b in bins:
         metrics += [(f"JSD, {b:,} bins", "jsd", b), ("  labels permuted", "jsd_null", b)]
@@ -572,12 +600,15 @@ def print_table(results, bins, recall):
 
 
 def subset_curves(results, numbers, bins, recall):
-    """{metric: [values of the subsets of numbers[0] classes, …]} of one embedding."""
+    """{metric: (means, standard deviations) over the subsets of numbers[0] classes, …} of one embedding."""
     metrics = {"JSD": ("jsd", bins), f"Recall@{recall}": ("recall", recall), "MAP@R": ("map_at_r", None)}
     if not np.isnan(results[0].score.jsd_null[bins]):
         metrics["JSD, labels permuted"] = ("jsd_null", bins)
-    return {name: [[r.value(key) for r in results if r.subset == k] for k in numbers]
-            for name, key in metrics.items()}
+    curves = {}
+    for name, key in metrics.items():
+        values = [[r.value(key) for r in results if r.subset == k] for k in numbers]
+        curves[name] = [np.mean(v) for v in values], [np.std(v) for v in values]
+    return curves
 
 
 def print_subsets(name, curves, numbers):
@@ -587,11 +618,10 @@ def print_subsets(name, curves, numbers):
     print(f"\n{name}: random subsets of classes, mean ± standard deviation over the subsets")
     lines = [["classes", *curves]]
     for i, k in enumerate(numbers):
-        lines.append([f"{k}", *(f"{np.mean(v[i]):.4f} ± {np.std(v[i]):.4f}" for v in curves.values())])
+        lines.append([f"{k}", *(f"{means[i]:.4f} ± {spread[i]:.4f}" for means, spread in curves.values())])
     with np.errstate(divide="ignore", invalid="ignore"):
-        change = [np.divide(np.mean(v[-1]), np.mean(v[0])) - 1 for v in curves.values()]
-    last = [f"{numbers[0]} to {numbers[-1]}", *(f"{c:+.1%}" for c in change[:3])]
-    command.print_aligned([*lines, last + [""] * (len(curves) - 3)])
+        change = [f"{means[-1] / means[0] - 1:+.1%}" for means, _ in curves.values()]
+    command.print_aligned([*lines, [f"{numbers[0]} to {numbers[-1]}", *change[:3], *[""] * len(change[3:])]])
 
 
 def write_tables(args, results, bins, numbers):
@@ -600,33 +630,28 @@ def write_tables(args, results, bins, numbers):
 
     rows, counts, intervals = [], [], []
     for r in results:
-        s, front, source = r.score, {}, {"embeddings": r.file, "label": args.label}
-        if args.train:
-            front["split"] = r.split
+        s, source = r.score, {"embeddings": r.file, "label": args.label}
+        split = {"split": r.split} if args.train else {}
         drawn = {"classes": s.classes, "repeat": r.repeat} if numbers else {}
         for b in bins:
-            rows.append({**front, **drawn, **source, "n": s.n, "positive_pairs": s.positive_pairs,
+            rows.append({**split, **drawn, **source, "n": s.n, "positive_pairs": s.positive_pairs,
                          "negative_pairs": s.negative_pairs, "positive_mean": s.positive_mean,
                          "negative_mean": s.negative_mean, "jsd": s.jsd[b],
                          "jsd_null": s.jsd_null[b] if args.permutations else None, "bins": b,
                          **{f"recall_at_{k}": value for k, value in s.recall.items()},
                          "r_precision": s.r_precision, "map_at_r": s.map_at_r, "ties": args.ties,
-                         "tied": s.tied})
-        if r.subset is not None:
-            continue
-        for b, (positive, negative) in s.histograms.items():
+                         "tied": s.tied, "missing": s.missing if r.subset is None else None})
+        for b, (positive, negative) in s.histograms.items() if r.subset is None else ():
             for i, (p, q) in enumerate(zip(positive.tolist(), negative.tolist())):
-                counts.append({**front, **source, "bins": b, "low": 2 * i / b - 1,
+                counts.append({**split, **source, "bins": b, "low": 2 * i / b - 1,
                                "high": 2 * (i + 1) / b - 1, "positive": p, "negative": q})
-        for (metric, number), (low, high) in s.intervals.items():
-            name, b, method = metric, None, "bootstrap"
-            if metric == "recall":
-                name = f"recall_at_{number}"
-            elif metric == "jsd":
-                b, method = number, "jackknife"
-            intervals.append({**front, **source, "metric": name, "bins": b,
-                              "value": r.value((metric, number)), "low": low, "high": high, "level": LEVEL,
-                              "method": method})
+        for key, (low, high) in s.intervals.items():
+            metric, number = key
+            jsd = metric == "jsd"
+            metric = f"recall_at_{number}" if metric == "recall" else metric
+            intervals.append({**split, **source, "metric": metric, "bins": number if jsd else None,
+                              "value": r.value(key), "low": low, "high": high, "level": LEVEL,
+                              "method": "jackknife" if jsd else "bootstrap"})
     for path, lines in ((args.out, rows), (args.histograms, counts), (args.intervals, intervals)):
         if path is not None:
             files.write_table(path, list(lines[0]), [line.values() for line in lines])
@@ -662,23 +687,16 @@ def main(argv=None):
     for job in zip(arrays, tables, names, splits):
         results += score_file(*job, args, options, numbers)
     whole = [r for r in results if r.subset is None]
-    for name, score in ((r.name, r.score) for r in whole):
-        if score.lone:
-            command.say(f"warning: {name}: {score.lone:,} of {score.n:,} pictures are alone in their class: "
-                        "they make no positive pair and are no queries")
-        if any(np.isnan(low) for low, _ in score.intervals.values()):
-            command.say(f"warning: {name}: without one of its {score.classes:,} classes no positive or no "
-                        "negative pair is left, so the JSD has no interval (nan)")
     write_tables(args, results, bins, numbers)
     curves = [(r.name, subset_curves([s for s in results if s.name == r.name], numbers, bins[0], recall[0]))
               for r in whole if numbers]
     if args.figure is not None:
         panels = []
-        for name, score in ((r.name, r.score) for r in whole):
-            positive, negative = score.histograms[bins[0]]
-            panels.append({"name": name, "positive": positive, "negative": negative,
-                           "positive_mean": score.positive_mean, "negative_mean": score.negative_mean,
-                           "jsd": score.jsd[bins[0]]})
+        for r in whole:
+            positive, negative = r.score.histograms[bins[0]]
+            panels.append({**r.score._asdict(), "name": r.name, "positive": positive, "negative": negative,
+                           "jsd": r.score.jsd[bins[0]],
+                           "jsd_null": r.score.jsd_null[bins[0]] if args.permutations else None})
         files.write_file(args.figure, figures.png(figures.draw_pair_histograms(panels)))
     if args.class_figure is not None:
         files.write_file(args.class_figure, figures.png(figures.draw_class_curves(curves, numbers)))

@@ -63,6 +63,13 @@ def small(path, size, preprocessing=None):
     return image
 
 
+# The lists in tables.json and figures.json, and what each of their items has.
+GAP = {"dataset", "what"}
+WRITTEN = {"tables": {"tables": {"name", "title", "caption", "header", "rows"}, "findings": {"text"},
+                      "warnings": set(), "missing": GAP},
+           "figures": {"figures": {"name", "title", "caption", "svg", "png"}, "missing": GAP}}
+
+
 def figure_uri(folder, figure):
     """A drawing as its SVG, a photograph (or an SVG of 2 MiB) as a smaller WebP.
 
@@ -101,7 +108,8 @@ def gallery(networks, datasets, most, size):
     for network in networks:
         if network["maps"]:
             shape, geometry = network["maps"]["array"].shape, network["maps"].get("preprocessing", {})
-            key = (network["dataset"], network["fold"], shape, geometry.get("resize"), geometry.get("crop"))
+            key = (network["dataset"], network["fold"], network["seed"], shape, geometry.get("resize"),
+                   geometry.get("crop"))
             groups.setdefault(str(key), []).append(network)
     total = sum(len(members[0]["maps"]["array"]) for members in groups.values())
     step = max(1, math.ceil(total / most))
@@ -112,26 +120,25 @@ def gallery(networks, datasets, most, size):
 
 def gallery_set(members, dataset, step, size, bar):
     """What the page says of a set, its pictures, and of one of them larger maps, for the page's opening."""
-    from dml_common import files, folders
+    from dml_common import folders
 
-    name, fold, folder, about = (members[0][key] for key in ("dataset", "fold", "folder", "maps"))
+    name, fold, seed, about = (members[0][key] for key in ("dataset", "fold", "seed", "maps"))
+    label = name if fold is None else f"{name}, fold {fold}" + (f", seed {seed}" if seed is not None else "")
     n = len(about["array"])
-    names = folders.picture_names(about, n, dataset) or [f"row {row}" for row in range(n)]
+    names = folders.picture_names(about, n, dataset)
     paths = dict(zip(dataset.relative, dataset.paths)) if dataset else {}
-    beside = [path for path in (folder / "labels.csv", folder / "props.csv") if path.is_file()]
-    columns = {key: values for path in beside for key, values in files.read_table(path).items()}
-    listed, pictures = columns.get("path", []), []
+    columns, pictures = folders.row_properties(about["path"], n, names) if names else {}, []
+    known = [(name if names else label, one) for one in names or range(n)]  # folds may share pictures
+    names = names or [f"row {row}" for row in range(n)]
     for row in range(0, n, step):
-        place = listed.index(names[row]) if names[row] in listed else None
-        properties = [(key, values[place]) for key, values in columns.items() if place is not None
-                      and len(values) == len(listed) and key.lower() not in files.IDENTIFIERS]
-        pictures.append({"name": names[row], "properties": properties,
+        pictures.append({"name": names[row], "properties": [(key, str(columns[key][row])) for key in columns],
                          **picture_and_maps(members, row, paths.get(names[row]), size)})
         bar.update()
     first = next((k for k, picture in enumerate(pictures) if not picture["blank"]), 0)
     row = first * step
     maps = [webp(sprite(network["maps"]["array"][row:row + 1], 2 * size), 75) for network in members]
-    return {"dataset": name, "label": name if fold is None else f"{name}, fold {fold}", "rows": n,
+    lacking = {one for one, picture in zip(known[::step], pictures) if "picture" not in picture}
+    return {"dataset": name, "label": label, "all": {*known}, "shown": {*known[::step]}, "lacking": lacking,
             "networks": [{"name": network["name"], "type": network["type"]} for network in members],
             "pictures": pictures, "opening": {**pictures[first], "maps": maps}}
 
@@ -190,14 +197,17 @@ def in_words(value):
     return {"None": "none", "True": "yes", "False": "no"}.get(str(value), str(value))
 
 
-def read_json(folder, name, keys):
+def read_json(folder, name):
     """tables.json or figures.json of the folder given; without one, of that of its name, if it is there."""
+    from dml_common.files import read_text
+
     path = (folder or Path(name)) / f"{name}.json"
     if folder is None and not path.exists():
-        return {key: [] for key in keys}
+        return {key: [] for key in WRITTEN[name]}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        known = all(isinstance(content[key], list) for key in keys)
+        content = json.loads(read_text(path))
+        known = all(isinstance(content[key], list) and all(fields <= {*item} for item in content[key])
+                    for key, fields in WRITTEN[name].items())
     except (OSError, ValueError, TypeError, LookupError, RecursionError):
         known = False
     if not known:
@@ -260,8 +270,8 @@ def main(argv=None):
         raise ValueError(f"--out {args.out}: expected a name ending in .html: nothing else is written over")
     files.check_output(args.out, [TEMPLATES / "report.html"])
     template = open_template()
-    tables = read_json(args.tables, "tables", ("tables", "findings", "warnings", "missing"))
-    figures = read_json(args.figures, "figures", ("figures", "missing"))
+    tables = read_json(args.tables, "tables")
+    figures = read_json(args.figures, "figures")
     for table in tables["tables"]:
         table["section"] = "training" if table["name"].startswith("training") else "tables"
     for figure in figures["figures"]:
@@ -278,8 +288,10 @@ def main(argv=None):
     networks = [{**network, "dataset": name} for name, several in datasets.items() for network in several]
     pictures = folders.open_pictures(args.dataset, args.data_root, list(datasets))
     shown = [table for table in tables["tables"] if table["name"] != "errata"] + own_tables(datasets, gaps)
+    groups = gallery(networks, pictures, args.pictures, args.size)
+    n = {what: len(set().union(*(group[what] for group in groups))) for what in ("all", "shown", "lacking")}
     content = template.render(tables | figures, tables=shown, datasets=list(datasets), networks=networks,
-                              groups=gallery(networks, pictures, args.pictures, args.size))
+                              groups=groups, n=n)
     files.write_file(args.out, NO_CHARACTER.sub("\ufffd", content).encode("utf-8"))
 
     sys.stdout.reconfigure(errors="replace")  # no name can stop the report

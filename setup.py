@@ -1,7 +1,6 @@
 """Build the Cython extension _knn: OpenMP and run-time choice of AVX2/AVX-512 where the compiler has them.
 
     pip install .                       the portable build: runs on any x86-64 or arm64 machine
-    KNN_NATIVE=1 pip install .          -march=native: for this machine's CPU only
     python setup.py build_ext --inplace for working on the kernel itself
 """
 import os
@@ -15,16 +14,9 @@ from setuptools.command.build_ext import build_ext
 
 # What the kernel asks of the compiler, tried before it is used.
 OPENMP = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
-CLONES = """
-__attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-int twice(int x) { return 2 * x; }
-int main(void) { return twice(0); }
-"""
-
-
-AVX512 = """
+X86 = """
 #include <immintrin.h>
-__attribute__((target("avx512bw,avx512vl,avx512vbmi2,popcnt,bmi")))
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,popcnt,bmi,bmi2")))
 int first(const void *p)
 {
     return _mm512_movepi16_mask(_mm512_maskz_compress_epi16(1, _mm512_loadu_si512(p)));
@@ -62,12 +54,8 @@ class BuildKnn(build_ext):
                 extension.extra_link_args.append("-fopenmp")
             else:
                 print("_knn: this compiler has no OpenMP; the kernel will use one thread", file=sys.stderr)
-            if os.environ.get("KNN_NATIVE"):
-                extension.extra_compile_args.append("-march=native")
-            elif self.works(CLONES):
-                extension.define_macros.append(("KNN_CLONES", None))
-            if self.works(AVX512):
-                extension.define_macros.append(("KNN_AVX512", None))
+            if self.works(X86):
+                extension.define_macros.append(("KNN_X86", None))
         super().build_extension(extension)
 
 

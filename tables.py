@@ -23,6 +23,7 @@ if __name__ == "__main__":  # from here on Ctrl-C ends in one line
         sys.exit(2)
     command.begin()
 
+import itertools
 import json
 import math
 import platform
@@ -37,6 +38,9 @@ DISTANCES = ("euclidean", "squared_euclidean", "cosine", "dot_product", "snr")
 MEASURES = {
     "nr_precision": ("NR-Prec", "Normalized R-Precision by property, 0 for chance, mean over folds", 1, 2),
     "masks": ("Saliency inside the object", "Inside the object's mask, per cent, mean over folds", 100, 1),
+    "faithfulness": ("Faithfulness of saliency maps", "Area under the curve of the distance to the picture's "
+                     "embedding, as its most salient blocks are blurred (deletion), or are all that is left "
+                     "(insertion), mean over folds", 1, 3),
     "sanity": ("Sanity check", "Correlation with the trained network's maps, per cent, as layers are "
                "re-initialised from the top; 0 layers: the noise ceiling", 100, 0),
     "pairs": ("Pairs and rankings", "Scores of the second paper, mean over folds", 1, 3),
@@ -44,24 +48,32 @@ MEASURES = {
                     "cent, ± standard deviation over pictures; averages through Fisher's z", 100, 0),
     "jsd": ("JSD of saliency maps", "Jensen-Shannon divergence (base 2) of two networks' maps of a picture, "
             "± standard deviation over pictures, both × 100; 0 for identical maps", 100, 1),
+    "jsd_nats": ("JSD of saliency maps in nats", "As the first paper's code has it, × 100", 100, 1),
     "ceiling": ("Noise ceiling of the correlation", "The most that two networks' maps can correlate, by two "
                 "maps of each that differ in their noise alone, per cent", 100, 0),
     "corrected": ("Correlation corrected for noise", "Divided by its noise ceiling, per cent", 100, 0),
     "cka": ("Linear CKA of embeddings", "1 for embeddings that differ by rotation and scale", 1, 2),
     "overlap": ("Common nearest neighbours", "Share of a picture's 10 nearest, per cent", 100, 0)}
-PAIRS = ("correlation", "jsd", "ceiling", "corrected", "cka", "overlap")
+PAIRS = ("correlation", "jsd", "jsd_nats", "ceiling", "corrected", "cka", "overlap")
 WITH_SPREAD = ("correlation", "jsd", "sanity")
 TITLES = {  # of columns, in their order
     "masks": {"share": "In the object", "area": "Object's area", "other": "In other masks",
               "excess": "Excess", "pointing": "Maximum in object",
               "pointing_other": "Maximum in other masks"},
+    "faithfulness": {
+        "deletion": "Deletion", "deletion_less_random": "Less random order",
+        "deletion_less_other": "Less another map's", "insertion": "Insertion",
+        "insertion_less_random": "Insertion less random", "insertion_less_other": "Insertion less another"},
     "pairs": {"recall_at_1": "Recall@1", "map_at_r": "MAP@R", "jsd": "JSD",
               "jsd_null": "JSD, labels permuted", "r_precision": "R-Precision",
-              "positive_mean": "Positive mean", "negative_mean": "Negative mean"}}
+              "positive_mean": "Positive mean", "negative_mean": "Negative mean",
+              "negative_std": "Negative s.d."}}
 BOLD = "Bold mean: the larger type by the exact test; †: by the released way (all folds pooled)."
 NOTES = {
     "nr_precision": [BOLD], "distance": ["Networks without a loss are left out."],
     "masks": ["In other masks: the chance level of a map that knows only where objects usually are."],
+    "faithfulness": ["A faithful map has a large deletion and a small insertion area. [ ]: 95 % interval "
+                     "over pictures; differences are paired."],
     "pairs": [BOLD, "JSD of few pairs is biased up: labels permuted shows by how much."],
     "tested": ["* above chance: p_holm < 0.01 in every fold, by permutation of the property."],
     "published mark": ["* above 2.576, the published mark: a z-score's threshold on a mean of many."]}
@@ -74,16 +86,18 @@ PAPER = {"losses": "Table 1", "properties": "Table 5", "nrprec": "Table 6", "pai
 
 
 def cell(text, value=None, **more):
-    """One cell. Its spread (±) and mark are columns of their own in the CSV; the text has them already."""
+    """One cell. Its spread (±), interval and mark are columns of their own in the CSV; the text has them."""
+    if isinstance(text, dict):  # it is one
+        return text
     value = None if value is None else float(value)
     return {"text": str(text), "value": value, "shade": None, "bold": False, "hint": None, "spread": None,
-            "mark": "", **more}
+            "low": None, "high": None, "mark": "", **more}
 
 
 def table(name, title, caption, header, rows, dataset=None, kind="rows", notes=()):
     """A table as tables.json has it (the cells' spread and mark are for the CSV alone)."""
     full, title = (f"{name}_{dataset}", f"{title}, {dataset}") if dataset else (name, title)
-    rows = [[one if isinstance(one, dict) else cell(one) for one in row] for row in rows]
+    rows = [list(map(cell, row)) for row in rows]
     return {"name": re.sub(r"[^A-Za-z0-9_-]+", "_", full).strip("_"), "title": title,
             "caption": f"{caption}.", "dataset": dataset, "paper": PAPER.get(full) or PAPER.get(name),
             "kind": kind, "header": list(header), "rows": rows, "notes": list(notes)}
@@ -115,6 +129,8 @@ def fact(row, factor=1, digits=2, **more):
     text = rounded(factor * row.value, digits, "+" if row.note == "difference" else "")
     if row.measure in WITH_SPREAD and row.spread is not None:
         text += f" ± {rounded(factor * row.spread, digits)}"
+    if row.measure == "faithfulness":
+        text, more = text + interval(row, factor, digits), {"low": row.low, "high": row.high, **more}
     what = "folds" if row.level == "network" else "pairs" if row.other else "losses"
     hint = f"{row.n} {what}{interval(row, factor, digits + 1)}" if row.n else None
     if hint and row.p_holm is not None:
@@ -123,6 +139,19 @@ def fact(row, factor=1, digits=2, **more):
     if row.measure in (*WITH_SPREAD, "nr_precision", "pairs"):
         more["spread"] = row.spread
     return cell(f"{text} {more['mark']}".rstrip(), row.value, **more)
+
+
+def line(first, rows, factor=1, digits=2):
+    """A line of a table: its name, then a row of the tidy table (or None) a cell."""
+    return [first, *(fact(row, factor, digits) for row in rows)]
+
+
+def estimated(one, with_p=False):
+    """An Estimate of conclusions.py (or None) as a cell."""
+    if one is None:
+        return cell("")
+    p = f", p {p_text(one.p)}" if with_p and one.p is not None else ""
+    return cell(rounded(one.value, 3) + interval(one, 1, 3) + p, one.value, low=one.low, high=one.high)
 
 
 def shade(rows, scale=float, diagonal=True):
@@ -147,7 +176,7 @@ def grid(one, measure):
     cells, means, keys = one.cells(measure), one.cells(measure, "type"), one.keys(measure)
     titles = TITLES.get(measure) or dict(zip(keys, keys))
     titles = {key: text for key, text in titles.items() if key in keys}
-    rows = [[name, *(fact(cells.get((name, key)), factor, digits) for key in titles)]
+    rows = [line(name, map(cells.get, itertools.product([name], titles)), factor, digits)
             for name in one.names(measure)]
     if measure in ("nr_precision", "sanity"):
         shade(rows, log_above_0 if measure == "nr_precision" else float)
@@ -175,11 +204,13 @@ def matrix(one, measure, level="network"):
     """A measure of pairs: a row and a column a network, a type or a distance."""
     title, caption, factor, digits = MEASURES[measure]
     cells = one.cells(measure, level)
+    cells |= {(b, a): row for (a, b), row in cells.items()}
+    here = set(itertools.chain(*cells))
     groups = {"network": one.types, "type": dict.fromkeys(one.types.values()), "distance": DISTANCES}[level]
-    groups = [group for group in groups if any(group in pair for pair in cells)]
+    groups = [group for group in groups if group in here]
     titles = [group.replace("_", " ") if level == "distance" else group for group in groups]
-    rows = [[cell(text), *(fact(cells.get((a, b)) or cells.get((b, a)), factor, digits) for b in groups)]
-            for text, a in zip(titles, groups)]
+    rows = [line(text, map(cells.get, itertools.product([group], groups)), factor, digits)
+            for text, group in zip(titles, groups)]
     shade(rows, diagonal=level != "network")
     name, notes = measure, NOTES.get(level, ())
     if level != "network":
@@ -202,7 +233,7 @@ def type_tests(one, measure, name, what):
                      cell(rounded(test.value, 2, "+"), test.value, hint=f"{test.n} losses, {test.note}"),
                      cell(p_text(test.p), test.p), cell(p_text(test.p_holm), test.p_holm), test.mark,
                      cell(p_text(released.p), released.p, hint=released.note), released.mark])
-    least, ways = min([1, *(len(tests) * test.low for test in tests)]), sorted({test.note for test in tests})
+    least, ways = min((test.low for test in tests), default=1), sorted({test.note for test in tests})
     notes = [f"p: two-sided Mann-Whitney U on fold averages, {' or '.join(ways)}; the unit is the loss. Holm "
              f"over the rows, 5 %; with so few losses it cannot fall below {p_text(least)}.",
              "Effect: rank-biserial correlation, 1: every ranking loss above every other, −1: below.",
@@ -214,48 +245,95 @@ def type_tests(one, measure, name, what):
 
 
 def other_tests(one):
-    """What else was tested, and the means over all pairs of two losses."""
+    """The properties' order against the first paper's, and the means over all pairs of two losses."""
     rows = []
-    for measure, what, test in (
-            ("order", "Spearman's rank correlation of the properties with Table 6", "{n} properties"),
-            ("same type", "r of maps of one type less that of two", "{note}; types of {n} losses permuted"),
-            ("same distance", "r of maps of one distance less that of two", "{note}; those of {n} permuted")):
-        rows += [[what, cell(rounded(row.value, 3, "+"), row.value), test.format(n=row.n, note=row.note),
-                  cell(p_text(row.p), row.p)] for row in one.select(measure, "test")]
+    for row in one.select("order", "test"):
+        rows.append(["Spearman's rank correlation of the properties with Table 6", cell(
+            rounded(row.value, 3, "+"), row.value), f"{row.n} properties", cell(p_text(row.p), row.p)])
     for measure in PAIRS:
         rows += [[f"{MEASURES[measure][0]}: mean", cell(rounded(row.value, 3), row.value),
                   f"{interval(row, 1, 3)} over {row.n} pairs", ""] for row in one.select(measure, "all")]
-    return table("tests", "Other tests and means", "Tests are two-sided, of 9,999 permutations",
+    return table("tests", "Other tests and means", "The test is two-sided, of 9,999 permutations",
                  ["What", "Number", "Test or range", "p"], rows, one.name)
 
 
-def training(one):
-    """The second paper's Table 1 from the training histories: test split, before and after."""
-    before, after = ({(row.network, row.split or "", row.key): row for row in one.select(
-        "training", fold="mean", part="test", epoch=epoch)} for epoch in (0, "best"))
-    titles = {key: text for key, text in TITLES["pairs"].items() if any(key in place for place in after)}
-    rows, order = [], list(one.types)
-    places = sorted({place[:2] for place in after}, key=lambda place: (order.index(place[0]), place[1]))
-    for name, split in places:
-        ends = [(before.get((name, split, key)), after.get((name, split, key))) for key in titles]
-        n = next(last.n for _, last in ends if last)
-        rows.append([name, split, cell(n or "", n)] + [
-            cell(" → ".join(fact(row, 1, 3)["text"] for row in pair if row), pair[1] and pair[1].value)
-            for pair in ends])
+def values(one):
+    """NR-Prec of each value of each property (nrprec.py --per-value): means of the types."""
+    cells = one.cells("values", "type")
+    kinds = list(dict.fromkeys(kind for kind, _ in cells))
+    rows = [line(key, map(cells.get, itertools.product(kinds, [key]))) for key in one.keys("values")]
+    return table("nrprec_values", "NR-Prec by value", "Of the queries that have a value, means over a type's "
+                 "losses", ["Value", *kinds], rows, one.name)
+
+
+def training(everything):
+    """The second paper's Table 1 from the training histories: the test split before and after, for every way
+    to split the classes that was trained on, and the difference of these."""
+    from dml_common import conclusions
+
+    ends, rows, notes = {}, [], []  # {(loss, split): {(key, 0 or "best"): row}}
+    for row in itertools.chain(*(one.select("training", fold="mean", part="test") for one in everything)):
+        ends.setdefault((row.network, row.split or ""), {})[row.key, row.epoch] = row
+    order = list(dict.fromkeys(itertools.chain(*(one.types for one in everything))))
+    trained = {place for place in ends for _, epoch in ends[place] if epoch == "best"}
+    scored = {key for place in trained for key, epoch in ends[place] if epoch == "best"}
+    titles = {key: text for key, text in TITLES["pairs"].items() if key in scored}
+    for name, split in sorted(trained, key=lambda place: (order.index(place[0]), place[1])):
+        rows.append([name, split, ""])
+        for key in titles:
+            both = [row for row in map(ends[name, split].get, [(key, 0), (key, "best")]) if row]
+            last, text = both[-1] if both else None, " → ".join(fact(row, 1, 3)["text"] for row in both)
+            if last and last.note == "seeds":
+                text, ends_of = text + interval(last, 1, 3), {"low": last.low, "high": last.high}
+                rows[-1][2] = f"{last.n} seeds"
+            elif last:
+                rows[-1][2], ends_of = cell(last.n or "", last.n), {}
+            rows[-1].append(cell(text, last.value, **ends_of) if last else "")
+    for name in [name for name in order if {(name, "default"), (name, "random")} <= trained]:
+        rows.append([cell(name, bold=True), "default − random", ""])
+        for key in titles:
+            scores = conclusions.split_scores(everything, key)
+            rows[-1].append(estimated(conclusions.split_difference({name: scores.get(name, {})}), True))
+        notes = ["Differences: Welch's interval and a Mann-Whitney test over seeds."]
     return table("training", "Test split before and after training", "Scores of the test split, untrained → "
-                 "trained, mean over folds", ["Loss", "Splitting", "Folds", *titles.values()], rows, one.name)
+                 "trained, mean over folds; [ ]: Student's 95 % interval over seeds",
+                 ["Loss", "Splitting", "Folds", *titles.values()], rows, everything[0].name, notes=notes)
 
 
-def dataset_tables(one):
-    """All tables of one data set's results that there are numbers for."""
-    tables = [grid(one, "nr_precision"), type_tests(one, "nr_precision", "nrprec_tests", "Property")]
+def conclusions_table(everything, name="conclusions"):
+    """What the papers conclude, each with our number, its test and a verdict."""
+    from dml_common import conclusions
+
+    rows = []
+    for one in conclusions.conclusions(everything):
+        p, test = one.estimate and one.estimate.p, ""
+        if one.estimate:
+            test = f"{one.estimate.note}, n = {one.estimate.n}".removeprefix(", ")
+        rows.append([one.paper, one.says, one.data, estimated(one.estimate), test, cell(p_text(p), p),
+                     cell(p_text(one.p_holm), one.p_holm), one.verdict])
+    notes = ["Holds: the interval lies on the claimed side and p, Holm over the table, is below 5 %. Does "
+             "not: it lies on the other side. Else: what could have been shown, at Holm's strictest level.",
+             "The unit is the loss. Intervals: Student's, Welch's, jackknife (pairs), bootstrap (order); "
+             f"equal: within ± {conclusions.MARGIN}."]
+    return table(name, "The papers' conclusions", "Our numbers, their 95 % intervals and tests", [
+        "Paper", "Conclusion", "Data", "Ours", "Test", "p", "p, Holm", "Verdict"], rows, notes=notes)
+
+
+def dataset_tables(one, everything=()):
+    """All tables of one data set's results that there are numbers for; everything: it and the others."""
+    tables = [properties(one)] if one.properties else []
+    tables += [grid(one, "nr_precision"), type_tests(one, "nr_precision", "nrprec_tests", "Property"),
+               values(one)]
     for measure in PAIRS:
         tables += [matrix(one, measure), matrix(one, measure, "type")]
         by_distance = matrix(one, measure, "distance")
-        if measure in ("correlation", "jsd", "corrected") and len(by_distance["rows"]) > 1:
+        if measure in ("correlation", "jsd", "corrected") and one.folder and len(by_distance["rows"]) > 1:
             tables.append(by_distance)
-    tables += [grid(one, "masks"), grid(one, "sanity"), grid(one, "pairs"),
-               type_tests(one, "pairs", "pairs_tests", "Score"), training(one), other_tests(one)]
+    tables += [grid(one, "masks"), grid(one, "faithfulness"), grid(one, "sanity"), grid(one, "pairs"),
+               type_tests(one, "pairs", "pairs_tests", "Score"), other_tests(one)]
+    splits = [other for other in everything or [one] if other.name.split("@")[0] == one.name.split("@")[0]]
+    if splits[0] is one:
+        tables.append(training(splits))
     return [content for content in tables if content["rows"]]
 
 
@@ -313,22 +391,29 @@ def errata():
 
 
 def papers(everything, tables_of):
-    """The papers' tables, with ours and the differences after each data set's."""
+    """The papers' tables, after each data set's ours, and the differences or the settings that differ."""
     from dml_common import results
 
-    tables, note = [losses([]), properties()], [
-        "NR-Prec grows with the number of pictures, and with another null: the order of properties compares, "
-        "the size does not. ProxyNCA's last cell is missing in our source."]
+    note = ["NR-Prec grows with the number of pictures, and with another null: the order of properties "
+            "compares, the size does not. ProxyNCA's last cell is missing in our source."]
+    tables = [losses([]), properties()]
     for theirs in results.published():
         parts = [("published", content) for content in dataset_tables(theirs)]
-        for ours in everything:
-            differences = dataset_tables(results.difference(ours, theirs))
-            names = [content["name"] for content in differences]
+        for ours, measure in itertools.product(everything, results.PUBLISHED):
+            both, differ = results.difference(ours, theirs, measure)
+            compared = dataset_tables(both) if both.rows else []
+            names = [content["name"] for content in compared]
             parts += [("ours", content) for content in tables_of[ours.name] if content["name"] in names]
-            parts += [("difference", content) for content in differences]
+            if differ and compared:  # in place of the differences
+                first = table(names[0], compared[0]["title"], "Not compared: made with other settings",
+                              ["Setting", "Ours", "Published"], differ)
+                parts.append(("settings", first))
+            else:
+                parts += [("difference", content) for content in compared]
         tables += [{**content, "name": f"{kind}_{content['name']}", "title": f"{content['title']}: {kind}",
                     "notes": note if content["paper"] == "Table 6" else []} for kind, content in parts]
-    return tables
+    tables.append(conclusions_table(results.published(0.5), "conclusions_published"))
+    return tables + ([conclusions_table(everything, "conclusions_ours")] if everything else [])
 
 
 # ---------------------------------------------------------------- findings: a number, its interval, its p
@@ -434,14 +519,14 @@ def number_columns(content):
 
 def csv_rows(content):
     """The table for its CSV: numbers with every digit, ± and marks in columns of their own."""
-    columns = []
+    columns, extra = [], {"low": "from", "high": "to", "spread": "±", "mark": "mark"}
     for k, title in enumerate(content["header"]):
         cells = [row[k] for row in content["rows"]]
         columns.append([title or "name"])
         for one in cells:  # text, a count, or a number
             as_is = one["value"] is None or one["value"] % 1 == 0 and one["text"].isdecimal()
             columns[-1].append(one["text"] if as_is else one["value"])
-        for key, end in ("spread", "±"), ("mark", "mark"):
+        for key, end in extra.items():
             if any(one[key] not in (None, "") for one in cells):
                 columns.append([f"{title} {end}", *(one[key] for one in cells)])
     return zip(*columns)
@@ -479,11 +564,17 @@ def latex_template():
     return None
 
 
+def shortened(one):
+    return one_line(one["text"])[:60]
+
+
 def show(content):
     """The table on the terminal, aligned; a wide matrix has numbers for its columns' names."""
     from dml_common.command import print_aligned
 
-    header, rows = content["header"], [[one_line(one["text"])[:60] for one in row] for row in content["rows"]]
+    first = int(content["header"][0] == "Paper")
+    header, rows = content["header"][first:], [row[first:] for row in content["rows"]]
+    rows = [list(map(shortened, row)) for row in rows]
     if content["kind"] == "matrix" and len(header) > 7:
         rows = [[f"{k:2} {row[0]}", *(text.replace(" ± ", "±") for text in row[1:])]
                 for k, row in enumerate(rows, 1)]
@@ -506,7 +597,6 @@ def write(out, contents, parts, about):
     for content in contents:
         header, *rows = csv_rows(content)
         files.write_table(out / f"{content['name']}.csv", header, rows)
-        save(f"{content['name']}.md", to_markdown(content))
         if template:
             save(f"{content['name']}.tex", template.render(content, numbers=number_columns(content)))
     if template:
@@ -517,7 +607,7 @@ def write(out, contents, parts, about):
              for title, lines in parts.items()]
     save("tables.md", "\n".join(["# Tables\n", *lists, "## Tables\n", *map(to_markdown, contents)]))
     for one in (one for content in contents for row in content["rows"] for one in row):
-        del one["spread"], one["mark"]
+        del one["spread"], one["mark"], one["low"], one["high"]
     text = json.dumps({"tables": contents, **about}, ensure_ascii=False, indent=1, allow_nan=False)
     save("tables.json", text + "\n")
 
@@ -547,10 +637,14 @@ def main(argv=None):
                          "the papers' tables")
     everything = results.read_all(args.results, args.models) if args.results else []
     everything.sort(key=lambda one: (-len(one.tables), -len(one.networks)))  # the fullest data set first
-    tables_of = {one.name: [properties(one), *dataset_tables(one)] for one in everything}
-    contents = [losses(everything), *(table for tables in tables_of.values() for table in tables), errata()]
+    tables_of = {one.name: dataset_tables(one, everything) for one in everything}
     if args.published:
         contents = papers(everything, tables_of)
+    else:
+        contents = [losses(everything), conclusions_table(everything),
+                    *itertools.chain(*tables_of.values()), errata()]
+        if not all(one.properties for one in everything):
+            contents.insert(1, properties())
     contents = [content for content in contents if content["rows"]]
     names = [content["name"] for content in contents]
     if len(set(names)) < len(names):
@@ -561,8 +655,8 @@ def main(argv=None):
         inputs = [*filter(None, [args.results]), *(one.folder for one in everything)]
         folders.make_folder(out, "tables.json", inputs)
     for content in contents:
-        if args.published or re.match("nrprec_tests|(correlation|corrected)_by_type|pairs_(?!tests)",
-                                      content["name"]):
+        if args.published or re.match(
+                "conclusions|nrprec_tests|(correlation|corrected)_by_type|pairs_(?!tests)", content["name"]):
             show(content)
     if args.published and not args.out:
         return

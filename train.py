@@ -1,12 +1,14 @@
 """Train an embedding network with a deep-metric-learning loss, or one with each of 14 under equal conditions.
 
 Input:  a data set with classes (cars196, cub200, sop, a folder, a CSV) or rendered cars, and a backbone.
-Output: models/trained/<dataset>/<slug>/fold<k>/: trunk_best.pth, embedder_best.pth, config.json for the other
-        scripts; history.csv, a row for each epoch and part, epoch 0 before training; histograms.csv, the
-        pairs of the test part before and after. Its scores on stdout.
+Output: models/trained/<dataset>[@<split>]/<slug>/fold<k>[.seed<s>]/ (a split or a seed other than the
+        default is in the name): trunk_best.pth, embedder_best.pth, config.json for the other scripts;
+        history.csv, a row for each epoch and part, epoch 0 before training; histograms.csv, the pairs of the
+        test part before and after. Its scores on stdout.
 
     python train.py --dataset cars196                    # Oi et al. 2022: all their settings are the defaults
-    python train.py --dataset cub200 --split random --loss "Normalized Softmax,Triplet" --epochs 40
+    python train.py --dataset cars196 --split random --seed 2            # beside it: cars196@random, .seed2
+    python train.py --dataset cars196 --recipe musgrave --loss all --fold all      # as the published networks
     python train.py --dataset examples/cars --model efficientnet_lite0 --dim 128 --freeze-trunk --loss all
     torchrun --nproc-per-node 4 train.py --dataset cars196 --precision bf16
 
@@ -54,12 +56,22 @@ from torch import nn
 
 FOLDS = 4
 BINS = 200
+SEED = 1
 LR = {False: 1e-4, True: 1e-3}  # of the network, without and with --freeze-trunk
+RECIPES = {  # Oi et al. 2022; Musgrave et al., A Metric Learning Reality Check (ECCV 2020): docs/train.md
+    "oi": {"model": "inception_v3", "dim": 64, "split": None, "per_class": 4, "crop": 1 / 8, "steps": 0,
+           "epochs": 20, "patience": 0, "optimizer": "AdamW", "lr": None, "weight_decay": 0.01,
+           "freeze_norm": False},
+    "musgrave": {"model": "bninception", "dim": 128, "split": "folds", "per_class": None, "crop": 0.16,
+                 "steps": 100, "epochs": 1000, "patience": 9, "optimizer": "RMSprop", "lr": 1e-6,
+                 "weight_decay": 1e-4, "freeze_norm": True}}
 SCORES = ("recall_at_1", "map_at_r", "jsd")
-HEADER = ("epoch", "split", "loss", "positive_mean", "negative_mean", "jsd", "recall_at_1", "map_at_r",
-          "seconds")
+HEADER = ("epoch", "split", "loss", "positive_mean", "negative_mean", "jsd", "jsd_null", "recall_at_1",
+          "map_at_r", "seconds")
+LATER = {"recipe": "oi", **{name: RECIPES["oi"][name] for name in (  # networks of older versions have these
+    "optimizer", "crop", "steps", "patience", "freeze_norm")}}
 OPTIONS = ("epochs", "batch", "per_class", "lr", "loss_lr", "weight_decay", "schedule", "select",
-           "train_sample", "seed", "precision", "compile")
+           "train_sample", "seed", "precision", "compile", *LATER)
 
 # ---------------------------------------------------------------- which pictures, in which batches
 
@@ -107,16 +119,16 @@ def refuse_without_pairs(labels, name):
                          " more, one with two pictures (--split pictures keeps all classes in every part)")
 
 
-def epoch_batches(labels, size, each, rng):
+def epoch_batches(labels, size, each, rng, number=0):
     """An epoch's batches: int arrays of positions in labels, size // each classes (or all) × `each` pictures.
 
     The classes of a batch are drawn at random; a class's pictures come in shuffled order and again when they
-    are used up, so a smaller class gives all it has. As many batches as the pictures fill, at least one.
+    are used up, so a smaller class gives all it has. `number` batches, or as many as the pictures fill.
     """
     order = np.argsort(labels, kind="stable")
     members = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
     waiting, width = [np.empty(0, np.int64)] * len(members), min(size // each, len(members))
-    for _ in range(max(1, len(labels) // (width * each))):
+    for _ in range(number or max(1, len(labels) // (width * each))):
         batch = []
         for c in rng.permutation(len(members))[:width]:
             if len(waiting[c]) < min(each, len(members[c])):
@@ -147,45 +159,7 @@ def augment(image, size, rng, scale=(1 / 8, 1), ratio=(3 / 4, 4 / 3)):
     return np.asarray(crop)[:, ::-1] if rng.random() < 0.5 else np.asarray(crop)
 
 
-# ---------------------------------------------------------------- losses and steps
-
-
-def make_loss(row, classes, dimension):
-    """A row of losses.csv -> (criterion, miner or None, its parameters); proxies by torch's generator.
-
-    Its class is one of pytorch-metric-learning, or package.module:Class. ValueError where it can't be made.
-    """
-    if ":" in row["class"]:
-        from dml_common.losses import OwnLoss
-        own = OwnLoss(row["class"], classes, dimension)
-        return own, None, {"class": row["class"], **own.given}
-    try:
-        from pytorch_metric_learning import distances, losses, miners
-    except ImportError:
-        raise ValueError("training needs pytorch-metric-learning: pip install '.[train]'") from None
-    known = {"classes": classes, "dimension": dimension, "True": True}
-
-    def make(library, base, name, settings=""):
-        parameters, objects = {}, {}
-        try:
-            for key, value in (setting.split("=") for setting in settings.split()):
-                if value[0].isupper() and value not in known:
-                    parameters[key], objects[key] = value, getattr(distances, value)()
-                else:
-                    parameters[key] = known[value] if value in known else json.loads(value)
-            kind = getattr(library, name)
-            if not issubclass(kind, base):
-                raise TypeError(f"expected a kind of {base.__name__}")
-            return kind(**{**parameters, **objects}), {"class": name, **parameters}
-        except (AttributeError, TypeError, ValueError, AssertionError) as error:
-            raise ValueError(f"loss {row['name']}: {name} {settings}: {error}; expected a class of "
-                             "pytorch-metric-learning and key=value with JSON values") from None
-
-    criterion, parameters = make(losses, losses.BaseMetricLossFunction, row["class"], row["parameters"])
-    if not row["miner"]:
-        return criterion, None, parameters
-    miner, parameters["miner"] = make(miners, miners.BaseMiner, *row["miner"].split(maxsplit=1))
-    return criterion, miner, parameters
+# ---------------------------------------------------------------- steps
 
 
 def autocast(pictures, precision):
@@ -235,11 +209,8 @@ def embed(network, feed, rows, size, team=(0, 1), precision="fp32"):
 @torch.no_grad()
 def mean_loss(criterion, miner, embeddings, labels, batches):
     """The mean loss of embeddings (n, m) over batches, all as they are: comparable between epochs."""
-    losses = []
-    for batch in batches:
-        x, y = embeddings[batch], labels[batch]
-        losses.append(float(criterion(x, y, miner(x, y) if miner else None)))
-    return float(np.mean(losses))
+    pairs = [(embeddings[batch], labels[batch]) for batch in batches]
+    return float(np.mean([float(criterion(x, y, miner(x, y) if miner else None)) for x, y in pairs]))
 
 
 def seed_of(*numbers):
@@ -247,14 +218,29 @@ def seed_of(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-# ---------------------------------------------------------------- pictures and features, fed to a network
+def feed_features(features, device, seed=0):
+    """feed(batches, epoch): yields (rows, features of them) for each int array of rows.
+
+    features (n, 1 or 2, …): of pictures and, for half of the training, of mirrored ones.
+    """
+    def feed(batches, epoch=None):
+        for rows in batches:
+            side = [0] * len(rows)
+            if epoch is not None and features.shape[1] > 1:
+                side = [np.random.default_rng([seed, epoch, row]).integers(2) for row in rows]
+            yield rows, torch.from_numpy(features[rows, side]).to(device)
+
+    return feed
 
 
-def feed_pictures(paths, preprocessing, device, workers, seed):
+# ---------------------------------------------------------------- the command: pictures, and one network
+
+
+def feed_pictures(paths, preprocessing, device, workers, seed, crop):
     """feed(batches, epoch): yields (rows, float32 (B, 3, H, W) on the device) for each int array of rows.
 
-    With an epoch, training crops; without, the preprocessing's own geometry. Pictures are decoded in threads
-    ahead of their use; feed.waited counts the seconds that this waits for them.
+    With an epoch, training crops of at least this share; without, the preprocessing's own geometry. Pictures
+    are decoded in threads ahead of their use; feed.waited counts the seconds that this waits for them.
     """
     from dml_common.networks import to_input
     from dml_common.pictures import input_size, load_pixels, read_rgb
@@ -263,7 +249,7 @@ def feed_pictures(paths, preprocessing, device, workers, seed):
         if epoch is None:
             return load_pixels(paths[row], preprocessing)
         rng = np.random.default_rng([seed, epoch, row])
-        return augment(read_rgb(paths[row]), input_size(preprocessing), rng)
+        return augment(read_rgb(paths[row]), input_size(preprocessing), rng, (crop, 1))
 
     def ready(rows, decoded):
         start = time.perf_counter()
@@ -285,21 +271,6 @@ def feed_pictures(paths, preprocessing, device, workers, seed):
     return feed
 
 
-def feed_features(features, device, seed=0):
-    """The same from features (n, 1 or 2, …): of pictures and, for half of the training, of mirrored ones."""
-    def feed(batches, epoch=None):
-        for rows in batches:
-            side = [0] * len(rows)
-            if epoch is not None and features.shape[1] > 1:
-                side = [np.random.default_rng([seed, epoch, row]).integers(2) for row in rows]
-            yield rows, torch.from_numpy(features[rows, side]).to(device)
-
-    return feed
-
-
-# ---------------------------------------------------------------- one network: a loss and a fold
-
-
 class Diverged(Exception):
     """A loss or an embedding is no finite number any more."""
 
@@ -308,38 +279,41 @@ class Run:
     """The training of one network as its config.json, `config`, says, with the loss of a row of losses.csv.
 
     parts: rows by part: train, scored (those of train whose scores are taken), validation, test.
+    team: (rank, ranks) that train it together.
     """
+
+    device, team = torch.device("cpu"), (0, 1)
 
     def __init__(self, config, row, parts, labels, folder):
         self.config, self.row, self.parts, self.folder = config, row, parts, folder
-        self.options, self.name = config["options"], f"{row['name']} fold {config['fold']}"
+        self.options, self.fold = config["options"], folder.name.removeprefix("fold")
+        self.name = f"{row['name']} fold {self.fold}"
         classes = np.unique(labels[parts["train"]])
         self.known, self.codes = {}, {}  # have its classes proxies? their numbers
         for part, rows in parts.items():
             self.known[part] = np.isin(labels[rows], classes).all()
             self.codes[part] = np.searchsorted(classes, labels[rows]) if self.known[part] else labels[rows]
 
-    def begin(self, trunk, width, feed, device, team=(0, 1)):
-        """Network, loss and optimizer before the first epoch.
-
-        trunk: None where feed gives its features, `width` many; team: (rank, ranks) that train it together.
-        """
+    def begin(self, trunk, width, feed):
+        """Network, loss and optimizer before the first epoch; trunk: None where feed gives its features."""
+        from dml_common.losses import make_loss
         from dml_common.networks import random_linear
-        self.feed, self.device, self.team = feed, device, team
-        self.epoch, self.history, self.counts, self.best = 0, [], {}, None
+        self.feed, self.epoch, self.history, self.counts, self.best = feed, 0, [], {}, None
         seed, fold, dimension = self.options["seed"], self.config["fold"], self.config["dimension"]
         embedder = random_linear(width, dimension, seed, fold)  # the same for all losses of a fold
         network = nn.Sequential(trunk, embedder) if trunk else embedder
-        self.network = network.to(device, memory_format=torch.channels_last)
+        self.network = network.to(self.device, memory_format=torch.channels_last)
         self.criterion = self.miner = None
         groups = [{"params": list(network.parameters()), "lr": self.options["lr"]}]
         if self.row["class"]:
             torch.manual_seed(seed_of(seed, fold))
             criterion, self.miner, _ = make_loss(self.row, int(self.codes["train"].max()) + 1, dimension)
-            self.criterion = criterion.to(device)
+            self.criterion = criterion.to(self.device)
             proxies = list(criterion.parameters())
             groups += [{"params": proxies, "lr": self.options["loss_lr"]}] if proxies else []
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=self.options["weight_decay"])
+        settings = {"momentum": 0.9} if self.options["optimizer"] == "RMSprop" else {}  # as in Musgrave's
+        optimizer = getattr(torch.optim, self.options["optimizer"])
+        self.optimizer = optimizer(groups, weight_decay=self.options["weight_decay"], **settings)
 
     def score(self, part):
         """Add a row to the history and, of the test part, histograms of its pairs; on the first rank."""
@@ -359,11 +333,12 @@ class Run:
             batches = epoch_batches(codes, options["batch"], options["per_class"], rng)
             labels = torch.from_numpy(codes).to(x.device)
             loss = mean_loss(self.criterion, self.miner, x, labels, batches)
-        scores = pair_scores(x.cpu().numpy(), codes, bins=(BINS,), recall=(1,), permutations=0,
+        scores = pair_scores(x.cpu().numpy(), codes, bins=(BINS,), recall=(1,), seed=options["seed"],
                              threads=1 if len(x) < 1000 else None)
         self.history.append([
             self.epoch, part.replace("scored", "train"), loss, scores.positive_mean, scores.negative_mean,
-            scores.jsd[BINS], scores.recall[1], scores.map_at_r, time.perf_counter() - start])
+            scores.jsd[BINS], scores.jsd_null[BINS], scores.recall[1], scores.map_at_r,
+            time.perf_counter() - start])
         if part == "test":
             self.counts[self.epoch] = [counts.tolist() for counts in scores.histograms[BINS]]
 
@@ -373,13 +348,17 @@ class Run:
         seeds = options["seed"], self.config["fold"], self.epoch
         torch.manual_seed(seed_of(*seeds, rank))  # for what a network draws itself: dropout
         rng = np.random.default_rng(seeds)
-        batches = list(epoch_batches(codes, options["batch"], options["per_class"], rng))
+        sizes = options["batch"], options["per_class"]
+        batches = list(epoch_batches(codes, *sizes, rng, options["steps"]))
         least = min(map(len, batches))
         if least < ranks:
             raise ValueError(f"batches of {least} pictures for {ranks} processes: start fewer, raise --batch")
         shares = [np.array_split(np.arange(len(batch)), ranks)[rank] for batch in batches]
         mine = [self.parts["train"][batch[share]] for batch, share in zip(batches, shares)]
         network.train()
+        for module in network.modules():
+            if options["freeze_norm"] and isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()  # the statistics stay, weight and bias learn: as pytorch-metric-learning's
         for number, (_, pictures) in enumerate(self.feed(mine, self.epoch)):
             if options["schedule"] == "cosine":
                 done = (self.epoch - 1 + number / len(batches)) / options["epochs"]
@@ -407,11 +386,11 @@ class Run:
                 self.score(part)
         bar.update(self.epoch)
         network = self.wrapped() if self.criterion else None
-        while self.criterion and self.epoch < self.options["epochs"]:
+        while self.criterion and self.goes_on():
             start = time.perf_counter()
             self.epoch += 1
             self.train_epoch(network)
-            self.spread(self.network)  # batch norm's running statistics were each rank's own
+            self.spread(self.network.state_dict().values())  # batch norm's statistics were each rank's own
             took = time.perf_counter() - start
             self.score("scored")
             self.score("validation")
@@ -427,9 +406,20 @@ class Run:
             for name in ("network", "criterion"):
                 if first:
                     getattr(self, name).load_state_dict(self.best[name])
-                self.spread(getattr(self, name))
+                self.spread(getattr(self, name).state_dict().values())
             self.epoch = self.best["epoch"] if first else None
             self.score("test")
+
+    def goes_on(self):
+        """Is there one more epoch? The first rank alone knows the scores."""
+        patience, waited = self.options["patience"], self.epoch - self.best["epoch"] if self.best else 0
+        return self.agreed(self.epoch < self.options["epochs"] and not (patience and waited > patience))
+
+    def agreed(self, answer):
+        """The first rank's answer, to all."""
+        answer = torch.tensor(int(answer), device=self.device)
+        self.spread([answer])
+        return bool(answer)
 
     def wrapped(self):
         """The network as the steps call it: compiled, and of several ranks with their gradients' mean."""
@@ -440,9 +430,9 @@ class Run:
             network = nn.parallel.DistributedDataParallel(network, static_graph=True)
         return network
 
-    def spread(self, module):
-        """Give every rank what the first one's module holds."""
-        for tensor in module.state_dict().values() if self.team[1] > 1 else ():
+    def spread(self, tensors):
+        """Give every rank what the first one's tensors hold."""
+        for tensor in tensors if self.team[1] > 1 else ():
             dist.broadcast(tensor, 0)
 
     @contextmanager
@@ -450,7 +440,7 @@ class Run:
         """A block in which no other process or team trains this network: is it to be trained here, now?"""
         from dml_common import command, rowfile
         self.folder.mkdir(parents=True, exist_ok=True)
-        first = team[0] == 0
+        self.device, self.team, first = device, team, team[0] == 0
         lock = rowfile.only_one(self.folder / "checkpoint.pth.lock", wait) if first else nullcontext(True)
         with lock as ours:
             if not ours:
@@ -458,11 +448,7 @@ class Run:
             elif first and self.progress() in ("finished", "diverged"):
                 ours = False
                 self.tidy()
-            if team[1] > 1:
-                answer = torch.tensor(int(ours), device=device)
-                dist.broadcast(answer, 0)
-                ours = bool(answer)
-            yield ours
+            yield self.agreed(ours)
 
     def progress(self):
         """"finished", "diverged", "begun" or None: what is there. ValueError where it was made otherwise."""
@@ -471,6 +457,7 @@ class Run:
         finished, diverged = (self.folder / "embedder_best.pth").exists(), there.get("diverged")
         if not (finished or diverged or (self.folder / "checkpoint.pth").exists()):
             return None
+        there["options"] = {**LATER, **there.get("options", {})}
         rowfile.refuse_other(self.folder, there, {**self.config, "diverged": diverged})
         return "finished" if finished else "diverged" if diverged else "begun"
 
@@ -487,8 +474,10 @@ class Run:
             return
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
+            if any(len(row) != len(HEADER) for row in content["state"]["history"]):
+                raise ValueError("of an older version")
         except Exception as error:  # whatever damaged bytes provoke
-            raise ValueError(f"{path}: damaged ({type(error).__name__}); remove it to begin anew") from None
+            raise ValueError(f"{path}: damaged ({error!r:.80}); remove it to begin anew") from None
         for name, values in content["modules"].items():
             getattr(self, name).load_state_dict(values)
         vars(self).update(content["state"])
@@ -501,6 +490,7 @@ class Run:
 
     def write(self, diverged=None):
         """The files of a run that has ended. embedder_best.pth is the last: with it there is a network."""
+        from dml_common import command
         from dml_common.files import write_table
         write_table(self.folder / "history.csv", HEADER, self.history)
         header = ["epoch", "split", "bins", "low", "high", "positive", "negative"]
@@ -509,6 +499,7 @@ class Run:
             for epoch, counts in self.counts.items() for i, pair in enumerate(zip(*counts))])
         if diverged:
             self.write_config(diverged=diverged)
+            command.say(f"{self.name} diverged in {diverged}; it has no network, the others go on")
         else:
             self.write_network()
         self.tidy()
@@ -544,22 +535,24 @@ def on_cpu(module):
 
 
 def print_scores(runs):
-    """Table 1: the test part's scores, at the best epoch and before training; of several folds the mean."""
+    """Table 1: the test part's scores and JSD's null, at the best epoch and before training; their means."""
     from dml_common import command, files
-    lines = [["", "", "", "test", "", "", "before", "", ""],
-             ["loss", "fold", "epoch", *("Recall@1", "MAP@R", "JSD") * 2]]
+    names = (*SCORES, "jsd_null")
+    lines = [["", "", "", "test", "", "", "", "before", "", "", ""],
+             ["loss", "fold", "epoch", *("Recall@1", "MAP@R", "JSD", "null") * 2]]
     for _, folds in groupby(runs, key=lambda run: run.row["slug"]):
         scores = []
         for run in folds:
             table = files.read_table(run.folder / "history.csv")
             tests = [i for i, split in enumerate(table["split"]) if split == "test"]
-            values = [float(table[name][i]) for i in (tests[-1], tests[0]) for name in SCORES]
+            none = ["nan"] * len(table["split"])  # of older versions: they wrote no jsd_null
+            values = [float(table.get(name, none)[i]) for i in (tests[-1], tests[0]) for name in names]
             cells = [table["epoch"][tests[-1]], *(f"{value:.3f}" for value in values)]
             if run.progress() == "diverged":
-                cells[:4] = ["", "diverged", "", ""]
+                cells[:5] = ["", "diverged", "", "", ""]
             else:
                 scores.append(values)
-            lines.append([run.row["name"], str(run.config["fold"]), *cells])
+            lines.append([run.row["name"], run.fold, *cells])
         if len(scores) > 1:
             means = np.mean(scores, axis=0)
             lines.append([run.row["name"], "mean", "", *(f"{value:.3f}" for value in means)])
@@ -581,38 +574,53 @@ def parse(argv):
     add("--fold", default="0", help="0, 1, 2, 3, several with commas, or all (%(default)s)")
     add("--split", choices=["default", "random", "pictures", "folds"], help="see above (default, "
         "or pictures by a label other than class and super_class)")
-    add("--model", default="inception_v3", help="inception_v3, bninception, efficientnet_lite0 or "
-        "package.module:factory (%(default)s)")
+    add("--recipe", choices=RECIPES, default="oi", help="defaults of the others: docs/train.md (%(default)s)")
+    add("--model", help="a backbone, such as bninception, or package.module:factory (%(default)s)")
     add("--weights", metavar="FILE", help="ImageNet weights of the backbone (torch's hub cache)")
-    add("--dim", type=int, default=64, metavar="M", help="dimension of the embedding (%(default)s)")
+    add("--dim", type=int, metavar="M", help="dimension of the embedding (%(default)s)")
     add("--freeze-trunk", action="store_true", help="train the linear layer alone, on features computed once")
     add("--train-from", metavar="BLOCK", help="train the network from this module on; what comes before is "
         "computed once, of each picture and its mirror image: no crops")
     add("--input-size", type=int, metavar="N", help="side of the input; resize and crop in proportion")
-    add("--epochs", type=int, default=20, metavar="N", help="(%(default)s)")
+    add("--epochs", type=int, metavar="N", help="at most (%(default)s)")
+    add("--steps", type=int, metavar="N", help="of an epoch (as many as the pictures fill)")
+    add("--patience", type=int, metavar="N", help="stop when the best epoch is more than N ago (never)")
+    add("--crop", type=float, metavar="SHARE", help="of the picture, the least in training (%(default)s)")
+    add("--optimizer", choices=["AdamW", "RMSprop"], help="(%(default)s)")
+    add("--freeze-norm", action="store_true", help="batch norms keep their statistics")
     add("--lr", type=float, metavar="X", help="learning rate of the network (1e-4; with --freeze-trunk 1e-3)")
     add("--loss-lr", type=float, default=0.01, metavar="X", help="of the loss's own parameters (%(default)s)")
     add("--scale", type=float, default=10, metavar="S", help="of Normalized Softmax, Eq. 3 (%(default)s)")
-    add("--weight-decay", type=float, default=0.01, metavar="X", help="of all parameters (%(default)s)")
+    add("--weight-decay", type=float, metavar="X", help="of all parameters (%(default)s)")
     add("--schedule", default="constant", choices=["constant", "cosine"], help="of the rates (%(default)s)")
     add("--batch", type=int, default=32, metavar="N", help="pictures in a batch (%(default)s)")
-    add("--per-class", type=int, default=4, metavar="N", help="of them of one class (%(default)s)")
+    add("--per-class", type=int, metavar="N", help="of them of one class (%(default)s)")
     add("--select", default="map_at_r", choices=SCORES, help="score that tells the best epoch (%(default)s)")
     add("--train-sample", type=int, default=0, metavar="N", help="score so few training pictures only (all)")
-    add("--seed", type=int, default=1, help="of splits, crops, batches and initial weights (%(default)s)")
+    add("--seed", type=int, default=SEED, help="of splits, crops, batches and initial weights (%(default)s)")
     add("--models", type=Path, default=networks.MODELS, metavar="DIR", help="writes to DIR/trained (models/)")
     add("--compile", action="store_true", help="torch.compile the network for the training steps")
     command.add_speed(add)
-    parser.set_defaults(skip_unreadable=None)
+    parser.set_defaults(skip_unreadable=None, **RECIPES["oi"])
+    recipe = RECIPES[parser.parse_args(argv).recipe]
+    parser.set_defaults(**recipe)
     args = parser.parse_args(argv)
-    least = {"epochs": 1, "dim": 1, "per_class": 2, "batch": 2 * args.per_class, "seed": 0, "train_sample": 0,
-             "workers": 1, "input_size": 1}  # a batch has two classes or more: losses and miners compare them
+    changed = [f"{name} {getattr(args, name)}" for name in recipe if getattr(args, name) != recipe[name]]
+    if args.recipe != "oi" and changed:
+        command.say(f"the recipe of {args.recipe}, but {', '.join(changed)}")
+    least = {"epochs": 1, "dim": 1, "per_class": 2, "seed": 0, "steps": 0, "patience": 0, "train_sample": 0,
+             "workers": 1, "input_size": 1,
+             "batch": 2 * (args.per_class or 4)}  # two classes or more: losses and miners compare them
     for name, number in least.items():
         command.at_least(name.replace("_", "-"), getattr(args, name), number)
-    for name in ("lr", "loss_lr", "scale", "weight_decay"):
+    for name in ("lr", "loss_lr", "scale", "weight_decay", "crop"):
         value = getattr(args, name)
         if value is not None and not (0 < value < math.inf or (name == "weight_decay" and value == 0)):
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected a positive number")
+    if args.crop > 1:
+        raise ValueError(f"--crop {args.crop}: expected a share of the picture, at most 1")
+    if args.type and ":" not in args.loss:
+        raise ValueError(f"--type {args.type} is of a loss package.module:Class; --losses has a column")
     if args.freeze_trunk and args.train_from:
         raise ValueError("--freeze-trunk trains none of the trunk, --train-from a part: give one of them")
     return args
@@ -624,7 +632,9 @@ def plan(args, dataset, device):
     labels, label = pictures.labels_of(dataset, args.labels, args.label, notes := [])
     for note in [*dataset.notes, *notes]:
         command.say(note)
-    kind = args.split or ("default" if label in ("class", "super_class") else "pictures")
+    usual = "default" if label in ("class", "super_class") else "pictures"
+    kind = args.split or usual
+    home = args.models / "trained" / (dataset.name if kind == usual else f"{dataset.name}@{kind}")
     rows, parts, runs, published = [], {}, [], None
     more = losses.read(args.losses) if args.losses else []
     for name in map(str.strip, args.loss.split(",")):
@@ -648,10 +658,9 @@ def plan(args, dataset, device):
         preprocessing = pictures.resized(network.preprocessing, args.input_size)
         network = network._replace(preprocessing=preprocessing)
     options = {name: getattr(args, name) for name in OPTIONS}
-    options["lr"] = args.lr or LR[args.freeze_trunk]
+    options["lr"], each = args.lr or LR[args.freeze_trunk], {"classification": 1}  # as Musgrave et al.
     if args.dataset in pictures.PUBLISHED:
         published = pictures.open_dataset(args.dataset, args.data_root, "test").relative
-    cut_at = {"train_from": args.train_from} if args.train_from else {}
     listed = {"number": len(labels), "sha256": pictures.pictures_sha256(dataset.relative)}
     digest = hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest()
     for row, fold in product(rows, parts):
@@ -665,7 +674,7 @@ def plan(args, dataset, device):
             classes = len(np.unique(labels[train]))
             if row["slug"] == "normalized_softmax":
                 row = {**row, "parameters": f"{row['parameters']} temperature={1 / args.scale}"}
-            criterion, miner, parameters = make_loss(row, classes, args.dim)
+            criterion, _, parameters = losses.make_loss(row, classes, args.dim)
             if ":" in row["class"]:  # what is wrong with it is said before the work
                 x = torch.randn(8, args.dim, requires_grad=True)
                 criterion(x, torch.arange(8) // 2 % classes).backward()
@@ -676,17 +685,18 @@ def plan(args, dataset, device):
         config = {
             "dataset": dataset.name, "loss": row["name"], "type": row["type"], "fold": fold,
             "backbone": args.model, "dimension": args.dim, "distance": row["distance"],
-            "preprocessing": network.preprocessing, "frozen_trunk": args.freeze_trunk, **cut_at,
+            "preprocessing": network.preprocessing, "frozen_trunk": args.freeze_trunk,
+            **({"train_from": args.train_from} if args.train_from else {}),
             "weights_sha256": network.checkpoint_sha256, "loss_parameters": parameters, "split": split,
-            "options": options, "versions": versions}
-        folder = args.models / "trained" / dataset.name / row["slug"] / f"fold{fold}"
-        runs.append(Run(config, row, parts[fold], labels, folder))
+            "options": {**options, "per_class": args.per_class or each.get(row["type"], 4)},
+            "versions": versions}
+        folder = f"fold{fold}" if args.seed == SEED else f"fold{fold}.seed{args.seed}"
+        runs.append(Run(config, row, parts[fold], labels, home / row["slug"] / folder))
     return runs, network
 
 
 def work(mine, trunk, width, feed, device, team, bar):
     """Train one network after the other, first what no other process or team is at."""
-    from dml_common import command
     weights = {name: value.clone() for name, value in trunk.state_dict().items()} if trunk else {}
     for wait, run in product((False, True), mine):
         bar.set_description_str(run.name, refresh=False)
@@ -695,7 +705,7 @@ def work(mine, trunk, width, feed, device, team, bar):
                 continue
             if trunk:
                 trunk.load_state_dict(weights)
-            run.begin(trunk, width, feed, device, team)
+            run.begin(trunk, width, feed)
             if team[0] == 0:
                 run.write_config()
             diverged = None
@@ -705,8 +715,6 @@ def work(mine, trunk, width, feed, device, team, bar):
                 diverged = str(error)
             if team[0] == 0:
                 run.write(diverged)
-            if team[0] == 0 and diverged:
-                command.say(f"{run.name} diverged in {diverged}; it has no network, the others go on")
 
 
 def main(argv=None):
@@ -716,12 +724,13 @@ def main(argv=None):
     if found is None or found.origin is None:  # a folder of that name has no origin
         raise ValueError("the scores are those of pairs.py; copy that too, beside train.py")
     device, (rank, ranks) = command.torch_device(args.device, args.precision), command.my_share()
+    if "@" in args.dataset and not Path(args.dataset).exists():
+        raise ValueError(f"--dataset {args.dataset}: give the name alone, and --split beside it")
     dataset = pictures.open_dataset(args.dataset, args.data_root, "all")
     runs, network = plan(args, dataset, device)
     todo = [run for run in runs if run.progress() in (None, "begun")]
-    for run in runs:
-        if run not in todo:  # ended, but perhaps killed before it had tidied up
-            run.tidy()
+    for run in set(runs) - set(todo):  # ended, but perhaps killed before it had tidied up
+        run.tidy()
     if not todo and rank == 0:
         command.say(f"nothing to do: {len(runs)} of {len(runs)} networks are there")
     together = "RANK" in os.environ and ranks > 1 and todo  # by torchrun: all train the same network
@@ -732,7 +741,7 @@ def main(argv=None):
     if todo:
         trunk, width, start = network.module, networks.features_of(network), time.perf_counter()
         workers = args.workers or min(16, command.available_cpus())
-        feed = feed_pictures(dataset.paths, network.preprocessing, device, workers, args.seed)
+        feed = feed_pictures(dataset.paths, network.preprocessing, device, workers, args.seed, args.crop)
         if args.freeze_trunk or args.train_from:
             home, head, tail, shape = todo[0].folder.parent.parent, trunk, None, (width,)
             if args.train_from:

@@ -1,7 +1,7 @@
 """How fast is nrprec.py? Its whole NR-Prec against its floor, the bare float32 products, in one run.
 
     python benchmarks/nrprec.py --n 100000 --dim 128
-    python benchmarks/nrprec.py --n 1000000 --queries 2000
+    python benchmarks/nrprec.py --n 1000000 --dim 256 --queries 500 --mapped   # memory: n · m · 4 B + 1 GiB
     python benchmarks/nrprec.py --n 10000 --plain               # and against what one would write
 
 Prints seconds, ratios and peak memory; asserts nothing. Embeddings are random (seeded), labels have Table 5's
@@ -10,6 +10,7 @@ cardinalities. The products' figure is the best of several block shapes and ways
 import argparse
 import resource
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -76,6 +77,16 @@ def plain(x, labels, queries):
     return result
 
 
+def mapped(n, m, rng):
+    """Random embeddings (n, m) as float16 in a file, memory-mapped; the file goes with the process."""
+    with tempfile.NamedTemporaryFile(suffix=".npy") as file:
+        x = np.lib.format.open_memmap(file.name, "w+", np.float16, (n, m))
+        for start in range(0, n, 10_000):
+            x[start:start + 10_000] = rng.standard_normal((len(x[start:start + 10_000]), m), dtype=np.float32)
+        x.flush()
+        return np.load(file.name, mmap_mode="r")
+
+
 def main():
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
@@ -85,11 +96,15 @@ def main():
     parser.add_argument("--properties", type=int, default=11, help="Table 5's, repeated (default: 11)")
     parser.add_argument("--threads", type=int, default=nrprec.available_threads())
     parser.add_argument("--memory-mib", type=int, default=512)
+    parser.add_argument("--mapped", action="store_true", help="embeddings are float16 in a file")
     parser.add_argument("--plain", action="store_true", help="also time the argpartition version")
     arguments = parser.parse_args()
 
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((arguments.n, arguments.dim), dtype=np.float32)
+    if arguments.mapped:
+        x = mapped(arguments.n, arguments.dim, rng)
+    else:
+        x = rng.standard_normal((arguments.n, arguments.dim), dtype=np.float32)
     cards = list(TABLE_5.items())
     labels = {f"{cards[i % 11][0]}_{i // 11}": rng.integers(0, cards[i % 11][1], arguments.n).astype(np.int32)
               for i in range(arguments.properties)}
@@ -100,14 +115,16 @@ def main():
                                  memory_mib=arguments.memory_mib)
     ours, ours_cpu = time.perf_counter() - begin[0], time.process_time() - begin[1]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    x = x.astype(np.float32, copy=False)
     (products, products_cpu), shape = best_products(x, queries, arguments.threads)
     print(f"n = {arguments.n:,}, m = {arguments.dim}, {len(labels)} properties, {queries:,} queries, "
-          f"{arguments.threads} threads, kernel {'built' if nrprec._knn else 'not built (NumPy twin)'}")
+          f"{arguments.threads} threads, "
+          f"kernel {nrprec._knn.ISA if nrprec._knn else 'not built (NumPy twin)'}")
     print(f"bare float32 products   {products:9.2f} s   best block {shape}, "
           f"{2 * arguments.n * queries * arguments.dim / products / 1e9:,.0f} GFLOP/s")
     print(f"whole NR-Prec           {ours:9.2f} s   {ours / products:.2f} × the products "
           f"({ours_cpu / products_cpu:.2f} × in CPU seconds, which other load on the machine disturbs less)")
-    print(f"peak memory             {peak:9.0f} MiB (embeddings {x.nbytes / 2 ** 20:,.0f} MiB among them)")
+    print(f"peak memory             {peak:9.0f} MiB; n · m · 4 B are {x.nbytes / 2 ** 20:,.0f} MiB")
     if arguments.plain:
         begin = time.perf_counter()
         with threadpool_limits(arguments.threads):

@@ -8,7 +8,6 @@ Prints seconds, ratios and peak memory; asserts nothing. Embeddings are random (
 --repeats; `CPU` is this process's time on all its threads, which other users of the machine disturb less.
 """
 import argparse
-import os
 import resource
 import sys
 import time
@@ -60,7 +59,7 @@ def counting_alone(space, ranges, bins, share):
             for b in bins:
                 np.histogram(products, bins=b, range=(-1, 1))
             middle = time.thread_time()
-            pairs._knn.pair_histogram(products, a, c, ranges, groups, order, space.x, space.norms,
+            pairs._knn.pair_histogram(products, a, c, ranges, groups, order, *space.source(), space.norms,
                                       space.bound, kinds, counts)
             seconds += middle - begin, time.thread_time() - middle
             counted += products.size
@@ -75,7 +74,7 @@ def histogram(args, rng):
     n, threads, shapes = args.n, args.threads, ((256, 1024), (512, 2048), (512, 4096), (256, 8192))
     space = pairs.normalise(rng.standard_normal((n, args.dim), dtype=np.float32))
     order, groups, bins = np.arange(n), np.zeros(n, np.int64), [int(b) for b in args.bins.split(",")]
-    ranges, counted = np.array([order + 1, np.full(n, n), np.full(n, n)]), pairs.finest(bins)
+    ranges, counted = np.array([order + 1, np.full(n, n), np.full(n, n)]), bins
     begin, rounds = peak_mib(), []
     for _ in range(args.repeats):
         *ours, counts = timed(lambda: pairs.count_pairs(space, order, ranges, groups, counted, threads))
@@ -90,7 +89,7 @@ def histogram(args, rng):
                        plain[1] / args.share, *counting_alone(space, ranges, counted, args.share)])
     wall, cpu, bare_wall, bare_cpu, plain_wall, plain_cpu, numpy_alone, kernel_alone = np.median(rounds, 0)
     print(f"all {n * (n - 1) // 2:,} pairs of n = {n:,}, m = {args.dim}, {bins} bins, {threads} threads, "
-          f"median of {args.repeats}, kernel {'built' if pairs._knn else 'not built (NumPy twin)'}")
+          f"median of {args.repeats}, kernel {pairs._knn.ISA if pairs._knn else 'not built (NumPy twin)'}")
     print(f"bare float32 products    {bare_wall:8.2f} s  {bare_cpu:8.2f} s CPU   fastest tile shape {best}")
     print(f"histograms, exact        {wall:8.2f} s  {cpu:8.2f} s CPU   {wall / bare_wall:.2f} × the products "
           f"({cpu / bare_cpu:.2f} × in CPU time)")
@@ -114,7 +113,7 @@ def ranking(args, rng):
     calculator, rounds = AccuracyCalculator(include=names, k="max_bin_count"), []
     for _ in range(args.repeats):
         before = peak_mib()
-        *ours, ranks = timed(lambda: pairs.rank_queries(
+        *ours, _ = timed(lambda: pairs.rank_queries(
             pairs.normalise(x), labels, relevant, 8, args.threads))
         peak = peak_mib()
         *theirs, scores = timed(lambda: calculator.get_accuracy(
@@ -127,9 +126,8 @@ def ranking(args, rng):
                                         ("AccuracyCalculator", medians[3:], rounds[0][5])):
         print(f"{name:24} {wall:8.2f} s  {cpu:8.2f} s CPU   peak memory grew by {grown:,.0f} MiB")
     print(f"{medians[3] / medians[0]:.1f} × ours ({medians[4] / medians[1]:.1f} × in CPU time)")
-    first, hits, precision = ranks
-    values = (precision / relevant).mean(), (hits / relevant).mean(), (first == 1).mean()
-    for name, value in zip(names, values):
+    score = pairs.pair_scores(x, labels, recall=(1,), permutations=0)
+    for name, value in zip(names, (score.map_at_r, score.r_precision, score.recall[1])):
         print(f"{name:28} ours {value:.9f}  theirs {scores[name]:.9f}  "
               f"difference {abs(value - scores[name]):.1e}")
 
@@ -144,7 +142,7 @@ def main():
     parser.add_argument("--bins", default="200", help="for histogram, one or several (default: 200)")
     parser.add_argument("--share", type=float, default=0.05, help="of tiles for numpy.histogram (0.05)")
     parser.add_argument("--repeats", type=int, default=3, help="default: 3")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=pairs.available_threads())
     args = parser.parse_args()
     if args.what == "histogram":
         histogram(args, np.random.default_rng(0))

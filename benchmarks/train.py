@@ -77,7 +77,7 @@ def fine_tuning(args, folder):
                             "--device", args.device, "--epochs", 2, "--precision", args.precision,
                             "--batch", args.batch, "--workers", args.workers, "--models", folder,
                             *(["--compile"] if args.compile else []))
-    rows = read_table(folder / "trained/pictures/normalized_softmax/fold0/history.csv")
+    rows = read_table(folder / "trained/pictures@pictures/normalized_softmax/fold0/history.csv")
     epoch = list(zip(rows["epoch"], rows["split"])).index(("2", "train"))
     print(f"{args.model}, {args.precision}, {args.device}: {took:.1f} s for the command, "
           f"{float(rows['seconds'][epoch]):.1f} s for the second epoch and the scores of its pictures; "

@@ -20,7 +20,8 @@ import warnings
 from pathlib import Path
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-MOST = {"threads": 4096, "workers": 4096, "replicates": 10**6}  # of options; of others what fits 64 bits
+# Of options; of others what fits 64 bits.
+MOST = {"threads": 4096, "workers": 4096, "replicates": 10**6, "dim": 10**6}
 
 
 class Ended(SystemExit):
@@ -173,7 +174,8 @@ def parser(description, **settings):
 def add_pictures(add):
     """--dataset, --split, --data-root; add: a parser's add_argument."""
     add("--dataset", required=True, metavar="NAME|FOLDER|CSV",
-        help="cars196, cub200, sop, a folder or a CSV with a path column")
+        help="cars196, cub200, sop, a folder or a CSV with a path column; cars196@random: networks of "
+        "train.py --split random")
     add("--split", default="test", choices=["train", "test", "all"], help="of a data set with splits (test)")
     add("--data-root", metavar="DIR", help="folder of the published data sets (DML_DATA_ROOT, else data/)")
 
@@ -185,7 +187,7 @@ def add_networks(add, models):
     add("--output", metavar="KEY", help="which of several outputs is the embedding (pooler_output, "
         "image_embeds, or the only one)")
     add("--loss", help="losses of models/losses.csv with commas, None, or all: what is there (all)")
-    add("--fold", default="all", help="0, 1, 2, 3, several with commas, or all (all)")
+    add("--fold", default="all", help="0, 1, 2, 3, 0.seed2 (train.py --seed 2), several, or all (all)")
     add("--trained-on", metavar="DATASET", help="the data set whose checkpoints are taken (--dataset)")
     add("--checkpoint", metavar="DIR", help="a folder with trunk_best.pth and embedder_best.pth")
     add("--models", default=models, metavar="DIR", help="folder of the checkpoints (models/)")
@@ -202,10 +204,10 @@ def add_speed(add):
 
 def parse_as_published(parser, argv, settings):
     """The parsed options: --as-published sets those of `settings`, and refuses another value beside it."""
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if args.as_published:
         parser.set_defaults(**settings)
-        args = parser.parse_args(argv)
+        args = parser.parse_intermixed_args(argv)
         for name, value in settings.items():
             if (given := getattr(args, name)) != value:
                 option = name.replace("_", "-")

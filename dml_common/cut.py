@@ -1,11 +1,11 @@
 """A trunk's features, computed once for all losses: of all of it, or of what comes before a block."""
 import copy
 import difflib
-from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from dml_common import arrays, checkpoints, files, networks, pictures, rowfile
 
@@ -73,17 +73,15 @@ def cut(trunk, block, shape):
         near = difflib.get_close_matches(block, names, n=4, cutoff=0.3) or names[:4]
         raise ValueError(f"no block {block!r} in the network; did you mean {', '.join(near)}?")
 
-    def head(pictures):
-        def stop(module, inputs):
-            raise Reached(inputs[0])
+    def stop(module, inputs):
+        raise Reached(inputs[0])
 
-        hook = trunk.get_submodule(block).register_forward_pre_hook(stop)
+    def head(pictures):
         try:
-            trunk(pictures)
+            with trunk.get_submodule(block).register_forward_pre_hook(stop):
+                trunk(pictures)
         except Reached as reached:
             return reached.args[0]
-        finally:
-            hook.remove()
 
     pictures = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     expected, ran = listen(trunk, pictures)
@@ -101,16 +99,13 @@ def cut(trunk, block, shape):
 
 def listen(trunk, pictures):
     """(what trunk gives, [(name of a module, shape of a row of its output)] as one after the other ended)."""
-    def note(name, module, inputs, output):
-        ran.append((name, getattr(output, "shape", (0,))[1:]))
+    def note(module, inputs, output):
+        if module in names:
+            ran.append((names[module], getattr(output, "shape", (0,))[1:]))
 
-    ran, modules = [], list(trunk.named_modules())[1:]
-    hooks = [module.register_forward_hook(partial(note, name)) for name, module in modules]
-    try:
+    ran, names = [], {module: name for name, module in trunk.named_modules() if name}
+    with register_module_forward_hook(note):
         return trunk(pictures), ran
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def rest(trunk, block, ran, shape):

@@ -102,11 +102,10 @@ def read_array(path):
         raise ValueError(f"{path} {problem}") from None
 
 
-def read_embeddings(path, table=None, rows=None):
-    """Embeddings from a .npy file -> float32 array (n, m), C order, n >= 2, all finite.
+def open_embeddings(path, table=None, rows=None):
+    """Embeddings as they lie in a .npy file, memory-mapped: real numbers (n, m), n >= 2.
 
-    Integers, float16 and float64 are converted. Raises ValueError naming the file, the row and what to do,
-    also where their table has another number of rows.
+    Raises ValueError naming the file and what to do, also where their table has another number of rows.
     """
     array = read_array(path)
     if array.dtype.kind not in "fiub":
@@ -120,6 +119,12 @@ def read_embeddings(path, table=None, rows=None):
     if rows not in (None, len(array)):
         raise ValueError(f"{path} has {len(array):,} embeddings, {table} {rows:,} rows; both must list the "
                          "same pictures in the same order")
+    return array
+
+
+def read_embeddings(path):
+    """Embeddings of open_embeddings() as float32 (n, m), C order, all finite, else ValueError."""
+    array = open_embeddings(path)
     result = np.empty(array.shape, np.float32)
     step = max(1, (1 << 22) // array.shape[1])
     for start in range(0, len(array), step):
@@ -141,7 +146,7 @@ LISTED = {"number": int, "sha256": str}
 KINDS = {
     **dict.fromkeys(("dataset", "distance", "backbone", "checkpoint_sha256"), str),
     **dict.fromkeys(("loss", "type", "checkpoint"), (str, None)),
-    **dict.fromkeys(("fold", "seed", "dimension"), (int, None)),
+    "fold": (int, str, None), **dict.fromkeys(("seed", "dimension"), (int, None)),
     "rows": [int], "preprocessing": GEOMETRY, "versions": dict,
     "split": (str, {"test": [int], "pictures": LISTED}),
     "options": {"pick": ([int], None), "limit": (int, None), "map_size": (int, [int], None)},

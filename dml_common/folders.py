@@ -21,9 +21,11 @@ TABLES = {
     "nrprec": ("nrprec.py", ["embeddings", "property", "queries", "r_precision", "nr_precision"],
                ["nr_precision", "r_precision"]),
     "compare": ("compare.py", [*PAIR, "n", "left_out", "correlation", "jsd", "ceiling"],
-                ["correlation", "jsd", "ceiling", "corrected"]),
+                ["correlation", "jsd", "ceiling", "corrected", "jsd_nats"]),
     "masks": ("compare.py --masks", ["model", "fold", "measure", "n", "mean", "std", "low", "high"],
               ["masks"]),
+    "faithfulness": ("saliency.py --faithfulness", ["model", "fold", "measure", "n", "mean", "std"],
+                     ["faithfulness"]),
     "embeddings": ("compare.py --embeddings", [*PAIR, "cka", "overlap"],
                    ["cka", "overlap", "overlap_chance"]),
     "sanity": ("saliency.py --randomise", ["model", "fold", "layers", "of", "correlation", "correlation_std"],
@@ -79,7 +81,7 @@ def find_networks(folder, models):
         plain = bool(about.get("backbone")) and not about.get("loss") and not row  # a backbone without a loss
         home = training_folder(place, about.get("checkpoint"), folder, models)
         config, history = files.read_sidecar(home / "config.json"), home / "history.csv"
-        kind = row.get("type") or ("none" if plain else config.get("type"))
+        kind = row.get("type") or ("none" if plain else about.get("type") or config.get("type"))
         networks.append({
             "name": name, "slug": slug, "number": number, "seed": seed, "fold": None if plain else number,
             "type": kind if kind in TYPES else "other", "folder": place, "config": config,
@@ -127,8 +129,8 @@ def open_array(path, dimensions, broken):
 def check_together(networks):
     """Raise ValueError naming two arrays of one data set made with other options, from other pictures (of
     one fold) or from other checkpoints (of one network)."""
-    arrays = [(kind[:3], network["fold"], network[kind]) for kind in ARRAYS for network in networks
-              if network[kind]]
+    arrays = [(kind[:3], network["fold"] if network["seed"] is None else network["folder"].name,
+               network[kind]) for kind in ARRAYS for network in networks if network[kind]]
     for (kind, fold, a), (other_kind, other, b) in combinations(arrays, 2):
         if kind != other_kind:
             continue
@@ -141,7 +143,8 @@ def check_together(networks):
             what = f"options ({'; '.join(options)})"
         elif fold == other or None in (fold, other):
             if len(digests) > 1 or len(a["array"]) != len(b["array"]):
-                what = f"lists of pictures ({len(a['array']):,}, {len(b['array']):,})"
+                what = (f"lists of pictures ({len(a['array']):,}, {len(b['array']):,}; split of config.json "
+                        "says which a network has not seen: docs/own-loss.md)")
         if what:
             raise ValueError(f"{a['path']} and {b['path']} don't belong together: other {what}; make both "
                              "with the same, or in folders of their own")
@@ -163,8 +166,11 @@ def open_pictures(given, root, names):
             raise ValueError(f"--dataset {name}: RESULTS has {', '.join(names) or 'no arrays'}; give the "
                              "folder of one")
     for name in names:
+        plain = name.partition("@")[0]  # cars196 of the networks of another split, cars196@random
         try:
-            if name in pictures.PUBLISHED and name not in datasets:
+            if plain in datasets:
+                datasets.setdefault(name, datasets[plain]._replace(name=name))
+            elif plain in pictures.PUBLISHED and name not in datasets:
                 datasets[name] = pictures.open_dataset(name, root, "all")
         except (OSError, ValueError):
             pass  # nobody asked for it: what needs it is left out
@@ -183,6 +189,22 @@ def picture_names(about, n, dataset=None):
             rows = (dataset.splits == about.get("split")).nonzero()[0]
             lists.append([dataset.relative[row] for row in rows])
     return files.listed_names(about, n, lists)
+
+
+def row_properties(array, n, names):
+    """{property: str (n,)} of an array's n rows, joined by their names (None: in their order): labels.csv's
+    and props.csv's beside it, else the props.csv of its data set; "" where there is no value."""
+    places = [array.with_name("labels.csv"), array.with_name("props.csv")]
+    if not places[1].is_file():
+        places[1] = array.parent.parent.parent / "props.csv"
+    properties = {}
+    for path in filter(Path.is_file, places):
+        if [name.lower() in files.IDENTIFIERS for name in files.read_table(path)] != [True]:
+            properties |= files.read_properties(path, None, names, missing=files.MISSING)
+            if any(len(column) != n for column in properties.values()):
+                raise ValueError(f"{array} and {path} differ in rows; both must list the same pictures, in "
+                                 "the same order or by name")
+    return properties
 
 
 def make_folder(out, name, inputs=()):
@@ -209,8 +231,8 @@ def read_properties(folder, networks):
     folds = {network["fold"]: path for network, path in zip(networks, paths) if path.is_file()}
     properties = defaultdict(set)
     for path in filter(Path.is_file, (folder / "props.csv", *folds.values())):
-        for name, values in files.read_properties(path).items():
-            properties[name].update(values.tolist())
+        for name, values in files.read_properties(path, missing=files.MISSING).items():
+            properties[name].update({*values.tolist()} - {""})
     return properties
 
 
@@ -278,6 +300,8 @@ def warn(results):
             (len(backbones) > 1, f"losses may differ by their backbones alone ({listing(backbones)})"),
             (len({network["fold"] for network in networks} - {None}) == 1,
              "one fold only: how much a loss varies from training to training is unknown"),
+            (results.select("training", key="jsd") and not results.select("training", key="jsd_null"),
+             "history.csv has no jsd_null (an older train.py made it): JSD of few pairs is biased up"),
             (others, f"not in models/losses.csv: {listing(others)}; kept, type “other”")):
         if true:
             yield text

@@ -1,5 +1,6 @@
 """Losses of one's own for train.py: a table like models/losses.csv, or a class package.module:Class."""
 import inspect
+import json
 
 from torch import nn
 
@@ -36,6 +37,43 @@ def read(path):
         taken.add(row["slug"])
         rows.append(row)
     return rows
+
+
+def make_loss(row, classes, dimension):
+    """A row of losses.csv -> (criterion, miner or None, its parameters); proxies by torch's generator.
+
+    Its class is one of pytorch-metric-learning, or package.module:Class. ValueError where it can't be made.
+    """
+    if ":" in row["class"]:
+        own = OwnLoss(row["class"], classes, dimension)
+        return own, None, {"class": row["class"], **own.given}
+    try:
+        from pytorch_metric_learning import distances, losses, miners
+    except ImportError:
+        raise ValueError("training needs pytorch-metric-learning: pip install '.[train]'") from None
+    known = {"classes": classes, "dimension": dimension, "True": True, "False": False, "None": None}
+
+    def make(library, base, name, settings=""):
+        parameters, objects = {}, {}
+        try:
+            for key, value in (setting.split("=") for setting in settings.split()):
+                if value[0].isupper() and value not in known:
+                    parameters[key], objects[key] = value, getattr(distances, value)()
+                else:
+                    parameters[key] = known[value] if value in known else json.loads(value)
+            kind = getattr(library, name)
+            if not issubclass(kind, base):
+                raise TypeError(f"expected a kind of {base.__name__}")
+            return kind(**{**parameters, **objects}), {"class": name, **parameters}
+        except (AttributeError, TypeError, ValueError, AssertionError) as error:
+            raise ValueError(f"loss {row['name']}: {name} {settings}: {error}; expected a class of "
+                             "pytorch-metric-learning and key=value with JSON values") from None
+
+    criterion, parameters = make(losses, losses.BaseMetricLossFunction, row["class"], row["parameters"])
+    if not row["miner"]:
+        return criterion, None, parameters
+    miner, parameters["miner"] = make(miners, miners.BaseMiner, *row["miner"].split(maxsplit=1))
+    return criterion, miner, parameters
 
 
 class OwnLoss(nn.Module):

@@ -170,14 +170,17 @@ def foreign_row(name):
 
 
 def wanted_folds(fold, row, dataset, folder):
+    """Folds asked for, those there are where it is all: 0, 1, …, and "0.seed2" of train.py's other seeds."""
+    form, names = "([0-9]{1,9})(?:[.]seed([0-9]{1,19}))?", [part.strip() for part in str(fold).split(",")]
     if fold == "all":
         trained = (Path(folder) / "trained" / str(dataset) / row["slug"]).glob("fold*")
-        numbers = [re.fullmatch("fold([0-9]{1,9})", path.name) for path in trained]
-        return sorted({*FOLDS, *(int(number[1]) for number in numbers if number)})
-    numbers = [part.strip() for part in str(fold).split(",")]
-    if not all(number in map(str, FOLDS) for number in numbers):
-        raise ValueError(f"fold {fold}: expected 0, 1, 2 or 3, several with commas, or all")
-    return sorted({int(number) for number in numbers})
+        names = [*map(str, FOLDS), *(path.name.removeprefix("fold") for path in trained)]
+    matches = {name: re.fullmatch(form, name) for name in names}
+    if fold != "all" and not all(match and int(match[1]) in FOLDS for match in matches.values()):
+        raise ValueError(f"fold {fold}: expected 0, 1, 2 or 3, several with commas, or all; 0.seed2 of "
+                         "networks with another seed")
+    folds = sorted((int(match[1]), int(match[2] or -1)) for match in matches.values() if match)
+    return [number if seed < 0 else f"{number}.seed{seed}" for number, seed in dict.fromkeys(folds)]
 
 
 def make_spec(row, fold=None, **more):
@@ -227,12 +230,11 @@ def checkpoint_spec(place, loss, fold):
         row = wanted_losses(loss, None, MODELS)[0]
     else:
         row = next((row for row in losses() if {row[name] for name in DATASETS} & set(parts)), None)
-    if row is None and re.fullmatch("fold[0-9]+", parts[-1]):  # trained/<dataset>/<slug>/fold<k>
+    if row is None and re.fullmatch("fold[0-9]+([.]seed[0-9]+)?", parts[-1]):  # trained/<dataset>/<slug>/…
         row = next((row for row in losses() if row["slug"] == parts[-2]), foreign_row(parts[-2]))
-    number = re.search("(?:Test50_50_Partitions4_|fold)([0-9]{1,9})", str(place.resolve()))
-    if re.fullmatch("[0-9]{1,9}", str(fold)):
-        return files_spec(place, files, note, row, int(fold))
-    return files_spec(place, files, note, row, int(number[1]) if number else None)
+    number = re.search("(?:Test50_50_Partitions4_|fold)([0-9]{1,9}([.]seed[0-9]+)?)", str(place.resolve()))
+    name = str(fold) if re.fullmatch("[0-9]{1,9}", str(fold)) else number and number[1]
+    return files_spec(place, files, note, row, int(name) if name and name.isdecimal() else name)
 
 
 def files_spec(place, files, note, row, fold):
@@ -515,18 +517,14 @@ def random_linear(features, dimension, seed, fold):
 
 
 def features_of(network):
-    """How many features a network gives for a picture. ValueError where it gives something else."""
-    black = torch.from_numpy(black_picture(network.preprocessing))[None]
-    try:
-        with torch.inference_mode():
-            features = network.module(black)
-            shape = tuple(features.shape)
-    except Exception as error:  # whatever a factory's network does with a picture
-        raise ValueError(f"{network.name} fails on a picture {tuple(black.shape[1:])}: {error}") from None
-    if len(shape) != 2 or shape[0] != 1 or not features.is_floating_point():
-        raise ValueError(f"{network.name} gives {shape} of {features.dtype} for one picture; expected "
-                         "(1, features) of floating-point numbers")
-    return shape[1]
+    """How many features a network gives for a picture. ValueError where they can't be trained on."""
+    black = torch.from_numpy(black_picture(network.preprocessing))
+    with torch.inference_mode():
+        features = network.module(torch.stack([black, black]))
+    if not features.is_floating_point():
+        raise ValueError(f"{network.name} gives features of {features.dtype}; expected floating-point "
+                         "numbers")
+    return features.shape[1]
 
 
 def state_sha256(module):

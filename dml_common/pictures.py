@@ -123,10 +123,15 @@ def open_dataset(name_or_folder, root=None, split="test"):
     CSV file with a column path (relative to the CSV), perhaps label or class, split, x_1, y_1, x_2, y_2.
     root: folder of the published data sets (the environment's DML_DATA_ROOT, else data/ in the checkout).
     split: "train", "test" or "all", by class as in the papers; without splits all pictures are taken.
+    "cars196@random" is cars196 under that name: networks trained on that split, and their results, bear it.
     Raises FileNotFoundError or ValueError, saying what was expected where.
     """
     if split not in ("train", "test", "all"):
         raise ValueError(f"split {split!r}: expected train, test or all")
+    plain, at, kind = str(name_or_folder).rpartition("@")
+    if at and not Path(name_or_folder).exists():
+        dataset = open_dataset(plain, root, split)
+        return dataset._replace(name=f"{dataset.name}@{kind}")
     if str(name_or_folder) in PUBLISHED:
         return open_published(str(name_or_folder), data_root(root), split)
     folder = Path(name_or_folder)
@@ -162,7 +167,8 @@ def own_pictures(dataset, config, name_or_folder, root=None, split="test"):
 
     dataset: what open_dataset gives for the last three. config: the network's config.json, {} without one.
     """
-    if split != "test" or config.get("dataset") != dataset.name or "test" not in config.get("split", {}):
+    names = [name.partition("@")[0] for name in (config.get("dataset") or "", dataset.name)]
+    if split != "test" or names[0] != names[1] or "test" not in config.get("split", {}):
         return dataset
     return held_out(dataset if dataset.split == "all" else open_dataset(name_or_folder, root, "all"), config)
 

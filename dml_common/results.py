@@ -18,36 +18,39 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from dml_common import files, folders
-from dml_common.folders import SIGNIFICANCE, TABLES, TYPES
+from dml_common import conclusions, files, folders
+from dml_common.conclusions import CLIP, LEVEL, holm, mann_whitney, released_p
+from dml_common.folders import SIGNIFICANCE, TABLES
 
-CLIP = 1 - 1e-6      # r = ±1 is cut to ±0.999999, so that Fisher's z stays finite (as in compare.py)
-MARK = 2.576         # of one z-score at 1 %: the published mark of NR-Prec
-LEVEL = 0.05         # of the other tests
-MOST = 99_999        # partitions tried: the test is exact where there are no more, else they are random
-PERMUTATIONS = 9999  # of the order of properties, and of the losses' groups
+MARK = 2.576  # of one z-score at 1 %: the published mark of NR-Prec
 
-TEXTS = {"model", "fold", "model_a", "fold_a", "model_b", "fold_b", "loss", "embeddings", "property",
-         "distance", "null", "label", "measure", "lowest", "split", "ties", "order",
-         "normalised"}  # columns of tables that are no numbers
+TEXTS = {"model", "fold", "model_a", "fold_a", "model_b", "fold_b", "loss", "embeddings", "property", "value",
+         "distance", "null", "label", "measure", "lowest", "split", "ties", "normalised",
+         "order"}  # columns of tables that are no numbers
 SCORES = ("recall_at_1", "map_at_r", "jsd", "jsd_null", "r_precision", "positive_mean", "negative_mean")
 TESTED = ("recall_at_1", "map_at_r", "jsd", "r_precision")
-CURVES = ("loss", "positive_mean", "negative_mean", "jsd", "recall_at_1", "map_at_r")  # of history.csv
+CURVES = ("loss", "positive_mean", "negative_mean", "negative_std", "jsd", "jsd_null", "jsd_above",
+          "recall_at_1", "map_at_r")  # of history.csv; jsd_above: less jsd_null
 FISHER = ("correlation", "ceiling", "sanity")  # correlations
-POOLED = ("correlation", "jsd", "sanity")      # their spread is over pictures
+POOLED = ("correlation", "jsd", "jsd_nats", "sanity")  # their spread is over pictures
+MEAN_ERROR = ("masks", "faithfulness")  # their spread is the standard error of a mean over pictures
 
 # One fact. What does not apply is None.
 # measure and key:
 #     nr_precision, r_precision   key: the property
 #     correlation, jsd, ceiling, corrected, cka, overlap, overlap_chance: of two, `network` and `other`
 #     masks      key: share, area, other, excess, pointing, pointing_other
+#     faithfulness               key: deletion, insertion, deletion_less_random, …
 #     sanity, pairs              key: "25 of 50" layers randomised; one of SCORES
+#     values     NR-Prec of one value; key: "color = red"
+#     classes    key: one of SCORES, JSD above its null; epoch: the number of classes of random subsets
 #     training   key: one of CURVES; part: train, validation or test; epoch: 0, 1, …; of test 0 and "best"
-#     order, same type, same distance: the other tests (level "test")
+#     order      of the properties against Table 6 (level "test")
 # level:
 #     network    one network, or two. fold: k as read, "0/1" (two folds), None (a network without folds), or
 #                "mean" over n folds. low, high: as read the 95 % interval over pictures or queries; of "mean"
-#                the range over folds, of one fold its interval, of masks the 95 % interval over all pictures.
+#                the range over folds (of training, where there are several seeds, Student's 95 % interval
+#                over them: note "seeds"), of one fold its interval, of masks the 95 % interval over pictures.
 #                spread: as read ± over pictures; of "mean" over all folds' pictures (correlation, jsd,
 #                sanity), else the folds' standard deviation; of masks always the standard error
 #     type       mean over a type's networks (network: the type); spread: their standard deviation; low, high:
@@ -56,7 +59,7 @@ POOLED = ("correlation", "jsd", "sanity")      # their spread is over pictures
 #     distance   the same by the losses' distances
 #     all        the same over all networks with a loss, or over all where none has one
 #     test       ranking against classification losses: rank-biserial correlation, p, p_holm; low: the
-#                smallest p that so few losses allow; mark: the larger type
+#                smallest p_holm that so few losses allow; mark: the larger type
 #     released   the same as in the first paper's code: difference of the means, p; mark: the larger type
 # split: of classes or pictures: random of cars@random; of training as config.json tells. n: pictures,
 # queries, folds, networks or pairs. p_holm: of several the largest. mark of nr_precision: "*" above chance
@@ -100,13 +103,12 @@ class Results:
         """The keys of a measure, in the order of its table."""
         return list(dict.fromkeys(row.key for row in self.select(measure)))
 
-    def matrix(self, measure, names, column="value"):
+    def matrix(self, measure, names):
         """Means over folds of pairs as float64 (K, K), symmetrical; nan where there is none."""
         values = np.full((len(names), len(names)), np.nan)
         for pair, row in self.cells(measure).items():
-            if {*pair} <= {*names} and getattr(row, column) is not None:
-                i, j = map(names.index, pair)
-                values[i, j] = values[j, i] = getattr(row, column)
+            i, j = map(names.index, pair)
+            values[i, j] = values[j, i] = row.value
         return values
 
 
@@ -124,6 +126,10 @@ def read(folder, models):
     folders.check_together(networks)
     tables = {table: read_rows(folder / f"{table}.csv", script, required)
               for table, (script, required, _) in TABLES.items() if (folder / f"{table}.csv").is_file()}
+    lines = tables.get("nrprec", [])
+    tables["values"] = [line for line in lines if line.get("value")]  # nrprec.py --per-value
+    tables["nrprec"] = [line for line in lines if not line.get("value")]
+    tables = {table: lines for table, lines in tables.items() if lines}
     names = {network["name"] for network in networks}
     for row in chain(*tables.values()):
         row["ends"] = ends_of(row, networks)
@@ -193,36 +199,25 @@ def whose(path, networks):
 
 
 def pair_histograms(folder, networks):
-    """pairs.py's histograms.csv of a data set's folder -> (its label, {network: [histograms of a fold …]}).
+    """pairs.py's histograms.csv of a data set's folder -> (its label, {network: [counts (2, bins) …]}).
 
-    Histograms: [counts of positive and negative pairs (2, bins)], with those before training behind them
-    where train.py counted them. Nothing where there is no table.
+    Counts of positive and negative pairs, summed over the folds; behind them those before training, where
+    train.py counted them in every fold. Nothing where there is no table.
     """
-    path, histograms = folder / "histograms.csv", defaultdict(list)
+    path, counts, folds = folder / "histograms.csv", defaultdict(list), defaultdict(list)
     if not path.is_file():
-        return None, histograms
+        return None, folds
     rows = read_rows(path, "pairs.py --histograms", ["embeddings", "label", "bins", "positive", "negative"])
-    rows = [row for row in rows if row["bins"] == rows[0]["bins"] and row.get("split", "test") == "test"]
+    for row in rows:
+        if row["bins"] == rows[0]["bins"] and row.get("split", "test") == "test":
+            counts[Path(row["embeddings"]).parts[-3:-1]].append((row["positive"], row["negative"]))
     for network in networks:
         place, history = (network["slug"], network["folder"].name), network["history"]
-        parts = [[row for row in rows if Path(row["embeddings"]).parts[-3:-1] == place]]
-        if history and history.with_name("histograms.csv").is_file():
-            begun = read_rows(history.with_name("histograms.csv"), "train.py", ["epoch", "split", "positive"])
-            parts.append([row for row in begun if (row["epoch"], row["split"]) == (0, "test")])
-        if parts[0]:
-            histograms[network["name"]].append(
-                [np.array([(row["positive"], row["negative"]) for row in part]).T for part in parts if part])
-    return rows[0]["label"], histograms
-
-
-def row_properties(network):
-    """{property: str (n,)} of an emb.npy's rows: props.csv beside it, else labels.csv, else {}."""
-    paths = [network["folder"] / name for name in ("props.csv", "labels.csv")]
-    table = next((files.read_table(path) for path in paths if path.is_file()), {})
-    if table and len(next(iter(table.values()))) != len(network["emb"]["array"]):
-        raise ValueError(f"{network['folder']}: emb.npy and its props.csv or labels.csv differ in rows; all "
-                         "must list the same pictures in the same order")
-    return {name: np.array(table[name]) for name in table if name.lower() not in files.IDENTIFIERS}
+        if place in counts:
+            begun = counted_pairs(history).get(0) if history else None
+            parts = [np.array(counts[place]).T, *([] if begun is None else [begun])]
+            folds[network["name"]].append(parts)
+    return rows[0]["label"], {name: [sum(part) for part in zip(*parts)] for name, parts in folds.items()}
 
 
 def check_rows(results):
@@ -240,13 +235,18 @@ def check_rows(results):
                for network in results.networks for kind in ("emb", "maps") if network[kind]}
     for table, kind in ("nrprec", "emb"), ("compare", "maps"):
         for row in results.tables.get(table, []):
-            n = (row.get("n") or row.get("queries") or 0) + (row.get("left_out") or row.get("skipped") or 0)
+            n = counted(row)
             for end in row["ends"]:
                 here = lengths.get((*end, kind), n)
                 if n and here != n and row.get("nr_precision_se") is None:  # else a sample of the queries
                     raise ValueError(f"{results.folder / table}.csv counts {n:,.0f} pictures for {end[0]}, "
                                      f"its {kind}.npy has {here:,}: they do not belong together; run "
                                      f"{table}.py again")
+
+
+def counted(line):
+    """The pictures of a table's row: those that counted, and those left out."""
+    return sum(line.get(key) or 0 for key in ("n", "queries", "left_out", "skipped", "missing"))
 
 
 def tidy(results):
@@ -258,7 +258,7 @@ def tidy(results):
     means = list(fold_means(results, rows))
     groups = list(group_means(results, means))
     tests = [*type_tests(rows, means, "nr_precision"), *type_tests(rows, means, "pairs", TESTED),
-             *other_tests(results, means, groups)]
+             *order_test(groups)]
     return rows + means + groups + [base._replace(**facts) for facts in tests]
 
 
@@ -266,12 +266,7 @@ def table_facts(results):
     """What the tables say, as columns of Row."""
     order = list(results.types)
     for table, lines in results.tables.items():
-        if table == "pairs":  # of all classes of the test split, at one number of bins: 200, else the first
-            lines = [line for line in lines
-                     if line.get("split", "test") == "test" and line.get("repeat") is None]
-            bins = [line["bins"] for line in lines]
-            lines = [line for line in lines if line["bins"] == (200 if 200 in bins else bins[0])]
-        for line in lines:
+        for line in pair_lines(lines) if table == "pairs" else lines:
             ends = sorted(line["ends"], key=lambda end: (order.index(end[0]), end[1] or 0))
             names, folds, seeds = zip(*ends)
             folds = dict.fromkeys(fold for fold in folds if fold is not None)  # "0/1" of two folds
@@ -286,23 +281,51 @@ def table_facts(results):
                 yield {**facts, "measure": "nr_precision", "p": line.get("p_value"),
                        "p_holm": line.get("p_holm"),
                        **around(line["nr_precision"], line.get("nr_precision_se"))}
-            elif table == "masks":
+            elif table in MEAN_ERROR:
                 known = line["std"] is not None and (line["n"] or 0) > 1
-                yield {**facts, "measure": "masks", "key": line["measure"], "value": line["mean"],
+                yield {**facts, "measure": table, "key": line["measure"], "value": line["mean"],
                        "spread": line["std"] / math.sqrt(line["n"] - 1) if known else None,
                        "low": line["low"], "high": line["high"]}
             elif table == "sanity":
                 yield {**facts, "measure": "sanity", "key": f"{line['layers']:.0f} of {line['of']:.0f}",
                        "value": line["correlation"], "spread": line["correlation_std"]}
+            elif table == "values":
+                yield {**facts, "measure": "values", "key": f"{line['property']} = {line['value']}",
+                       "n": line["queries"], "p_holm": line.get("p_holm"),
+                       **around(line["nr_precision"], line.get("nr_precision_se"))}
             elif table == "pairs":
+                measure = "pairs" if line.get("subset") is None else "classes"
                 for key in SCORES:
-                    yield {**facts, "measure": "pairs", "key": key, "value": line.get(key),
-                           "note": f"{line['bins']:.0f} bins"}
+                    yield {**facts, "measure": measure, "key": key, "value": line.get(key),
+                           "epoch": line.get("subset"), "note": f"{line['bins']:.0f} bins"}
             else:
                 for measure in TABLES[table][2]:
                     yield {**facts, "other": names[1], "measure": measure, "value": line.get(measure),
                            "spread": line.get(f"{measure}_std"), "low": line.get(f"{measure}_low"),
                            "high": line.get(f"{measure}_high")}
+
+
+def pair_lines(lines):
+    """Lines of pairs.csv: of all classes of the test split, at one number of bins (200, else the first), then
+    means over the random subsets of so many classes ("subset"), in which JSD is above its null."""
+    lines = [line for line in lines if line.get("split", "test") == "test"]
+    bins = [line["bins"] for line in lines]
+    lines = [line for line in lines if line["bins"] == (200 if 200 in bins else bins[0])]
+    subsets = defaultdict(list)
+    for line in lines:
+        if line.get("repeat") is None:
+            yield line
+        if line.get("classes"):
+            subsets[line["embeddings"], int(line["classes"])].append(line)
+    for (_, number), several in subsets.items():
+        means = {}
+        for key in ("recall_at_1", "map_at_r", "jsd"):
+            scores = [line[key] for line in several if line.get(key) is not None]
+            means[key] = float(np.mean(scores)) if scores else None
+        nulls = [line["jsd_null"] for line in several if line.get("jsd_null") is not None]
+        if means["jsd"] is not None and nulls:
+            means["jsd"] -= float(np.mean(nulls))
+        yield {"ends": several[0]["ends"], "bins": several[0]["bins"], "subset": number, **means}
 
 
 def training_facts(results):
@@ -312,14 +335,38 @@ def training_facts(results):
         facts = {"measure": "training", "network": network["name"], "type": network["type"],
                  "fold": network["fold"], "seed": network["seed"],
                  "split": split.get("kind") if isinstance(split, dict) else split}
-        lines = read_rows(network["history"], "train.py", ["epoch", "split", *CURVES[3:]])
+        lines = read_rows(network["history"], "train.py", ["epoch", "split", *SCORES[:3]])
         lines = [line for line in lines if line["epoch"] is not None]
         best = max((line["epoch"] for line in lines if line["split"] == "test"), default=0)
-        for line, key in product(lines, CURVES):
+        counts = counted_pairs(network["history"])
+        for line in lines:
             part, epoch = line["split"], int(line["epoch"])
+            if part == "test" and epoch in counts:
+                line["negative_std"] = spread(counts[epoch][1])
+            if line.get("jsd_null") is not None and line["jsd"] is not None:
+                line["jsd_above"] = line["jsd"] - line["jsd_null"]
             if part != "test" or epoch in (0, best):
                 epoch = "best" if part == "test" and epoch else epoch
-                yield {**facts, "key": key, "part": part, "epoch": epoch, "value": line.get(key)}
+                for key in CURVES:
+                    yield {**facts, "key": key, "part": part, "epoch": epoch, "value": line.get(key)}
+
+
+def counted_pairs(history):
+    """{epoch: counts of positive and negative pairs of the test part (2, bins)} of train.py's histograms.csv
+    beside a history; {} without one."""
+    path, counts = history.with_name("histograms.csv"), defaultdict(list)
+    if path.is_file():
+        for row in read_rows(path, "train.py", ["epoch", "split", "positive", "negative"]):
+            if row["split"] == "test":
+                counts[int(row["epoch"])].append((row["positive"], row["negative"]))
+    return {epoch: np.array(rows).T for epoch, rows in counts.items()}
+
+
+def spread(counts):
+    """The standard deviation of a histogram (bins,) over [-1, 1]."""
+    centres = (np.arange(len(counts)) + 0.5) * 2 / len(counts) - 1
+    mean = np.average(centres, weights=counts)
+    return float(np.sqrt(np.average((centres - mean)**2, weights=counts)))
 
 
 def around(value, error):
@@ -346,10 +393,12 @@ def mean_row(rows, over, **changes):
     low, high = float(values.min()), float(values.max())
     if over == "networks" or over == "folds" and first.measure not in POOLED:
         spread = float(values.std(ddof=1)) if n > 1 else None
-    if first.measure == "masks":  # standard errors: the networks of a fold share their pictures
+    if first.measure in MEAN_ERROR:  # standard errors: the networks of a fold share their pictures
         spread = float(np.linalg.norm(spreads) / n if over == "folds" else spreads.mean())
         spread = None if None in [row.spread for row in rows] else spread
         value, low, high = around(value, spread).values()
+        if (over, n, first.measure) == ("folds", 1, "faithfulness"):
+            low, high = first.low, first.high  # Student's, as saliency.py has it
     elif over == "networks":
         half = float(stats.t.ppf(0.975, n - 1) * spread / math.sqrt(n)) if n > 1 else None
         low, high = (value - half, value + half) if n > 1 else (None, None)
@@ -376,7 +425,13 @@ def fold_means(results, rows):
     for folds in groups.values():
         parts = [mean_row(list(seeds.values()), "folds") for seeds in folds.values()]
         mean = mean_row(parts, "folds", fold="mean", seed=None)
-        if mean.measure == "nr_precision":  # above chance in every fold; p_holm is two-sided
+        seeds = defaultdict(list)
+        for row in chain(*map(dict.values, folds.values())) if mean.measure == "training" else ():
+            seeds[row.seed].append(row.value)
+        if len(seeds) > 1:  # Oi et al., Table 1: Student's interval over the seeds
+            over = conclusions.mean_of(map(np.mean, seeds.values()))
+            mean = mean._replace(low=over.low, high=over.high, n=over.n, note="seeds")
+        if mean.measure in ("nr_precision", "values"):  # above chance in every fold; p_holm is two-sided
             above = mean.p_holm < SIGNIFICANCE and mean.value > 0 if tested else mean.value > MARK
             mean = mean._replace(mark="*" if above else "", note="tested" if tested else "published mark")
         yield mean
@@ -403,39 +458,6 @@ def group_means(results, means):
 # ---------------------------------------------------------------- tests
 
 
-def mann_whitney(x, y):
-    """Two-sided Mann-Whitney U test of two or more values each -> (U, p).
-
-    U counts the pairs with x above y, ties a half. p: the share of ways to choose len(x) of all values with
-    |U − mean| at least as large as observed; of all ways, or of MOST random ones where there are more.
-    """
-    ranks, n = stats.rankdata([*x, *y]), len(x)
-    mean = n * (len(ranks) + 1) / 2  # of the sum of x's ranks, which is U + n (n + 1) / 2
-
-    def away(chosen, rest, axis):
-        return np.abs(chosen.sum(axis=axis) - mean)
-
-    test = stats.permutation_test((ranks[:n], ranks[n:]), away, permutation_type="independent",
-                                  alternative="greater", n_resamples=MOST, rng=np.random.default_rng(0))
-    return float(ranks[:n].sum() - n * (n + 1) / 2), float(test.pvalue)
-
-
-def released_p(x, y):
-    """The p-value of the first paper's code: half the two-sided one of the normal approximation, the default
-    of its SciPy (below 1.7), with corrections for continuity and ties. 0.5 where all values are equal."""
-    if len({*x, *y}) == 1:
-        return 0.5
-    return float(stats.mannwhitneyu(x, y, alternative="two-sided", method="asymptotic").pvalue / 2)
-
-
-def holm(p):
-    """Holm's correction of the p-values p."""
-    p, k = np.asarray(p, float), len(p)
-    order, adjusted = np.argsort(p), np.empty(k)
-    adjusted[order] = np.minimum(1, np.maximum.accumulate((k - np.arange(k)) * p[order]))
-    return adjusted
-
-
 def type_tests(rows, means, measure, keys=None):
     """Ranking against classification losses of each key, Holm-corrected over them, as columns of Row.
 
@@ -452,67 +474,32 @@ def type_tests(rows, means, measure, keys=None):
             pooled = values[key, "ranking", False], values[key, "classification", False]
             facts = {"measure": measure, "key": key, "network": "ranking", "other": "classification"}
             (u, p), ways = mann_whitney(x, y), math.comb(len(x + y), len(x))
-            note = "exact" if ways <= MOST else f"{MOST:,} random ways"
+            note = "exact" if ways <= conclusions.MOST else f"{conclusions.MOST:,} random ways"
             tests.append({**facts, "level": "test", "value": 2 * u / (len(x) * len(y)) - 1, "p": p,
                           "n": len(x + y), "low": 2 / ways, "note": note})
             note = f"{len(pooled[0])} against {len(pooled[1])} fold values"
             released.append({**facts, "level": "released", "value": float(np.mean(x) - np.mean(y)),
                              "p": released_p(*pooled), "note": note})
     for test, p in zip(tests, holm([test["p"] for test in tests])):
-        test["p_holm"] = float(p)
+        test |= {"p_holm": float(p), "low": min(1.0, len(tests) * test["low"])}
     for test in tests + released:
         shown = test["p_holm"] < LEVEL if test["level"] == "test" else test["p"] < SIGNIFICANCE
         test["mark"] = ("ranking" if test["value"] > 0 else "classification") if shown else ""
     return tests + released
 
 
-def other_tests(results, means, groups):
-    """The properties' order against the paper's; whether maps of one type, of one distance, agree more."""
+def order_test(groups):
+    """The properties' order against the paper's."""
     ours = {row.key: row.value for row in groups if (row.measure, row.level) == ("nr_precision", "all")}
     losses = [row for name, row in published_nrprec().items() if not name.endswith(("None", " Mean"))]
     shared = [key for key in ours if losses and key in losses[0]]
     theirs = {key: np.mean([row[key] for row in losses if row[key] is not None]) for key in shared}
     if len(shared) > 2 and len({ours[key] for key in shared}) > 1:  # Spearman's rank correlation
-        method = stats.PermutationMethod(n_resamples=PERMUTATIONS, rng=np.random.default_rng(0))
+        method = stats.PermutationMethod(n_resamples=conclusions.PERMUTATIONS, rng=np.random.default_rng(0))
         test = stats.pearsonr(*(stats.rankdata([side[key] for key in shared]) for side in (ours, theirs)),
                               method=method)
         yield {"measure": "order", "level": "test", "value": float(test.statistic), "p": float(test.pvalue),
                "n": len(shared)}
-    z = {(row.network, row.other): np.arctanh(np.clip(row.value, -CLIP, CLIP)) for row in means
-         if row.measure == "correlation" and row.network != row.other}
-    kinds = {name: kind for name, kind in results.types.items() if any(name in pair for pair in z)}
-    types = {name: kind for name, kind in kinds.items() if kind in TYPES[:2]}
-    distances = {name: results.distances[name] for name in kinds
-                 if kinds[name] != "none" and results.distances[name]}
-    for measure, group_of in ("same type", types), ("same distance", distances):
-        facts = same_group({pair: z[pair] for pair in z if {*pair} <= {*group_of}}, group_of)
-        if facts:
-            yield {"measure": measure, "level": "test", **facts}
-
-
-def same_group(z, group_of):
-    """Do two losses of one group agree more than two of different groups? Columns of Row; {}: none can tell.
-
-    z: {(network, network): Fisher's z}. The groups are permuted over the networks: pairs are not independent.
-    """
-    names, values = list(group_of), np.array(list(z.values()))
-    a, b = np.array([[names.index(name) for name in pair] for pair in z], int).reshape(-1, 2).T
-    codes = np.unique(list(group_of.values()), return_inverse=True)[1]
-
-    def means(codes):
-        same = codes[..., a] == codes[..., b]
-        return [(values * chosen).sum(-1) / np.maximum(1, chosen.sum(-1)) for chosen in (same, ~same)]
-
-    def difference(codes, axis):
-        return np.abs(np.subtract(*means(codes)))
-
-    if len(names) < 3 or len(np.unique(codes[a] == codes[b])) < 2:
-        return {}
-    test = stats.permutation_test((codes,), difference, permutation_type="pairings", alternative="greater",
-                                  n_resamples=PERMUTATIONS, rng=np.random.default_rng(0))
-    within, between = np.tanh(means(codes))
-    return {"value": float(within - between), "p": float(test.pvalue), "n": len(names),
-            "note": f"{within:.3f} against {between:.3f}"}
 
 
 # ---------------------------------------------------------------- the papers' numbers
@@ -543,14 +530,18 @@ def published_nrprec():
             for row, loss in enumerate(losses)}
 
 
-def published():
-    """The papers' numbers as [Results]: cars (Table 6), sop (2), cars196, cub200 (3, 4 and Oi et al., 1)."""
+def published(middle=0.0):
+    """The papers' numbers as [Results]: cars (Table 6), sop (2), cars196, cub200 (3, 4 and Oi et al., 1).
+
+    middle: added to per cents, which the first paper truncated: 0.5 for the middle of what they may be.
+    """
     sop, groups, scores = (zip(*read_published(name).values()) for name in (
         "kobs_table2_sop_correlation", "kobs_tables3_4_grouped_correlation", "oi_table1_split"))
     base = Row(None, None, level="network", fold="mean", mark="", note="")
     types = {row["name"]: row["type"] for row in files.losses()}
     types = {name: types[name] for name in folders.in_order(types)}
-    everything = {name: Results(name, None, [], {}, types, {}, {})
+    distances = {row["name"]: row["distance"] for row in files.losses()}
+    everything = {name: Results(name, None, [], {}, types, distances, {})
                   for name in ("cars", "sop", "cars196", "cub200")}
     for loss, values in published_nrprec().items():
         kind = loss.lower().partition(" mean")[0]
@@ -561,14 +552,14 @@ def published():
             row._replace(key=key, value=value, mark="*" if value > MARK and row.fold else "")
             for key, value in values.items() if value is not None]
     everything["sop"].rows = [base._replace(
-        measure="correlation", network=a, other=b, value=float(mean) / 100, spread=float(std) / 100)
-        for a, b, mean, std in sop]
+        measure="correlation", network=a, other=b, value=(float(mean) + middle) / 100,
+        spread=float(std) / 100) for a, b, mean, std in sop]
     everything["sop"].rows += group_means(everything["sop"], everything["sop"].rows)
     for name, *kinds, mean, std in groups:
         a, b = sorted(kinds)
         everything[name].rows.append(base._replace(
-            measure="correlation", level="type", network=a, other=b, fold=None, value=float(mean) / 100,
-            spread=float(std) / 100))
+            measure="correlation", level="type", network=a, other=b, fold=None,
+            value=(float(mean) + middle) / 100, spread=float(std) / 100))
     for name, split, *values in scores:
         everything[name].rows += [base._replace(
             measure="training", key=key, network="Normalized Softmax", split=split, part="test", epoch="best",
@@ -576,14 +567,55 @@ def published():
     return list(everything.values())
 
 
-def difference(ours, theirs):
-    """Results of what both have, ours − theirs: of one data set, of NR-Prec of any."""
-    def fact(row):
-        return (row.measure, row.key, row.level, row.network, row.other, row.fold, row.split, row.part,
-                row.epoch)
+# What a number's settings must be to be compared with the published one.
+PUBLISHED = {
+    "nr_precision": {"pictures": "100000", "distance": "euclidean", "normalised": "0", "null": "binomial",
+                     "max_neighbours": "1023", "ties": "index"},
+    "correlation": {"order": "released", "samples": "50", "fold": "0", "shared_noise": "False"},
+    "training": {"backbone": "inception_v3", "dimension": "64"}}
+TEST_PICTURES = {"cars196": 8131, "cub200": 5924, "sop": 60_502}
 
-    known = {fact(row): row.value for row in theirs.rows
-             if ours.name == theirs.name or row.measure == "nr_precision"}
-    rows = [row._replace(value=row.value - known[fact(row)], spread=None, low=None, high=None, n=None,
-                         p_holm=None, mark="", note="difference") for row in ours.rows if fact(row) in known]
-    return replace(ours, rows=rows, tables={})
+
+def difference(ours, theirs, measure):
+    """What both have of a measure, of one data set (NR-Prec: of any) -> (Results of ours − theirs,
+    [(setting, ours, theirs) …] that differ: where there are any, the differences say nothing).
+
+    Ours is cut as theirs was: per cents of correlations are truncated, other numbers rounded to their digits.
+    The paper's means of NR-Prec and ours of Table 2 have no difference: they are means of cut numbers.
+    """
+    def fact(row):
+        return row.key, row.level, row.network, row.other, row.fold, row.split, row.part, row.epoch
+
+    digits, per_cent = 3 if measure == "training" else 2, measure == "correlation"
+    known = {fact(row): row.value for row in theirs.rows if row.measure == measure
+             and (row.level == "network" or theirs.name in ("cars196", "cub200"))}
+    rows = []
+    for row in ours.rows if ours.name.split("@")[0] == theirs.name or measure == "nr_precision" else ():
+        if row.measure == measure and fact(row) in known:
+            value = math.trunc(100 * row.value + 1e-9) / 100 if per_cent else round(row.value, digits)
+            rows.append(row._replace(value=round(value - known[fact(row)], digits), spread=None, low=None,
+                                     high=None, n=None, p_holm=None, mark="", note="difference"))
+    wanted, made = dict(PUBLISHED[measure]), settings(ours, measure) if rows else {}
+    if per_cent:
+        wanted["pictures"] = str(TEST_PICTURES.get(theirs.name))
+    differ = [(name, made.get(name, "unknown"), one) for name, one in wanted.items() if made.get(name) != one]
+    return replace(ours, rows=rows, tables={}), differ
+
+
+def settings(results, measure):
+    """How a measure's numbers were made: {setting: its values, as text}."""
+    made = defaultdict(dict)  # {setting: {value: None}}
+    if measure == "nr_precision":
+        lines = [{"ties": "index", "normalised": "0", **line, "pictures": counted(line)}
+                 for line in results.tables["nrprec"]]
+    elif measure == "correlation":
+        lines = [{**line, "pictures": counted(line)} for line in results.tables["compare"]]
+        lines += [network["maps"]["options"] for network in results.networks if network["maps"]]
+        lines += [{"fold": row.fold} for row in results.select("correlation") if row.fold != "mean"]
+    else:
+        lines = [one["config"] for one in results.networks if one["name"] == "Normalized Softmax"]
+    for line, name in product(lines, ("pictures", *PUBLISHED[measure])):
+        if name in line:
+            value = line[name]
+            made[name][f"{value:.0f}" if isinstance(value, float) else str(value)] = None
+    return {name: ", ".join(values) for name, values in made.items()}

@@ -33,7 +33,7 @@ watch() {  # watch "what the step does" log: how long it runs and the newest lin
         line=$(tail -n 1 "$2" 2> /dev/null | tr '\r' '\n' | tail -n 1) || true
         if [ -t 1 ]; then
             printf '\r\033[?7l%2d/10  %4d s  %s · %s\033[K\033[?7h' "$number" "$seconds" "$line" "$1"
-        elif [ $((seconds % 30)) = 0 ]; then
+        elif [ $((seconds % 10)) = 0 ]; then
             printf 'analyse.sh: step %d, %d s: %s\n' "$number" "$seconds" "$line" >&2
         fi
     done

@@ -7,7 +7,8 @@ const announce = words => { $("#live").textContent = words; };
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
 
 // ---- light and dark: as the reader's system has it, until the button is pressed
-const page = document.documentElement, button = $("#theme"), system = matchMedia("(prefers-color-scheme: dark)");
+const page = document.documentElement, button = $("#theme");
+const system = matchMedia("(prefers-color-scheme: dark)");
 function setTheme(dark) {
   page.dataset.theme = dark ? "dark" : "light";
   button.textContent = dark ? "Light" : "Dark";
@@ -44,7 +45,8 @@ all("th[aria-sort] button").forEach(button => button.addEventListener("click", (
 function showTip(cell) {
   const row = cell.parentNode.cells[0].textContent;
   const column = cell.closest("table").tHead.rows[0].cells[cell.cellIndex];
-  const words = `${row} · ${column.textContent}: ${cell.textContent}`, {hint} = cell.dataset, tip = $("#tip");
+  const words = `${row} · ${column.textContent}: ${cell.textContent}`;
+  const {hint} = cell.dataset, tip = $("#tip");
   tip.textContent = hint ? `${words}\n${hint}` : words;
   all(".at").forEach(other => other.classList.remove("at"));
   column.classList.add("at");

@@ -57,7 +57,7 @@ COMMANDS = {  # arguments of a tiny run, what is copied besides dml_common/, wha
     "compare": (["maps0.npy", "maps1.npy", "--out", "o.csv"], [], "o.csv"),
     "train": (["--dataset", "p", "--model", "net:make", "--loss", "Triplet", "--fold", "0", "--epochs", "1",
                "--split", "pictures", "--batch", "8", "--models", "m", "--workers", "1"],
-              ["pairs.py", "models/losses.csv"], "m/trained/p/triplet/fold0/config.json"),
+              ["pairs.py", "models/losses.csv"], "m/trained/p@pictures/triplet/fold0/config.json"),
     "render_cars": (["--dry-run", "--frames", "0:3", "--out", "set"], [], "set/props.csv"),
     "tables": (["results/p", "--out", "t"], ["models/losses.csv", "templates"], "t/tables.json"),
     "figures": (["results/p", "--out", "f"], ["models/losses.csv"], "f/figures.json"),

@@ -199,7 +199,7 @@ def start(*arguments, slow=0.0, **options):
 
 
 def wait_for(condition):
-    for _ in range(1200):
+    for _ in range(6000):
         if condition():
             return
         time.sleep(0.05)
@@ -217,7 +217,7 @@ def test_three_at_once_one_killed_and_once_more(tmp_path, run):
     """The others take over what it held and leave what one process leaves; then all is done."""
     make_pictures(tmp_path / "p", 150)
     arguments = [*SEVEN, "--batch", 8]
-    processes = [start(*arguments, "--out", "a.npy", slow=0.1) for _ in range(3)]
+    processes = [start(*arguments, "--out", "a.npy", slow=0.5) for _ in range(3)]  # rows are marked all 2 s
     wait_for(lambda: marked("a.npy", 150))
     processes[0].kill()
     for process in processes:

@@ -22,7 +22,8 @@ import figures  # noqa: E402
 from dml_common import pictures, results  # noqa: E402
 
 NETWORKS = [(name, name.lower()) for name in ("Contrastive", "Triplet", "ArcFace", "CosFace", "None")]
-EVERYTHING = ["profile", "correlation", "jsd", "gallery", "gallery_2", "tsne", "samples", "pairs", "training"]
+EVERYTHING = ["profile", "values_1", "correlation", "jsd", "gallery", "gallery_2", "tsne", "samples", "pairs",
+              "training"]
 PROPERTIES = ["model", "rotation_z", "color_hue", "camera_loc_z"]
 LUMINANCE = [0.2126, 0.7152, 0.0722]
 
@@ -56,8 +57,8 @@ def make_results(folder, networks=NETWORKS, folds=2, n=24):
                 "pictures": same}))
         if slug != "none":
             write_rows(folder / f"models/trained/cars/{slug}/fold{fold}/history.csv",
-                       "epoch,split,loss,positive_mean,negative_mean,jsd,recall_at_1,map_at_r", [
-                           [epoch, part, 2 - epoch / 4, .3 + epoch / 20, .2, .1 + epoch / 10, .5, .2]
+                       "epoch,split,loss,positive_mean,negative_mean,jsd,recall_at_1,map_at_r,jsd_null", [
+                           [epoch, part, 2 - epoch / 4, .3 + epoch / 20, .2, .1 + epoch / 10, .5, .2, .05]
                            for epoch in (0, 1, 2) for part in ("train", "validation", "test")])
     make_tables(folder / "results/cars", networks, folds, n // folds)
     return folder
@@ -65,16 +66,20 @@ def make_results(folder, networks=NETWORKS, folds=2, n=24):
 
 def make_tables(place, networks, folds, n):
     arrays = [f"results/cars/{slug}/fold{fold}/emb.npy" for _, slug in networks for fold in range(folds)]
-    header = "embeddings,property,queries,distance,null,r_precision,nr_precision,p_holm"
-    write_rows(place / "nrprec.csv", header, [
-        [array, key, n, "euclidean", "binomial", .5, 10 / (k + 1) + i / 10, .001 if k < 2 else .5]
-        for i, array in enumerate(arrays) for k, key in enumerate(PROPERTIES)])
+    header, rows = "embeddings,property,value,queries,distance,null,r_precision,nr_precision,p_holm", []
+    for (i, array), (k, key) in itertools.product(enumerate(arrays), enumerate(PROPERTIES)):
+        values = ["", "suv", "van", "coupe"] if key == "model" else [""]  # behind the whole property
+        rows += [[array, key, value, n // len(values), "euclidean", "binomial", .5, 10 / (k + 1) + i / 10,
+                  .001 if k < 2 else .5] for value in values]
+        rows[-len(values)][3] = n
+    write_rows(place / "nrprec.csv", header, rows)
     header = "model_a,fold_a,model_b,fold_b,n,left_out,correlation,correlation_std,jsd,ceiling"
     write_rows(place / "compare.csv", header, [
         [a, fold, b, fold, 8, 0, .4 + i / 50, .1, .6 - i / 50, .8]
         for fold in range(folds) for i, (a, _) in enumerate(networks) for b, _ in networks[:i]])
     header = "embeddings,label,n,positive_mean,negative_mean,jsd,bins,r_precision,map_at_r"
-    write_rows(place / "pairs.csv", header, [[array, "model", n, .5, 0, .3, 20, .5, .5] for array in arrays])
+    rows = [[array, "model", n, .5, 0, .3, 20, .5, .5, .1] for array in arrays]
+    write_rows(place / "pairs.csv", f"{header},jsd_null", rows)
     write_rows(place / "histograms.csv", "embeddings,label,bins,positive,negative", [
         [array, "model", 20, b // 5, 20 - b] for array in arrays for b in range(20)])
 
@@ -184,7 +189,7 @@ def test_pairs_are_drawn_as_counted_and_of_area_1(counted):
 
 
 def test_class_curves_by_hand():
-    curves = [("net", {"JSD": [[.8, .6], [.35, .35]], "JSD, labels permuted": [[.2], [.1]]})]
+    curves = [("net", {"JSD": ([.7, .35], [.1, 0]), "JSD, labels permuted": ([.2, .1], [0, 0])})]
     left, right = figures.draw_class_curves(curves, [2, 10]).axes
     assert left.lines[0].get_ydata() == pytest.approx([.7, .35]) and segments(left)[0] == [2, 2]
     assert left.collections[0].get_segments()[0][:, 1] == pytest.approx([.6, .8])
@@ -315,6 +320,37 @@ def test_a_network_of_choice_and_a_part(made):
     assert pairs["name"] == "pairs_cars" and "fold1;" in pairs["caption"]
 
 
+def test_rows_of_properties_are_joined_by_name(small):
+    """Another order of props.csv's rows changes nothing."""
+    figures.main(options(small, "--only", "tsne"))
+    for path in small.glob("**/props.csv"):
+        header, *rows = path.read_text().splitlines()
+        path.write_text("\n".join([header, *rows[::-1]]) + "\n")
+    figures.main(options(small, "--only", "tsne", out="turned"))
+    assert (small / "out/tsne_cars.svg").read_bytes() == (small / "turned/tsne_cars.svg").read_bytes()
+
+
+def test_values_and_jsd_above_its_null_are_drawn(small, monkeypatch):
+    drawn = {}
+    for name in "draw_profile", "draw_training", "draw_pair_histograms":
+        original = getattr(figures, name)
+        monkeypatch.setattr(figures, name, lambda *given, original=original, name=name, **more: (
+            drawn.setdefault(name, []).append(given[0]), original(*given, **more))[1])
+    one, = results.read_all(small / "results", small / "models")
+    args = SimpleNamespace(network=None)
+    titles = [facts["what"] for _, facts, _ in figures.make_profile(one, None, args)]
+    assert titles == ["Which properties", "Which values of model"]
+    whole, values = drawn["draw_profile"]
+    assert {row.key for row in whole} == {*PROPERTIES}
+    assert {row.key for row in values} == {"model = suv", "model = van", "model = coupe"}
+    list(figures.make_training(one, None, args))
+    rows = [row for row in drawn["draw_training"][0] if row.key.startswith("jsd") and row.part == "train"]
+    assert {row.key for row in rows} == {"jsd_above"} and rows[0].value == pytest.approx(.05)
+    (_, _, fig), = figures.make_pairs(one, None, args)
+    assert [ax.get_title() for ax in fig.axes][1] == (
+        "JSD 0.300 (null 0.100) in 20 bins\nmeans 0.500, 0.000")
+
+
 def test_names_with_special_letters(tmp_path, capsys):
     names = [("$x_1$ & <b>", "dollar"), ("_under_", "under"), ("\\frac{1}{2}--", "frac")]
     folder = make_results(tmp_path, names, folds=1, n=12)
@@ -336,7 +372,7 @@ def test_what_is_missing_is_left_out_and_listed(small, capsys):
     figures.main([str(small / "results"), "--out", str(small / "out"), "--models", str(small)])
     drawn, missing = listed(small)
     assert [gap["figure"] for gap in missing] == ["", "correlation", "jsd", "gallery", "samples", "training"]
-    assert list(drawn) == ["profile_cars", "tsne_cars", "pairs_cars"]
+    assert list(drawn) == ["profile_cars", "values_1_cars", "tsne_cars", "pairs_cars"]
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 6
     assert "half-finished" in lines[0] and "compare.csv" in lines[1] and "--dataset" in lines[3]
@@ -357,9 +393,9 @@ def test_histograms_before_training_come_from_the_training(small):
     write_rows(home / "histograms.csv", "epoch,split,positive,negative", rows)
     one, = results.read_all(small / "results", small / "models")
     label, histograms = results.pair_histograms(one.folder, one.networks)
-    (after, before), = histograms["Contrastive"]
+    after, before = histograms["Contrastive"]
     assert label == "model" and before.tolist() == [[1, 0, 2, 7], [3, 3, 3, 3]]
-    assert after[0].sum() == 30 and len(histograms["Triplet"][0]) == 1
+    assert after[0].sum() == 30 and len(histograms["Triplet"]) == 1
     figures.main(options(small, "--only", "pairs"))
 
 

@@ -1,7 +1,14 @@
 """The kernel's counts and lists equal float64 brute force, with ties in expectation and by index: for every
 distance, cardinality, kind of input, block, thread count and instruction set."""
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,6 +17,7 @@ import nrprec
 _knn = nrprec._knn
 if _knn is None:
     pytest.skip("this version's extension is not built: pip install .", allow_module_level=True)
+ISAS = _knn.ISAS                                 # every path that this processor has
 
 
 def brute_force_distances(x, distance):
@@ -30,18 +38,13 @@ def brute_force_distances(x, distance):
     return np.array(rows)
 
 
-def brute_force_lists(d):
-    """Of every row the others in order, nearest first, ties by index."""
-    lists = [np.lexsort((np.arange(len(d)), row)) for row in d]
-    return [order[order != q] for q, order in enumerate(lists)]
-
-
 def brute_force_hits(d, labels, max_neighbours=None, by_index=False):
     """(4, k, n): sure hits, candidates tied at a cut that divides them, hits among these, places left."""
     hits, others = np.zeros((4, len(labels), len(d)), int), ~np.eye(len(d), dtype=bool)
-    lists = brute_force_lists(d)
+    lists = [np.lexsort((np.arange(len(d)), row)) for row in d]                # nearest first, ties by index
     for k, label in enumerate(labels):
         for q, order in enumerate(lists):
+            order = order[order != q]
             same = (label == label[q]) & others[q]
             depth = min(same.sum(), max_neighbours or len(d))
             if not depth:
@@ -56,18 +59,18 @@ def brute_force_hits(d, labels, max_neighbours=None, by_index=False):
     return hits
 
 
-def kernel_hits(x, labels, distance, max_neighbours=None, threads=1, memory_mib=64, avx512=None, by_index=0):
-    space = nrprec.prepare(np.ascontiguousarray(x, np.float32), distance)
-    columns = nrprec.make_columns(labels, max_neighbours)
-    hits = np.full((4, len(labels), len(x)), -1, np.int32)
-    before = _knn.AVX512
+def kernel_hits(x, labels, distance, max_neighbours=None, threads=1, memory_mib=64, isa=None, by_index=0,
+                **options):
+    space, columns = nrprec.prepare(x, distance, **options), nrprec.make_columns(labels, max_neighbours)
+    hits = np.full((4, len(labels), len(space.rows)), -1, np.int32)
+    before = _knn.ISA
     try:
-        _knn.AVX512 = before if avx512 is None else avx512 and before
-        queries = np.arange(len(x))
+        _knn.use(isa or before)
+        queries = np.arange(len(space.rows))
         for part, block in nrprec.count_blocks(space, columns, queries, threads, memory_mib, by_index):
             hits[..., part] = block
     finally:
-        _knn.AVX512 = before
+        _knn.use(before)
     return hits
 
 
@@ -107,15 +110,56 @@ def test_counts_equal_brute_force(kind, distance):
         for by_index in (False, True):
             twin = nrprec.count_hits_numpy(space, columns, np.arange(n), by_index)
             np.testing.assert_array_equal(twin, brute_force_hits(d, labels, by_index=by_index))
-            for avx512 in (True, False):
-                ours = kernel_hits(x, labels, distance, avx512=avx512, by_index=by_index)
+            for isa in ISAS:
+                ours = kernel_hits(x, labels, distance, isa=isa, by_index=by_index)
                 np.testing.assert_array_equal(ours, twin)
             np.testing.assert_array_equal(kernel_hits(x, labels, distance, 5, by_index=by_index),
                                           brute_force_hits(d, labels, 5, by_index))
-        for depth in {1, n // 2, n - 1} - {0}:
-            indices, distances = nrprec.nearest(x, depth, distance=distance, threads=2)
-            np.testing.assert_array_equal(indices, [order[:depth] for order in brute_force_lists(d)])
-            assert (np.diff(distances, axis=1) >= 0).all()
+
+
+@pytest.mark.parametrize("distance", nrprec.DISTANCES)
+@pytest.mark.parametrize("dtype", (np.float16, np.float32, np.float64))
+def test_rows_of_a_file_as_they_lie_there(dtype, distance, tmp_path):
+    """Half, single or double precision, some of the rows, of length 1: as the float32 rows made of them."""
+    rng = np.random.default_rng(9)
+    x = np.round(rng.standard_normal((180, 5)) * 8).astype(dtype) + dtype(0.25 + 1e-9)       # rounded off
+    x[:20] *= dtype(2.0 ** -20)                                                # half's denormal numbers
+    rows, labels = np.flatnonzero(rng.random(180) < 0.7), [rng.integers(0, v, 180) for v in (2, 30)]
+    np.save(tmp_path / "x.npy", x)
+    mapped, some = np.load(tmp_path / "x.npy", mmap_mode="r"), [label[rows] for label in labels]
+    made = x[rows].astype(np.float32)
+    unit = made.astype(np.float64) / np.sqrt((made.astype(np.float64) ** 2).sum(1, keepdims=True))
+    for expected, normalise in ((made, False), (unit.astype(np.float32), True)):
+        hits = brute_force_hits(brute_force_distances(expected, distance), some)
+        ours = kernel_hits(mapped, some, distance, rows=rows, normalise=normalise)
+        np.testing.assert_array_equal(ours, hits)
+
+
+@pytest.mark.parametrize("kind", ("normal", "integers", "signs", "identical"))
+def test_permuted_columns(kind):
+    """Copies of the columns under permutations count as columns of their own do: with planes for all values,
+    with rare ones and with more than 16 frequent ones, tied and not; in groups of queries and row by row."""
+    rng = np.random.default_rng(12)
+    n = 333
+    x = embeddings_of(kind, n, 5, rng)
+    for cards in ((2, 3, 10), (2, 60), (20, 3)):
+        labels = [rng.integers(0, v, n) for v in cards]
+        space, columns = nrprec.prepare(x, "euclidean"), nrprec.make_columns(labels)
+        drawn = [np.arange(n)] + [rng.permutation(n) for _ in range(6)]
+        loose = nrprec.make_columns([label[p] for p in drawn for label in labels])
+        expected = nrprec.count_hits_numpy(space, loose, np.arange(n))
+        for isa in ISAS:
+            before = _knn.ISA
+            try:
+                _knn.use(isa)
+                batch = nrprec.permute_columns(columns, drawn)
+                np.testing.assert_array_equal(nrprec.values_of(batch, np.arange(n)).shape, loose.values.shape)
+                for threads in (1, 2):
+                    for part, hits in nrprec.count_blocks(space, batch, np.arange(n), threads, 64):
+                        np.testing.assert_array_equal(hits, expected[..., part])
+            finally:
+                _knn.use(before)
+        np.testing.assert_array_equal(nrprec.count_hits_numpy(space, batch, np.arange(n)), expected)
 
 
 def test_many_candidates_and_a_class_column():
@@ -128,13 +172,14 @@ def test_many_candidates_and_a_class_column():
     queries = np.sort(rng.choice(n, 40, replace=False))
     space, columns = nrprec.prepare(x, "euclidean"), nrprec.make_columns(labels)
     expected = nrprec.count_hits_numpy(space, columns, queries)
-    for avx512 in (False, True):
-        before, _knn.AVX512 = _knn.AVX512, avx512 and _knn.AVX512
+    for isa in ISAS:
+        before = _knn.ISA
         try:
+            _knn.use(isa)
             for part, hits in nrprec.count_blocks(space, columns, queries, 2, 64):
                 np.testing.assert_array_equal(hits, expected[..., part])
         finally:
-            _knn.AVX512 = before
+            _knn.use(before)
 
 
 def test_a_sample_that_misleads():
@@ -167,16 +212,9 @@ def test_kernel_threads_of_its_own():
     rng = np.random.default_rng(7)
     x = rng.standard_normal((300, 5)).astype(np.float32)
     space, columns = nrprec.prepare(x, "euclidean"), nrprec.make_columns([rng.integers(0, 7, 300)])
-    q = np.arange(300)
-    products = np.ascontiguousarray(space.working.T) @ space.working
-    results = []
-    for threads in (1, 3):
-        hits = np.zeros((4, 1, 300), np.int32)
-        _knn.count_hits(products, q, space.bounds, x, space.aux, space.offset, 0, columns.codes,
-                        nrprec.bit_planes(columns.codes), columns.members,
-                        columns.member_row, columns.values, columns.entry_code, columns.entry_rank,
-                        columns.entry_start, columns.entry_count, columns.ranks, hits, False, threads)
-        results.append(hits)
+    products, planes = np.ascontiguousarray(space.working.T) @ space.working, nrprec.bit_planes(columns)
+    results = [nrprec.count_hits(space, columns, planes, np.arange(300), products, threads=threads)
+               for threads in (1, 3)]
     np.testing.assert_array_equal(*results)
 
 
@@ -191,11 +229,9 @@ def test_products_may_be_as_wrong_as_their_bound():
     expected = nrprec.count_hits_numpy(space, columns, q)
     for _ in range(5):
         noise = rng.choice([-0.9, 0.0, 0.9], exact.shape) * space.bounds[:, None]
-        products, hits = (exact + noise).astype(np.float32), np.zeros_like(expected)
-        _knn.count_hits(products, q, space.bounds, x, space.aux, space.offset, 0, columns.codes,
-                        nrprec.bit_planes(columns.codes), columns.members,
-                        columns.member_row, columns.values, columns.entry_code, columns.entry_rank,
-                        columns.entry_start, columns.entry_count, columns.ranks, hits, False, 2)
+        products = (exact + noise).astype(np.float32)
+        hits = nrprec.count_hits(space, columns, nrprec.bit_planes(columns), np.arange(400), products,
+                                 threads=2)
         np.testing.assert_array_equal(hits, expected)
 
 
@@ -213,5 +249,28 @@ def test_any_small_input(data):
     except ValueError:
         return
     twin = nrprec.count_hits_numpy(space, nrprec.make_columns(labels), np.arange(n))
-    np.testing.assert_array_equal(kernel_hits(x, labels, distance), twin)
-    np.testing.assert_array_equal(kernel_hits(x, labels, distance, avx512=False), twin)
+    for isa in ISAS:
+        np.testing.assert_array_equal(kernel_hits(x, labels, distance, isa=isa), twin)
+
+
+def test_what_the_processor_lacks_is_refused(tmp_path, run_script):
+    """KNN_ISA is read once; an unknown one ends the command that would use it."""
+    np.save(tmp_path / "emb.npy", np.eye(4, dtype=np.float32))
+    (tmp_path / "props.csv").write_text("class\nr\nr\nb\nb\n")
+    for script in ("nrprec.py", "pairs.py"):
+        result = run_script(script, tmp_path / "emb.npy", tmp_path / "props.csv",
+                            "--out", tmp_path / "out.csv", env={**os.environ, "KNN_ISA": "neon"})
+        assert result.returncode == 2 and not (tmp_path / "out.csv").exists()
+        assert len(result.stderr.splitlines()) == 1 and result.stderr.endswith(
+            f"KNN_ISA is 'neon'; expected one of {', '.join(ISAS)}, which this processor has\n")
+
+
+def test_the_kernel_compiles_for_arm64(tmp_path):
+    """Warnings are errors. .ci/run installs the cross compiler where it may."""
+    compiler = shutil.which("aarch64-linux-gnu-gcc") or pytest.skip("there is no aarch64-linux-gnu-gcc here")
+    cython = [sys.executable, "-m", "cython", "-3", ROOT / "_knn.pyx", "-o", tmp_path / "_knn.c"]
+    subprocess.run(cython, check=True)
+    compile_it = [compiler, "-c", "-O3", "-ffp-contract=off", "-fopenmp", "-Wall", "-Wextra", "-Werror",
+                  "-Wno-unused-parameter", "-I", sysconfig.get_paths()["include"], tmp_path / "_knn.c",
+                  "-o", tmp_path / "_knn.o"]
+    subprocess.run(compile_it, check=True)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.spatial.distance import jensenshannon
 
+import nrprec
 import pairs
 from pairs import jensen_shannon, pair_scores
 
@@ -63,15 +64,15 @@ def rank(x, value, relevant, by_index=False):
     return pairs.rank_queries(pairs.normalise(x), value, relevant, 1, 1, by_index=by_index)
 
 
-@pytest.fixture(params=("kernel", "kernel without AVX-512", "numpy"))
+@pytest.fixture(params=("scalar", "avx2", "avx512", "numpy"))
 def each_counter(request, monkeypatch):
-    """The test runs with the kernel, with its plain loops, and with the NumPy twin."""
+    """The test runs with every path of the kernel that this processor has, and with the NumPy twin."""
     if request.param == "numpy":
         monkeypatch.setattr(pairs, "_knn", None)
-    elif pairs._knn is None:
-        pytest.skip("the extension is not built: pip install .")
-    elif request.param != "kernel":
-        monkeypatch.setattr(pairs._knn, "AVX512", False)
+    elif request.param not in getattr(pairs._knn, "ISAS", ()):
+        pytest.skip("the extension is not built (pip install .), or this processor lacks the instructions")
+    else:
+        monkeypatch.setattr(pairs._knn, "ISA", request.param)             # taken at the next call
 
 
 # ---------------------------------------------------------------- worked out by hand
@@ -283,12 +284,13 @@ def test_products_may_be_as_wrong_as_their_bound():
     for bound in (space.bound, 1e-4, 1e-3, 0.04):        # beyond the true one: many pairs beside edges
         products = (exact + rng.choice([-0.98, 0.0, 0.98], exact.shape) * (bound - 2e-7)).astype(np.float32)
         counts, bins = np.zeros_like(expected), np.array([200, 30])
-        knn.pair_histogram(products, 0, 0, ranges, value, position, x, space.norms, bound, bins, counts)
+        knn.pair_histogram(products, 0, 0, ranges, value, position, *space.source(), space.norms, bound, bins,
+                           counts)
         np.testing.assert_array_equal(counts, expected)
         for by_index in (0, 1):
             got = np.zeros((n, 7), np.int64), np.zeros(n)
-            knn.rank_hits(products, position, np.full(n, bound), x, space.norms, np.zeros(n, np.float32),
-                          value.astype(np.int32), relevant, 4, *got, by_index)
+            knn.rank_hits(products, position, np.full(n, bound), *space.source(), space.norms,
+                          np.zeros(n, np.float32), value.astype(np.int32), relevant, 4, *got, by_index)
             np.testing.assert_array_equal(got[0], ranked[by_index][0])
             np.testing.assert_array_equal(got[1], ranked[by_index][1])
 
@@ -305,18 +307,7 @@ def test_order_names_and_lengths_of_the_rows_do_not_matter():
         np.testing.assert_array_equal(other.histograms[200], one.histograms[200])
         assert other.recall == pytest.approx(one.recall, abs=1e-12) and other.jsd == one.jsd
         assert other[-4:-2] == pytest.approx(one[-4:-2], abs=1e-12) and other.tied == one.tied > 20
-        assert other[6:8] == pytest.approx(one[6:8])                          # means
-
-
-def test_several_numbers_of_bins_equal_each_alone():
-    x, labels = normal(5, 150, 3, 5)
-    x = np.round(x * 2) + np.float32(0.25)
-    together = pair_scores(x, labels, bins=(50, 100, 200, 400, 150, 3), permutations=2)
-    assert pairs.finest((50, 100, 200, 400, 150, 3)) == [3, 150, 400]
-    for bins in (50, 100, 200, 400, 150, 3):
-        alone = pair_scores(x, labels, bins=(bins,), permutations=2)
-        np.testing.assert_array_equal(alone.histograms[bins], together.histograms[bins])
-        assert alone.jsd_null[bins] == together.jsd_null[bins]
+        assert other[7:9] == pytest.approx(one[7:9])                          # means
 
 
 def test_jsd_null_falls_as_positives_grow():
@@ -410,18 +401,23 @@ def test_jsd_depends_less_on_the_number_of_classes_than_map_at_r():
     assert 0.85 < change[0] < 1.15 and change[1] < 0.6 and change[2] < 0.8
 
 
-def test_half_precision_and_integers_are_accepted():
-    x, labels = np.round(normal(11, 60, 4) * 3) + 1, np.arange(60) % 4
-    x[(x == 0).all(1)] = 1
-    one = repr(pair_scores(x, labels))
-    for dtype in (np.float16, np.float64, np.int16):
-        assert repr(pair_scores(x.astype(dtype), labels)) == one
+@pytest.mark.parametrize("dtype", (np.float16, np.float32, np.float64, np.int16))
+def test_pictures_without_a_label_are_in_no_pair(dtype, each_counter, tmp_path):
+    """As the rows that have one are alone, in whatever precision a file has them."""
+    x, labels = normal(14, 120, 5, 6)
+    x, lacking = np.round(x * 3).astype(dtype) + dtype(9), np.random.default_rng(15).random(120) < 0.3
+    np.save(tmp_path / "x.npy", x)
+    options = dict(intervals=True, seed=3)
+    alone = pair_scores(x[~lacking].astype(np.float32), labels[~lacking], **options)
+    for missing in (np.where(lacking, np.nan, labels), np.where(lacking, "", labels.astype(str))):
+        score = pair_scores(np.load(tmp_path / "x.npy", mmap_mode="r"), missing, **options)
+        assert score.missing == lacking.sum() and repr(score._replace(missing=0)) == repr(alone)
 
 
 @pytest.mark.parametrize("change, words", (
-    (dict(bins=(0,)), "bins is 0"), (dict(bins=(40_000,)), "at most 32,000"), (dict(bins=()), "is empty"),
-    (dict(recall=(0,)), "recall is 0"), (dict(permutations=-1), "permutations is -1"),
-    (dict(seed=-1), "seed is -1"), (dict(threads=0), "threads is 0"), (dict(labels=[0, 1, 1]), r"\(4,\)"),
+    (dict(bins=(0,)), "bins: 0"), (dict(bins=(40_000,)), "at most 32,000"), (dict(bins=()), "bins: none"),
+    (dict(recall=(0,)), "recall: 0"), (dict(permutations=-1), "permutations: -1"),
+    (dict(seed=-1), "seed: -1"), (dict(threads=0), "threads: 0"), (dict(labels=[0, 1, 1]), r"\(4,\)"),
     (dict(labels=[0, 1, 2, 3]), "all distinct"), (dict(labels=[1, 1, 1, 1]), "one class only"),
     (dict(embeddings=np.ones(4)), r"\(n, m\)"), (dict(embeddings=np.ones((4, 2)) * 1j), "complex"),
     (dict(embeddings=np.full((4, 2), np.nan)), "row 0"),
@@ -435,7 +431,7 @@ def test_arguments_out_of_range(change, words):
 
 GOOD = ("emb.npy", "emb.csv")
 HEADER = ("embeddings,label,n,positive_pairs,negative_pairs,positive_mean,negative_mean,jsd,jsd_null,bins,"
-          "recall_at_1,recall_at_2,recall_at_4,recall_at_8,r_precision,map_at_r,ties,tied").split(",")
+          "recall_at_1,recall_at_2,recall_at_4,recall_at_8,r_precision,map_at_r,ties,tied,missing").split(",")
 
 
 @pytest.fixture
@@ -461,7 +457,7 @@ def test_table_and_rows(files, run_script):
     row, = read_rows("pairs.csv")
     assert list(row) == HEADER and [row[key] for key in HEADER[:2]] == ["emb.npy", "class"]
     score = pair_scores(np.load("emb.npy"), np.arange(60) % 6)
-    assert row["ties"] == "expected" and [float(row[key]) for key in HEADER[2:-2]] == [
+    assert row["ties"] == "expected" and [float(row[key]) for key in HEADER[2:-3]] == [
         60, 270, 1500, score.positive_mean, score.negative_mean, score.jsd[200], score.jsd_null[200], 200,
         *score.recall.values(), score.r_precision, score.map_at_r]
     assert f"{score.jsd[200]:.4f}" in done.stdout and "MAP@R" in done.stdout
@@ -478,7 +474,7 @@ def test_every_option(files, run_script):
     assert done.returncode == 0, done.stderr
     rows = read_rows("o.csv")
     assert list(rows[0]) == (["split", "classes", "repeat"] + HEADER[:10]
-                             + ["recall_at_1", "recall_at_10", "r_precision", "map_at_r", "ties", "tied"])
+                             + ["recall_at_1", "recall_at_10", "r_precision", "map_at_r", *HEADER[-3:]])
     assert len(rows) == 3 * 2 * (1 + 2 * 3)                  # files × bins × (all, 2 numbers × 3 repeats)
     assert [r["split"] for r in rows[::14]] == ["test", "test", "train"]
     assert [r["classes"] for r in rows[:14:2]] == ["6", "2", "2", "2", "4", "4", "4"]
@@ -506,6 +502,18 @@ def test_a_figure_without_what_draws_it(files, refused, monkeypatch, hidden, wor
     assert words in refused(pairs.main, *GOOD, "--figure", "f.png")
 
 
+def test_missing_labels(files, run_script):
+    rows = [f"{i},{'abcd?'[i % 5]}\n" for i in range(60)]
+    Path("emb.csv").write_text("path,class\n" + "".join(rows))
+    done = run_script("pairs.py", *GOOD, "--missing", "?", "--classes", 2, "--out", "o.csv")
+    assert done.returncode == 0 and "12 of 60 pictures have no class: in no pair" in done.stderr
+    whole, *subsets = read_rows("o.csv")
+    here = np.arange(60) % 5 < 4
+    alone = pair_scores(np.load("emb.npy")[here], np.arange(60)[here] % 5)
+    assert (whole["n"], whole["missing"], float(whole["jsd"])) == ("48", "12", alone.jsd[200])
+    assert {row["n"] for row in subsets} == {"24"} and {row["missing"] for row in subsets} == {""}
+
+
 def test_lone_pictures_are_named(files, run_script):
     Path("emb.csv").write_text(Path("emb.csv").read_text().replace("0,a,0", "0,only,0", 1))
     done = run_script("pairs.py", "emb.npy", "emb.csv", "--permutations", 0, "--out", "o.csv")
@@ -529,19 +537,25 @@ def test_two_classes_have_no_jackknife(files, run_script):
     assert [r["low"] == "nan" for r in read_rows("i.csv")] == [False] * 6 + [True]
 
 
-def test_without_the_extension_it_says_so(files, monkeypatch, capsys):
-    pairs.main(["emb.npy", "emb.csv", "--intervals", "i.csv"])
-    table = capsys.readouterr().out
-    monkeypatch.setattr(pairs, "_knn", None)
-    pairs.main(["emb.npy", "emb.csv", "--intervals", "i.csv"])
-    captured = capsys.readouterr()
-    assert captured.out == table and "not built" in captured.err and captured.err.count("\n") == 1
+BOTH = pytest.mark.parametrize("script", (nrprec, pairs), ids=("nrprec.py", "pairs.py"))
 
 
-def test_help_teaches_and_torch_is_not_loaded(run_script):
-    done = run_script("pairs.py", "--help")
-    assert done.returncode == 0 and "--class-figure" in done.stdout and "python pairs.py" in done.stdout
-    code = "import sys, pairs, dml_common.files; sys.exit('torch' in sys.modules)"
+@BOTH
+def test_without_the_extension_it_says_so(script, files, monkeypatch, capsys):
+    script.main([*GOOD])
+    before = capsys.readouterr()
+    monkeypatch.setattr(script, "_knn", None)
+    script.main([*GOOD])
+    after = capsys.readouterr()
+    assert after.out == before.out and "not built" in after.err and after.err.endswith(before.err)
+
+
+@BOTH
+def test_help_teaches_and_torch_is_not_loaded(script, run_script):
+    name = script.__name__
+    done = run_script(f"{name}.py", "--help")
+    assert done.returncode == 0 and "--permutations" in done.stdout and f"python {name}.py" in done.stdout
+    code = f"import sys, {name}, dml_common.files; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -550,7 +564,7 @@ def test_help_teaches_and_torch_is_not_loaded(run_script):
     (["--bins", "0"], "--bins 0"), (["--bins", "many"], "--bins many: expected whole numbers"),
     (["--bins", "50,"], "--bins 50,"), (["--bins", "99999"], "at most 32,000"), (["--recall", "x"], "--rec"),
     (["--recall", "0"], "--recall 0"), (["--classes", "1"], "--classes 1"), (["--seed", "-1"], "--seed -1"),
-    (["--classes", "7"], "--classes 7: emb.csv has 6 classes"), (["--threads", "0"], "--threads 0"),
+    (["--classes", "7"], "there are 6 classes of two or more"), (["--threads", "0"], "--threads 0"),
     (["--classes", "2", "--repeats", "0"], "--repeats 0"), (["--permutations", "-1"], "--permutations -1"),
     (["--permutations", "x"], "'x'"), (["--ties", "random"], "random"),
     (["--colour"], "--colour"), (["--train", "emb.npy"], "--train"),
@@ -562,39 +576,48 @@ def test_bad_options(files, refused, options, words):
     assert words in refused(pairs.main, *GOOD, *options)
 
 
-@pytest.mark.parametrize("files_given, words", (
-    (["emb.npy", "train.csv"], "60 embeddings, train.csv 40 rows"), (["no.npy", "emb.csv"], "does not exist"),
-    (["emb.npy", "none.csv"], "none.csv does not exist"), (["emb.csv", "emb.csv"], "the table comes last")))
-def test_bad_files(files, refused, files_given, words):
-    assert words in refused(pairs.main, *files_given)
+@BOTH
+def test_bad_files(script, files, refused, monkeypatch):
+    for array, table, words in (
+            ("emb.npy", "train.csv", "60 embeddings, train.csv 40 rows"), ("..", "emb.csv", "is a folder"),
+            ("no.npy", "emb.csv", "does not exist"), ("emb.csv", "emb.csv", "the table comes last"),
+            ("emb.npy", "none.csv", "none.csv does not exist; give a CSV file with a header")):
+        assert words in refused(script.main, array, table)
+    monkeypatch.setattr(os, "access", lambda *_: False)   # root may write anywhere
+    assert "can't be written to" in refused(script.main, *GOOD, "--out", "out.csv")
 
 
 @pytest.mark.parametrize("column, words", (
-    (range(60), "all distinct"), (["x"] * 60, "one class only"), (["a"] * 4 + [""] + ["a"] * 55, "row 4")))
+    (range(60), "all distinct"), (["x"] * 60, "one class only"), ([""] * 60, "all distinct")))
 def test_bad_labels(files, refused, column, words):
     Path("bad.csv").write_text("path,class\n" + "".join(f"{i},{value}\n" for i, value in enumerate(column)))
     message = refused(pairs.main, "emb.npy", "bad.csv", "--out", "o.csv")
     assert words in message and "bad.csv" in message
 
 
-@pytest.mark.parametrize("value, words", ((0, "row 7 is a zero"), (np.nan, "row 7"), (np.inf, "row 7")))
-def test_bad_rows(files, refused, value, words):
+@BOTH
+@pytest.mark.parametrize("value, words", ((0, "zero vector"), (np.nan, "not fin"), (-np.inf, "not finite")))
+def test_bad_rows(script, files, refused, value, words):
+    """What else an array can be is tried in test_files.py."""
     x = np.load("emb.npy")
     x[7] = value
     np.save("bad.npy", x)
-    message = refused(pairs.main, "bad.npy", "emb.csv", "--out", "o.csv")
-    assert words in message and "bad.npy" in message
+    options = ["--distance", "cosine"] if script is nrprec else []
+    message = refused(script.main, "bad.npy", "emb.csv", "--out", "o.csv", *options)
+    assert words in message and "bad.npy" in message and "row 7 " in message
 
 
-def test_full_disk_leaves_nothing(files):
+@pytest.mark.parametrize("tried", ("nrprec.py --out", "pairs.py --out", "pairs.py --intervals"))
+def test_full_disk_leaves_what_there_was(tried, files):
     """A file-size limit of 100 bytes stands for the full disk: the write fails midway, for real."""
-    before = sorted(os.listdir())
-    command = [sys.executable, ROOT / "pairs.py", "emb.npy", "emb.csv"]
-    for output in (["--out", "o.csv"], ["--intervals", "i.csv"]):
-        done = subprocess.run([*command, *output], capture_output=True, text=True,
-                              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)))
-        assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("pairs.py: ")
-        assert "Traceback" not in done.stderr and sorted(os.listdir()) == before
+    Path("o.csv").write_text("earlier")
+    before, (script, option) = sorted(os.listdir()), tried.split()
+    command = [sys.executable, ROOT / script, *GOOD, option, "o.csv"]
+    done = subprocess.run(command, capture_output=True, text=True,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)))
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(f"{script}: ")
+    assert "free space" in done.stderr and "Traceback" not in done.stderr
+    assert sorted(os.listdir()) == before and Path("o.csv").read_text() == "earlier"
 
 
 def test_shipped_example(run_script):
@@ -612,18 +635,16 @@ def test_shipped_example(run_script):
 
 
 def test_each_array_with_the_table_beside_it_one_in_a_row(files, run_script):
-    rng = np.random.default_rng(0)
     for fold in range(5):
         place = Path(f"cars/triplet/fold{fold}")
         place.mkdir(parents=True)
-        np.save(place / "emb.npy", rng.normal(size=(20, 4)).astype(np.float32))
+        np.save(place / "emb.npy", normal(fold, 20, 4))
         (place / "labels.csv").write_text("path\n" + "0.png\n" * 20)                        # without shapes
         (place / "props.csv").write_text("frame,shape\n" + "".join(f"{i},{i % 4}\n" for i in range(20)))
     arrays = sorted(Path("cars").glob("*/*/emb.npy"))
     done = run_script("pairs.py", *arrays, "--label", "shape", "--out", "pairs.csv")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and len(read_rows("pairs.csv")) == 5
     assert [line.split()[0] for line in done.stdout.splitlines()] == [
         "pictures", "fold0", "fold1", "fold2", "fold3", "fold4"]
-    assert len(read_rows("pairs.csv")) == 5
     done = run_script("pairs.py", "cars/triplet/fold0/emb.npy")
     assert done.returncode == 2 and "with a column class" in done.stderr

@@ -1,15 +1,12 @@
 """folders.py and results.py: what a results folder holds, whose a row is; averages and tests by hand."""
-import itertools
 import json
 
 import numpy as np
 import pytest
 from conftest import ROOT
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy import stats
 
-from dml_common import files, folders, pictures, results
+from dml_common import conclusions, files, folders, pictures, results
 
 RANKING = ["Contrastive", "Triplet", "NTXent", "Margin", "Margin / class", "FastAP", "SNR Contrastive",
            "Multi Similarity", "Multi Similarity + Miner"]
@@ -66,6 +63,10 @@ def test_networks_keep_their_names_and_types(tmp_path):
         if backbone:
             (place / "emb.json").write_text(json.dumps({"loss": loss, "backbone": backbone}))
     networks, broken = folders.find_networks(tmp_path, tmp_path)
+    mine = tmp_path / "my_loss" / "fold1" / "emb.json"  # of embed.py --as "My <loss>" --type classification
+    mine.write_text(json.dumps({**json.loads(mine.read_text()), "type": "classification"}))
+    retyped = next(one for one in folders.find_networks(tmp_path, tmp_path)[0] if one["slug"] == "my_loss")
+    assert retyped["type"] == "classification"
     assert [(one["name"], one["type"], one["number"], one["fold"]) for one in networks] == [
         ("Triplet", "ranking", 1, 1), ("My <loss>", "other", 1, 1), ("old", "other", 1, 1),
         ("resnet", "none", 1, None)] and not broken  # a backbone alone has no folds
@@ -193,15 +194,15 @@ def test_pictures_of_held_out_rows_without_labels(tmp_path):
 
 def test_rows_of_a_table(tmp_path):
     path = tmp_path / "t.csv"
-    path.write_text("loss,fold,value,embeddings\nTriplet,1,0.5,a\n,,nan,b\n")
-    assert results.read_rows(path, "x.py", ["value"]) == [
-        {"loss": "Triplet", "fold": "1", "value": 0.5, "embeddings": "a"},
-        {"loss": "", "fold": "", "value": None, "embeddings": "b"}]
+    path.write_text("loss,fold,mean,embeddings\nTriplet,1,0.5,a\n,,nan,b\n")
+    assert results.read_rows(path, "x.py", ["mean"]) == [
+        {"loss": "Triplet", "fold": "1", "mean": 0.5, "embeddings": "a"},
+        {"loss": "", "fold": "", "mean": None, "embeddings": "b"}]
     with pytest.raises(ValueError, match="lacks jsd, n; expected the table that x.py writes"):
-        results.read_rows(path, "x.py", ["jsd", "value", "n"])
-    path.write_text("loss,value\nTriplet,much\n")
-    with pytest.raises(ValueError, match=r"row 0 .*, column value is 'much'; expected a number"):
-        results.read_rows(path, "x.py", ["value"])
+        results.read_rows(path, "x.py", ["jsd", "mean", "n"])
+    path.write_text("loss,mean\nTriplet,much\n")
+    with pytest.raises(ValueError, match=r"row 0 .*, column mean is 'much'; expected a number"):
+        results.read_rows(path, "x.py", ["mean"])
 
 
 def test_whose_a_row_is(tmp_path):
@@ -322,57 +323,16 @@ def test_above_chance_is_in_every_fold_and_above_0_or_by_the_mark(tmp_path, valu
 # ---------------------------------------------------------------- tests, by hand
 
 
-def test_mann_whitney_by_hand():
-    assert results.mann_whitney([3, 4], [1, 2]) == (4, pytest.approx(2 / 6))
-    # with ties: midranks 1, 2.5 | 2.5, 4; sums of two of them: 3.5, 3.5, 5, 5, 6.5, 6.5, mean 5
-    assert results.mann_whitney([1, 2], [2, 3]) == (0.5, pytest.approx(4 / 6))
-    assert results.mann_whitney([7, 7], [7, 7]) == (2, 1)
-    u, p = results.mann_whitney(range(10, 19), range(5))
-    assert (u, p) == (45, pytest.approx(2 / 2002))
-    assert 11 * p == pytest.approx(0.011, abs=2e-5)  # nine against five, Holm over eleven: not below
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(-50, 50), min_size=4, max_size=14, unique=True), st.integers(2, 12))
-def test_mann_whitney_is_scipys_exact_one_without_ties(values, n):
-    n = min(n, len(values) - 2)
-    expected = stats.mannwhitneyu(values[:n], values[n:], method="exact")
-    u, p = results.mann_whitney(values[:n], values[n:])
-    assert (u, p) == (expected.statistic, pytest.approx(min(1, expected.pvalue)))
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(0, 3), min_size=4, max_size=8), st.integers(2, 6))
-def test_mann_whitney_with_ties_is_the_enumeration(values, n):
-    n, ranks = min(n, len(values) - 2), stats.rankdata(values)
-    chosen = itertools.combinations(range(len(values)), n)
-    sums = np.array([ranks[list(one)].sum() for one in chosen])
-    extreme = np.abs(sums - sums.mean()) >= abs(ranks[:n].sum() - sums.mean()) - 1e-9
-    assert results.mann_whitney(values[:n], values[n:])[1] == pytest.approx(extreme.mean())
-
-
 def test_beyond_so_many_partitions_random_ones_are_drawn_and_said(monkeypatch):
     kinds = ["ranking"] * 6 + ["classification"] * 6
     rows = [results.Row("cars", "x", "hue", "network", str(k), type=kind, fold="mean", value=float(k))
             for k, kind in enumerate(kinds)]
     folds = [row._replace(fold=0) for row in rows]
     exact, _ = results.type_tests(folds, rows, "x")
-    monkeypatch.setattr(results, "MOST", 400)  # of 924
+    monkeypatch.setattr(conclusions, "MOST", 400)  # of 924
     drawn, again = (results.type_tests(folds, rows, "x")[0] for _ in range(2))
     assert exact["note"] == "exact" and exact["p"] == pytest.approx(2 / 924) and drawn["p"] == again["p"]
     assert drawn["note"] == "400 random ways" and 1 / 401 <= drawn["p"] < 0.02 and drawn["low"] == 2 / 924
-
-
-def test_released_p_is_the_old_default_and_holm_by_hand():
-    x, y = [1.0, 2.5, 2.5, 4.0, 6.0], [2.5, 5.0, 7.0, 8.0]
-    ranks = stats.rankdata(x + y)
-    u = len(x) * len(y) + len(x) * (len(x) + 1) / 2 - ranks[:5].sum()
-    ties = 1 - sum(t**3 - t for t in np.unique(ranks, return_counts=True)[1]) / (9**3 - 9)
-    z = (max(u, 20 - u) - 10 - 0.5) / np.sqrt(ties * 20 * 10 / 12)  # SciPy 1.6: continuity, one tail
-    assert results.released_p(x, y) == pytest.approx(stats.norm.sf(abs(z)), abs=1e-12)
-    assert results.released_p([1, 1], [1]) == 0.5
-    np.testing.assert_allclose(results.holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])
-    np.testing.assert_allclose(results.holm([0.5, 0.9]), [1, 1])
 
 
 def test_effect_and_pooled_folds(tmp_path):
@@ -384,7 +344,7 @@ def test_effect_and_pooled_folds(tmp_path):
     assert (test.key, test.value, test.p, test.mark, test.n) == ("x", 0, 1, "", 4)
     released, = one.select("nr_precision", "released")
     assert released.note == "4 against 4 fold values" and released.value == 0.5
-    assert released.p == results.released_p([3, 5, 1, 1], [2, 2, 2, 2])
+    assert released.p == conclusions.released_p([3, 5, 1, 1], [2, 2, 2, 2])
 
 
 def test_the_order_of_properties_against_the_papers(tmp_path):
@@ -402,17 +362,6 @@ def test_the_order_of_properties_against_the_papers(tmp_path):
     expected = stats.spearmanr(list(noise.values()), list(theirs.values()))
     assert test(noise).value == pytest.approx(expected.statistic)
     assert test(noise).p == pytest.approx(expected.pvalue, abs=0.03)
-
-
-def test_same_group_finds_what_is_there_and_nothing_else():
-    groups = dict(zip("abcdefghijklmn", "r" * 9 + "c" * 5))
-    generator = np.random.default_rng(2)
-    noise = {pair: generator.normal(0, 0.07) for pair in itertools.combinations(groups, 2)}
-    shifted = {(a, b): noise[a, b] + (0.9 if groups[a] == groups[b] else 0.6) for a, b in noise}
-    test = results.same_group(shifted, groups)
-    assert test["value"] == pytest.approx(np.tanh(0.9) - np.tanh(0.6), abs=0.03) and test["p"] < 0.005
-    assert results.same_group(noise, groups)["p"] > 0.05
-    assert results.same_group(noise, dict.fromkeys(groups, "r")) == {}
 
 
 # ---------------------------------------------------------------- what a reader must know

@@ -13,16 +13,17 @@ import warnings
 import numpy as np
 import pytest
 from conftest import ROOT, SHARED
+from scipy import stats
 from test_results import CLASSIFICATION, COMPARE, MASKS, NRPREC, RANKING, add_network, compare_row, nrprec_row
 from test_results import write as write_csv
 
 import tables
-from dml_common import files, folders, results
+from dml_common import conclusions, files, folders, results
 
 NASTY = r'50%_{\input}$ & <script>'
 HEADERS = {
     "nrprec": NRPREC, "compare": COMPARE, "masks": MASKS,
-    "sanity": "model,fold,layers,of,correlation,correlation_std",
+    "sanity": "model,fold,layers,of,correlation,correlation_std", "faithfulness": MASKS,
     "embeddings": "model_a,fold_a,model_b,fold_b,n,cka,overlap,overlap_low,overlap_high,overlap_chance",
     "history": "epoch,split,positive_mean,negative_mean,jsd,recall_at_1,map_at_r",
     "pairs": "embeddings,split,repeat,label,positive_mean,negative_mean,jsd,jsd_null,bins,recall_at_1,"
@@ -96,11 +97,15 @@ def test_golden_nrprec(small, run_script, tmp_path):
         assert (row[0], row[3]) == (name, mark)
         numbers = [float(row[column] or 0) for column in (1, 2, 4)]
         assert numbers == pytest.approx([mean, spread, -mean / 1000])
-    assert (tmp_path / "out" / "nrprec_cars.md").read_text().splitlines()[4:12] == [
-        "| Loss | model | sun |", "| --- | ---: | ---: |",
-        r"| Contrastive | 3.25 \* | 0.00 |", r"| Triplet | 4.50 \* | 0.00 |",
-        "| ArcFace | 2.25 | 0.00 |", "| None | 1.13 | 0.00 |", "| **Ranking mean** | 3.88 | 0.00 |",
-        "| **Classification mean** | 2.25 | 0.00 |"]
+    assert """| Loss | model | sun |
+| --- | ---: | ---: |
+| Contrastive | 3.25 \\* | 0.00 |
+| Triplet | 4.50 \\* | 0.00 |
+| ArcFace | 2.25 | 0.00 |
+| None | 1.13 | 0.00 |
+| **Ranking mean** | 3.88 | 0.00 |
+| **Classification mean** | 2.25 | 0.00 |
+""" in (tmp_path / "out" / "tables.md").read_text()
     lines = (tmp_path / "out" / "nrprec_cars.tex").read_text().splitlines()
     assert r"\begin{tabular}{lrr}" in lines and r"{}Loss & model & sun \\" in lines
     assert r"{}Triplet & \cellcolor{black!45}4.50 * & \cellcolor{black!5}0.00 \\" in lines
@@ -155,6 +160,12 @@ def test_scores_of_the_second_paper_and_other_tables(run_script, tmp_path):
     write(folder, "pairs", rows)
     write(folder, "sanity", [["Triplet", 0, n, 50, r, 0.1] for n, r in ((0, 0.6), (25, 0.3), (50, 0.2))])
     write(folder, "embeddings", [["Triplet", 0, "ArcFace", 0, 6, 0.9, 0.55, 0.5, 0.6, 0.1]])
+    write(folder, "faithfulness", [[loss, fold, name, 6, 0, value, 0.05, 0, 1] for name, value in (
+        ("deletion", 0.6), ("deletion_random", 0.5), ("deletion_less_random", 0.1))
+        for loss, fold in (("Triplet", 0), ("Triplet", 1), ("ArcFace", 0))])
+    values = enumerate(("", "red", "blue"))
+    rows = [[*nrprec_row("Triplet", 0, "hue", number), value] for number, value in values]
+    write_csv(folder / "nrprec.csv", f"{NRPREC},value", rows)
     lines = "".join(f"{i},{'suv' if i % 2 else 'van'},{i * 0.5}\n" for i in range(6))
     (add_network(folder, "triplet", loss="Triplet") / "props.csv").write_text("frame,model,hue\n" + lines)
     add_training(models, "cub200/triplet/fold0", split={"kind": "random"}, history=[
@@ -170,6 +181,12 @@ def test_scores_of_the_second_paper_and_other_tables(run_script, tmp_path):
     assert scores == ["Recall@1", "MAP@R", "JSD", "R-Precision"]
     assert texts(named["sanity_cub200"]) == [["Triplet", "60 ± 10", "30 ± 10", "20 ± 10"]]
     assert named["sanity_cub200"]["header"][1:] == ["0 of 50", "25 of 50", "50 of 50"]
+    # of two folds ± 1.96 · 0.05 / √5 / √2, of one as read
+    assert texts(named["faithfulness_cub200"]) == [
+        ["Triplet", "0.600 [0.569, 0.631]", "0.100 [0.069, 0.131]"],
+        ["ArcFace", "0.600 [0.000, 1.000]", "0.100 [0.000, 1.000]"]]
+    assert texts(named["nrprec_cub200"])[0] == ["Triplet", "0.00"]
+    assert texts(named["nrprec_values_cub200"]) == [["hue = red", "1.00"], ["hue = blue", "2.00"]]
     assert texts(named["cka_cub200"])[0][2] == "0.90" and texts(named["overlap_cub200"])[0][2] == "55"
     assert texts(named["properties_cub200"]) == [["model", "2", "suv, van"], ["hue", "6", "0.0, 0.5, …, 2.5"]]
     assert texts(named["training_cub200"]) == [["Triplet", "random", "1", "0.300 → 0.750", "0.050 → 0.250",
@@ -192,7 +209,7 @@ def test_contract_of_the_json(small, run_script, tmp_path):
             values = [[cell["value"] for cell in row[1:]] for row in one["rows"]]
             assert values == [list(column) for column in zip(*values)]
         assert all((tmp_path / "out" / f"{one['name']}.{suffix}").is_file()
-                   for suffix in ("csv", "md", "tex"))
+                   for suffix in ("csv", "tex"))
     assert all(list(one) == ["dataset", "topic", "text", "test", "p_value"] for one in content["findings"])
     assert len(content["findings"]) == 3 and {"losses", "properties_published", "errata"} < set(named)
     assert (tmp_path / "out" / "missing.csv").read_text().startswith("dataset,table,what\n")
@@ -271,23 +288,96 @@ def test_published_prints_every_number(run_script):
         assert text in printed
 
 
-def test_published_puts_ours_beside(run_script, tmp_path):
-    folder, out = published_results(tmp_path / "results" / "cars", factor=2.0).parent, tmp_path / "out"
-    write(folder / "cars196", "compare", [
-        compare_row("Triplet", "Margin", 0, 0.8), compare_row("Triplet", "ArcFace", 0, 0.95)])
-    add_network(folder / "cars196", "normalized_softmax", loss="Normalized Softmax")
-    add_training(tmp_path / "models", "cars196/normalized_softmax/fold0", split={"kind": "random"},
-                 history=[[7, "test", 0.2, 0, 0.5, 0.75, 0.25]])
-    printed = run(run_script, folder, "--published", "--models", tmp_path / "models", "--out", out)
+TRAINED = {"backbone": "inception_v3", "dimension": 64}
+RELEASED = {"order": "released", "samples": 50, "shared_noise": False}
+
+
+def reproduced(folder, models, **options):
+    """Results that are the published numbers themselves, made as these were but for options of the maps."""
+    cars = [nrprec_row(loss, 0, name, value, queries=100_000)
+            for loss, row in results.published_nrprec().items() if not loss.endswith(" Mean")
+            for name, value in row.items()]
+    write(folder / "renders", "nrprec", [[*row[:7], 1023, *row[8:]] for row in cars])
+    sop = files.read_table(ROOT / "published" / "kobs_table2_sop_correlation.csv")
+    pairs = {tuple(sorted(row[:2])): float(row[2]) / 100 for row in zip(*sop.values())}
+    write(folder / "sop", "compare", [compare_row(*pair, 0, r, n=60_502) for pair, r in pairs.items()])
+    add_network(folder / "sop", "triplet", 0, ("maps",), 60_502, options=RELEASED | options)
+    kinds = {"ranking": RANKING, "classification": CLASSIFICATION, "none": ["None"]}
+    columns = files.read_table(ROOT / "published" / "kobs_tables3_4_grouped_correlation.csv")
+    rows = {"cars196": [], "cub200": []}
+    for name, *types, r, _ in zip(*columns.values()):
+        n = 8131 if name == "cars196" else 5924
+        a, b = (kinds[kind][place if types[0] == types[1] else 0] for place, kind in enumerate(types))
+        rows[name].append(compare_row(a, b, 0, float(r) / 100, n=n))
+    for name, lines in rows.items():
+        write(folder / name, "compare", lines)
+        add_network(folder / name, "triplet", 0, ("maps",), int(lines[0][4]), options=RELEASED | options)
+    table = files.read_table(ROOT / "published" / "oi_table1_split.csv")
+    for name, split, recall, map_at_r, jsd in zip(*table.values()):
+        place = f"{name}{'@random' if split == 'random' else ''}/normalized_softmax/fold0"
+        add_network(folder / place.split("/")[0], "normalized_softmax", loss="Normalized Softmax")
+        add_training(models, place, split={"kind": split}, history=[
+            [epoch, "test", 0.2, 0, jsd, recall, map_at_r] for epoch in (0, 7)], **TRAINED)
+
+
+def test_a_perfect_reproduction_shows_a_difference_of_0_everywhere(run_script, tmp_path):
+    folder, models, out = tmp_path / "results", tmp_path / "models", tmp_path / "out"
+    reproduced(folder, models)
+    printed = run(run_script, folder, "--published", "--models", models, "--out", out)
     named = tabled(out)[1]
-    row = named["difference_nrprec_cars"]["rows"][0]
-    assert (row[0]["text"], row[1]["text"]) == ("Contrastive", "+58.32")
-    assert row[1]["value"] == pytest.approx(58.32)
-    assert texts(named["difference_correlation_by_type_cars196"]) == [
-        ["ranking", "−6", "+10"], ["classification", "+10", ""]]
-    difference = ["Normalized Softmax", "random", "", "+0.029", "+0.024", "+0.028"]
-    assert texts(named["difference_training_cars196"]) == [difference]
-    assert "NR-Prec, cars: difference (Table 6)" in printed and not (tmp_path / "tables").exists()
+    differences = {name: one for name, one in named.items() if name.startswith("difference")}
+    assert set(differences) == {f"difference_{name}" for name in (
+        "nrprec_renders", "correlation_sop", "correlation_by_type_cars196", "correlation_by_type_cub200",
+        "training_cars196", "training_cub200", "training_cars196_random", "training_cub200_random")}
+    numbers = [[one["value"] for row in table["rows"] for one in row[1:] if one["value"] is not None]
+               for table in differences.values()]
+    assert sorted(map(len, numbers)) == [3, 3, 3, 3, 8, 8, 164, 210]
+    assert not any(map(any, numbers)) and not [name for name in named if name.startswith("settings")]
+    assert "NR-Prec, renders: difference (Table 6)" in printed and not (tmp_path / "tables").exists()
+
+
+def test_settings_that_are_not_the_published_ones_stand_in_place_of_differences(run_script, tmp_path):
+    folder, models, out = tmp_path / "results", tmp_path / "models", tmp_path / "out"
+    reproduced(folder, models, samples=20)
+    place = models / "trained" / "cub200" / "normalized_softmax" / "fold0" / "config.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), "dimension": 128}))
+    published_results(folder / "renders")
+    run(run_script, folder, "--published", "--models", models, "--out", out)
+    named = tabled(out)[1]
+    settings = {name: texts(one) for name, one in named.items() if name.startswith("settings")}
+    assert settings == {
+        "settings_nrprec_renders": [["pictures", "6", "100000"], ["max_neighbours", "None", "1023"]],
+        "settings_correlation_sop": [["samples", "20", "50"]],
+        "settings_correlation_by_type_cars196": [["samples", "20", "50"]],
+        "settings_correlation_by_type_cub200": [["samples", "20", "50"]],
+        "settings_training_cub200": [["dimension", "128", "64"]]}
+    assert sorted(name for name in named if name.startswith("difference")) == [
+        f"difference_training_{name}" for name in ("cars196", "cars196_random", "cub200_random")]
+
+
+def test_both_splittings_of_a_data_set_are_compared_over_seeds(run_script, tmp_path):
+    folder, models, out = tmp_path / "results", tmp_path / "models", tmp_path / "out"
+    scores = {"": (0.5, 0.6, 0.7), "@random": (0.8, 0.9, 0.85)}
+    for split, recalls in scores.items():
+        for seed, recall in enumerate(recalls):
+            place = f"normalized_softmax/fold0{f'.seed{seed}' if seed else ''}"
+            add_network(folder / f"birds{split}", "normalized_softmax", place[23:])
+            add_training(models, f"birds{split}/{place}", split={"kind": split[1:] or "default"}, history=[
+                [0, "test", 0.1, 0, 0.1, 0.3, 0.05], [7, "test", 0.2, 0, 0.5, recall, 0.25]])
+    run(run_script, folder, "--models", models, "--out", out)
+    named = tabled(out)[1]
+    rows = texts(named["training_birds"])
+    assert "training_birds_random" not in named and [row[:3] for row in rows] == [
+        ["Normalized Softmax", "default", "3 seeds"], ["Normalized Softmax", "random", "3 seeds"],
+        ["Normalized Softmax", "default − random", ""]]
+    low, high = stats.t.interval(0.95, 2, loc=0.6, scale=0.1 / 3**0.5)
+    assert rows[0][3] == f"0.300 → 0.600 [{low:.3f}, {high:.3f}]"
+    test = stats.ttest_ind(*scores.values(), equal_var=False)
+    low, high = test.confidence_interval()
+    assert rows[2][3] == f"−0.250 [−{-low:.3f}, −{-high:.3f}], p 0.10"
+    claim = next(row for row in texts(named["conclusions"]) if row[1].startswith("Recall@1 is lower"))
+    assert claim[2] == "birds" and claim[3] == rows[2][3].split(", p")[0]
+    assert claim[7] == "can't be told: 6 values allow no p below 0.1"
 
 
 def test_what_is_shipped_is_the_reference():
@@ -373,7 +463,7 @@ def test_nothing_gets_through_in_markdown_json_and_csv(nasty):
     out, losses, printed = nasty
     page = (out / "tables.md").read_text()
     assert "<" not in page and not re.search(r"(?<!\\)\$", page) and "](" not in page.replace(r"\](", "")
-    for block in (block for path in out.glob("*.md") for block in path.read_text().split("\n\n")):
+    for block in page.split("\n\n"):
         if block.startswith("|"):  # every row of a table has as many cells as its header
             assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
     assert r"50%\_{\\input}\$ &amp; &lt;script&gt;" in page
@@ -510,7 +600,7 @@ def test_data_sets_whose_tables_would_have_one_name(run_script, tmp_path):
 @pytest.mark.parametrize("seed", range(12))
 def test_whatever_is_missing_the_rest_comes_out(small, run_script, tmp_path, monkeypatch, seed):
     """Tables, rows and cells are removed at random: nothing fails, and nothing is not a number."""
-    monkeypatch.setattr(results, "PERMUTATIONS", 20)
+    monkeypatch.setattr(conclusions, "PERMUTATIONS", 20)
     generator, folds = np.random.default_rng(seed), range(2)
     write(small, "masks", [[loss, fold, name, 6, 0, 0.3, 0.1, 0.2, 0.4] for name in tables.TITLES["masks"]
                            for loss in ("Triplet", "ArcFace") for fold in folds])
@@ -518,10 +608,18 @@ def test_whatever_is_missing_the_rest_comes_out(small, run_script, tmp_path, mon
                             for fold in folds for layers in (0, 50)])
     write(small, "embeddings", [["Triplet", fold, other, fold, 6, 0.9, 0.55, 0.5, 0.6, 0.1]
                                 for fold in folds for other in ("ArcFace", "Contrastive", "None")])
+    arrays = list(itertools.product(("triplet", "contrastive", "arcface", "none"), folds))
+    write_csv(small / "pairs.csv", f"{HEADERS['pairs']},classes", [
+        [f"{slug}/fold{fold}/emb.npy", "test", repeat, "class", 0.5, 0.1, 0.4, 0.1, 200, 0.5, 0.4, 0.3, k]
+        for slug, fold in arrays for k, repeat in ((2, 0), (2, 1), (5, None))])
+    for slug, fold in arrays:
+        add_training(tmp_path / "models", f"cars/{slug}/fold{fold}", split={"kind": "random"}, history=[
+            [epoch, part, 0.5, 0.1, 0.3, 0.6, 0.5] for epoch in range(3)
+            for part in ("train", "validation", "test")])
     values = {"nr_precision", "r_precision", "p_holm", "p_value", "correlation", "correlation_std", "jsd",
               "jsd_std", "ceiling", "corrected", "mean", "low", "high", "std", "cka", "overlap",
-              "overlap_chance"}
-    for path in sorted(small.glob("*.csv")):
+              "overlap_chance", "jsd_null", "recall_at_1", "map_at_r", "positive_mean", "negative_mean"}
+    for path in sorted([*small.glob("*.csv"), *tmp_path.glob("models/trained/*/*/*/history.csv")]):
         columns = files.read_table(path)
         rows = [["" if name in values and generator.random() < 0.3 else value
                  for name, value in zip(columns, row)]
@@ -532,9 +630,9 @@ def test_whatever_is_missing_the_rest_comes_out(small, run_script, tmp_path, mon
             path.unlink()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run(run_script, small, "--out", tmp_path / "out")
+        run(run_script, small, "--out", tmp_path / "out", "--models", tmp_path / "models")
     content, named = tabled(tmp_path / "out")
-    assert len(content["findings"]) == 3 and len(named) > 2
+    assert len(content["findings"]) == 3 and len(named["conclusions"]["rows"]) >= 20
     assert "nan" not in re.findall(r"[a-z]+", (tmp_path / "out" / "tables.md").read_text())
 
 
