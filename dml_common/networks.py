@@ -515,10 +515,13 @@ def random_linear(features, dimension, seed, fold):
 
 
 def features_of(network):
-    """How many features a network gives for a picture."""
+    """How many features a network gives for a picture. ValueError where it fails on one of this size."""
     black = torch.from_numpy(black_picture(network.preprocessing))
-    with torch.inference_mode():
-        return network.module(torch.stack([black, black])).shape[1]
+    try:
+        with torch.inference_mode():
+            return network.module(torch.stack([black, black])).shape[1]
+    except Exception as error:  # whatever a factory's network does with a picture
+        raise ValueError(f"{network.name} fails on a picture {tuple(black.shape)}: {error}") from None
 
 
 def state_sha256(module):

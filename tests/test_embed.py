@@ -158,7 +158,8 @@ def test_a_picture_is_decoded_once_for_all_networks_of_a_preprocessing(tmp_path,
     make_pictures(tmp_path / "p", 40)
     options = SimpleNamespace(
         dataset="p", data_root=None, split="test", loss=None, fold="all", trained_on=None, checkpoint=None,
-        weights=None, models=None, output=None, batch=16, workers=2, draft=False, precision="fp32", skip_unreadable=False)
+        weights=None, models=None, output=None, batch=16, workers=2, draft=False, precision="fp32",
+        skip_unreadable=False)
     jobs = []
     for name in ("seven", "nine"):
         options.model, options.out = f"small_for_test:{name}", Path(f"{name}.npy")
