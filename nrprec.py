@@ -210,7 +210,7 @@ def has_planes(columns):
 
 
 def bit_planes(columns):
-    """(p, k, ⌈n/64⌉) uint64: bit i of [c − 1, column] is codes[column, i] == c. p = 0 without vector loops."""
+    """(p, k, ⌈n/64⌉) uint64: bit i of [c − 1, column] is codes[column, i] == c; else p = 0."""
     k, n = columns.codes.shape
     copies = [slice(None)] if columns.copies is None or not has_planes(columns) else columns.copies
     most = min(MOST_PLANES, int(columns.codes.max())) if _knn and _knn.ISA != "scalar" else 0
@@ -267,8 +267,8 @@ def count_hits(space, columns, planes, queries, products, by_index=False, thread
     hits = np.zeros((4, len(entry), len(queries)), np.int32)
     _knn.count_hits(products, queries, space.bounds[queries], *space.source(), space.aux, space.offset,
                     DISTANCES.index(space.distance), columns.codes, planes, columns.members,
-                    columns.member_row, entry, columns.entry_code, columns.entry_rank, columns.entry_start, columns.entry_count,
-                    columns.ranks, hits, by_index, threads, k if columns.copies is not None else 0)
+                    columns.member_row, entry, columns.entry_code, columns.entry_rank, columns.entry_start,
+                    columns.entry_count, columns.ranks, hits, by_index, threads, k if columns.copies is not None else 0)
     return hits
 
 
@@ -725,8 +725,8 @@ def warnings_before(labels, n, args):
     if not few:
         yield (f"{len(labels):,} properties are more than {MOST_PAIRED}: whether they depend on each other, "
                "which the method assumes they don't, is not tested")
-    coded = {name: codes for name, (_, codes) in coded.items()}
-    for a, b, v, p in dependent_pairs(coded) if few else ():
+    columns = {name: codes for name, (_, codes) in coded.items()}
+    for a, b, v, p in dependent_pairs(columns) if few else ():
         yield (f"{a} and {b} depend on each other (Cramér's V {v:.2f}, Holm-corrected p {p:.1g}): "
                "the method assumes independent properties, so one may show for the other")
     if 0 < args.permutations < 1000:
