@@ -263,12 +263,13 @@ def count_hits_numpy(space, columns, queries, by_index=False):
 
 def count_hits(space, columns, planes, queries, products, by_index=False, threads=1):
     """The kernel's hits (4, k, len(queries)) int32 from products (len(queries), n) float32."""
-    entry, k = values_of(columns, queries), len(columns.values)
+    entry = values_of(columns, queries)
+    period = 0 if columns.copies is None else len(columns.values)
     hits = np.zeros((4, len(entry), len(queries)), np.int32)
     _knn.count_hits(products, queries, space.bounds[queries], *space.source(), space.aux, space.offset,
                     DISTANCES.index(space.distance), columns.codes, planes, columns.members,
                     columns.member_row, entry, columns.entry_code, columns.entry_rank, columns.entry_start,
-                    columns.entry_count, columns.ranks, hits, by_index, threads, k if columns.copies is not None else 0)
+                    columns.entry_count, columns.ranks, hits, by_index, threads, period)
     return hits
 
 
