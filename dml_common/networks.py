@@ -517,10 +517,14 @@ def random_linear(features, dimension, seed, fold):
 
 
 def features_of(network):
-    """How many features a network gives for a picture."""
+    """How many features a network gives for a picture. ValueError where they can't be trained on."""
     black = torch.from_numpy(black_picture(network.preprocessing))
     with torch.inference_mode():
-        return network.module(torch.stack([black, black])).shape[1]
+        features = network.module(torch.stack([black, black]))
+    if not features.is_floating_point():
+        raise ValueError(f"{network.name} gives features of {features.dtype}; expected floating-point "
+                         "numbers")
+    return features.shape[1]
 
 
 def state_sha256(module):
