@@ -599,12 +599,16 @@ def main(argv=None):
     tables = {"compare": out if groups else None, "masks": out.with_name("masks.csv") if args.masks else None,
               "embeddings": out.with_name("embeddings.csv") if args.embeddings else None}
     outputs = list(filter(None, [*tables.values(), args.per_picture, args.figure]))
+    read = [network.path.with_name(name) for network in networks
+            for name in (network.path.name, f"{network.path.stem}_ceiling.npy", "emb.npy")]
     for number, path in enumerate(outputs):
-        files.check_output(path, [network.path for network in networks], outputs[:number])
+        files.check_output(path, read, outputs[:number])
     figures = command.import_figures() if args.figure else None
     for some in [group for group, _ in groups] + list(parts.values()):
         check_alike(networks if args.per_picture else some)
     masks = [find_masks(part[0], args) for part in parts.values()] if args.masks else []
+    for path in outputs:
+        files.check_output(path, itertools.chain(*masks))
     number = max(1, (args.memory_mib << 20) // (8 * len(networks) * math.prod(networks[0].shape[1:])))
 
     rows = {name: [] for name in tables}
@@ -625,4 +629,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, stopped="stopped")

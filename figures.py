@@ -632,4 +632,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, stopped="stopped")

@@ -49,6 +49,7 @@ PUBLISHED_THRESHOLD = 2.576  # two-sided 1 % of one z-score; the paper marks the
 SIGNIFICANCE = 0.01          # of the Holm-corrected permutation p-value
 BLOCK_WORK = 4e9             # comparisons in a block at most, a fraction of a second: progress, Ctrl-C
 BLOCK_ROWS = 512             # queries in one matrix product: more does not speed it up (benchmarks/nrprec.py)
+MOST_PAIRED = 500            # properties that are tested in pairs: some seconds
 SIDE_BY_SIDE = 4             # embeddings on the terminal; more are printed one in a row
 SHOWN = (("R-Prec", "r_precision", 4), ("NR-Prec", "nr_precision", 2), ("± s.e.", "nr_precision_se", 2),
          ("p_holm", "p_holm", 4))
@@ -613,7 +614,11 @@ def warnings_before(labels, n, args):
         elif values > n / 2:
             yield (f"{name} has {values:,} values for {n:,} pictures: hardly any has a neighbour to find; "
                    f"cut it with --bin {name}=10 or leave it out with --properties")
-    for a, b, v, p in dependent_pairs(labels):
+    few = len(labels) <= MOST_PAIRED
+    if not few:
+        yield (f"{len(labels):,} properties are more than {MOST_PAIRED}: whether they depend on each other, "
+               "which the method assumes they don't, is not tested")
+    for a, b, v, p in dependent_pairs(labels) if few else ():
         yield (f"{a} and {b} depend on each other (Cramér's V {v:.2f}, Holm-corrected p {p:.1g}): "
                "the method assumes independent properties, so one may show for the other")
     if 0 < args.permutations < 1000:

@@ -14,6 +14,17 @@ Writes: OUT/props.csv (one row a frame), OUT/render.json (seed, settings, Blende
 Frame i depends on the seed and i alone: any range of frames can be made anywhere, in any order. Stands alone.
 With --depend bg_color_hue=model:0.8 a share of the frames takes its hue from its model: a planted shortcut.
 """
+if __name__ == "__main__":  # until main() begins there is nothing to keep
+    import os
+    import signal
+
+    def leave(number, frame):
+        os.write(2, b"render_cars.py: stopped\n")
+        os._exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)
+
 import argparse
 import colorsys
 import contextlib
@@ -100,10 +111,10 @@ def read_properties(path, models):
     if path is None:
         return properties
     try:
-        given = json.loads(Path(path).read_text(encoding="utf-8"))
+        given = json.loads(read_text(Path(path)))
     except OSError as error:
         raise OSError(f"--properties {path}: can't be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(given, dict):
         raise ValueError(f"{path}: a JSON {type(given).__name__}; expected as {{\"rotation_z\": [0, 90]}}")
@@ -117,6 +128,13 @@ def read_properties(path, models):
             raise ValueError(f"{path}: {name} has an empty list, or a value twice; every value is drawn "
                              "equally often")
     return properties
+
+
+def read_text(path):
+    """The text of a file; no pipe is waited for, no device read without end."""
+    if path.exists() and not path.is_file():
+        raise ValueError("expected a file, this is a folder, a device or a pipe")
+    return path.read_text(encoding="utf-8")
 
 
 def check_value(where, value, models, limits):
@@ -279,8 +297,11 @@ def write_set(args, settings, rows):
                 (args.out / folder).mkdir(exist_ok=True)
         save(about, (json.dumps(settings) + "\n").encode())
         if props.exists():
-            with open(props, newline="", encoding="utf-8") as file:
-                merged = {int(row["frame"]): row for row in csv.DictReader(file)}
+            try:
+                there = csv.DictReader(io.StringIO(read_text(props), newline=""))
+                merged = {int(row["frame"]): row for row in there}
+            except (ValueError, KeyError, TypeError, csv.Error):
+                raise ValueError(f"{props}: is not a table of this script; choose another --out") from None
         merged |= {row["frame"]: row for row in rows}
         save(props, table([merged[i] for i in sorted(merged)]))
     finally:
@@ -291,7 +312,7 @@ def write_set(args, settings, rows):
 def same_settings(path, settings):
     """What a set knows beyond these settings (a dry run knows no Blender); ValueError where they differ."""
     try:
-        there = json.loads(path.read_text(encoding="utf-8"))
+        there = json.loads(read_text(path))
         for name in dict.fromkeys([*there, *settings]):
             old, new = there.get(name), settings.get(name)
             if old == new or (None in (old, new) and name not in ("body_seed", "depend", "exposure")):
@@ -301,7 +322,7 @@ def same_settings(path, settings):
                 name, old, new = f"{name}: {key}", old.get(key), new.get(key)
             raise ValueError(f"{path.parent} was made with {name} {json.dumps(old)}, not {json.dumps(new)}; "
                              "use that, or another --out")
-    except (json.JSONDecodeError, AttributeError):
+    except (json.JSONDecodeError, RecursionError, AttributeError):
         raise ValueError(f"{path}: is not a render.json of this script; choose another --out") from None
     return {name: value for name, value in there.items() if settings.get(name) is None}
 
@@ -1323,7 +1344,8 @@ def stop(number, frame):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
         main()
     except (ValueError, OSError) as error:

@@ -258,7 +258,7 @@ def main(argv=None):
     command.at_least("size", args.size, 16)
     if args.out.resolve().suffix != ".html":
         raise ValueError(f"--out {args.out}: expected a name ending in .html: nothing else is written over")
-    files.check_output(args.out)
+    files.check_output(args.out, [TEMPLATES / "report.html"])
     template = open_template()
     tables = read_json(args.tables, "tables", ("tables", "findings", "warnings", "missing"))
     figures = read_json(args.figures, "figures", ("figures", "missing"))

@@ -560,8 +560,12 @@ def make_gallery(jobs, args):
     for page, start in enumerate(range(0, len(columns), 8), 1):
         png, titles = io.BytesIO(), list(columns)[start:start + 8]
         draw_gallery([columns[title] for title in titles], ["Picture", *names], titles).save(png, "PNG")
-        path = args.gallery.with_stem(f"{args.gallery.stem}_{page}") if page > 1 else args.gallery
-        files.write_file(path, png.getvalue())
+        files.write_file(gallery_page(args.gallery, page), png.getvalue())
+
+
+def gallery_page(path, page):
+    """FILE.png, FILE_2.png, …"""
+    return path.with_stem(f"{path.stem}_{page}") if page > 1 else path
 
 
 def chosen(limit, pick, n):
@@ -638,7 +642,8 @@ def main(argv=None):
         dataset = jobs[0].dataset
         if args.gallery.suffix.lower() != ".png":
             raise ValueError(f"--gallery {args.gallery}: expected a name ending in .png")
-        files.check_output(args.gallery, [*dataset.paths, dataset.folder / "props.csv", jobs[0].path])
+        for page in range(-(-len(args.pick or [0]) // 8)):
+            files.check_output(gallery_page(args.gallery, page + 1), dataset.paths)
 
     def alike(job):  # jobs that share their passes
         trunk = args.shared_noise and job.spec["files"] and files.files_digest(job.spec["files"][:1])

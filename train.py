@@ -39,6 +39,7 @@ import shutil
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from importlib import metadata
 from itertools import groupby, product, repeat
@@ -444,6 +445,25 @@ class Run:
         for tensor in module.state_dict().values() if self.team[1] > 1 else ():
             dist.broadcast(tensor, 0)
 
+    @contextmanager
+    def turn(self, wait, device, team):
+        """A block in which no other process or team trains this network: is it to be trained here, now?"""
+        from dml_common import command, rowfile
+        self.folder.mkdir(parents=True, exist_ok=True)
+        first = team[0] == 0
+        lock = rowfile.only_one(self.folder / "checkpoint.pth.lock", wait) if first else nullcontext(True)
+        with lock as ours:
+            if not ours:
+                command.say(f"{self.name} is trained by another process; waiting for that in the end")
+            elif first and self.progress() in ("finished", "diverged"):
+                ours = False
+                self.tidy()
+            if team[1] > 1:
+                answer = torch.tensor(int(ours), device=device)
+                dist.broadcast(answer, 0)
+                ours = bool(answer)
+            yield ours
+
     def progress(self):
         """"finished", "diverged", "begun" or None: what is there. ValueError where it was made otherwise."""
         from dml_common import files, rowfile
@@ -491,7 +511,11 @@ class Run:
             self.write_config(diverged=diverged)
         else:
             self.write_network()
-        for path in self.folder.glob("*checkpoint.pth*"):  # and what a kill left of it half-written
+        self.tidy()
+
+    def tidy(self):
+        """Remove what a run that has ended needed to continue, and what a kill left of it half-written."""
+        for path in self.folder.glob("*checkpoint.pth*"):
             path.unlink(missing_ok=True)
 
     def write_network(self):
@@ -658,25 +682,28 @@ def plan(args, dataset, device):
 
 
 def work(mine, trunk, width, feed, device, team, bar):
-    """Train one network after the other; one that diverges is named."""
+    """Train one network after the other, first what no other process or team is at."""
     from dml_common import command
     weights = {name: value.clone() for name, value in trunk.state_dict().items()} if trunk else {}
-    for run in mine:
+    for wait, run in product((False, True), mine):
         bar.set_description_str(run.name, refresh=False)
-        if trunk:
-            trunk.load_state_dict(weights)
-        run.begin(trunk, width, feed, device, team)
-        if team[0] == 0:
-            run.write_config()
-        diverged = None
-        try:
-            run.train(bar)
-        except Diverged as error:
-            diverged = str(error)
-        if team[0] == 0:
-            run.write(diverged)
-        if team[0] == 0 and diverged:
-            command.say(f"{run.name} diverged in {diverged}; it has no network, the others go on")
+        with run.turn(wait, device, team) as ours:
+            if not ours:
+                continue
+            if trunk:
+                trunk.load_state_dict(weights)
+            run.begin(trunk, width, feed, device, team)
+            if team[0] == 0:
+                run.write_config()
+            diverged = None
+            try:
+                run.train(bar)
+            except Diverged as error:
+                diverged = str(error)
+            if team[0] == 0:
+                run.write(diverged)
+            if team[0] == 0 and diverged:
+                command.say(f"{run.name} diverged in {diverged}; it has no network, the others go on")
 
 
 def main(argv=None):
@@ -689,6 +716,9 @@ def main(argv=None):
     dataset = pictures.open_dataset(args.dataset, args.data_root, "all")
     runs, network = plan(args, dataset, device)
     todo = [run for run in runs if run.progress() in (None, "begun")]
+    for run in runs:
+        if run not in todo:  # ended, but perhaps killed before it had tidied up
+            run.tidy()
     if not todo and rank == 0:
         command.say(f"nothing to do: {len(runs)} of {len(runs)} networks are there")
     together = "RANK" in os.environ and ranks > 1 and todo  # by torchrun: all train the same network

@@ -20,11 +20,34 @@ import warnings
 from pathlib import Path
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-MOST = {"threads": 4096, "workers": 4096, "replicates": 10**6}  # of options; of others what fits 64 bits
+# Of options; of others what fits 64 bits.
+MOST = {"threads": 4096, "workers": 4096, "replicates": 10**6, "dim": 10**6}
 
 
 class Ended(SystemExit):
     """The end of a command that has said why. Any other SystemExit comes from a network's own code."""
+
+
+class Output:
+    """stdout or stderr whose reader may leave (… | head): the work goes on, what it says goes nowhere."""
+
+    def __init__(self, file, forgiven):
+        self.file, self.forgiven = file or open(os.devnull, "w"), forgiven
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, text):
+        self.attempt(self.file.write, text)
+
+    def flush(self):
+        self.attempt(self.file.flush)
+
+    def attempt(self, action, *given):
+        try:
+            action(*given)
+        except self.forgiven:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 def say(text):
@@ -41,13 +64,17 @@ def fail(message):
 
 
 def begin():
-    """Until run() takes over nothing is written: a signal just ends the process, with one line."""
+    """Until run() takes over nothing is written: a signal just ends the process, with one line.
+
+    Where nobody listens to what is said the work is done all the same; a table that finds no room is a fault.
+    """
     def leave(number, frame):
         say("stopped")
         os._exit(128 + number)
 
     for number in SIGNALS:
         signal.signal(number, leave)
+    sys.stdout, sys.stderr = Output(sys.stdout, BrokenPipeError), Output(sys.stderr, OSError)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # of libraries: nothing that their user can act on
 
@@ -66,8 +93,6 @@ def run(main, stopped="stopped; the same command continues"):
     try:
         status = main() or 0
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output has gone: … | head
-        pass
     except Ended as end:
         status = end.code
     except KeyboardInterrupt:
@@ -81,8 +106,13 @@ def run(main, stopped="stopped; the same command continues"):
         say(text)
     try:
         sys.stdout.flush()
-    except OSError:  # gone, or a full disk; Python would try once more at its end
+    except OSError as error:  # a full disk; Python would try once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not status:
+            say(error)
+            status = 2
+    for number in SIGNALS:  # all is done: while Python ends, a signal only ends it sooner
+        signal.signal(number, lambda *_: os._exit(status))
     sys.exit(status)
 
 
@@ -92,7 +122,7 @@ def explain(error):
         return 2, f"out of memory: {error}; take a smaller network, fewer at a time, or another --device"
     if isinstance(error, SystemExit):
         return 2, f"the network's own code calls sys.exit({error.code!r}); remove that from it"
-    if isinstance(error, (ValueError, OSError)):
+    if isinstance(error, (ValueError, OSError)) or "Symlink loop" in str(error):  # of Path.resolve
         return 2, error
     return 1, (f"{type(error).__name__}: {error}: this is a fault of {Path(sys.argv[0]).name}; "
                "DML_TRACEBACK=1 shows where")

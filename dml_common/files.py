@@ -382,12 +382,17 @@ def picture_names(array):
 
     They stand in the labels.csv that embed.py writes beside the array or for its data set.
     """
-    array = Path(array)
-    folders = (array.parent, array.parent.parent.parent)
-    places = [array.with_name(f"{array.stem}.labels.csv"), *(folder / "labels.csv" for folder in folders)]
-    lists = [next(iter(read_table(place).values())) for place in places if place.is_file()]
+    lists = [next(iter(read_table(place).values())) for place in beside(array)[1:] if place.is_file()]
     names = listed_names(read_sidecar(array), len(read_array(array)), lists) if lists else None
     return names if names and len(set(names)) == len(names) else None
+
+
+def beside(array):
+    """Where embed.py writes what is read with an array: its JSON, then the lists of its pictures."""
+    array = Path(array)
+    folders = (array.parent, array.parent.parent.parent)
+    return [array.with_suffix(".json"), array.with_name(f"{array.stem}.labels.csv"),
+            *(folder / "labels.csv" for folder in folders)]
 
 
 def listed_names(about, n, lists):
@@ -468,7 +473,8 @@ def name_number(name):
 def check_output(path, inputs=(), others=()):
     """Raise ValueError unless a file can be written at this path; called before the work.
 
-    Only a regular file (or the one a link names) that is no input and no other output is ever replaced.
+    Only a regular file (or the one a link names) that is no input, lies beside no array among them as
+    beside() says, and is no other output is ever replaced.
     """
     if str(path) in ("", "."):
         raise ValueError("the output has no name; give a file's")
@@ -478,7 +484,8 @@ def check_output(path, inputs=(), others=()):
             raise ValueError(f"{path} is the name of two outputs; give each its own")
     if os.path.lexists(place):
         check_input(place, "another name for the output")
-    for other in filter(None, inputs):
+    read = list(filter(None, inputs))
+    for other in read + [path for array in read if str(array).endswith(".npy") for path in beside(array)]:
         if os.path.abspath(other) == place or os.path.exists(place) and is_same(place, other):
             raise ValueError(f"{path} is an input, or another output: choose another name")
     folder = os.path.dirname(place)

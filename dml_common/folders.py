@@ -206,11 +206,12 @@ def row_properties(array, n, names):
 def make_folder(out, name, inputs=()):
     """Make the folder of an output, in which a file of this name is written last.
 
-    Raises ValueError when it is one of the results' folders (inputs) or can't be written to.
+    Raises ValueError when it is a folder of results (inputs) or of our own tables, or can't be written to.
     """
-    if out.resolve() in [folder.resolve() for folder in inputs]:
-        raise ValueError(f"--out {out} is a folder of results; writing there could destroy them: choose "
-                         "another")
+    own = [files.ROOT / "models", files.ROOT / "published"]
+    if out.resolve() in [folder.resolve() for folder in [*inputs, *own]]:
+        raise ValueError(f"--out {out} is a folder of results or of what is read with them; writing there "
+                         "could destroy them: choose another")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a folder")
     try:

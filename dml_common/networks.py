@@ -470,7 +470,9 @@ def read_state(path):
         raise ValueError(f"{path}: truncated, or no PyTorch checkpoint ({type(error).__name__}); download it "
                          "again"
                          ) from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+            isinstance(name, str) and isinstance(value, torch.Tensor) and not value.is_meta
+            for name, value in state.items()):
         raise ValueError(f"{path}: holds {type(state).__name__}, expected a state_dict: tensors by name")
     return {key.removeprefix("module."): value for key, value in state.items()}
 
@@ -545,11 +547,13 @@ def features_of(network):
     black = torch.from_numpy(black_picture(network.preprocessing))[None]
     try:
         with torch.inference_mode():
-            shape = tuple(network.module(black).shape)
+            features = network.module(black)
+            shape = tuple(features.shape)
     except Exception as error:  # whatever a factory's network does with a picture
         raise ValueError(f"{network.name} fails on a picture {tuple(black.shape[1:])}: {error}") from None
-    if len(shape) != 2 or shape[0] != 1:
-        raise ValueError(f"{network.name} gives {shape} for one picture; expected (1, features)")
+    if len(shape) != 2 or shape[0] != 1 or not features.is_floating_point():
+        raise ValueError(f"{network.name} gives {shape} of {features.dtype} for one picture; expected "
+                         "(1, features) of floating-point numbers")
     return shape[1]
 
 

@@ -24,7 +24,7 @@ import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -60,9 +60,12 @@ def shares(n, rank=0, ranks=1, block=BLOCK):
 def is_complete(path, about):
     """Is the array there, made as `about` says? What a killed process left beside it is then removed.
 
-    Raises ValueError naming the differences when it was made otherwise.
+    Raises ValueError naming the differences when it was made otherwise, and for a link that leads nowhere.
     """
     path = Path(path)
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path} is a link to {os.readlink(path)}, which is not there; the array would "
+                         "take its place: remove it, or give that file's name")
     if not path.exists():
         return False
     made = read_json(path.with_suffix(".json"))
@@ -154,6 +157,26 @@ def is_file(descriptor, path):
         return False
 
 
+@contextmanager
+def only_one(path, wait=True):
+    """A block for one process at a time: is it ours (or, without waiting, another's)?
+
+    The lock is on this file, which is there as long as a process has it, or was killed.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        free = lock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), GATE) is not False
+        if not free or is_file(descriptor, path):
+            break
+        os.close(descriptor)  # removed by the one before
+    try:
+        yield free
+    finally:
+        if free:
+            Path(path).unlink(missing_ok=True)
+        os.close(descriptor)
+
+
 def alone(descriptor):
     """With the gate locked: is this process the only user? None where there are no locks."""
     answer = lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, USERS)
@@ -190,6 +213,7 @@ class RowFile:
         self.file, self.complete = None, is_complete(self.path, about)
         if self.complete:
             return
+        self.made = [folder for folder in self.path.parents if not folder.exists()]
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open_part(self.path)
@@ -366,6 +390,9 @@ class RowFile:
         finally:
             leave(self.file, self.path, untouched)
             self.file = None
+            for folder in self.made if untouched else ():
+                with suppress(OSError):  # where something lies by now
+                    folder.rmdir()
 
 
 def npy_header(shape, dtype):
@@ -417,8 +444,6 @@ def jobs(args, name, options, seed, choose=range):
     from dml_common import networks, pictures
 
     one = args.out.suffix == ".npy"
-    if one:
-        files.check_output(args.out)
     dataset = pictures.open_dataset(args.dataset, args.data_root, args.split)
     loss = args.loss or (None if args.model or args.checkpoint else "all")
     specs = networks.find(args.trained_on or dataset.name, loss, args.fold, args.model, args.checkpoint,
@@ -426,6 +451,13 @@ def jobs(args, name, options, seed, choose=range):
     if one and len(specs) > 1:
         raise ValueError(f"--out {args.out} is one array, but {len(specs)} networks were asked for "
                          f"({specs[0]['name']}, {specs[1]['name']}, …); give a folder")
+    configs = [Path(spec["files"][0]).with_name("config.json") for spec in specs if spec["files"]]
+    inputs = [args.dataset, dataset.folder / "props.csv", *configs]
+    for ending in (".npy", ".json", ".labels.csv", ".classes.csv", ".props.csv") if one else ():
+        files.check_output(args.out.with_suffix(ending), inputs)
+    if not one and (args.out / dataset.name).resolve() == dataset.folder.resolve():
+        raise ValueError(f"--out {args.out}: results would go into the data set itself, {dataset.folder}, "
+                         "over its tables; give another folder")
     for note in [*dataset.notes, *(spec["note"] for spec in specs)]:
         if note and command.my_share()[0] == 0:
             command.say(note)
@@ -506,7 +538,7 @@ def fill(jobs, shapes, dtype, load, stack, compute, batch, least, args, unit):
                             arrays[k].write(rows, values)
                             bar.update(len(rows))
     finally:
-        for array in arrays:
+        for array in reversed(arrays):  # the first one has made the folders
             array.give_up()
 
 

@@ -39,6 +39,7 @@ def script(tmp_path):
 
 @pytest.mark.parametrize("body, status, line", [
     ("return 1", 1, ""), ("raise ValueError('a bad\\n file')", 2, "a bad file"),
+    ("raise RuntimeError('Symlink loop from l')", 2, "Symlink loop from l"),
     ("open('no')", 2, "[Errno 2] No such file or directory: 'no'"), ("command.fail('odd')", 2, "odd"),
     ("raise ValueError('\\x1b[31m\\udcff' + 'x' * 10**6)", 2, r"\x1b[31m\udcff" + "x" * 4994),
     ("{}['x']", 1, "KeyError: 'x': this is a fault of mine.py; DML_TRACEBACK=1 shows where"),
@@ -60,15 +61,22 @@ def test_a_traceback_on_request(script):
     assert code == 1 and "Traceback" in err and "KeyError" in err
 
 
-def test_the_reader_has_gone_or_the_disk_is_full(script):
+def test_the_reader_has_gone_or_the_disk_is_full(script, tmp_path):
+    """The work is done and ends well without a reader, but not where a table finds no room."""
+    body = f"print('x' * 10**6); command.say('y'); print('z'); open({str(tmp_path / 'made')!r}, 'w')"
     read, write = os.pipe()
     os.close(read)
-    gone = script("print('x' * 10**6)", capture_output=False, stdout=write, stderr=subprocess.PIPE)
-    os.close(write)
-    assert gone == (0, None, "")
     with open("/dev/full", "w") as full:
+        for out, err in ((write, subprocess.PIPE), (write, write), (subprocess.DEVNULL, full)):
+            code, _, said = script(body, capture_output=False, stdout=out, stderr=err)
+            assert code == 0 and said in ("mine.py: y\n", None) and (tmp_path / "made").exists()
+            (tmp_path / "made").unlink()
         code, _, err = script("pass", capture_output=False, stdout=full, stderr=subprocess.PIPE)
-    assert code == 2 and err == "mine.py: [Errno 28] No space left on device\n"
+        assert code == 2 and err == "mine.py: [Errno 28] No space left on device\n"
+        assert script("command.fail('x')", capture_output=False, stderr=full)[0] == 2
+    os.close(write)
+    closed = script(body, preexec_fn=lambda: (os.close(1), os.close(2)))
+    assert closed[0] == 0 and (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -83,6 +91,13 @@ def test_signals_from_the_first_moment(tmp_path, number, status, before, body):
     process.send_signal(number)
     _, err = process.communicate(timeout=30)
     assert process.returncode == status and err.startswith("mine.py: stopped") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", command.SIGNALS)
+def test_a_signal_after_the_end_changes_nothing(script, number):
+    late = f"import atexit; atexit.register(lambda: os.kill(os.getpid(), {int(number)}))"
+    assert script("pass", late) == (0, "written\n", "")
+    assert script("return 3", late) == (3, "written\n", "")
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux's /proc to see torch being "

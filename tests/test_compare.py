@@ -452,6 +452,9 @@ def test_bad_input_teaches_and_leaves_nothing(place, rng):
         save(place / f"{name}.npy", array)
     np.save(place / "objects.npy", np.array([{}]), allow_pickle=True)
     (place / "text.npy").write_text("no array")
+    (place / "masks").mkdir()
+    for number in range(4):
+        Image.new("L", (9, 9)).save(place / f"masks/{number}.png")
     before = sorted(place.iterdir())
     for arguments, message in [
         (["a.npy", "small.npy"], r"a\.npy and small\.npy differ in shape, \(4, 6, 6\) and \(4, 5, 6\)"),
@@ -469,6 +472,9 @@ def test_bad_input_teaches_and_leaves_nothing(place, rng):
         (["a.npy", "a.npy", "--figure", "compare.csv"], "compare.csv is the name of two outputs"),
         (["a.npy", "a.npy", "--out", "x", "--per-picture", "./x"], "x is the name of two outputs"),
         (["a.npy", "few.npy", "--out", "few.npy"], "few.npy is an input"),
+        (["a.npy", "a.npy", "--per-picture", "emb.npy"], "emb.npy is an input"),
+        (["a.npy", "a.npy", "--per-picture", "a_ceiling.npy"], "a_ceiling.npy is an input"),
+        (["a.npy", "a.npy", "--masks", "masks", "--figure", "masks/0.png"], "0.png is an input"),
         (["a.npy", "a.npy", "--masks", ".", "--out", "masks.csv"], "masks.csv is the name of two outputs"),
         (["a.npy", "a.npy", "--masks", "nowhere"], "no such folder"),
         (["a.npy", "a.npy", "--masks"], "name it with --dataset"),

@@ -190,7 +190,7 @@ def start(*arguments, slow=0.0, **options):
 
 
 def wait_for(condition):
-    for _ in range(1200):
+    for _ in range(6000):
         if condition():
             return
         time.sleep(0.05)
@@ -208,7 +208,7 @@ def test_three_at_once_one_killed_and_once_more(tmp_path, run):
     """The others take over what it held and leave what one process leaves; then all is done."""
     make_pictures(tmp_path / "p", 150)
     arguments = [*SEVEN, "--batch", 8]
-    processes = [start(*arguments, "--out", "a.npy", slow=0.1) for _ in range(3)]
+    processes = [start(*arguments, "--out", "a.npy", slow=0.5) for _ in range(3)]  # rows are marked all 2 s
     wait_for(lambda: marked("a.npy", 150))
     processes[0].kill()
     for process in processes:
@@ -427,6 +427,22 @@ def test_labels_of_a_folder_with_classes_lie_beside_its_array(tmp_path, run):
     labels = "path,class\na/0.png,0\na/1.png,0\nb/0.png,1\nb/1.png,1\n"
     assert Path("out/emb.labels.csv").read_text() == labels
     assert Path("out/emb.classes.csv").read_text() == "class,name\n0,a\n1,b\n"
+
+
+def test_no_table_goes_over_the_data_sets_own(tmp_path, run):
+    make_pictures(tmp_path / "images", 2)
+    (tmp_path / "emb.labels.csv").write_text("path,class\nimages/0.png,a\nimages/1.png,b\n")
+    (tmp_path / "cars").mkdir()
+    os.rename("images", "cars/images")
+    os.symlink("cars/images", "images")
+    (tmp_path / "cars/props.csv").write_text("frame,model\n0,a\n1,b\n")
+    for dataset, out, message in [("emb.labels.csv", "emb.npy", "emb.labels.csv is an input"),
+                                  ("cars", "cars/props.npy", None),
+                                  ("cars", ".", "into the data set itself")]:
+        status, said = run("--dataset", dataset, *SEVEN[2:], "--out", out)
+        assert (status == 2 and message in said) if message else status == 0, said
+    assert Path("emb.labels.csv").read_text().count(",a") == 1
+    assert Path("cars/props.csv").read_text() == "frame,model\n0,a\n1,b\n"
 
 
 # ---------------------------------------------------------------- bad input

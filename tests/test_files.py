@@ -283,12 +283,14 @@ def test_outputs_replace_plain_files_that_are_no_input(tmp_path, monkeypatch):
     (tmp_path / "old.csv").touch()
     os.mkfifo("pipe")
     os.symlink("loop", "loop")
-    inputs, others = ["in.csv", None, "missing.csv"], ["other.csv", None]
+    inputs, others = ["in.csv", None, "missing.csv", "a/b/c/emb.npy"], ["other.csv", None]
+    (tmp_path / "a/b/c").mkdir(parents=True)
     for name in ("new.csv", "old.csv", "./new.csv/../old.csv"):
         files.check_output(name, inputs, others)
     for name, message in [
             ("in.csv", "is an input"), ("hard.csv", "is an input"), ("link.csv", "is an input"),
             ("./x/../in.csv", "is an input"), ("missing.csv", "or another output"), ("", "no name"),
+            ("a/b/c/emb.json", "is an input"), ("a/labels.csv", "is an input"),  # which are read with emb.npy
             ("./other.csv", "the name of two outputs"),
             (".", "no name"), (tmp_path, "is a folder"), ("/dev/null", "a device or a pipe"),
             ("pipe", "a device or a pipe"), ("loop", "can't be opened"), ("no/x.csv", "does not exist")]:

@@ -177,6 +177,8 @@ def test_damaged_foreign_and_malicious_checkpoints(tmp_path, trunk, embedder):
     refused("would run code .(posix|os|nt).system|truncated", pickle.dumps({"a": Evil()}))
     refused("would run code .pretrainedmodels", networks.bninception())
     refused("expected a state_dict", [1, 2])
+    for odd in ({"weight": torch.zeros(2, 2, device="meta")}, {1: torch.zeros(2, 2)}):
+        refused("expected a state_dict", odd)
     strange = dict(list(trunk.items())[4:], extra=torch.ones(1))
     strange["conv2_3x3.weight"] = torch.ones(2, 2)
     refused(r"4 missing: conv1_7x7_s2.weight, conv1_7x7_s2.bias, .*, …; 1 unexpected: extra; "

@@ -1,5 +1,6 @@
 """R-Precision, NR-Prec, their errors and p-values: by hand, against an independent reference, as properties
 that must hold; and the command line with every bad input."""
+import argparse
 import csv
 import fcntl
 import os
@@ -348,6 +349,13 @@ def test_chi_square_against_its_permutations():
 def test_cramers_v_of_identical_columns_is_one():
     a = np.arange(600) % 6
     assert nrprec.dependent_pairs({"a": a, "b": a * 7})[0][2] == pytest.approx(1)
+
+
+def test_very_many_properties_are_not_tested_in_pairs(monkeypatch):
+    monkeypatch.setattr(nrprec, "dependent_pairs", None)
+    labels = {str(i): np.array([0, 0, 1, 1]) for i in range(501)}
+    line, = nrprec.warnings_before(labels, 4, argparse.Namespace(queries=None, permutations=0))
+    assert line.startswith("501 properties are more than 500")
 
 
 def test_quantile_bins_are_equally_full():

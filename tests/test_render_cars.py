@@ -3,6 +3,7 @@ import csv
 import importlib.util
 import io
 import json
+import os
 import signal
 import struct
 import subprocess
@@ -265,9 +266,9 @@ def test_properties_file(render, tmp_path):
     ('{"rotation_z": ["a"]}', '"a"'), ('{"color_val": [true]}', "true"), ('{"color_val": [3]}', "0 to 2"),
     ('{"color_val": [NaN]}', "NaN"), ('{"model": ["tank"]}', "tank"), ('{"model": [["van"]]}', "van"),
     ('{"rotation_z": {"a": 1}}', "finite"), ('{"rotation_z": [0, 0.0]}', "twice"),
-    ('{"sun_elevation": -5}', "0 to 90")])
+    ('{"sun_elevation": -5}', "0 to 90"), ("[" * 10**5, "not JSON"), (None, "a device or a pipe")])
 def test_bad_properties(render, tmp_path, content, word):
-    (tmp_path / "p.json").write_text(content)
+    (tmp_path / "p.json").write_text(content) if content else os.mkfifo(tmp_path / "p.json")
     failed(render(tmp_path / "set", "--properties", tmp_path / "p.json", "--dry-run"), "p.json", word)
     assert not (tmp_path / "set").exists()
 
@@ -291,7 +292,7 @@ def test_no_cars_and_two_of_one_name(render, tmp_path):
 def test_an_existing_set_made_otherwise(render, tmp_path):
     command = (tmp_path / "set", "--frames", "0:5", "--dry-run")
     assert render(*command).returncode == 0
-    before = (tmp_path / "set/props.csv").read_bytes()
+    before, about = (tmp_path / "set/props.csv").read_bytes(), (tmp_path / "set/render.json").read_bytes()
     given = write_json(tmp_path / "p.json", {"sun_elevation": 90})
     failed(render(*command, "--seed", 1), "seed 0, not 1")
     failed(render(*command, "--size", 128), "size 256, not 128")
@@ -300,6 +301,12 @@ def test_an_existing_set_made_otherwise(render, tmp_path):
     assert (tmp_path / "set/props.csv").read_bytes() == before
     (tmp_path / "set/render.json").write_text("[]")
     failed(render(*command), "render.json")
+    props, good = tmp_path / "set/props.csv", (tmp_path / "set/props.csv").read_text()
+    for content in (good.replace(",", "\t"), good.replace("frame", "x"), "frame\n" + "1" * 200_000 + "\n"):
+        props.write_text(content)
+        (tmp_path / "set/render.json").write_bytes(about)
+        failed(render(*command), "is not a table of this script")
+        assert props.read_text() == content
     (tmp_path / "set/render.json").unlink()
     failed(render(*command), "no render.json")
 

@@ -266,16 +266,18 @@ def garble(path):
     *itertools.product(["a.npy.part", "a.json.part"], [os.remove, empty, cut, grow, garble]),
     ("a.npy.part", cut_the_end)])
 def test_damaged_halves_are_begun_anew_and_said(tmp_path, capsys, damage, name):
-    half(tmp_path / "a.npy")
-    damage(tmp_path / name)
-    process = writer(tmp_path / "a.npy", n=20)
-    assert process.communicate()[0].split()[-1] == "20" and process.returncode == 0
-    assert is_right(tmp_path / "a.npy", 20)
-    half(tmp_path / "b.npy")
-    damage(tmp_path / name.replace("a", "b", 1))
-    RowFile(tmp_path / "b.npy", (20, 3), "float32", {"options": "a"}).give_up()
-    assert "removed, cut or damaged: beginning anew" in capsys.readouterr().err
-    assert sorted(os.listdir(tmp_path)) == ["a.json", "a.npy"]
+    path = tmp_path / "a.npy"
+    for fills in (False, True):  # who comes and goes leaves nothing
+        half(path)
+        damage(tmp_path / name)
+        file = RowFile(path, (20, 3), "float32", {"options": "a"})
+        assert "removed, cut or damaged: beginning anew" in capsys.readouterr().err
+        if fills:
+            assert file.claim(0, 20).tolist() == list(range(20))
+            file.write(range(20), np.repeat(np.arange(20)[:, None], 3, axis=1))
+        assert file.finish() == fills
+        file.give_up()
+        assert is_right(path, 20) if fills else not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("damage", [os.remove, empty, cut_the_end])
@@ -331,10 +333,14 @@ def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="choose another place"):
         RowFile(tmp_path / "file" / "a.npy", (2, 2), "float32", {})
+    os.symlink("far/a.npy", tmp_path / "link.npy")
+    with pytest.raises(ValueError, match="link.npy is a link to far/a.npy, which is not there"):
+        RowFile(tmp_path / "link.npy", (2, 2), "float32", {})
+    assert sorted(os.listdir(tmp_path)) == ["file", "link.npy"]
 
 
 def test_wrong_shapes_are_refused_and_nothing_is_left_of_no_row(tmp_path):
-    file = RowFile(tmp_path / "a.npy", (10, 2), "float32", {})
+    file = RowFile(tmp_path / "new/folder/a.npy", (10, 2), "float32", {})
     with pytest.raises(ValueError, match=r"shape \(1, 3\), expected \(1, 2\)"):
         file.write([0], np.zeros((1, 3)))
     file.give_up()

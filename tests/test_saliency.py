@@ -522,8 +522,11 @@ def test_gallery_pages_and_overlay(place):
     cells = [np.full((28, 28, 3), 60, dtype=np.uint8)] * 3
     sheet = saliency.draw_gallery([cells] * 2, ["Picture", "ArcFace", "Triplet"], ["a/long/" * 9, "b.jpg"])
     assert sheet.height == 24 + 3 * 176 and sheet.getpixel((sheet.width - 90, 100)) == (60, 60, 60)
-    with pytest.raises(ValueError, match="3.png is an input"):
-        run("--out", "maps.npy", "--gallery", "pictures/3.png")
+    os.rename("pictures/3.png", "pictures/3_2.png")
+    for options in (["pictures/4.png"], ["pictures/3.png", "--pick", ",".join(map(str, range(9)))]):
+        with pytest.raises(ValueError, match="(4|3_2).png is an input"):
+            run("--out", "other.npy", "--gallery", *options)
+    assert not os.path.exists("other.npy") and not os.path.exists("pictures/3.png")
 
 
 def test_sanity_check_falls(place):

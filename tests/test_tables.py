@@ -18,7 +18,7 @@ from test_results import CLASSIFICATION, COMPARE, MASKS, NRPREC, RANKING, add_ne
 from test_results import write as write_csv
 
 import tables
-from dml_common import conclusions, files, results
+from dml_common import conclusions, files, folders, results
 
 NASTY = r'50%_{\input}$ & <script>'
 HEADERS = {
@@ -579,6 +579,9 @@ def test_names_from_paths_of_a_network_without_a_loss(run_script, tmp_path):
 
 def test_outputs_that_would_destroy(small, run_script, tmp_path):
     before = sorted(path.name for path in small.iterdir())
+    for name in "models", "published":  # of losses.csv and errata.csv, as tables of ours are called
+        with pytest.raises(ValueError, match="a folder of results or of what is read with them"):
+            folders.make_folder(ROOT / name, "tables.json")
     for out in small, small.parent:
         assert "is a folder of results" in run(run_script, small.parent, "--out", out, status=2)
     (tmp_path / "file").write_text("mine")

@@ -474,6 +474,24 @@ def test_a_killed_run_continues_to_the_same_numbers(p):
     assert not checkpoint.exists()
 
 
+def test_commands_at_one_moment_train_one_network(p):
+    """Three at once, one of them with another rate: no network is of two; who comes too late is refused."""
+    def start(rate):
+        command = [sys.executable, str(ROOT / "train.py"), *OPTIONS, "--dataset", "p", "--loss", "Triplet"]
+        return subprocess.Popen([*command, "--lr", rate], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                text=True)
+
+    processes = {name: start(rate) for name, rate in (("a", "0.001"), ("b", "0.001"), ("c", "0.01"))}
+    said = {name: process.communicate()[1] for name, process in processes.items()}
+    rate = json.loads((place("triplet") / "config.json").read_text())["options"]["lr"]
+    statuses = {name: process.returncode for name, process in processes.items()}
+    assert statuses == ({"a": 0, "b": 0, "c": 2} if rate == 0.001 else {"a": 2, "b": 2, "c": 0}), said
+    assert all("made with other options" in said[name] for name in said if statuses[name])
+    run("--loss", "Triplet", "--lr", rate, "--models", "alone")
+    same("triplet", "alone")
+    assert not list(place("triplet").glob("*checkpoint*"))
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_run_killed_at_any_write_continues_to_the_same_numbers(p, monkeypatch, frozen):
     """As a kill leaves it: no file after the n-th is written, and of that one a temporary name stays."""
@@ -506,6 +524,10 @@ def test_a_run_killed_at_any_write_continues_to_the_same_numbers(p, monkeypatch,
         run(*options, "--models", f"m{at}")
         same("margin_per_class", f"m{at}", "uninterrupted")
         assert not list(place("margin_per_class", root=f"m{at}").glob("*checkpoint*"))
+    left = place("margin_per_class", root="uninterrupted") / "checkpoint.pth"
+    left.write_bytes(b"killed before this was removed")
+    run(*options, "--models", "uninterrupted")
+    assert not left.exists()
 
 
 def test_another_frozen_trunk_takes_nothing_of_the_last(p, refused):
@@ -678,7 +700,8 @@ def test_labels_that_do_not_fit(p, refused, tmp_path):
     ("--device mps: unknown; expected auto, cpu, cuda", ("--device", "mps")),
     ("--device cuda:99: (no GPU that torch|torch can use)", ("--device", "cuda:99")),
     ("--precision tf32 is an NVIDIA GPU's", ("--precision", "tf32")),
-    (r"odd:image gives \(1, 3, 224, 224\) for one picture; expected", ("--model", "odd:image")),
+    (r"odd:image gives \(1, 3, 224, 224\) of .* for one picture; expected", ("--model", "odd:image")),
+    (r"odd:whole gives .* of torch.int64 for one picture; .*floating-point", ("--model", "odd:whole")),
     (r"odd:broken fails on a picture \(3, 224, 224\): ", ("--model", "odd:broken")),
     ("ImageNet weights of inception_v3 are not at .*inception_v3_google-0cc3c7bd.pth: download https://.* "
      "--weights FILE", ("--model", "inception_v3")),
@@ -688,7 +711,9 @@ def test_labels_that_do_not_fit(p, refused, tmp_path):
 def test_what_can_not_be(p, refused, pattern, arguments):
     make_pictures(Path("few"), 2, 3)
     Path("odd.py").write_text("from torch import nn\ndef image(): return nn.Identity()\n"
-                              "def broken(): return nn.Sequential(nn.Flatten(), nn.Linear(5, 3))\n")
+                              "def broken(): return nn.Sequential(nn.Flatten(), nn.Linear(5, 3))\n"
+                              "class whole(nn.Flatten):\n"
+                              "    def forward(self, x): return super().forward(x).long()\n")
     if "png" in pattern:
         (p / "1" / "3.png").write_bytes(b"no picture")
     refused(pattern, *arguments)
