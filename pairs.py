@@ -678,8 +678,7 @@ def main(argv=None):
             positive, negative = score.histograms[bins[0]]
             panels.append({"name": name, "positive": positive, "negative": negative,
                            "positive_mean": score.positive_mean, "negative_mean": score.negative_mean,
-                           "jsd": score.jsd[bins[0]],
-                           "jsd_null": score.jsd_null[bins[0]] if args.permutations else None})
+                           "jsd": score.jsd[bins[0]]})
         files.write_file(args.figure, figures.png(figures.draw_pair_histograms(panels)))
     if args.class_figure is not None:
         files.write_file(args.class_figure, figures.png(figures.draw_class_curves(curves, numbers)))
