@@ -1,14 +1,18 @@
-"""The papers' tables from a folder of results, each as CSV, Markdown and LaTeX, and what they say.
+"""The papers' tables and conclusions from a folder of results, as CSV, Markdown and LaTeX.
 
 Reads:  results/ with data sets' folders in it, or one of these, as the other scripts write them:
-        <dataset>/{nrprec,compare,masks,embeddings,sanity,pairs}.csv and <dataset>/<slug>/fold<k>/*.json;
+        <dataset>/{nrprec,compare,masks,faithfulness,embeddings,sanity,pairs}.csv, <slug>/fold<k>/*.json;
         training histories beside the checkpoints or in models/trained/<dataset>/<slug>/fold<k>/
-Writes: tables/NAME.{csv,md,tex}, one for each table; tables.tex (all of them, for pdflatex), tables.md (all
-        of them, the findings, what to beware of), tables.json (for report.py), missing.csv
+Writes: tables/NAME.{csv,tex}, one for each table; tables.tex (all of them, for pdflatex), tables.md (all of
+        them, the findings, what to beware of), tables.json (for report.py), missing.csv
 
     python tables.py results --out tables
     python tables.py --published                # the papers' own tables, from published/
     python tables.py results --published        # with ours beside them, and the differences
+
+The table `conclusions` has a row for each statement of the papers: our number, its interval, its test and
+whether it holds. Differences to the published numbers are shown where the settings are the published ones
+(--as-published of saliency.py, nrprec.py and compare.py); else the settings that differ are.
 
 Every average is over folds first; correlations are averaged through Fisher's z. Ranking and classification
 losses are compared with a Mann-Whitney U test whose unit is the loss, Holm-corrected over the properties, at
