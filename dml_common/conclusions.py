@@ -162,8 +162,9 @@ def same_group(z, group_of, within=None, margin=None):
     """Do two losses of one group agree more than two of different groups? -> Estimate; None: none can tell.
 
     z: {(network, network): Fisher's z}. The groups are permuted over the networks, of each kind of within
-    {network: kind} apart: pairs are not independent. Interval: delete-one jackknife over the networks. With a
-    margin p is that the difference is not within ± margin of 0.
+    {network: kind} apart: pairs are not independent. Interval: delete-one jackknife over the networks of a
+    statistic of pairs (Snijders and Borgatti 1999). With a margin p is that the difference is not within
+    ± margin of 0.
     """
     names, z = list(group_of), {pair: z[pair] for pair in z if {*pair} <= group_of.keys()}
     a, b = np.array([[names.index(name) for name in pair] for pair in z], int).reshape(-1, 2).T
@@ -184,7 +185,7 @@ def same_group(z, group_of, within=None, margin=None):
     extreme = abs(np.subtract(*means(draws))) >= observed * (1 - 1e-12)
     p, (one, other) = float((1 + extreme.sum()) / (1 + PERMUTATIONS)), np.tanh(means(codes))
     rest = [np.subtract(*np.tanh(means(codes, (a != k) & (b != k)))) for k in range(len(names))]
-    value, error, df = float(one - other), math.sqrt((len(names) - 1) * np.var(rest)), len(names) - 1
+    value, error, df = float(one - other), math.sqrt((len(names) - 2) * np.var(rest) / 2), len(names) - 1
     note = f"{one:.3f} against {other:.3f}, groups permuted" + (" within types" if within else "")
     if margin is not None:
         note, p = f"{note}: p {p:.2g}; two one-sided t tests", equivalence(value, error, df, margin)
