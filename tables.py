@@ -645,10 +645,10 @@ def main(argv=None):
     if args.published:
         contents = papers(everything, tables_of)
     else:
-        contents = [losses(everything), conclusions_table(everything),
+        contents = [conclusions_table(everything), losses(everything),
                     *itertools.chain(*tables_of.values()), errata()]
         if not all(one.properties for one in everything):
-            contents.insert(1, properties())
+            contents.insert(2, properties())
     contents = [content for content in contents if content["rows"]]
     names = [content["name"] for content in contents]
     if len(set(names)) < len(names):
