@@ -287,12 +287,12 @@ def training(everything):
         for key in titles:
             both = [row for row in map(ends[name, split].get, [(key, 0), (key, "best")]) if row]
             last, text = both[-1] if both else None, " → ".join(fact(row, 1, 3)["text"] for row in both)
+            rows[-1].append(cell(text, last and last.value))
             if last and last.note == "seeds":
-                text, ends_of = text + interval(last, 1, 3), {"low": last.low, "high": last.high}
                 rows[-1][2] = f"{last.n} seeds"
+                rows[-1][-1] |= {"text": text + interval(last, 1, 3), "low": last.low, "high": last.high}
             elif last:
-                rows[-1][2], ends_of = cell(last.n or "", last.n), {}
-            rows[-1].append(cell(text, last.value, **ends_of) if last else "")
+                rows[-1][2] = cell(last.n or "", last.n)
     for name in [name for name in order if {(name, "default"), (name, "random")} <= trained]:
         rows.append([cell(name, bold=True), "default − random", ""])
         for key in titles:
