@@ -424,7 +424,7 @@ def nr_precision(embeddings, labels, *, distance="euclidean", normalise=False, n
 
     for rows, names in patterns.values():
         lone = Score(len(rows), 0, len(rows), np.nan, np.nan, p_value=np.nan if permutations else None)
-        some, parts = [lone] * len(names), []             # of fewer than two pictures: no neighbours
+        some = parts = [lone] * len(names)                # of fewer than two pictures: no neighbours
         if len(rows) > 1:
             columns = [named[name][1] for name in names]
             columns = columns if len(rows) == len(x) else [codes[rows] for codes in columns]
@@ -661,7 +661,7 @@ def read_labels(table, pictures, args, notes):
     from dml_common import files
 
     names = [name.strip() for name in args.properties.split(",")] if args.properties is not None else None
-    missing = files.MISSING if args.missing is None else ["", *args.missing.split(",")]
+    missing = files.MISSING if args.missing is None else ["", *map(str.strip, args.missing.split(","))]
     labels = files.read_properties(table, names, pictures, notes, missing)
     uncut = list(labels)
     for option in args.bin:
