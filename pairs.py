@@ -402,7 +402,9 @@ def permuted_divergence(space, sizes, histograms, permutations, seed, threads, a
 
 def check_arguments(embeddings, labels, bins, recall, permutations, seed, threads):
     """(embeddings (n, m) as they came, labels (n,)); ValueError for what pair_scores() can't work with."""
-    x, labels = np.asanyarray(embeddings), np.asarray(labels)
+    x, labels = embeddings, np.asarray(labels)
+    if not isinstance(x, np.memmap):
+        x = np.asarray(x)
     if np.iscomplexobj(x):
         raise ValueError("embeddings are complex; expected real numbers")
     as_came = x.dtype in (np.float16, np.float32, np.float64)
