@@ -325,7 +325,7 @@ def count_blocks(space, columns, queries, threads, memory_mib, by_index=False):
 def as_embeddings(embeddings, distance, normalise=False):
     """Embeddings (n, m), float16, float32 or float64 as they came, others as float32. ValueError unless they
     are real and finite, n >= 2, and have distances: a zero vector has no direction, a constant one no SNR."""
-    x = np.asanyarray(embeddings)
+    x = embeddings if isinstance(embeddings, np.memmap) else np.asarray(embeddings)
     if np.iscomplexobj(x):
         raise ValueError("embeddings are complex; expected real numbers")
     as_came = x.dtype in (np.float16, np.float32, np.float64)
@@ -457,13 +457,13 @@ def nr_precision(embeddings, labels, *, distance="euclidean", normalise=False, n
 
     for rows, names in patterns.values():
         lone = Score(len(rows), 0, len(rows), np.nan, np.nan, p_value=np.nan if permutations else None)
-        some, parts = [lone] * len(names), []             # of fewer than two pictures: no neighbours
+        some = parts = [lone] * len(names)                # of fewer than two pictures: no neighbours
         if len(rows) > 1:
             columns = [named[name][1] for name in names]
             columns = columns if len(rows) == len(x) else [codes[rows] for codes in columns]
-            space = prepare(x, distance, rows, normalise)
-            some, parts = score_columns(space, columns, null, max_neighbours, ties, permutations, queries,
-                                        seed, per_value, threads, memory_mib, tick)
+            some, parts = score_columns(prepare(x, distance, rows, normalise), columns, null, max_neighbours,
+                                        ties, permutations, queries, seed, per_value, threads, memory_mib,
+                                        tick)
         parts = iter(parts)
         for name, score in zip(names, some):
             values = dict(zip(named[name][0].tolist(), parts)) if per_value else None
@@ -694,7 +694,7 @@ def read_labels(table, pictures, args, notes):
     from dml_common import files
 
     names = [name.strip() for name in args.properties.split(",")] if args.properties is not None else None
-    missing = files.MISSING if args.missing is None else ["", *args.missing.split(",")]
+    missing = files.MISSING if args.missing is None else ["", *map(str.strip, args.missing.split(","))]
     labels = files.read_properties(table, names, pictures, notes, missing)
     uncut = list(labels)
     for option in args.bin:

@@ -277,6 +277,7 @@ def test_properties_of_nobody_and_of_one_picture():
     for label, n in zip(lacking, (0, 1)):
         score = nr_precision(LINE, label, permutations=3)
         assert score[:3] == (n, 0, n) and score.missing == 6 - n and np.isnan(score.nr_precision)
+        assert len(nr_precision(LINE, label, per_value=True).by_value) == n
 
 
 def test_the_queries_of_each_value():
