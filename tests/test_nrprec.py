@@ -386,7 +386,8 @@ def test_cramers_v_of_identical_columns_is_one():
 def test_very_many_properties_are_not_tested_in_pairs(monkeypatch):
     monkeypatch.setattr(nrprec, "dependent_pairs", None)
     labels = {str(i): np.array([0, 0, 1, 1]) for i in range(501)}
-    line, = nrprec.warnings_before(labels, 4, argparse.Namespace(queries=None, permutations=0, per_value=False))
+    options = argparse.Namespace(queries=None, permutations=0, per_value=False)
+    line, = nrprec.warnings_before(labels, 4, options)
     assert line.startswith("501 properties are more than 500")
 
 
