@@ -420,11 +420,11 @@ def rows_by_name(pictures, names, source, notes=None):
     all apart on both sides; where names tell nothing, an index 0, 1, … keeps its order.
     Raises ValueError naming what is missing or stands there twice.
     """
-    ways = {"path": name_path, "file name": file_name, "stem": name_stem, "number": name_number}
     most = [False] * len(pictures)
-    for word, way in ways.items():
-        wanted, there = list(map(way, pictures)), {}
-        for row, name in enumerate(map(way, names)):
+    ours, theirs = zip(*map(spellings, pictures)), zip(*map(spellings, names))
+    for word, wanted, spelled in zip(("path", "file name", "stem", "number"), ours, theirs):
+        there = {}
+        for row, name in enumerate(spelled):
             there.setdefault(name, row)
         here = [name in there for name in wanted]
         if all(here) and len(there) == len(names) and len(set(wanted)) == len(wanted):
@@ -454,22 +454,12 @@ def is_index(names):
     return list(names) == list(map(str, range(first, first + len(names))))
 
 
-def file_name(name):
-    return name_path(name).rpartition("/")[2]
-
-
-def name_path(name):
-    return name.replace("\\", "/").removeprefix("./")
-
-
-def name_stem(name):
-    return os.path.splitext(file_name(name))[0]
-
-
-def name_number(name):
-    """17 of images/000017.jpg; what is no number stays as it is."""
-    text = name_stem(name)
-    return text.lstrip("0") if text.isascii() and text.isdecimal() else name
+def spellings(name):
+    """A picture's name as path, file name, stem and number: 17 of images/000017.jpg, else the name."""
+    path = name.replace("\\", "/").removeprefix("./")
+    file = path.rpartition("/")[2]
+    stem = os.path.splitext(file)[0]
+    return path, file, stem, stem.lstrip("0") if stem.isascii() and stem.isdecimal() else name
 
 
 # ---------------------------------------------------------------- out
@@ -489,23 +479,17 @@ def check_output(path, inputs=(), others=()):
             raise ValueError(f"{path} is the name of two outputs; give each its own")
     if os.path.lexists(place):
         check_input(place, "another name for the output")
+    there = os.stat(place) if os.path.exists(place) else None
     read = list(filter(None, inputs))
     for other in read + [path for array in read if str(array).endswith(".npy") for path in beside(array)]:
-        if os.path.abspath(other) == place or os.path.exists(place) and is_same(place, other):
+        same = there and os.path.exists(other) and os.path.samestat(os.stat(other), there)
+        if same or os.path.abspath(other) == place:
             raise ValueError(f"{path} is an input, or another output: choose another name")
     folder = os.path.dirname(place)
     if not os.path.isdir(folder):
         raise ValueError(f"the folder {folder} does not exist; make it first")
     if not os.access(folder, os.W_OK):
         raise ValueError(f"the folder {folder} can't be written to; choose another")
-
-
-def is_same(path, other):
-    """Do two names lead to one file?"""
-    try:
-        return os.path.samefile(path, other)
-    except (OSError, ValueError):
-        return False
 
 
 @contextlib.contextmanager

@@ -519,11 +519,13 @@ def random_linear(features, dimension, seed, fold):
 def features_of(network):
     """How many features a network gives for a picture. ValueError where they can't be trained on."""
     black = torch.from_numpy(black_picture(network.preprocessing))
-    with torch.inference_mode():
-        features = network.module(torch.stack([black, black]))
+    try:
+        with torch.inference_mode():
+            features = network.module(torch.stack([black, black]))
+    except Exception as error:  # whatever a factory's network does with a picture
+        raise ValueError(f"{network.name} fails on a picture {tuple(black.shape)}: {error}") from None
     if not features.is_floating_point():
-        raise ValueError(f"{network.name} gives features of {features.dtype}; expected floating-point "
-                         "numbers")
+        raise ValueError(f"{network.name} gives {features.dtype}; expected floating-point numbers")
     return features.shape[1]
 
 

@@ -42,7 +42,6 @@ FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA",
 OTHERS = (".cr2", ".dng", ".eps", ".exr", ".heic", ".heif", ".ico", ".jxl", ".nef", ".psd", ".svg")
 SPLITS = {"train": "train", "test": "test",
           **dict.fromkeys(("val", "valid", "dev", "validation"), "validation")}
-LABELS = ("label", "class")  # columns of a table of pictures
 CHANNELS = {"RGB": slice(None), "BGR": slice(None, None, -1), "L": slice(1)}  # of grey all three are equal
 INTERPOLATIONS = {name: Image.Resampling[name.upper()]
                   for name in ("bilinear", "bicubic", "lanczos", "nearest")}
@@ -293,10 +292,7 @@ def properties_table(folder):
 
 
 def open_rendered(folder, path):
-    """Rows in the order of the table, whose first column names the picture: 17, 000017 or 000017.jpg.
-
-    Pictures lie in images/, or (of the first paper's set) beside the table.
-    """
+    """Rows in the order of the table, which names the pictures in images/ or beside it: 17 or 000017.jpg."""
     table, place = read_table(path), folder / "images" if (folder / "images").is_dir() else folder
     if "frame" in table:  # wherever it stands
         table = {"frame": table.pop("frame"), **table}
@@ -335,7 +331,7 @@ def open_csv(path, split):
     dataset = listed(path.stem, path.parent, table[column])
     if set(BOX) <= set(table):
         dataset = boxed(dataset, zip(*(table[name] for name in BOX)), path)
-    label = next((name for name in LABELS if name in table), None)
+    label = next((name for name in ("label", "class") if name in table), None)
     if label:
         labels, classes = numbered(table[label])
         dataset = dataset._replace(labels=labels, classes=classes)
@@ -539,10 +535,9 @@ def normalise(pixels, preprocessing):
     return np.ascontiguousarray(np.moveaxis(values, -1, -3))
 
 
-def black_picture(preprocessing, size=None):
-    """A black picture as the network's input: float32 (3, H, W); size (H, W) where there is no fixed crop."""
-    height, width = size or input_size(preprocessing)
-    return normalise(np.zeros((height, width, 3), dtype=np.uint8), preprocessing)
+def black_picture(preprocessing):
+    """A black picture as the network's input: float32 (C, H, W)."""
+    return normalise(np.zeros((*input_size(preprocessing), 3), dtype=np.uint8), preprocessing)
 
 
 def input_size(preprocessing):
