@@ -210,7 +210,7 @@ def has_planes(columns):
 
 
 def bit_planes(columns):
-    """(p, k, ⌈n/64⌉) uint64: bit i of [c − 1, column] is codes[column, i] == c. p = 0 without vector loops."""
+    """(p, k, ⌈n/64⌉) uint64: bit i of [c − 1, column] is codes[column, i] == c; else p = 0."""
     k, n = columns.codes.shape
     copies = [slice(None)] if columns.copies is None or not has_planes(columns) else columns.copies
     most = min(MOST_PLANES, int(columns.codes.max())) if _knn and _knn.ISA != "scalar" else 0
@@ -263,12 +263,13 @@ def count_hits_numpy(space, columns, queries, by_index=False):
 
 def count_hits(space, columns, planes, queries, products, by_index=False, threads=1):
     """The kernel's hits (4, k, len(queries)) int32 from products (len(queries), n) float32."""
-    entry, k = values_of(columns, queries), len(columns.values)
+    entry = values_of(columns, queries)
+    period = 0 if columns.copies is None else len(columns.values)
     hits = np.zeros((4, len(entry), len(queries)), np.int32)
     _knn.count_hits(products, queries, space.bounds[queries], *space.source(), space.aux, space.offset,
                     DISTANCES.index(space.distance), columns.codes, planes, columns.members,
-                    columns.member_row, entry, columns.entry_code, columns.entry_rank, columns.entry_start, columns.entry_count,
-                    columns.ranks, hits, by_index, threads, k if columns.copies is not None else 0)
+                    columns.member_row, entry, columns.entry_code, columns.entry_rank, columns.entry_start,
+                    columns.entry_count, columns.ranks, hits, by_index, threads, period)
     return hits
 
 
@@ -324,7 +325,7 @@ def count_blocks(space, columns, queries, threads, memory_mib, by_index=False):
 def as_embeddings(embeddings, distance, normalise=False):
     """Embeddings (n, m), float16, float32 or float64 as they came, others as float32. ValueError unless they
     are real and finite, n >= 2, and have distances: a zero vector has no direction, a constant one no SNR."""
-    x = np.asanyarray(embeddings)
+    x = embeddings if isinstance(embeddings, np.memmap) else np.asarray(embeddings)
     if np.iscomplexobj(x):
         raise ValueError("embeddings are complex; expected real numbers")
     as_came = x.dtype in (np.float16, np.float32, np.float64)
@@ -456,13 +457,13 @@ def nr_precision(embeddings, labels, *, distance="euclidean", normalise=False, n
 
     for rows, names in patterns.values():
         lone = Score(len(rows), 0, len(rows), np.nan, np.nan, p_value=np.nan if permutations else None)
-        some, parts = [lone] * len(names), []             # of fewer than two pictures: no neighbours
+        some = parts = [lone] * len(names)                # of fewer than two pictures: no neighbours
         if len(rows) > 1:
             columns = [named[name][1] for name in names]
             columns = columns if len(rows) == len(x) else [codes[rows] for codes in columns]
-            space = prepare(x, distance, rows, normalise)
-            some, parts = score_columns(space, columns, null, max_neighbours, ties, permutations, queries,
-                                        seed, per_value, threads, memory_mib, tick)
+            some, parts = score_columns(prepare(x, distance, rows, normalise), columns, null, max_neighbours,
+                                        ties, permutations, queries, seed, per_value, threads, memory_mib,
+                                        tick)
         parts = iter(parts)
         for name, score in zip(names, some):
             values = dict(zip(named[name][0].tolist(), parts)) if per_value else None
@@ -693,7 +694,7 @@ def read_labels(table, pictures, args, notes):
     from dml_common import files
 
     names = [name.strip() for name in args.properties.split(",")] if args.properties is not None else None
-    missing = files.MISSING if args.missing is None else ["", *args.missing.split(",")]
+    missing = files.MISSING if args.missing is None else ["", *map(str.strip, args.missing.split(","))]
     labels = files.read_properties(table, names, pictures, notes, missing)
     uncut = list(labels)
     for option in args.bin:
@@ -725,8 +726,8 @@ def warnings_before(labels, n, args):
     if not few:
         yield (f"{len(labels):,} properties are more than {MOST_PAIRED}: whether they depend on each other, "
                "which the method assumes they don't, is not tested")
-    coded = {name: codes for name, (_, codes) in coded.items()}
-    for a, b, v, p in dependent_pairs(coded) if few else ():
+    columns = {name: codes for name, (_, codes) in coded.items()}
+    for a, b, v, p in dependent_pairs(columns) if few else ():
         yield (f"{a} and {b} depend on each other (Cramér's V {v:.2f}, Holm-corrected p {p:.1g}): "
                "the method assumes independent properties, so one may show for the other")
     if 0 < args.permutations < 1000:

@@ -402,7 +402,9 @@ def permuted_divergence(space, sizes, histograms, permutations, seed, threads, a
 
 def check_arguments(embeddings, labels, bins, recall, permutations, seed, threads):
     """(embeddings (n, m) as they came, labels (n,)); ValueError for what pair_scores() can't work with."""
-    x, labels = np.asanyarray(embeddings), np.asarray(labels)
+    x, labels = embeddings, np.asarray(labels)
+    if not isinstance(x, np.memmap):
+        x = np.asarray(x)
     if np.iscomplexobj(x):
         raise ValueError("embeddings are complex; expected real numbers")
     as_came = x.dtype in (np.float16, np.float32, np.float64)
@@ -528,7 +530,7 @@ def score_file(file, table, name, split, args, options, numbers):
     from dml_common import command, files
 
     notes, pictures = [], files.picture_names(file)
-    missing = files.MISSING if args.missing is None else ["", *args.missing.split(",")]
+    missing = files.MISSING if args.missing is None else ["", *map(str.strip, args.missing.split(","))]
     try:
         labels = files.read_properties(table, [args.label], pictures, notes, missing)[args.label]
     except ValueError as error:
@@ -550,22 +552,22 @@ def score_file(file, table, name, split, args, options, numbers):
                 bar.update(step)
     except ValueError as error:
         raise ValueError(f"{file}, {args.label} of {table}: {error}") from None
-    if all((x[part] == x[0]).all() for part in slices(*x.shape)):
-        command.say(f"warning: {file}: all {len(x):,} embeddings are equal: none is nearer than another")
-    for line in warnings_of(name, score, args):
+    for line in warnings_of(name, x, score, args):
         command.say(f"warning: {line}")
     return results
 
 
-def warnings_of(name, score, args):
-    """What a reader of one embedding's scores must know, a line each."""
+def warnings_of(name, x, score, args):
+    """What a reader of the scores of embeddings x (n, m) must know, a line each."""
     n, tied = score.n, score.tied / (score.n - score.lone)
     if score.missing:
         yield f"{name}: {score.missing:,} of {n + score.missing:,} pictures have no {args.label}: in no pair"
     if score.lone:
         yield (f"{name}: {score.lone:,} of {n:,} pictures are alone in their class: they make no positive "
                "pair and are no queries")
-    if MANY_TIES < tied < 1:
+    if all((x[part] == x[0]).all() for part in slices(*x.shape)):
+        yield f"{name}: all {len(x):,} embeddings are equal: none is nearer than another"
+    elif tied > MANY_TIES:
         yield (f"{name}: {tied:.0%} of the queries have positives and others at the same distance where a "
                f"list ends; {TIES[args.ties]}")
     if any(np.isnan(low) for low, _ in score.intervals.values()):

@@ -1,14 +1,18 @@
-"""The papers' tables from a folder of results, each as CSV, Markdown and LaTeX, and what they say.
+"""The papers' tables and conclusions from a folder of results, as CSV, Markdown and LaTeX.
 
 Reads:  results/ with data sets' folders in it, or one of these, as the other scripts write them:
-        <dataset>/{nrprec,compare,masks,embeddings,sanity,pairs}.csv and <dataset>/<slug>/fold<k>/*.json;
+        <dataset>/{nrprec,compare,masks,faithfulness,embeddings,sanity,pairs}.csv, <slug>/fold<k>/*.json;
         training histories beside the checkpoints or in models/trained/<dataset>/<slug>/fold<k>/
-Writes: tables/NAME.{csv,md,tex}, one for each table; tables.tex (all of them, for pdflatex), tables.md (all
-        of them, the findings, what to beware of), tables.json (for report.py), missing.csv
+Writes: tables/NAME.{csv,tex}, one for each table; tables.tex (all of them, for pdflatex), tables.md (all of
+        them, the findings, what to beware of), tables.json (for report.py), missing.csv
 
     python tables.py results --out tables
     python tables.py --published                # the papers' own tables, from published/
     python tables.py results --published        # with ours beside them, and the differences
+
+The table `conclusions` has a row for each statement of the papers: our number, its interval, its test and
+whether it holds. Differences to the published numbers are shown where the settings are the published ones
+(--as-published of saliency.py, nrprec.py and compare.py); else the settings that differ are.
 
 Every average is over folds first; correlations are averaged through Fisher's z. Ranking and classification
 losses are compared with a Mann-Whitney U test whose unit is the loss, Holm-corrected over the properties, at
@@ -283,12 +287,12 @@ def training(everything):
         for key in titles:
             both = [row for row in map(ends[name, split].get, [(key, 0), (key, "best")]) if row]
             last, text = both[-1] if both else None, " → ".join(fact(row, 1, 3)["text"] for row in both)
+            rows[-1].append(cell(text, last and last.value))
             if last and last.note == "seeds":
-                text, ends_of = text + interval(last, 1, 3), {"low": last.low, "high": last.high}
                 rows[-1][2] = f"{last.n} seeds"
+                rows[-1][-1] |= {"text": text + interval(last, 1, 3), "low": last.low, "high": last.high}
             elif last:
-                rows[-1][2], ends_of = cell(last.n or "", last.n), {}
-            rows[-1].append(cell(text, last.value, **ends_of) if last else "")
+                rows[-1][2] = cell(last.n or "", last.n)
     for name in [name for name in order if {(name, "default"), (name, "random")} <= trained]:
         rows.append([cell(name, bold=True), "default − random", ""])
         for key in titles:
@@ -641,10 +645,10 @@ def main(argv=None):
     if args.published:
         contents = papers(everything, tables_of)
     else:
-        contents = [losses(everything), conclusions_table(everything),
+        contents = [conclusions_table(everything), losses(everything),
                     *itertools.chain(*tables_of.values()), errata()]
         if not all(one.properties for one in everything):
-            contents.insert(1, properties())
+            contents.insert(2, properties())
     contents = [content for content in contents if content["rows"]]
     names = [content["name"] for content in contents]
     if len(set(names)) < len(names):

@@ -111,18 +111,19 @@ def difference_of(x, y, fisher=False):
     """
     if not len(x) or not len(y):
         return None
+    n = np.array([len(x), len(y)])
     means = np.array([np.mean(x), np.mean(y)])
-    one, other = means = np.tanh(means) if fisher else means
-    value, note = float(one - other), f"{one:.3f} against {other:.3f}"
-    if min(len(x), len(y)) < 2:
-        return Estimate(value, n=len(x) + len(y), note=note)
-    squares = np.array([np.var(x, ddof=1) / len(x), np.var(y, ddof=1) / len(y)])
-    squares = squares * (1 - means**2)**2 if fisher else squares  # the delta method
-    error, below = float(np.sqrt(squares.sum())), (squares**2 / (len(x) - 1, len(y) - 1)).sum
-    ends = student(value, error, error**4 / below()) if error else (value, value)
-    ways = math.comb(len(x) + len(y), len(x))
-    return Estimate(value, *ends, mann_whitney(x, y)[1], 2 / ways,
-                    len(x) + len(y), f"{note}, Mann-Whitney" + (", exact" if ways <= MOST else ""))
+    means = np.tanh(means) if fisher else means
+    value, note = float(means[0] - means[1]), "{:.3f} against {:.3f}".format(*means)
+    if n.min() < 2:
+        return Estimate(value, n=int(n.sum()), note=note)
+    squares = np.array([np.var(x, ddof=1), np.var(y, ddof=1)]) / n  # of the standard errors
+    squares = squares * (1 - means**2)**2 if fisher else squares    # the delta method
+    error, ends, ways = math.sqrt(squares.sum()), (value, value), math.comb(n.sum(), n[0])
+    if error:
+        ends = student(value, error, error**4 / (squares**2 / (n - 1)).sum())
+    note += ", Mann-Whitney" + (", exact" if ways <= MOST else "")
+    return Estimate(value, *ends, mann_whitney(x, y)[1], 2 / ways, int(n.sum()), note)
 
 
 def kendall(x, y):
@@ -162,8 +163,9 @@ def same_group(z, group_of, within=None, margin=None):
     """Do two losses of one group agree more than two of different groups? -> Estimate; None: none can tell.
 
     z: {(network, network): Fisher's z}. The groups are permuted over the networks, of each kind of within
-    {network: kind} apart: pairs are not independent. Interval: delete-one jackknife over the networks. With a
-    margin p is that the difference is not within ± margin of 0.
+    {network: kind} apart: pairs are not independent. Interval: delete-one jackknife over the networks of a
+    statistic of pairs (Snijders and Borgatti 1999). With a margin p is that the difference is not within
+    ± margin of 0.
     """
     names, z = list(group_of), {pair: z[pair] for pair in z if {*pair} <= group_of.keys()}
     a, b = np.array([[names.index(name) for name in pair] for pair in z], int).reshape(-1, 2).T
@@ -184,7 +186,7 @@ def same_group(z, group_of, within=None, margin=None):
     extreme = abs(np.subtract(*means(draws))) >= observed * (1 - 1e-12)
     p, (one, other) = float((1 + extreme.sum()) / (1 + PERMUTATIONS)), np.tanh(means(codes))
     rest = [np.subtract(*np.tanh(means(codes, (a != k) & (b != k)))) for k in range(len(names))]
-    value, error, df = float(one - other), math.sqrt((len(names) - 1) * np.var(rest)), len(names) - 1
+    value, error, df = float(one - other), math.sqrt((len(names) - 2) * np.var(rest) / 2), len(names) - 1
     note = f"{one:.3f} against {other:.3f}, groups permuted" + (" within types" if within else "")
     if margin is not None:
         note, p = f"{note}: p {p:.2g}; two one-sided t tests", equivalence(value, error, df, margin)
@@ -254,7 +256,9 @@ def concentrations(one):
             first, *second = (concentration(network[kind]["array"][rows]) for kind in ("maps", "maps_ceiling")
                               if network[kind])
             shares[network["name"]] += first[np.isfinite(first)].tolist()
-            noise += [] if not second else ((first - second[0])[np.isfinite(first - second[0])]**2).tolist()
+            if second:
+                away = first - second[0]
+                noise += (away[np.isfinite(away)]**2).tolist()
     return ({name: float(np.mean(values)) for name, values in shares.items() if values},
             float(np.sqrt(np.mean(noise) / 2)) if noise else None)
 

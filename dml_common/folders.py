@@ -270,6 +270,7 @@ def warn(results):
     numbers = sorted({int(line["permutations"]) for line in tested if line.get("permutations")})
     properties = len({line["property"] for line in tested})
     skipped = sorted({line["property"] for line in scores if line.get("skipped")})
+    without = sorted({f"{line['property']} {line['missing']:,.0f}" for line in scores if line.get("missing")})
     arrays = [network[kind] for network in networks for kind in ("emb", "maps") if network[kind]]
     unread = sorted({str(name) for about in arrays for name in about["pictures"].get("left_out") or []})
     backbones = sorted({str(about["backbone"]) for about in arrays if about.get("backbone")})
@@ -295,10 +296,11 @@ def warn(results):
             (left_out, f"up to {left_out:,.0f} pictures are left out of a pair of maps, because a map is "
              "constant or not finite"),
             (skipped, f"pictures whose value no other has were skipped as queries ({listing(skipped)})"),
+            (without, f"pictures without a value of a property do not count in it ({listing(without)})"),
             (any(line.get("nr_precision_se") is not None for line in scores),
              "NR-Prec rests on a random sample of queries (nrprec.py --queries)"),
             (len(backbones) > 1, f"losses may differ by their backbones alone ({listing(backbones)})"),
-            (len({network["fold"] for network in networks} - {None}) == 1,
+            (len({(one["fold"], one["seed"]) for one in networks if one["fold"] is not None}) == 1,
              "one fold only: how much a loss varies from training to training is unknown"),
             (results.select("training", key="jsd") and not results.select("training", key="jsd_null"),
              "history.csv has no jsd_null (an older train.py made it): JSD of few pairs is biased up"),

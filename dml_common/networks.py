@@ -525,8 +525,7 @@ def features_of(network):
     except Exception as error:  # whatever a factory's network does with a picture
         raise ValueError(f"{network.name} fails on a picture {tuple(black.shape)}: {error}") from None
     if not features.is_floating_point():
-        raise ValueError(f"{network.name} gives features of {features.dtype}; expected floating-point "
-                         "numbers")
+        raise ValueError(f"{network.name} gives {features.dtype}; expected floating-point numbers")
     return features.shape[1]
 
 

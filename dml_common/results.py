@@ -24,9 +24,9 @@ from dml_common.folders import SIGNIFICANCE, TABLES
 
 MARK = 2.576  # of one z-score at 1 %: the published mark of NR-Prec
 
-TEXTS = {"model", "fold", "model_a", "fold_a", "model_b", "fold_b", "loss", "embeddings", "property", "value",
-         "distance", "null", "label", "measure", "lowest", "split", "ties", "normalised",
-         "order"}  # columns of tables that are no numbers
+TEXTS = {"model", "fold", "model_a", "fold_a", "model_b", "fold_b", "loss", "embeddings", "property",
+         "distance", "null", "label", "measure", "lowest", "split", "ties", "order",
+         "normalised", "value"}  # columns of tables that are no numbers
 SCORES = ("recall_at_1", "map_at_r", "jsd", "jsd_null", "r_precision", "positive_mean", "negative_mean")
 TESTED = ("recall_at_1", "map_at_r", "jsd", "r_precision")
 CURVES = ("loss", "positive_mean", "negative_mean", "negative_std", "jsd", "jsd_null", "jsd_above",
@@ -246,7 +246,8 @@ def check_rows(results):
 
 def counted(line):
     """The pictures of a table's row: those that counted, and those left out."""
-    return sum(line.get(key) or 0 for key in ("n", "queries", "left_out", "skipped", "missing"))
+    there, gone = line.get("n") or line.get("queries") or 0, line.get("left_out") or line.get("skipped") or 0
+    return there + gone + (line.get("missing") or 0)
 
 
 def tidy(results):

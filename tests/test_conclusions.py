@@ -133,6 +133,19 @@ def test_same_group_finds_what_is_there_and_nothing_else():
     assert conclusions.same_group(noise, groups, margin=0.05).p < 0.05
 
 
+def test_the_jackknife_of_pairs_covers(monkeypatch):
+    """95 % intervals hold the truth in 90 % of trials or more, with noise of pairs and of losses."""
+    monkeypatch.setattr(conclusions, "PERMUTATIONS", 20)
+    groups, generator, inside = dict(zip("abcdefghijklmn", "r" * 9 + "c" * 5)), np.random.default_rng(0), []
+    for trial in range(200):
+        own = {name: generator.normal(0, (0, 0.1)[trial % 2]) for name in groups}
+        z = {(a, b): 0.6 + 0.2 * (groups[a] == groups[b]) + own[a] + own[b] + generator.normal(0, 0.1)
+             for a, b in itertools.combinations(groups, 2)}
+        one = conclusions.same_group(z, groups)
+        inside.append(one.low <= np.tanh(0.8) - np.tanh(0.6) <= one.high)
+    assert np.mean(inside[::2]) >= 0.9 and np.mean(inside[1::2]) >= 0.9
+
+
 def test_distances_are_permuted_within_types():
     """Distances that are nested in types agree more because types do: within the types there is nothing."""
     types = dict(zip("abcdefghijkl", "r" * 6 + "c" * 6))

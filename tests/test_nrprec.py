@@ -277,6 +277,7 @@ def test_properties_of_nobody_and_of_one_picture():
     for label, n in zip(lacking, (0, 1)):
         score = nr_precision(LINE, label, permutations=3)
         assert score[:3] == (n, 0, n) and score.missing == 6 - n and np.isnan(score.nr_precision)
+        assert len(nr_precision(LINE, label, per_value=True).by_value) == n
 
 
 def test_the_queries_of_each_value():
@@ -385,7 +386,8 @@ def test_cramers_v_of_identical_columns_is_one():
 def test_very_many_properties_are_not_tested_in_pairs(monkeypatch):
     monkeypatch.setattr(nrprec, "dependent_pairs", None)
     labels = {str(i): np.array([0, 0, 1, 1]) for i in range(501)}
-    line, = nrprec.warnings_before(labels, 4, argparse.Namespace(queries=None, permutations=0))
+    options = argparse.Namespace(queries=None, permutations=0, per_value=False)
+    line, = nrprec.warnings_before(labels, 4, options)
     assert line.startswith("501 properties are more than 500")
 
 

@@ -491,7 +491,7 @@ def test_every_option(files, run_script):
             assert len(image.convert("RGB").getcolors(1 << 24)) > 20
     assert "95% intervals" in done.stdout and "2 to 4" in done.stdout and "JSD, 40 bins" in done.stdout
     again = Path("f.png").read_bytes()
-    run_script("pairs.py", *files, "--bins", "20,40", "--threads", 1)
+    run_script("pairs.py", *files, "--bins", "20,40", "--threads", 1, "--seed", 3, "--permutations", 2)
     assert Path("f.png").read_bytes() == again
 
 
@@ -505,7 +505,7 @@ def test_a_figure_without_what_draws_it(files, refused, monkeypatch, hidden, wor
 def test_missing_labels(files, run_script):
     rows = [f"{i},{'abcd?'[i % 5]}\n" for i in range(60)]
     Path("emb.csv").write_text("path,class\n" + "".join(rows))
-    done = run_script("pairs.py", *GOOD, "--missing", "?", "--classes", 2, "--out", "o.csv")
+    done = run_script("pairs.py", *GOOD, "--missing", "-, ?", "--classes", 2, "--out", "o.csv")
     assert done.returncode == 0 and "12 of 60 pictures have no class: in no pair" in done.stderr
     whole, *subsets = read_rows("o.csv")
     here = np.arange(60) % 5 < 4
@@ -523,9 +523,10 @@ def test_lone_pictures_are_named(files, run_script):
 
 
 def test_ties_are_told(files, run_script):
-    for x, words in ((np.load("emb.npy").round(), "positives and others at the same distance"),
-                     (np.ones((60, 5)), "all 60 embeddings are equal")):
-        np.save("emb.npy", x + 3)
+    came = np.load("emb.npy")
+    for x, words in ((came.round() + 3, "positives and others at the same distance"),
+                     (np.sign(came[:, :1]), "100% of the queries"), (came ** 0, "60 embeddings are equal")):
+        np.save("emb.npy", x)
         done = run_script("pairs.py", "emb.npy", "emb.csv")
         assert done.stderr.count("\n") == 1 and words in done.stderr
 

@@ -415,3 +415,15 @@ def test_what_is_missing_is_listed(tmp_path):
                  ("nrprec_tests", "ranking and classification can't be compared: two losses of each are "
                   "needed")):
         assert line in missing, line
+
+
+def test_pictures_without_a_value_count_among_those_there_are_and_are_said(tmp_path):
+    add_network(tmp_path, "triplet")
+    for missing in (2, 1):
+        row = [*nrprec_row("Triplet", 0, "hue", 1.0, queries=4), missing]
+        write(tmp_path / "nrprec.csv", f"{NRPREC},missing", [row])
+        if missing == 2:
+            said = read(tmp_path).warnings
+            assert "pictures without a value of a property do not count in it (hue 2)" in said
+    with pytest.raises(ValueError, match="counts 5 pictures for Triplet, its emb.npy has 6"):
+        read(tmp_path)
