@@ -63,6 +63,13 @@ def small(path, size, preprocessing=None):
     return image
 
 
+# The lists in tables.json and figures.json, and what each of their items has.
+GAP = {"dataset", "what"}
+WRITTEN = {"tables": {"tables": {"name", "title", "caption", "header", "rows"}, "findings": {"text"},
+                      "warnings": set(), "missing": GAP},
+           "figures": {"figures": {"name", "title", "caption", "svg", "png"}, "missing": GAP}}
+
+
 def figure_uri(folder, figure):
     """A drawing as its SVG, a photograph (or an SVG of 2 MiB) as a smaller WebP.
 
@@ -190,14 +197,17 @@ def in_words(value):
     return {"None": "none", "True": "yes", "False": "no"}.get(str(value), str(value))
 
 
-def read_json(folder, name, keys):
+def read_json(folder, name):
     """tables.json or figures.json of the folder given; without one, of that of its name, if it is there."""
+    from dml_common.files import read_text
+
     path = (folder or Path(name)) / f"{name}.json"
     if folder is None and not path.exists():
-        return {key: [] for key in keys}
+        return {key: [] for key in WRITTEN[name]}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        known = all(isinstance(content[key], list) for key in keys)
+        content = json.loads(read_text(path))
+        known = all(isinstance(content[key], list) and all(fields <= {*item} for item in content[key])
+                    for key, fields in WRITTEN[name].items())
     except (OSError, ValueError, TypeError, LookupError, RecursionError):
         known = False
     if not known:
@@ -260,8 +270,8 @@ def main(argv=None):
         raise ValueError(f"--out {args.out}: expected a name ending in .html: nothing else is written over")
     files.check_output(args.out, [TEMPLATES / "report.html"])
     template = open_template()
-    tables = read_json(args.tables, "tables", ("tables", "findings", "warnings", "missing"))
-    figures = read_json(args.figures, "figures", ("figures", "missing"))
+    tables = read_json(args.tables, "tables")
+    figures = read_json(args.figures, "figures")
     for table in tables["tables"]:
         table["section"] = "training" if table["name"].startswith("training") else "tables"
     for figure in figures["figures"]:
