@@ -199,7 +199,7 @@ def pairs_of(against, dataset):
         first, second, *_ = table.values()
         names = list(dict.fromkeys([*first, *second]))
     elif Path(against).is_file():
-        same = [k for k, path in enumerate(dataset.paths) if files.is_same(path, against)]
+        same = [k for k, path in enumerate(dataset.paths) if path.exists() and path.samefile(against)]
         if not same:
             dataset = dataset._replace(paths=[*dataset.paths, Path(against)],
                                        relative=[*dataset.relative, against])
