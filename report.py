@@ -138,7 +138,7 @@ def gallery_set(members, dataset, step, size, bar):
     row = first * step
     maps = [webp(sprite(network["maps"]["array"][row:row + 1], 2 * size), 75) for network in members]
     lacking = {one for one, picture in zip(known[::step], pictures) if "picture" not in picture}
-    return {"dataset": name, "label": label, "all": {*known}, "shown": {*known[::step]}, "lacking": lacking,
+    return {"dataset": name, "label": label, "counted": ({*known}, {*known[::step]}, lacking),
             "networks": [{"name": network["name"], "type": network["type"]} for network in members],
             "pictures": pictures, "opening": {**pictures[first], "maps": maps}}
 
@@ -289,9 +289,9 @@ def main(argv=None):
     pictures = folders.open_pictures(args.dataset, args.data_root, list(datasets))
     shown = [table for table in tables["tables"] if table["name"] != "errata"] + own_tables(datasets, gaps)
     groups = gallery(networks, pictures, args.pictures, args.size)
-    n = {what: len(set().union(*(group[what] for group in groups))) for what in ("all", "shown", "lacking")}
+    counted = zip(*(group["counted"] for group in groups))  # pictures there are, shown, not found
     content = template.render(tables | figures, tables=shown, datasets=list(datasets), networks=networks,
-                              groups=groups, n=n)
+                              groups=groups, n=[len(set().union(*sets)) for sets in counted])
     files.write_file(args.out, NO_CHARACTER.sub("\ufffd", content).encode("utf-8"))
 
     sys.stdout.reconfigure(errors="replace")  # no name can stop the report

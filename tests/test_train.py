@@ -505,7 +505,7 @@ def test_the_recipe_of_the_published_networks(tmp_path, capsys):
         best, last = list(rows)[-1][0], list(rows)[-2][0]
         assert last - best == 3 and last < 100  # stopped: the best epoch is more than two ago
         untrained = networks.from_factory("tiny_for_test:norm").state_dict()
-        trained = networks.read_state(place(slug, 0, "p@folds") / "trunk_best.pth")
+        trained = checkpoints.read_state(place(slug, 0, "p@folds") / "trunk_best.pth")
         for name in ("running_mean", "running_var", "num_batches_tracked", "weight", "bias"):
             same = torch.equal(untrained[f"layers.1.{name}"], trained[f"layers.1.{name}"])
             assert same == (name not in ("weight", "bias")), name
