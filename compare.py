@@ -526,6 +526,7 @@ def main(argv=None):
     for group, counts in groups if args.embeddings else []:
         rows["embeddings"] += embedding_rows(group, counts, args)
     if groups:
+        mapfiles.say_parts(networks)
         rows["compare"], repeats = compare_networks(networks, groups, number, args)
     for name in tables:
         if rows[name]:

@@ -434,8 +434,8 @@ def make_profile(one, dataset, args):
     names = dict.fromkeys(key.split(" = ")[0] for key in keys)  # of nrprec.py --per-value
     for number, name in enumerate(names, 1):
         values = [key for key in keys if key.startswith(f"{name} = ")]
-        parts = ([row for row in some if row.key in values] for some in (rows, means))
-        fig = draw_profile(next(parts), one.types, values, next(parts))
+        fig = draw_profile([row for row in rows if row.key in values], one.types, values,
+                           [row for row in means if row.key in values])
         yield f"values_{number}", {**facts, "what": f"Which values of {name}"}, fig
 
 

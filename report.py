@@ -63,6 +63,13 @@ def small(path, size, preprocessing=None):
     return image
 
 
+# The lists in tables.json and figures.json, and what each of their items has.
+GAP = {"dataset", "what"}
+WRITTEN = {"tables": {"tables": {"name", "title", "caption", "header", "rows"}, "findings": {"text"},
+                      "warnings": set(), "missing": GAP},
+           "figures": {"figures": {"name", "title", "caption", "svg", "png"}, "missing": GAP}}
+
+
 def figure_uri(folder, figure):
     """A drawing as its SVG, a photograph (or an SVG of 2 MiB) as a smaller WebP.
 
@@ -131,7 +138,7 @@ def gallery_set(members, dataset, step, size, bar):
     row = first * step
     maps = [webp(sprite(network["maps"]["array"][row:row + 1], 2 * size), 75) for network in members]
     lacking = {one for one, picture in zip(known[::step], pictures) if "picture" not in picture}
-    return {"dataset": name, "label": label, "all": {*known}, "shown": {*known[::step]}, "lacking": lacking,
+    return {"dataset": name, "label": label, "counted": ({*known}, {*known[::step]}, lacking),
             "networks": [{"name": network["name"], "type": network["type"]} for network in members],
             "pictures": pictures, "opening": {**pictures[first], "maps": maps}}
 
@@ -190,14 +197,17 @@ def in_words(value):
     return {"None": "none", "True": "yes", "False": "no"}.get(str(value), str(value))
 
 
-def read_json(folder, name, keys):
+def read_json(folder, name):
     """tables.json or figures.json of the folder given; without one, of that of its name, if it is there."""
+    from dml_common.files import read_text
+
     path = (folder or Path(name)) / f"{name}.json"
     if folder is None and not path.exists():
-        return {key: [] for key in keys}
+        return {key: [] for key in WRITTEN[name]}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        known = all(isinstance(content[key], list) for key in keys)
+        content = json.loads(read_text(path))
+        known = all(isinstance(content[key], list) and all(fields <= {*item} for item in content[key])
+                    for key, fields in WRITTEN[name].items())
     except (OSError, ValueError, TypeError, LookupError, RecursionError):
         known = False
     if not known:
@@ -260,8 +270,8 @@ def main(argv=None):
         raise ValueError(f"--out {args.out}: expected a name ending in .html: nothing else is written over")
     files.check_output(args.out, [TEMPLATES / "report.html"])
     template = open_template()
-    tables = read_json(args.tables, "tables", ("tables", "findings", "warnings", "missing"))
-    figures = read_json(args.figures, "figures", ("figures", "missing"))
+    tables = read_json(args.tables, "tables")
+    figures = read_json(args.figures, "figures")
     for table in tables["tables"]:
         table["section"] = "training" if table["name"].startswith("training") else "tables"
     for figure in figures["figures"]:
@@ -279,9 +289,9 @@ def main(argv=None):
     pictures = folders.open_pictures(args.dataset, args.data_root, list(datasets))
     shown = [table for table in tables["tables"] if table["name"] != "errata"] + own_tables(datasets, gaps)
     groups = gallery(networks, pictures, args.pictures, args.size)
-    n = {what: len(set().union(*(group[what] for group in groups))) for what in ("all", "shown", "lacking")}
+    counted = zip(*(group["counted"] for group in groups))  # pictures there are, shown, not found
     content = template.render(tables | figures, tables=shown, datasets=list(datasets), networks=networks,
-                              groups=groups, n=n)
+                              groups=groups, n=[len(set().union(*sets)) for sets in counted])
     files.write_file(args.out, NO_CHARACTER.sub("\ufffd", content).encode("utf-8"))
 
     sys.stdout.reconfigure(errors="replace")  # no name can stop the report

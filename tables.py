@@ -561,11 +561,8 @@ def latex_template():
             lstrip_blocks=True)
         environment.filters["latex"] = latex
         return environment.from_string((HERE / "templates" / "table.tex").read_text(encoding="utf-8"))
-    except ImportError:
-        command.say("no .tex files: jinja2 is not installed (pip install jinja2)")
-    except OSError:
-        command.say(f"no .tex files: no {HERE / 'templates' / 'table.tex'}; copy the folder templates/ too")
-    return None
+    except (ImportError, OSError) as error:
+        command.say(f"no .tex files ({error}): they need jinja2 and the folder templates/")
 
 
 def shortened(one):

@@ -149,7 +149,7 @@ def depends_on_batch(embed, picture, name):
 
     other = torch.linspace(-1, 1, picture.numel(), device=picture.device).view_as(picture)
     alone, *both = (torch.as_tensor(one) for one in (*embed(picture), *embed(torch.cat([picture, other]))))
-    if (both[0] - alone).norm() <= 1e-2 * alone.norm():
+    if not (both[0] - alone).norm() > 1e-2 * alone.norm():  # of nan, which is refused later, neither holds
         return False
     command.say(f"{name}: a picture's embedding depends on its batch: they pass one at a time")
     return True
@@ -199,7 +199,7 @@ def pairs_of(against, dataset):
         first, second, *_ = table.values()
         names = list(dict.fromkeys([*first, *second]))
     elif Path(against).is_file():
-        same = [k for k, path in enumerate(dataset.paths) if files.is_same(path, against)]
+        same = [k for k, path in enumerate(dataset.paths) if path.exists() and path.samefile(against)]
         if not same:
             dataset = dataset._replace(paths=[*dataset.paths, Path(against)],
                                        relative=[*dataset.relative, against])

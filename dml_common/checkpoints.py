@@ -94,7 +94,7 @@ def read_safetensors(path):
             raise damaged(f"its header: {error}") from None
         state, position = {}, 0
         for begin, end, name, kind, shape in entries:
-            if kind not in DTYPES:
+            if str(kind) not in DTYPES:
                 raise ValueError(f"{path}: {name} is {kind}; expected {', '.join(DTYPES)}")
             tensor = torch.empty(0, dtype=DTYPES[kind])
             if begin != position or end - begin != math.prod(shape) * tensor.element_size():

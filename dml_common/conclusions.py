@@ -168,7 +168,7 @@ def same_group(z, group_of, within=None, margin=None):
     ± margin of 0.
     """
     names, z = list(group_of), {pair: z[pair] for pair in z if {*pair} <= group_of.keys()}
-    a, b = np.array([[names.index(name) for name in pair] for pair in z], int).reshape(-1, 2).T
+    a, b = np.array([(names.index(one), names.index(other)) for one, other in z], int).reshape(-1, 2).T
     values, codes = np.array([*z.values()]), np.unique([*group_of.values()], return_inverse=True)[1]
     kinds = np.array([within[name] if within else "" for name in names])
 
@@ -243,8 +243,11 @@ def correlations(one):
 
 def by_type(values, types, kinds=("classification", "ranking"), fisher=False):
     """Values of losses {name: value} of the first kind less those of the second -> Estimate or None."""
-    return difference_of(*([value for name, value in values.items() if types[name] == kind]
-                           for kind in kinds), fisher)
+    sides = {kind: [] for kind in kinds}
+    for name, value in values.items():
+        if types[name] in sides:
+            sides[types[name]].append(value)
+    return difference_of(*sides.values(), fisher)
 
 
 def concentrations(one):

@@ -479,8 +479,8 @@ def check_output(path, inputs=(), others=()):
             raise ValueError(f"{path} is the name of two outputs; give each its own")
     if os.path.lexists(place):
         check_input(place, "another name for the output")
-    there = os.stat(place) if os.path.exists(place) else None
     read = list(filter(None, inputs))
+    there = os.stat(place) if os.path.exists(place) else None
     for other in read + [path for array in read if str(array).endswith(".npy") for path in beside(array)]:
         same = there and os.path.exists(other) and os.path.samestat(os.stat(other), there)
         if same or os.path.abspath(other) == place:

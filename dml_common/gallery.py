@@ -47,9 +47,9 @@ def draw_gallery(columns, names, titles, side=168, gap=8):
 
 def check(jobs, args):
     """Raise ValueError where the gallery can't be drawn, or written."""
-    folds = sorted({job.spec["fold"] for job in jobs if job.dataset.split == "held out"}, key=str)
+    folds = sorted({str(job.spec["fold"]) for job in jobs if job.dataset.split == "held out"})
     if len(folds) > 1:
-        raise ValueError(f"--gallery: folds {', '.join(map(str, folds))} are analysed on different pictures; "
+        raise ValueError(f"--gallery: folds {', '.join(folds)} are analysed on different pictures; "
                          "give one --fold")
     if args.gallery.suffix.lower() != ".png":
         raise ValueError(f"--gallery {args.gallery}: expected a name ending in .png")

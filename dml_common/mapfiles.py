@@ -81,26 +81,33 @@ def check_alike(networks):
                                  f"{value}; make both from the same pictures")
 
 
+def say_parts(networks):
+    """Tell people where maps of different parts of the pictures, or of other sizes, are compared."""
+    unknown = [network for network in networks if network.part is None]
+    if 0 < len(unknown) < len(networks):
+        command.say(f"which part of the pictures {unknown[0].path} shows is not known: it is taken to show "
+                    "what the others do")
+    elif len({(network.shape, str(network.part)) for network in networks}) > 1:
+        command.say("these maps show different parts of the pictures or have different sizes: compared on "
+                    "the part that all show, at the pixels of the coarsest")
+
+
 def parts_of(networks, args):
     """Where on the pictures these networks' maps lie: None where all have the same pixels, else boxes
     (n, K, 4), or (1, K, 4) where all pictures are alike in that."""
-    if len({(network.shape, str(network.part)) for network in networks}) == 1:
+    parts = [network.part for network in networks]
+    if None in parts or len({(network.shape, str(network.part)) for network in networks}) == 1:
         return None
-    unknown = [network for network in networks if network.part is None]
-    if unknown:
-        if len(unknown) < len(networks):
-            command.say(f"which part of the pictures {unknown[0].path} shows is not known, so it is taken to "
-                        "show what the others do")
-        return None
-    sizes, kinds = [(1, 1)], {network.part["of"] for network in networks}
+    sizes, kinds = [(1, 1)], {part["of"] for part in parts}
     if kinds not in ({"shorter side"}, {"each side"}):
         if not args.dataset:
             raise ValueError(f"these maps show shares of {' and of '.join(sorted(kinds))} of their pictures; "
                              "give --dataset, whose pictures' sizes tell what they have in common")
-        sizes = [pictures.size_of(path) for path in pictures_of(networks[0], args)[1]]
-    command.say(f"maps of {len(networks)} networks show different parts of the pictures or have different "
-                "sizes: compared on the part that all show, at the pixels of the coarsest")
-    return np.array([[pictures.part_box(network.part, size) for network in networks] for size in sizes])
+        names, paths, _ = pictures_of(networks[0], args)
+        if None in paths:
+            raise ValueError(f"{args.dataset} lacks {names[paths.index(None)]} of {networks[0].path}")
+        sizes = [pictures.size_of(path) for path in paths]
+    return np.array([[pictures.part_box(part, size) for part in parts] for size in sizes])
 
 
 def make_groups(networks, all_folds):

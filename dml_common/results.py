@@ -217,7 +217,7 @@ def pair_histograms(folder, networks):
             begun = counted_pairs(history).get(0) if history else None
             parts = [np.array(counts[place]).T, *([] if begun is None else [begun])]
             folds[network["name"]].append(parts)
-    return rows[0]["label"], {name: [sum(part) for part in zip(*parts)] for name, parts in folds.items()}
+    return rows[0]["label"], {name: list(map(sum, zip(*parts))) for name, parts in folds.items()}
 
 
 def check_rows(results):

@@ -55,6 +55,7 @@ def test_safetensors_are_read_without_their_package(tmp_path):
     *((packed({"a": value}, bytes(8)), "its header") for value in (
         entry([-2], 0, 8), entry([2.0], 0, 8), entry([True], 0, 4), entry([2], -8, 0), entry([2], 0, "8"),
         entry("2", 0, 8), entry([2], 0, 4, 8), {"dtype": "F32"}, 7, None)),
+    (packed({"a": entry([2], 0, 8, dtype=[])}, bytes(8)), r"a is \[\]"),
     (packed({"a": entry([8], 0, 8, dtype="F8_E4M3")}, bytes(8)), "a is F8_E4M3; expected F64"),
     (packed(b'{"a": 1, "a": 2}'), "stands there twice"), (packed(b"{" * 10**5), "its header"),
     (packed(b"{\xff}"), "its header"), (struct.pack("<Q", 10**9) + b"{}", "a header of 1,000,000,000 b"),

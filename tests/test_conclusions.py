@@ -24,18 +24,9 @@ def test_mann_whitney_by_hand():
     assert 11 * p == pytest.approx(0.011, abs=2e-5)  # nine against five, Holm over eleven: not below
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(-50, 50), min_size=4, max_size=14, unique=True), st.integers(2, 12))
-def test_mann_whitney_is_scipys_exact_one_without_ties(values, n):
-    n = min(n, len(values) - 2)
-    expected = stats.mannwhitneyu(values[:n], values[n:], method="exact")
-    u, p = conclusions.mann_whitney(values[:n], values[n:])
-    assert (u, p) == (expected.statistic, pytest.approx(min(1, expected.pvalue)))
-
-
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(0, 3), min_size=4, max_size=8), st.integers(2, 6))
-def test_mann_whitney_with_ties_is_the_enumeration(values, n):
+@given(st.lists(st.integers(0, 6), min_size=4, max_size=8), st.integers(2, 6))
+def test_mann_whitney_is_the_enumeration(values, n):
     n, ranks = min(n, len(values) - 2), stats.rankdata(values)
     chosen = itertools.combinations(range(len(values)), n)
     sums = np.array([ranks[list(one)].sum() for one in chosen])

@@ -29,7 +29,9 @@ network = saliency.fold_batchnorm(network, pictures)
 distance = lambda a, b: torch.linalg.vector_norm(a - b, dim=-1)
 made = saliency.smoothgrad(network, pictures, pictures[0] * 0, distance, samples=2, seeds=[0])
 assert made.shape == (1, 8, 8)
-""",
+order = saliency.block_order(made[0], (8, 8), 4)
+areas = saliency.faithfulness(network, pictures[0], pictures[0] * 0, [order], distance, block=4)
+assert areas.shape == (1, 2)""",
     "compare": """
 assert compare.agreement(maps[:, 0])[0].shape == (3,)
 assert np.allclose(compare.linear_cka([x, x + 1, -x]), 1)""",

@@ -258,7 +258,7 @@ def test_the_json_beside_an_array(tmp_path):
     *((content, "expected an object") for content in (b"[]", b"null", b'"x"', b"5", b'{"pictures": null}')),
     (b'{"a": "\xff"}', "not UTF-8"), (b"\0", "NUL"), (b'{"seed": Infinity}', "Infinity is no JSON"),
     (b'{"seed": 1%s}' % (b"0" * 10**4), "seed|digits"), (b'{"seed": 1%s}' % (b"0" * 30), "seed: 1000"),
-    (b'{"fold": true}', "fold: True, expected a whole number or null"),
+    (b'{"fold": true}', "fold: True, expected a whole number or a text or null"),
     (b'{"pictures": {}, "pictures": []}', "the key 'pictures' stands there twice"),
     (b'{"rows": "all"}', "rows: 'all', expected a list"),
     (b'{"pictures": {"left_out": [7]}}', "pictures: left_out: 0: 7, expected a text"),

@@ -566,7 +566,9 @@ def test_transformers(tmp_path, monkeypatch):
     tiny = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
             "image_size": 28, "patch_size": 14}
     processor = hf.BitImageProcessor(size={"shortest_edge": 30}, crop_size={"height": 28, "width": 28})
-    for name, model, key in [("dino", hf.Dinov2Model(hf.Dinov2Config(**tiny)), None),
+    small = {**tiny, "vocab_size": 9, "bos_token_id": 0, "eos_token_id": 1}
+    clip = hf.CLIPModel(hf.CLIPConfig(text_config=small, vision_config=tiny, projection_dim=16))
+    for name, model, key in [("dino", hf.Dinov2Model(hf.Dinov2Config(**tiny)), None), ("clip", clip, None),
                              ("vit", hf.ViTModel(hf.ViTConfig(**tiny), add_pooling_layer=False), "0")]:
         model.eval().save_pretrained(tmp_path / name)
         processor.save_pretrained(tmp_path / name)
@@ -577,8 +579,10 @@ def test_transformers(tmp_path, monkeypatch):
         expected = processor(picture, return_tensors="pt")["pixel_values"]
         torch.testing.assert_close(given, expected, atol=0.05, rtol=0)  # theirs resizes as a tensor
         with torch.inference_mode():
-            made = model(given)
-            expected = made.last_hidden_state[:, 0] if key else made.pooler_output
+            if name == "clip":
+                expected = model.visual_projection(model.vision_model(given).pooler_output)
+            else:
+                expected = model(given).last_hidden_state[:, 0] if key else model(given).pooler_output
             torch.testing.assert_close(network.module(given), expected, atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match=r"last_hidden_state \(2, 5, 32\); which is the embedding"):
         networks.load(networks.find(model=f"hf:{tmp_path / 'vit'}")[0])
