@@ -141,10 +141,10 @@ def read_embeddings(path):
 
 # What our scripts write into JSON, beside arrays and as a network's config.json: the kinds of the values.
 GEOMETRY = {"resize": (int, [int], None), "crop": (int, None), "channels": str, "scale": float,
-            "mean": [float], "std": [float]}
+            "mean": [float], "std": [float], "interpolation": str, "transform": str, "size": [int]}
 LISTED = {"number": int, "sha256": str}
 KINDS = {
-    **dict.fromkeys(("dataset", "distance", "backbone", "checkpoint_sha256"), str),
+    **dict.fromkeys(("dataset", "distance", "backbone", "checkpoint_sha256", "output"), str),
     **dict.fromkeys(("loss", "type", "checkpoint"), (str, None)),
     "fold": (int, str, None), **dict.fromkeys(("seed", "dimension"), (int, None)),
     "rows": [int], "preprocessing": GEOMETRY, "versions": dict,

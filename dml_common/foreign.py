@@ -73,9 +73,9 @@ def torchvision(package, model, pretrained, weights):
     known(model, models.list_models(module=models))
     versions = models.get_model_weights(model)
     published = [one for one in versions if weights and one.url.endswith(f"/{Path(weights).name}")]
-    more = {"transform_input": True} if model in ("googlenet", "inception_v3") and not pretrained else {}
-    if more:
-        more["init_weights"] = False
+    more = {}
+    if model in ("googlenet", "inception_v3") and not pretrained:  # as their published weights want it
+        more = {"transform_input": True, "init_weights": False}
     network = models.get_model(model, weights=versions.DEFAULT if pretrained else None, **more)
     head = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
     if not head:

@@ -112,7 +112,7 @@ def embedding_of(path, network):
     if isinstance(network, str):
         network = networks.load(networks.find(model=network)[0])
     with torch.inference_mode():
-        pixels = torch.from_numpy(pictures.load_pixels(path, network.preprocessing))[None]
+        pixels = torch.tensor(pictures.load_pixels(path, network.preprocessing))[None]
         return network.module(networks.to_input(pixels, network.preprocessing)).numpy()[0]
 
 

@@ -264,6 +264,7 @@ def test_the_json_beside_an_array(tmp_path):
     (b'{"pictures": {"left_out": [7]}}', "pictures: left_out: 0: 7, expected a text"),
     (b'{"options": {"pick": "x"}}', "options: pick: 'x', expected a list or null"),
     (b'{"preprocessing": {"resize": "a"}}', "resize: 'a', expected a whole number or a list or null"),
+    (b'{"preprocessing": {"interpolation": 3}}', "interpolation: 3, expected a text"),
     (b'{"loss": "\\ud800"}', "loss: .*expected a text")])
 def test_bad_json(tmp_path, content, message):
     (tmp_path / "emb.json").write_bytes(content)
