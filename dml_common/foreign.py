@@ -273,8 +273,8 @@ def adapted(module, settings, name, output=None):
         first, second = embedding_of(made, output), embedding_of(again, output)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    slack = 1e-4 * float(first.nan_to_num(0, 0, 0).norm())
-    if not torch.allclose(first, second, rtol=1e-3, atol=slack, equal_nan=True):
+    slack = 1e-4 * float(first.float().nan_to_num(0, 0, 0).norm())  # float: of whole numbers, too
+    if not torch.allclose(first.float(), second.float(), rtol=1e-3, atol=slack, equal_nan=True):
         raise ValueError(f"{name} gives another embedding each time: does dropout stay on in eval()?")
     plain = made is first and torch.equal(given, pictures) and call is module and not output
     return module if plain else Adapted(module, output)

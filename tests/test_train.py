@@ -774,7 +774,7 @@ def test_labels_that_do_not_fit(p, refused, tmp_path):
     ("--device cuda:99: (no GPU that torch|torch can use)", ("--device", "cuda:99")),
     ("--precision tf32 is an NVIDIA GPU's", ("--precision", "tf32")),
     (r"odd:image: the network gives \(2, 3, 224, 224\); expected a tensor", ("--model", "odd:image")),
-    ("odd:whole gives features of torch.int64; expected floating-point", ("--model", "odd:whole")),
+    ("odd:whole gives torch.int64; expected floating-point", ("--model", "odd:whole")),
     (r"odd:broken fails on 2 pictures \(3, 224, 224\): ", ("--model", "odd:broken")),
     ("ImageNet weights of inception_v3 are not at .*inception_v3_google-0cc3c7bd.pth: download https://.* "
      "--weights FILE", ("--model", "inception_v3")),
