@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -488,18 +489,39 @@ def write_obj(path, paint="CarPaint"):
     path.write_text("\n".join([*lines, f"usemtl {paint}", *faces[:4], "usemtl black", *faces[4:]]) + "\n")
 
 
+def write_glb(path, paint="body"):
+    """The same box as binary glTF, y up, in one material."""
+    points = np.array([(x, z, -y) for x, y, z in BOX], "<f4")
+    corners = np.array([(f[0], f[i], f[i + 1]) for f in BOX_FACES for i in (1, 2)], "<u2")
+    mesh = {"attributes": {"POSITION": 0}, "indices": 1, "material": 0}
+    content = {"asset": {"version": "2.0"}, "scene": 0, "scenes": [{"nodes": [0]}], "nodes": [{"mesh": 0}],
+               "materials": [{"name": paint}], "meshes": [{"primitives": [mesh]}],
+               "buffers": [{"byteLength": 168}],
+               "bufferViews": [{"buffer": 0, "byteOffset": 0, "byteLength": 96},
+                               {"buffer": 0, "byteOffset": 96, "byteLength": 72}],
+               "accessors": [{"bufferView": 0, "componentType": 5126, "count": 8, "type": "VEC3",
+                              "min": points.min(0).tolist(), "max": points.max(0).tolist()},
+                             {"bufferView": 1, "componentType": 5123, "count": 36, "type": "SCALAR"}]}
+    text = json.dumps(content).encode()
+    text += b" " * (-len(text) % 4)
+    binary = points.tobytes() + corners.tobytes()
+    chunks = struct.pack("<I4s", len(text), b"JSON") + text
+    chunks += struct.pack("<I4s", len(binary), b"BIN\0") + binary
+    path.write_bytes(struct.pack("<4sII", b"glTF", 2, 12 + len(chunks)) + chunks)
+
+
 @blender
 def test_a_users_cars(render, tmp_path):
     cars, folder = tmp_path / "cars", tmp_path / "set"
     cars.mkdir()
     write_obj(cars / "first.obj")
-    write_obj(cars / "second.obj", "body")
+    write_glb(cars / "second.glb")
     fixed = {name: value for name, value in FIXED.items() if name != "model"}
     given = write_json(tmp_path / "p.json", fixed | {"rotation_z": 0})
     done = render(folder, "--frames", "0:8", "--masks", "--cars", cars, "--properties", given, *TINY)
     assert done.returncode == 0, done.stderr
     assert "first.obj: 6 faces; recoloured: CarPaint; left: black" in done.stderr
-    assert "second.obj: 6 faces; recoloured: body; left: black" in done.stderr
+    assert "second.glb: 12 faces; recoloured: body; left: nothing" in done.stderr
     assert {row["model"] for row in read_props(folder)} == {"first", "second"}
     masks = [picture(folder, i, "masks", "png") > 0 for i in range(8)]
     # a box 6 long and 2 wide becomes 4.5 long, 1.5 wide, 0.75 high, and shows its long side at rotation 0
