@@ -874,3 +874,20 @@ def test_maps_of_any_network_are_those_of_a_plain_smoothgrad(kind, order):
     maps = saliency.smoothgrad(ready, pictures, black, euclidean, samples=4, order=order, stem=stem,
                                batch=batch)
     np.testing.assert_allclose(maps, np.stack(expected), atol=1e-7)
+
+
+def test_maps_agree_with_captum(small, pictures):
+    """Captum's NoiseTunnel around its Saliency, two runs of ours giving the noise's own ceiling."""
+    attr = pytest.importorskip("captum.attr")
+    black = small(BLACK[None])
+    tunnel = attr.NoiseTunnel(attr.Saliency(lambda x: euclidean(small(x), black.expand(len(x), -1))))
+    torch.manual_seed(0)
+    for i, picture in enumerate(pictures):
+        sigma = 0.15 * float(picture.max() - picture.min())
+        theirs = tunnel.attribute(picture[None].clone(), nt_type="smoothgrad", nt_samples=2000, stdevs=sigma,
+                                  nt_samples_batch_size=200, abs=False)[0].abs().mean(0)
+        theirs = theirs.clamp(max=float(np.percentile(theirs, 99)))
+        ours, again = (saliency.smoothgrad(small, picture[None], BLACK, euclidean, samples=2000, batch=200,
+                                           seeds=[seed])[0] for seed in (i, i + 9))
+        ceiling, reached = (np.corrcoef(ours.flatten(), other.flatten())[0, 1] for other in (again, theirs))
+        assert reached > 0.9 and 1 - reached < 3 * (1 - ceiling)
