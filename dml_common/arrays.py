@@ -198,6 +198,8 @@ def pairs_of(against, dataset):
             raise ValueError(f"{against} has one column; expected two, with the names of a pair's pictures")
         first, second, *_ = table.values()
         names = list(dict.fromkeys([*first, *second]))
+        if "" in names:
+            raise ValueError(f"{against}: a row names one picture; expected two, the pictures of a pair")
     elif Path(against).is_file():
         same = [k for k, path in enumerate(dataset.paths) if path.exists() and path.samefile(against)]
         if not same:

@@ -210,8 +210,9 @@ def parse_as_published(parser, argv, settings):
         args = parser.parse_intermixed_args(argv)
         for name, value in settings.items():
             if (given := getattr(args, name)) != value:
-                option = name.replace("_", "-")
-                raise ValueError(f"--as-published means --{option} {value}, but it is {given}; leave one out")
+                option = "--" + name.replace("_", "-")
+                means = f"no {option}" if value is None or value is False else f"{option} {value}"
+                raise ValueError(f"--as-published means {means}, but it is {given}; leave one out")
     return args
 
 

@@ -572,7 +572,9 @@ def published(middle=0.0):
 PUBLISHED = {
     "nr_precision": {"pictures": "100000", "distance": "euclidean", "normalised": "0", "null": "binomial",
                      "max_neighbours": "1023", "ties": "index"},
-    "correlation": {"order": "released", "samples": "50", "fold": "0", "shared_noise": "False"},
+    "correlation": {"order": "released", "samples": "50", "fold": "0", "shared_noise": "False",
+                    "noise": "0.15", "percentile": "99", "baseline": "black", "antithetic": "False",
+                    "map_size": "None", "distance": "the loss's own"},
     "training": {"backbone": "inception_v3", "dimension": "64"}}
 TEST_PICTURES = {"cars196": 8131, "cub200": 5924, "sop": 60_502}
 
@@ -611,12 +613,18 @@ def settings(results, measure):
                  for line in results.tables["nrprec"]]
     elif measure == "correlation":
         lines = [{**line, "pictures": counted(line)} for line in results.tables["compare"]]
-        lines += [network["maps"]["options"] for network in results.networks if network["maps"]]
+        own = {row["name"]: row["distance"] for row in files.losses()}
+        for network in results.networks:
+            if network["maps"]:
+                distance = network["maps"].get("distance")
+                if own.get(network["name"], distance) == distance:
+                    distance = "the loss's own"
+                lines.append({**network["maps"]["options"], "distance": distance})
         lines += [{"fold": row.fold} for row in results.select("correlation") if row.fold != "mean"]
     else:
         lines = [one["config"] for one in results.networks if one["name"] == "Normalized Softmax"]
     for line, name in product(lines, ("pictures", *PUBLISHED[measure])):
         if name in line:
             value = line[name]
-            made[name][f"{value:.0f}" if isinstance(value, float) else str(value)] = None
+            made[name][f"{value:.10g}" if isinstance(value, float) else str(value)] = None
     return {name: ", ".join(values) for name, values in made.items()}

@@ -555,7 +555,7 @@ def test_as_published_is_the_released_procedure(files, run_script, refused):
     (["--as-published", "--ties", "expected"], "--ties index, but it is expected"),
     (["--as-published", "--max-neighbours", "9"], "--max-neighbours 1023, but it is 9"),
     (["--null", "hypergeometric", "--as-published"], "--null binomial, but it is hypergeometric"),
-    (["--as-published", "--normalise"], "--normalise False, but it is True"),
+    (["--as-published", "--normalise"], "means no --normalise, but it is True"),
     (["--as-published", "--distance", "own"], "--distance euclidean, but it is own"),
     (["--out", "no/o.csv"], "does not exist"), (["--out", "."], "no name"),
     (["--out", "props.csv"], "is an input")))

@@ -543,6 +543,8 @@ def test_as_published_and_what_contradicts_it(place, refused):
         said = refused(saliency.main, *OPTIONS[:4], "--as-published", *options, "--out", "maps.npy")
         assert said == f"--as-published means {options[0]} {saliency.PUBLISHED[options[0][2:]]}, but it is " \
             f"{options[1]}; leave one out"
+    said = refused(saliency.main, *OPTIONS[:4], "--as-published", "--distance", "snr", "--out", "maps.npy")
+    assert said == "--as-published means no --distance, but it is snr; leave one out"
     saliency.main([*OPTIONS[:4], "--as-published", "--limit", "1", "--out", "published.npy"])
     run("--samples", "50", "--order", "released", "--limit", "1", "--out", "maps.npy")
     assert about("published.json") == about("maps.json") and about("maps.json")["options"]["samples"] == 50
@@ -631,6 +633,7 @@ BAD = [
     (["--model", "tiny_networks:Broken"], "modified by an inplace operation"),
     (["--against", "nowhere.png"], "--against nowhere.png: pictures lacks 1 of the 1 pictures: nowhere.png"),
     (["--against", "tiny_pairs.csv"], "tiny_pairs.csv: pictures lacks 2 of the 3 pictures: x.png, y"),
+    (["--against", "half_pairs.csv"], "half_pairs.csv: a row names one picture; expected two"),
     (["--against", "0.png", "--pick", "12"], "--pick 12: there are 12 pairs"),
     (["--against", "0.png", "--baseline", "blur"], "--against has the other picture for a baseline"),
     (["--type", "ranking"], "--as NAME [--type …] names one network"),
@@ -646,6 +649,7 @@ BAD = [
 def test_bad_input_teaches_and_leaves_nothing(place, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    (place / "half_pairs.csv").write_text("a,b\n0.png,\n")
     (place / "tiny_pairs.csv").write_text("a,b\n0.png,x.png\n0.png,y\n")
     before = sorted(place.rglob("*"))
     for arguments, said in BAD:

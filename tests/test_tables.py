@@ -289,10 +289,11 @@ def test_published_prints_every_number(run_script):
 
 
 TRAINED = {"backbone": "inception_v3", "dimension": 64}
-RELEASED = {"order": "released", "samples": 50, "shared_noise": False}
+RELEASED = {"order": "released", "samples": 50, "shared_noise": False, "noise": 0.15, "percentile": 99.0,
+            "baseline": "black", "antithetic": False, "map_size": None}
 
 
-def reproduced(folder, models, **options):
+def reproduced(folder, models, distance="euclidean", **options):
     """Results that are the published numbers themselves, made as these were but for options of the maps."""
     cars = [nrprec_row(loss, 0, name, value, queries=100_000)
             for loss, row in results.published_nrprec().items() if not loss.endswith(" Mean")
@@ -301,7 +302,8 @@ def reproduced(folder, models, **options):
     sop = files.read_table(ROOT / "published" / "kobs_table2_sop_correlation.csv")
     pairs = {tuple(sorted(row[:2])): float(row[2]) / 100 for row in zip(*sop.values())}
     write(folder / "sop", "compare", [compare_row(*pair, 0, r, n=60_502) for pair, r in pairs.items()])
-    add_network(folder / "sop", "triplet", 0, ("maps",), 60_502, options=RELEASED | options)
+    made = {"loss": "Triplet", "distance": distance, "options": RELEASED | options}
+    add_network(folder / "sop", "triplet", 0, ("maps",), 60_502, **made)
     kinds = {"ranking": RANKING, "classification": CLASSIFICATION, "none": ["None"]}
     columns = files.read_table(ROOT / "published" / "kobs_tables3_4_grouped_correlation.csv")
     rows = {"cars196": [], "cub200": []}
@@ -311,7 +313,7 @@ def reproduced(folder, models, **options):
         rows[name].append(compare_row(a, b, 0, float(r) / 100, n=n))
     for name, lines in rows.items():
         write(folder / name, "compare", lines)
-        add_network(folder / name, "triplet", 0, ("maps",), int(lines[0][4]), options=RELEASED | options)
+        add_network(folder / name, "triplet", 0, ("maps",), int(lines[0][4]), **made)
     table = files.read_table(ROOT / "published" / "oi_table1_split.csv")
     for name, split, recall, map_at_r, jsd in zip(*table.values()):
         place = f"{name}{'@random' if split == 'random' else ''}/normalized_softmax/fold0"
@@ -338,18 +340,19 @@ def test_a_perfect_reproduction_shows_a_difference_of_0_everywhere(run_script, t
 
 def test_settings_that_are_not_the_published_ones_stand_in_place_of_differences(run_script, tmp_path):
     folder, models, out = tmp_path / "results", tmp_path / "models", tmp_path / "out"
-    reproduced(folder, models, samples=20)
+    reproduced(folder, models, "cosine", samples=20, noise=0.1)
     place = models / "trained" / "cub200" / "normalized_softmax" / "fold0" / "config.json"
     place.write_text(json.dumps({**json.loads(place.read_text()), "dimension": 128}))
     published_results(folder / "renders")
     run(run_script, folder, "--published", "--models", models, "--out", out)
     named = tabled(out)[1]
     settings = {name: texts(one) for name, one in named.items() if name.startswith("settings")}
+    other = [["samples", "20", "50"], ["noise", "0.1", "0.15"], ["distance", "cosine", "the loss's own"]]
     assert settings == {
         "settings_nrprec_renders": [["pictures", "6", "100000"], ["max_neighbours", "None", "1023"]],
-        "settings_correlation_sop": [["samples", "20", "50"]],
-        "settings_correlation_by_type_cars196": [["samples", "20", "50"]],
-        "settings_correlation_by_type_cub200": [["samples", "20", "50"]],
+        "settings_correlation_sop": other,
+        "settings_correlation_by_type_cars196": other,
+        "settings_correlation_by_type_cub200": other,
         "settings_training_cub200": [["dimension", "128", "64"]]}
     assert sorted(name for name in named if name.startswith("difference")) == [
         f"difference_training_{name}" for name in ("cars196", "cars196_random", "cub200_random")]
