@@ -334,7 +334,9 @@ def prepare(network, example):
             raise
         raise ValueError(f"the network fails on a picture {tuple(example.shape[1:])}: "
                          f"{type(error).__name__}: {error}") from None
-    return network.requires_grad_(False), None
+    with contextlib.suppress(RuntimeError):  # TorchScript keeps its weights' gradients: slower, the same maps
+        network.requires_grad_(False)
+    return network, None
 
 
 def baseline_of(pixels, kind):

@@ -219,7 +219,8 @@ def read_sidecar(path):
 def read_table(path):
     """A CSV file with a header -> {column name: list of str}, in the file's order, every list equally long.
 
-    A byte-order mark and CRLF are accepted; an index that pandas wrote (0, 1, … without a name) is left out.
+    A byte-order mark and CRLF are accepted; an index that pandas wrote (without a name; 0, 1, … or before a
+    column of names) is left out.
     Labels (n,) in a .npy file are a column of the file's name.
     Raises ValueError naming file, line and column, and what to do.
     """
@@ -251,7 +252,8 @@ def read_table(path):
         raise ValueError(f"{path}: line {line}: {error}; mend the quotes or save it as plain CSV") from None
     if not columns[0]:
         raise ValueError(f"{path} has a header and no rows; expected one row for each picture")
-    if unnamed and columns[0] == list(map(str, range(len(columns[0])))):
+    if unnamed and (header[1].lower() in IDENTIFIERS
+                    or columns[0] == list(map(str, range(len(columns[0]))))):
         del header[0], columns[0]
     return dict(zip(header, columns))
 
@@ -333,7 +335,11 @@ def read_properties(path, columns=None, pictures=None, notes=None, missing=None)
     Raises ValueError for unknown columns, names that do not fit, and missing values unless these are spelled.
     """
     table = read_table(path)
+    if columns and len(columns) == 1 and str(path).endswith(".npy"):
+        table = dict(zip(columns, table.values()))  # labels go by any name
     first = next(iter(table))
+    if first.lower() not in IDENTIFIERS and "path" in table:
+        first = "path"  # Open Metric Learning's tables begin with the label
     properties = [name for name in table if name != first or first.lower() not in IDENTIFIERS]
     if not properties:
         raise ValueError(f"{path} has only the identifying column {first!r}; expected a property column too")
@@ -417,7 +423,7 @@ def rows_by_name(pictures, names, source, notes=None):
     """Where each picture stands among the names of source (a table, a folder) -> int array (n,).
 
     Names are compared as paths, file names, stems or numbers (000017.jpg is frame 17): the first that tells
-    all apart on both sides; where names tell nothing, an index 0, 1, … keeps its order.
+    all apart on both sides; where names tell nothing, numbers that rise (an index) keep their order.
     Raises ValueError naming what is missing or stands there twice.
     """
     most = [False] * len(pictures)
@@ -437,7 +443,10 @@ def rows_by_name(pictures, names, source, notes=None):
             return rows
         most = max(most, here, key=sum)
     n = len(pictures)
-    if not any(most) and len(names) == n and is_index(names):
+    numbers = [int(name) for name in names if re.fullmatch("[0-9]{1,18}", name)]
+    if not any(most) and len(names) == n == len(numbers) and numbers == sorted(set(numbers)):
+        if notes is not None:
+            notes.append(f"{source}: rows are taken in their order: its numbers name no picture here")
         return np.arange(n)
     absent = [name for name, there in zip(pictures, most) if not there]
     if absent:
@@ -457,7 +466,7 @@ def is_index(names):
 def spellings(name):
     """A picture's name as path, file name, stem and number: 17 of images/000017.jpg, else the name."""
     path = name.replace("\\", "/").removeprefix("./")
-    file = path.rpartition("/")[2]
+    file = re.sub(r"\[[0-9,]+\]$", "", path.rpartition("/")[2])  # without the box that is part of the name
     stem = os.path.splitext(file)[0]
     return path, file, stem, stem.lstrip("0") if stem.isascii() and stem.isdecimal() else name
 

@@ -133,10 +133,13 @@ def test_labels_in_an_array_and_the_index_of_pandas(tmp_path):
         np.save(tmp_path / "mine.npy", labels)
         assert files.read_table(tmp_path / "mine.npy") == {"mine": values}
         assert files.read_properties(tmp_path / "mine.npy")["mine"].tolist() == values
+        assert files.read_properties(tmp_path / "mine.npy", ["class"])["class"].tolist() == values
     for text in (",a\n0,x\n1,y\n", "Unnamed: 0,a\n0,x\n1,y\n", "index,a\n7,x\n3,y\n", ",a\n7,x\n3,y\n"):
         (tmp_path / "t.csv").write_text(text)
         assert list(files.read_properties(tmp_path / "t.csv")) == ["a"]
     assert files.read_table(tmp_path / "t.csv") == {"index": ["7", "3"], "a": ["x", "y"]}  # was shuffled
+    (tmp_path / "t.csv").write_text(",file_name,a\n7,q.jpg,x\n3,p.jpg,y\n")  # part of a table
+    assert files.read_properties(tmp_path / "t.csv", None, ["p.jpg", "q.jpg"])["a"].tolist() == ["y", "x"]
 
 
 def test_missing_values_are_spelled_in_many_ways(tmp_path):
@@ -174,6 +177,13 @@ def test_rows_are_matched_by_name(tmp_path, names, how):
     assert len(notes) == 1  # nothing to say where all is in place
 
 
+def test_tables_of_boxes_fit_their_pictures(tmp_path):
+    """As Open Metric Learning has them: the label first, and a box that embed.py makes part of the name."""
+    (tmp_path / "t.csv").write_text("label,path,x_1\n5,a.jpg,1\n6,b.jpg,2\n7,c.jpg,3\n")
+    read = files.read_properties(tmp_path / "t.csv", ["label"], ["c.jpg[3,0,9,9]", "a.jpg[1,0,9,9]"])
+    assert read["label"].tolist() == ["7", "5"]
+
+
 def test_names_that_do_not_fit_are_refused(tmp_path):
     for names, message in [(["2", "0", "11"], "lacks 1 of the 3 pictures: images/000010.jpg; add"),
                            (["2", "2", "0", "10"], "2 is the name of two"),
@@ -182,7 +192,11 @@ def test_names_that_do_not_fit_are_refused(tmp_path):
             files.rows_by_name(NAMED, names, "t.csv")
     with pytest.raises(ValueError, match="a.jpg is the name of two"):
         files.rows_by_name(["a.jpg", "a.jpg"], ["a.jpg", "b.jpg"], "t.csv")
-    assert files.rows_by_name(["a.jpg", "b.jpg"], ["0", "1"], "t.csv").tolist() == [0, 1]  # an index
+    for index in (["0", "1"], ["7", "12"]):
+        assert files.rows_by_name(["a.jpg", "b.jpg"], index, "t.csv", notes := []).tolist() == [0, 1]
+        assert "rows are taken in their order" in notes[0]
+    with pytest.raises(ValueError, match="lacks 2 of the 2"):  # a table that was shuffled
+        files.rows_by_name(["a.jpg", "b.jpg"], ["12", "7"], "t.csv")
     for pictures, text, why in [(None, "frame,a\nx.jpg,x\n", "the array's pictures"),
                                 (["1"], "b,a\n1,x\n", "its rows")]:
         (tmp_path / "t.csv").write_text(text)

@@ -514,6 +514,12 @@ def test_missing_labels(files, run_script):
     assert {row["n"] for row in subsets} == {"24"} and {row["missing"] for row in subsets} == {""}
 
 
+def test_labels_in_an_array(files, run_script):
+    np.save("mine.npy", np.array(list("abcdef"))[np.arange(60) % 6])
+    done = [run_script("pairs.py", "emb.npy", table, "--out", "o.csv") for table in ("emb.csv", "mine.npy")]
+    assert done[0].stdout == done[1].stdout and done[1].returncode == 0
+
+
 def test_lone_pictures_are_named(files, run_script):
     Path("emb.csv").write_text(Path("emb.csv").read_text().replace("0,a,0", "0,only,0", 1))
     done = run_script("pairs.py", "emb.npy", "emb.csv", "--permutations", 0, "--out", "o.csv")

@@ -1,4 +1,5 @@
 """saliency.py: closed forms, a literal transcription of both orders, invariances, and the command."""
+import copy
 import csv
 import json
 import os
@@ -873,7 +874,7 @@ def test_maps_of_any_network_are_those_of_a_plain_smoothgrad(kind, order):
     black = torch.full((3, 12, 12), -0.2, dtype=torch.float64)
     expected = [literal(network, picture, black, 4, order, i) for i, picture in enumerate(pictures)]
     if kind == "TorchScript":
-        network = torch.jit.trace(network, pictures)
+        network = copy.deepcopy(torch.jit.trace(network, pictures))  # as networks.load() gives it
     ready, stem = saliency.prepare(network, pictures[:1].clone())
     maps = saliency.smoothgrad(ready, pictures, black, euclidean, samples=4, order=order, stem=stem,
                                batch=batch)
