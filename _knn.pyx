@@ -44,10 +44,11 @@ cdef extern from *:
 
     /* Plain loops are compiled for three levels of x86-64 where the compiler can do it (setup.py tries); `isa`
        chooses: 0 the plain loops, 1 AVX2, 2 AVX-512. Elsewhere there is one version, arm64's with NEON. */
-    static int isa = 0, has_vbmi2 = 0, has_vpopcnt = 0;
+    static int isa = 0, has_vbmi2 = 0;
     #define LOOP static inline __attribute__((always_inline))
     #ifdef KNN_X86
     #include <immintrin.h>
+    static int has_vpopcnt = 0;
     #define AVX2 __attribute__((target("avx2,bmi,bmi2,popcnt")))
     #define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,bmi,bmi2,popcnt")))
     #define EACH_ISA(type, name, parameters, arguments) \
