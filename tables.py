@@ -356,11 +356,13 @@ def losses(everything):
         distance = "" if name == "None" else (row["distance"] or "").replace("_", " ")
         rows.append([name, cell(row["year"], row["year"] or None), row["type"], distance])
         for one in everything:
-            folds = {row.fold for row in one.select("nr_precision", network=name)} - {"mean"}
-            folds |= {network["fold"] for network in one.networks
+            folds = {(row.fold, row.seed) for row in one.select("nr_precision", network=name)
+                     if row.fold != "mean"}
+            folds |= {(network["fold"], network["seed"]) for network in one.networks
                       if network["name"] == name and (network["emb"] or network["maps"])}
             rows[-1].append(cell(len(folds) or "", len(folds) or None))
-    return table("losses", "Losses", "Losses, their types and distances; the networks (folds) with results",
+    return table("losses", "Losses", "Losses, their types and distances; the networks (folds and seeds) with "
+                 "results",
                  ["Loss", "Year", "Type", "Distance", *(f"Networks, {one.name}" for one in everything)], rows,
                  notes=["None: ImageNet weights and an untrained last layer."])
 

@@ -368,7 +368,7 @@ def training_claims(one):
             later = later._replace(note="epoch {:.1f} against {:.1f}; {} never".format(
                 *known.mean(axis=0), len(epochs) - len(known)))
         yield Claim("Oi et al.", f"{titles[key]}: training passes validation later than in JSD",
-                    "history.csv", "+", later)
+                    "history.csv of losses where training passes validation", "+", later)
     falls = [curve[-1] - curve[0] for curve in histories(one, "negative_std", "test").values()
              if len(curve) > 1]
     yield Claim("Oi et al.", "Negative pairs' standard deviation falls in training",

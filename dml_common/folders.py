@@ -256,7 +256,8 @@ def warn(results):
              "were trained with a frozen trunk: they differ in the last layer alone"),
             ([one for one in trained if one["config"].get("loss_parameters")], trained, "have the parameters "
              "of models/losses.csv, not tuned ones; others may rank losses differently")):
-        names = [one["name"] if one["fold"] is None else f"{one['name']} fold {one['fold']}" for one in some]
+        names = [one["name"] if one["fold"] is None else
+                 f"{one['name']} {one['folder'].name.replace('fold', 'fold ')}" for one in some]
         if names:
             yield f"{len(some)} of {len(of)} networks ({listing(names)}) {what}"
 

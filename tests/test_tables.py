@@ -365,10 +365,13 @@ def test_both_splittings_of_a_data_set_are_compared_over_seeds(run_script, tmp_p
         for seed, recall in enumerate(recalls):
             place = f"normalized_softmax/fold0{f'.seed{seed}' if seed else ''}"
             add_network(folder / f"birds{split}", "normalized_softmax", place[23:])
-            add_training(models, f"birds{split}/{place}", split={"kind": split[1:] or "default"}, history=[
+            add_training(models, f"birds{split}/{place}", split={"kind": split[1:] or "default"},
+                         frozen_trunk=True, history=[
                 [0, "test", 0.1, 0, 0.1, 0.3, 0.05], [7, "test", 0.2, 0, 0.5, recall, 0.25]])
     run(run_script, folder, "--models", models, "--out", out)
-    named = tabled(out)[1]
+    content, named = tabled(out)
+    assert ["3", "3"] in [row[-2:] for row in texts(named["losses"])]
+    assert "fold 0, Normalized Softmax fold 0.seed1, Normalized" in content["warnings"][0]
     rows = texts(named["training_birds"])
     assert "training_birds_random" not in named and [row[:3] for row in rows] == [
         ["Normalized Softmax", "default", "3 seeds"], ["Normalized Softmax", "random", "3 seeds"],
