@@ -231,6 +231,8 @@ def list_pictures(folder, notes=None):
             name = prefix + entry.name
             if entry.name.startswith("."):
                 continue
+            if entry.is_symlink() and not os.path.exists(entry.path):
+                raise ValueError(f"{entry.path} is a link to nothing, or to itself; remove it")
             if entry.is_dir():
                 walk(entry.path, f"{name}/", {*above, place})
             elif name.lower().endswith(suffixes()):

@@ -423,6 +423,9 @@ def test_links_are_followed_and_other_kinds_counted(tmp_path):
     os.symlink(tmp_path / "p", tmp_path / "elsewhere/loop")
     with pytest.raises(ValueError, match="p/fox/loop is a link to a folder above itself"):
         pictures.open_dataset(tmp_path / "p")
+    os.symlink("self.png", tmp_path / "self.png")
+    with pytest.raises(ValueError, match="self.png is a link to nothing, or to itself; remove it"):
+        pictures.open_dataset(tmp_path)
 
 
 def test_missing_data_sets_say_what_goes_where(tmp_path):
