@@ -7,7 +7,8 @@ every property, exact at any size (Kobs et al., ICCV 2021, section 4).
     python nrprec.py emb.npy props.csv --queries 2000                     # a sample, with standard errors
     python nrprec.py results/cars/*/fold*/emb.npy --out nrprec.csv        # each with the props.csv beside it
 
-Reads: embeddings as .npy, (n, m); properties as .csv with a header and n rows in the same order.
+Reads: embeddings as .npy, (n, m); properties as .csv, a header and a row a picture, matched
+by name where both sides have names, else in order; or labels as .npy, (n,).
 Writes: a table on stdout and, with --out, one CSV row for each embedding file and property.
 In Python: nr_precision(embeddings, labels): arrays in, and only numpy, scipy and threadpoolctl are needed
 (with the extension _knn: fast; without: the same numbers, slowly).
@@ -664,7 +665,7 @@ def parse_arguments(argv):
     parser = command.parser(__doc__)
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="EMB.npy …, embeddings (n, m), and behind them PROPS.csv, a "
-        "header and n rows (the props.csv beside each EMB.npy, or in results/<dataset>)")
+        "header and n rows, or LABELS.npy (the props.csv beside each EMB.npy, or in results/<dataset>)")
     add("--properties", metavar="A,B", help="only these columns (all but a first one of names)")
     add("--missing", metavar="A,B", help="spellings of no value, beside the empty cell: such a picture is no "
         "query and no candidate of that property (nan,NA,N/A,null, and None among numbers)")

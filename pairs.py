@@ -8,7 +8,8 @@ their Jensen-Shannon divergence (JSD), Recall@K, R-Precision and MAP@R, exact at
     python pairs.py test.npy test.csv --train train.npy train.csv            # Fig. 2 and 4: are they alike?
     python pairs.py emb.npy labels.csv --classes 5,10,20,50 --class-figure classes.png --intervals i.csv
 
-Reads: embeddings as .npy, (n, m); labels as .csv with a header and n rows in the same order.
+Reads: embeddings as .npy, (n, m); labels as .csv, a header and a row a picture, matched by name
+where both sides have names, else in order; or as .npy, (n,).
 Writes: a table on stdout; with --out one CSV row for each embedding file and number of bins; figures as PNG
 (figures.py draws them: copy it too).
 In Python: pair_scores(embeddings, labels): arrays in, and only numpy, scipy and threadpoolctl are needed
@@ -489,7 +490,8 @@ def parse_arguments(argv):
     parser = command.parser(__doc__)
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="EMB.npy …, embeddings (n, m), behind them labels.csv or "
-        "props.csv, a header and n rows (the one beside each EMB.npy, or in results/<dataset>)")
+        "props.csv, a header and n rows, or LABELS.npy (the one beside each EMB.npy, or in "
+        "results/<dataset>)")
     add("--label", default="class", metavar="COLUMN", help="whose equal values make a pair positive (class)")
     add("--missing", metavar="A,B", help="what stands for no label, beside an empty cell (nan,NA,N/A,null; "
         "None among numbers): such a picture is in no pair")

@@ -565,7 +565,8 @@ def parse(argv):
     add = parser.add_argument
     add("--dataset", required=True, metavar="NAME|FOLDER|CSV", help="cars196, cub200, sop, a folder or a CSV")
     add("--data-root", metavar="DIR", help="folder of the published data sets (DML_DATA_ROOT, else data/)")
-    add("--labels", type=Path, metavar="FILE.csv", help="a row for each picture (the data set's own classes)")
+    add("--labels", type=Path, metavar="FILE",
+        help="a row for each picture, .csv or .npy (the data set's own classes)")
     add("--label", help="makes pictures alike: class, super_class or a column of the table (class; model)")
     add("--loss", default="Normalized Softmax", help="of models/losses.csv or --losses, with commas; "
         "package.module:Class; all; None (%(default)s)")

@@ -393,7 +393,7 @@ def picture_names(array):
 
     They stand in the labels.csv that embed.py writes beside the array or for its data set.
     """
-    lists = [next(iter(read_table(place).values())) for place in beside(array)[1:] if place.is_file()]
+    lists = picture_lists(array)
     names = listed_names(read_sidecar(array), len(read_array(array)), lists) if lists else None
     return names if names and len(set(names)) == len(names) else None
 
@@ -404,6 +404,11 @@ def beside(array):
     folders = (array.parent, array.parent.parent.parent)
     return [array.with_suffix(".json"), array.with_name(f"{array.stem}.labels.csv"),
             *(folder / "labels.csv" for folder in folders)]
+
+
+def picture_lists(array):
+    """The names in each labels.csv that may belong to an array."""
+    return [next(iter(read_table(place).values())) for place in beside(array)[1:] if place.is_file()]
 
 
 def listed_names(about, n, lists):

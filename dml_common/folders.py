@@ -178,10 +178,9 @@ def open_pictures(given, root, names):
 
 
 def picture_names(about, n, dataset=None):
-    """The names of an array's n pictures in their order, from labels.csv beside it or from the data set; None
-    where neither agrees with its JSON."""
-    beside = about["path"].parent / "labels.csv"
-    lists = [next(iter(files.read_table(beside).values()))] if beside.is_file() else []
+    """The names of an array's n pictures in their order, from a labels.csv that embed.py wrote or from the
+    data set; None where none agrees with its JSON."""
+    lists = files.picture_lists(about["path"])
     if dataset is not None:  # rows: held out when the network was trained
         rows = [row for row in about.get("rows") or [] if row < len(dataset.relative)]
         lists += [dataset.relative, [dataset.relative[row] for row in rows]]

@@ -30,6 +30,7 @@ from dml_common.files import (
     ROOT,
     check_input,
     files_digest,
+    is_missing,
     pictures_sha256,
     read_properties,
     read_table,
@@ -231,6 +232,8 @@ def list_pictures(folder, notes=None):
             name = prefix + entry.name
             if entry.name.startswith("."):
                 continue
+            if entry.is_symlink() and not os.path.exists(entry.path):
+                raise ValueError(f"{entry.path} is a link to nothing, or to itself; remove it")
             if entry.is_dir():
                 walk(entry.path, f"{name}/", {*above, place})
             elif name.lower().endswith(suffixes()):
@@ -255,6 +258,9 @@ def open_folder(folder, split="all"):
     if stray and len(stray) <= max(1, len(relative) // 100) and len(relative) > 2:
         notes.append(f"{folder}: left out, for they lie beside the classes' folders: {', '.join(stray)}")
         relative = [name for name in relative if "/" in name]
+    elif stray and len(stray) < len(relative):
+        notes.append(f"{folder}: its folders are taken for no classes: {len(stray):,} of {len(relative):,} "
+                     f"pictures lie beside them ({', '.join(stray[:3])})")
     parts = [name.split("/") for name in relative]
     splits = [SPLITS.get(part[0]) for part in parts if len(part) > 2]
     has_splits = len(splits) == len(parts) and None not in splits
@@ -332,7 +338,10 @@ def open_csv(path, split):
     if set(BOX) <= set(table):
         dataset = boxed(dataset, zip(*(table[name] for name in BOX)), path)
     label = next((name for name in ("label", "class") if name in table), None)
-    if label:
+    if label and (lacking := int(is_missing(np.array(table[label])).sum())):
+        notes.append(f"{path}: {lacking:,} of its pictures have no {label}, so it is not taken for classes; "
+                     "nrprec.py and pairs.py leave these pictures out when they are given this table")
+    elif label:
         labels, classes = numbered(table[label])
         dataset = dataset._replace(labels=labels, classes=classes)
     if others := [name for name in table if name not in (column, label, "split", *BOX)]:

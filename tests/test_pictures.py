@@ -390,6 +390,9 @@ def test_tables_of_other_tools(tmp_path):
     table.write_text(f"{header}1,a.png,test,0,-1,x,9,1,0\n")
     with pytest.raises(ValueError, match="line 2: x_1, y_1, x_2, y_2 are 0, -1, x, 9; expected pixels"):
         pictures.open_dataset(table)
+    table.write_text("path,label\na.png,1\na.png,NA\n")
+    dataset = pictures.open_dataset(table)
+    assert dataset.labels is None and "1 of its pictures have no label" in dataset.notes[0]
 
 
 def test_folders_of_splits_and_stray_pictures(tmp_path):
@@ -405,7 +408,8 @@ def test_folders_of_splits_and_stray_pictures(tmp_path):
     picture(tmp_path / "bus" / "cat" / "5.jpg")
     assert pictures.open_dataset(tmp_path).classes == ["bus", "train", "val"]  # no splits beside bus/
     picture(tmp_path / "stray2.jpg")
-    assert pictures.open_dataset(tmp_path).classes is None  # pictures with and without a folder
+    dataset = pictures.open_dataset(tmp_path)
+    assert dataset.classes is None and "no classes: 2 of 7 pictures lie beside them" in dataset.notes[0]
 
 
 def test_links_are_followed_and_other_kinds_counted(tmp_path):
@@ -423,6 +427,9 @@ def test_links_are_followed_and_other_kinds_counted(tmp_path):
     os.symlink(tmp_path / "p", tmp_path / "elsewhere/loop")
     with pytest.raises(ValueError, match="p/fox/loop is a link to a folder above itself"):
         pictures.open_dataset(tmp_path / "p")
+    os.symlink("self.png", tmp_path / "self.png")
+    with pytest.raises(ValueError, match="self.png is a link to nothing, or to itself; remove it"):
+        pictures.open_dataset(tmp_path)
 
 
 def test_missing_data_sets_say_what_goes_where(tmp_path):

@@ -178,6 +178,8 @@ def test_which_picture_a_row_is(tmp_path):
     assert told(2, [0, 2], ["1.png"], limit=3, pick=None) == ["0.png", "2.png"]
     assert told(2, [2, 3], limit=2, pick=None) is None
     assert told(6, range(6), limit=3) == names  # labels.csv has the pictures of these rows alone
+    tmp_path = tmp_path / "triplet" / "fold0"  # labels.csv is where embed.py --out results has it
+    assert told(2, [4, 2], pick=[4, 2]) == ["4.png", "2.png"]
 
 
 def test_pictures_of_held_out_rows_without_labels(tmp_path):
