@@ -655,7 +655,8 @@ def write_tables(args, results, bins, numbers):
             metric = f"recall_at_{number}" if metric == "recall" else metric
             intervals.append({**split, **source, "metric": metric, "bins": number if jsd else None,
                               "value": r.value(key), "low": low, "high": high, "level": LEVEL,
-                              "method": "jackknife" if jsd else "bootstrap"})
+                              "method": "jackknife" if jsd else "bootstrap",
+                              "jsd_null": s.jsd_null[number] if jsd and args.permutations else None})
     for path, lines in ((args.out, rows), (args.histograms, counts), (args.intervals, intervals)):
         if path is not None:
             files.write_table(path, list(lines[0]), [line.values() for line in lines])

@@ -486,6 +486,8 @@ def test_every_option(files, run_script):
         ("recall_at_1", "", "bootstrap"), ("recall_at_10", "", "bootstrap"), ("r_precision", "", "bootstrap"),
         ("map_at_r", "", "bootstrap"), ("jsd", "20", "jackknife"), ("jsd", "40", "jackknife")]
     assert all(float(r["low"]) <= float(r["value"]) <= float(r["high"]) for r in intervals)
+    whole = [r["jsd_null"] for r in rows if not r["repeat"]]  # beside every JSD
+    assert [r["jsd_null"] for r in intervals if r["metric"] == "jsd"] == whole
     for name in ("f.png", "c.png"):
         with Image.open(name) as image:
             assert len(image.convert("RGB").getcolors(1 << 24)) > 20
