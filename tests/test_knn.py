@@ -268,6 +268,7 @@ def test_what_the_processor_lacks_is_refused(tmp_path, run_script):
 def test_the_kernel_compiles_for_arm64(tmp_path):
     """Warnings are errors. .ci/run installs the cross compiler where it may."""
     compiler = shutil.which("aarch64-linux-gnu-gcc") or pytest.skip("there is no aarch64-linux-gnu-gcc here")
+    pytest.importorskip("Cython")
     cython = [sys.executable, "-m", "cython", "-3", ROOT / "_knn.pyx", "-o", tmp_path / "_knn.c"]
     subprocess.run(cython, check=True)
     compile_it = [compiler, "-c", "-O3", "-ffp-contract=off", "-fopenmp", "-Wall", "-Wextra", "-Werror",
