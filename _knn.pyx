@@ -788,7 +788,7 @@ def count_hits(const float[:, ::1] products, const int64_t[::1] queries, const d
     cdef ptrdiff_t n = space.n, block = products.shape[0], columns = entry.shape[0], slots = ranks.shape[0]
     cdef ptrdiff_t words = padded(n) // 64, group = 1, g, t
     if period and planes.shape[0]:            # masks of 16 MiB for each thread
-        group = max(1, min(32, 2 ** 21 // (slots * words)))
+        group = max(1, min(32, 2 ** 21 // max(1, slots * words)))
     threads = max(1, min(threads, (block + group - 1) // group))
     cdef int16_t[:, ::1] key = np.empty((threads, padded(n)), np.int16)
     cdef uint64_t[:, :, ::1] masks = np.empty((threads, group * slots if group > 1 else 1, words), np.uint64)

@@ -162,6 +162,13 @@ def test_permuted_columns(kind):
         np.testing.assert_array_equal(nrprec.count_hits_numpy(space, batch, np.arange(n)), expected)
 
 
+def test_permuted_columns_without_any_neighbour():
+    """All values are distinct: no R, no threshold, no mask."""
+    x, labels = np.eye(10, dtype=np.float32), {"a": np.arange(10)}
+    score = nrprec.nr_precision(x, labels, permutations=5)["a"]
+    assert (score.queries, score.skipped) == (0, 10) and np.isnan([score.nr_precision, score.p_value]).all()
+
+
 def test_many_candidates_and_a_class_column():
     """n that no block divides, more candidates than 32,768-item parts, 20,000 classes beside one of half."""
     rng = np.random.default_rng(5)
