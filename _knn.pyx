@@ -42,8 +42,9 @@ cdef extern from *:
     #include <stddef.h>
     #include <string.h>
 
-    /* Plain loops are compiled for three levels of x86-64 where the compiler can do it (setup.py tries); `isa`
-       chooses: 0 the plain loops, 1 AVX2, 2 AVX-512. Elsewhere there is one version, arm64's with NEON. */
+    /* Plain loops are compiled for three levels of x86-64 where the compiler can do it (setup.py tries);
+       `isa` chooses: 0 the plain loops, 1 AVX2, 2 AVX-512. Elsewhere there is one version, arm64's with NEON.
+    */
     static int isa = 0, has_vbmi2 = 0;
     #define LOOP static inline __attribute__((always_inline))
     #ifdef KNN_X86
@@ -206,9 +207,9 @@ cdef extern from *:
     EACH_ISA(ptrdiff_t, collect, (const int16_t *key, ptrdiff_t n, int16_t low, int16_t high, int32_t *index),
              (key, n, low, high, index))
 
-    /* 64 keys > threshold as bits. A frequent value has its pictures as a bit plane too, an eighth of the bytes
-       of the codes, so that a count is AND and popcount. Rows of keys are padded to a multiple of 64 with keys
-       that no threshold lets through. */
+    /* 64 keys > threshold as bits. A frequent value has its pictures as a bit plane too, an eighth of the
+       bytes of the codes, so that a count is AND and popcount. Rows of keys are padded to a multiple of 64
+       with keys that no threshold lets through. */
     #ifdef KNN_X86
     AVX2 static inline uint64_t above64_avx2(const int16_t *key, int16_t threshold)
     {
@@ -230,8 +231,8 @@ cdef extern from *:
         return _mm512_kunpackd(b, a);
     }
     #define VECTOR_LOOPS(TARGET, above64, scan_vector, above_vector) \
-        TARGET static int64_t scan_vector(const int16_t *key, const uint64_t *plane, ptrdiff_t n, int16_t low, \
-                                          int16_t high, int32_t *index, ptrdiff_t *found) \
+        TARGET static int64_t scan_vector(const int16_t *key, const uint64_t *plane, ptrdiff_t n, \
+                                          int16_t low, int16_t high, int32_t *index, ptrdiff_t *found) \
         { \
             int64_t hits = 0; \
             ptrdiff_t kept = 0; \
@@ -782,7 +783,7 @@ def count_hits(const float[:, ::1] products, const int64_t[::1] queries, const d
     hits       (4, k, B) int32  the result, zeros before: hits retrieved for sure · tied at the cut ·
                                 hits among these · how many of these are retrieved
     by_index                    the smaller indices of these: all hits are sure; ties are told all the same
-    period                      the columns are copies of the first so many, under permutations; 0: they aren't
+    period                      the columns are permuted copies of the first so many; 0: they aren't
     """
     cdef Space space = make_space(x, size, rows, lengths, aux, offset, distance)
     cdef ptrdiff_t n = space.n, block = products.shape[0], columns = entry.shape[0], slots = ranks.shape[0]
@@ -801,23 +802,23 @@ def count_hits(const float[:, ::1] products, const int64_t[::1] queries, const d
     cdef int32_t[:, ::1] order = np.empty((threads, columns), np.int32)
     for g in prange((block + group - 1) // group, nogil=True, num_threads=threads, schedule="dynamic"):
         t = threadid()
-        count_queries(&space, &products[0, 0], &queries[0], &bounds[0], g * group, min((g + 1) * group, block),
-                    period if group > 1 else 0, &key[t, 0], &above[t, 0], &masks[t, 0, 0], &masked[t, 0],
-                    &index[t, 0], <item_t *>&item[t, 0], &term[t, 0], &first[t, 0], &order[t, 0], codes, planes,
-                    members, member_row, entry, entry_code, entry_rank, entry_start, entry_count, ranks, hits,
-                    by_index)
+        count_queries(&space, &products[0, 0], &queries[0], &bounds[0], g * group,
+                      min((g + 1) * group, block), period if group > 1 else 0, &key[t, 0], &above[t, 0],
+                      &masks[t, 0, 0], &masked[t, 0], &index[t, 0], <item_t *>&item[t, 0], &term[t, 0],
+                      &first[t, 0], &order[t, 0], codes, planes, members, member_row, entry, entry_code,
+                      entry_rank, entry_start, entry_count, ranks, hits, by_index)
 
 
-cdef void count_queries(const Space *space, const float *products, const int64_t *queries, const double *bounds,
-                      ptrdiff_t begin, ptrdiff_t end, ptrdiff_t period, int16_t *key, uint32_t *above,
-                      uint64_t *masks, uint8_t *masked, int32_t *index, item_t *item, double *term,
-                      int32_t *first, int32_t *order, const uint8_t[:, ::1] codes,
-                      const uint64_t[:, :, ::1] planes, const int32_t[:, ::1] members,
-                      const int32_t[::1] member_row, const int32_t[:, ::1] entry,
-                      const uint8_t[::1] entry_code, const int32_t[::1] entry_rank,
-                      const int32_t[::1] entry_start, const int32_t[::1] entry_count, const int64_t[::1] ranks,
-                      int32_t[:, :, ::1] hits, bint by_index) noexcept nogil:
-    """Queries begin … end. With a period: what each threshold retrieves becomes a mask, which serves all columns.
+cdef void count_queries(const Space *space, const float *products, const int64_t *queries,
+                        const double *bounds, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t period, int16_t *key,
+                        uint32_t *above, uint64_t *masks, uint8_t *masked, int32_t *index, item_t *item,
+                        double *term, int32_t *first, int32_t *order, const uint8_t[:, ::1] codes,
+                        const uint64_t[:, :, ::1] planes, const int32_t[:, ::1] members,
+                        const int32_t[::1] member_row, const int32_t[:, ::1] entry,
+                        const uint8_t[::1] entry_code, const int32_t[::1] entry_rank,
+                        const int32_t[::1] entry_start, const int32_t[::1] entry_count,
+                        const int64_t[::1] ranks, int32_t[:, :, ::1] hits, bint by_index) noexcept nogil:
+    """Queries begin … end. With a period what each threshold retrieves is a mask, which serves all columns.
 
     A piece of the masks and of a column's planes stays in the cache for the group's queries.
     """
@@ -829,7 +830,8 @@ cdef void count_queries(const Space *space, const float *products, const int64_t
         at = (b - begin) * slots if period else 0
         count_row(space, products + b * space.n, queries[b], bounds[b], key, above, masks + at * words,
                   masked + at if period else NULL, index, item, term, first, order, codes, planes, members,
-                  member_row, entry, entry_code, entry_rank, entry_start, entry_count, ranks, hits, by_index, b)
+                  member_row, entry, entry_code, entry_rank, entry_start, entry_count, ranks, hits,
+                  by_index, b)
     if not period:
         return
     at = 0

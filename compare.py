@@ -381,7 +381,7 @@ def compare_networks(networks, groups, number, args):
                 rows.append([a.model, a.fold, b.model, b.fold, int(n), a.shape[0] - int(n),
                              *blank([*values, ceiling, corrected]), *made])
                 if args.as_published:
-                    rows[-1].append(rows[-1][10] and rows[-1][10] * math.log(2))
+                    rows[-1] += blank([values[4] * math.log(2)])
             crossings, alike = crossings + (sum(shared) if crossed else 0), alike + sum(shared)
     if alike:
         command.say(f"pairs that share their noise, which raises r: {alike} of {len(rows)}, {crossings} of "

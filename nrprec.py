@@ -204,17 +204,21 @@ def values_of(columns, queries):
     return np.ascontiguousarray(values.swapaxes(0, 1)).reshape(-1, len(queries))
 
 
+def number_of_planes(columns):
+    """How many values of a column have a bit plane, which the kernel's vector loops read."""
+    return min(MOST_PLANES, int(columns.entry_code.max())) if _knn and _knn.ISA != "scalar" else 0
+
+
 def has_planes(columns):
-    """Do the kernel's bit planes, which its vector loops read, hold all values?"""
-    codes = columns.codes
-    return bool(_knn and _knn.ISA != "scalar" and codes.min() > 0 and codes.max() <= MOST_PLANES)
+    """Do bit planes hold all values?"""
+    return bool(0 < columns.entry_code.min() and columns.entry_code.max() <= number_of_planes(columns))
 
 
 def bit_planes(columns):
     """(p, k, ⌈n/64⌉) uint64: bit i of [c − 1, column] is codes[column, i] == c; else p = 0."""
     k, n = columns.codes.shape
     copies = [slice(None)] if columns.copies is None or not has_planes(columns) else columns.copies
-    most = min(MOST_PLANES, int(columns.codes.max())) if _knn and _knn.ISA != "scalar" else 0
+    most = number_of_planes(columns)
     planes = np.zeros((most, len(copies) * k, -(-n // 64)), np.uint64)
     for i, copy in enumerate(copies):
         codes, part = columns.codes[:, copy], planes.view(np.uint8)[:, i * k:i * k + k, :-(-n // 8)]
@@ -497,7 +501,7 @@ def score_columns(space, labels, null, max_neighbours, ties, permutations, queri
     tested = owners if per_value and width * permutations <= MOST_TESTED else owners[:1]
 
     # As many permuted columns at a time as half the memory takes; the observed ones ride in the first pass.
-    each = 4 * n + k * n * min(MOST_PLANES, int(columns.codes.max())) // 8
+    each = 4 * n + k * n * number_of_planes(columns) // 8
     each += 0 if has_planes(columns) else k * n + 16 * n + 4 * n * len(columns.members)
     per_pass = int(max(1, min(memory_mib * 2 ** 19 // each, 2000))) if permutations else 1
     statistics = [[] for _ in tested]
