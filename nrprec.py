@@ -699,8 +699,7 @@ def read_labels(table, pictures, args, notes):
     from dml_common import files
 
     names = [name.strip() for name in args.properties.split(",")] if args.properties is not None else None
-    missing = files.MISSING if args.missing is None else ["", *map(str.strip, args.missing.split(","))]
-    labels = files.read_properties(table, names, pictures, notes, missing)
+    labels = files.read_properties(table, names, pictures, notes, files.missing_spellings(args.missing))
     uncut = list(labels)
     for option in args.bin:
         name, _, bins = option.rpartition("=")

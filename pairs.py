@@ -532,7 +532,7 @@ def score_file(file, table, name, split, args, options, numbers):
     from dml_common import command, files
 
     notes, pictures = [], files.picture_names(file)
-    missing = files.MISSING if args.missing is None else ["", *map(str.strip, args.missing.split(","))]
+    missing = files.missing_spellings(args.missing)
     try:
         labels = files.read_properties(table, [args.label], pictures, notes, missing)[args.label]
     except ValueError as error:

@@ -366,6 +366,11 @@ def read_properties(path, columns=None, pictures=None, notes=None, missing=None)
     return values
 
 
+def missing_spellings(option):
+    """What stands for no value: MISSING, or the option --missing A,B and the empty cell."""
+    return MISSING if option is None else ("", *map(str.strip, option.split(",")))
+
+
 def is_missing(column, spellings=MISSING):
     """Which cells (n,) of a column of str have no value: bool (n,)."""
     missing = np.isin(np.char.lower(column), [text.lower() for text in spellings])
