@@ -67,6 +67,9 @@ def check_alike(networks):
         if len({*weights} - {None}) > 1:
             raise ValueError(f"{network.path} and {network.second.path} are of different weights (their "
                              "checkpoint_sha256 differ), so they give no ceiling; make both in one run")
+        if network.second and network.second.shape != network.shape:
+            raise ValueError(f"{network.path} and {network.second.path} differ in shape, {network.shape} and "
+                             f"{network.second.shape}, so they give no ceiling; make both in one run")
     networks = networks + [network.second for network in networks if network.second]
     same = ["pictures", "number of pictures"]
     if None in [network.part for network in networks]:

@@ -530,6 +530,8 @@ def test_bad_input_teaches_and_leaves_nothing(place, rng):
     for name, array in shapes.items():
         save(place / f"{name}.npy", array)
     np.save(place / "objects.npy", np.array([{}]), allow_pickle=True)
+    for name, side in (("fine", 6), ("fine_ceiling", 12)):
+        np.save(place / f"{name}.npy", np.ones((4, side, side), np.float16))
     (place / "text.npy").write_text("no array")
     (place / "masks").mkdir()
     for number in range(4):
@@ -543,6 +545,8 @@ def test_bad_input_teaches_and_leaves_nothing(place, rng):
         (["a.npy", "sides.npy"], r"of each side and of shorter side of their pictures; give --dataset"),
         (["two.npy", "two.npy"],
          r"two\.npy and two_ceiling\.npy are of different weights .*make both in one run"),
+        (["fine.npy", "a.npy"],
+         r"fine\.npy and fine_ceiling\.npy differ in shape, \(4, 6, 6\) and \(4, 12, 12\), so they give no"),
         (["a.npy", "high.npy", "--per-picture", "p.npy"], r"high\.npy: picture 2 has values from .* to 1\.5"),
         (["a.npy"], r"one map file arrived \(a\.npy\)"),
         (["a.npy", "flat.npy"], r"flat\.npy has shape \(6, 6\)"),
