@@ -4,29 +4,26 @@
     python benchmarks/nrprec.py --n 1000000 --dim 256 --queries 500 --mapped   # memory: n · m · 4 B + 1 GiB
     python benchmarks/nrprec.py --n 10000 --plain               # and against what one would write
 
-Prints seconds, ratios and peak memory; asserts nothing. Embeddings are random (seeded), labels have Table 5's
-cardinalities. The products' figure is the best of several block shapes and ways of threading.
+Embeddings are random (seeded), labels have Table 5's cardinalities. The floor is the best of several block
+shapes and ways of threading. Asserts nothing.
 """
 import argparse
-import resource
-import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
+from measure import measured, print_header, print_table
 from threadpoolctl import threadpool_limits
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import nrprec  # noqa: E402
+import nrprec
 
 TABLE_5 = {"model": 6, "rotation_z": 8, "color_hue": 10, "color_sat": 9, "color_val": 9, "bg_color_hue": 10,
            "bg_color_sat": 9, "bg_color_val": 9, "camera_loc_z": 4, "sun_elevation": 3, "sun_rotation": 8}
 
 
 def bare_products(x, queries, threads, rows, workers, seconds=4.0):
-    """Seconds, and CPU seconds, for `queries` rows of x @ x.T in float32, block by block.
+    """The cost of `queries` rows of x @ x.T in float32, block by block.
 
     Extrapolated from a few seconds: workers multiply side by side, with threads // workers of BLAS each.
     """
@@ -42,14 +39,12 @@ def bare_products(x, queries, threads, rows, workers, seconds=4.0):
             done[worker] += 1
 
     with threadpool_limits(threads // workers), ThreadPoolExecutor(workers) as pool:
-        begin = time.perf_counter(), time.process_time()
-        list(pool.map(work, range(workers)))
-        took = time.perf_counter() - begin[0], time.process_time() - begin[1]
-    return tuple(seconds * queries / (sum(done) * rows) for seconds in took)
+        cost, _ = measured(lambda: list(pool.map(work, range(workers))))
+    return cost.each(sum(done) * rows / queries)
 
 
 def best_products(x, queries, threads):
-    """((seconds, CPU seconds), description) of the fastest block shape."""
+    """(Cost, description) of the fastest block shape."""
     tried = []
     for workers in sorted({1, threads}):
         for rows in (64, 128, 256, 512):
@@ -110,29 +105,21 @@ def main():
               for i in range(arguments.properties)}
     queries = min(arguments.queries or arguments.n, arguments.n)
 
-    begin = time.perf_counter(), time.process_time()
-    scores = nrprec.nr_precision(x, labels, queries=arguments.queries, threads=arguments.threads,
-                                 memory_mib=arguments.memory_mib)
-    ours, ours_cpu = time.perf_counter() - begin[0], time.process_time() - begin[1]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print_header(None, f"{arguments.threads} threads",
+                 f"kernel {nrprec._knn.ISA if nrprec._knn else 'not built (NumPy twin)'}")
+    ours, scores = measured(lambda: nrprec.nr_precision(
+        x, labels, queries=arguments.queries, threads=arguments.threads, memory_mib=arguments.memory_mib))
     x = x.astype(np.float32, copy=False)
-    (products, products_cpu), shape = best_products(x, queries, arguments.threads)
-    print(f"n = {arguments.n:,}, m = {arguments.dim}, {len(labels)} properties, {queries:,} queries, "
-          f"{arguments.threads} threads, "
-          f"kernel {nrprec._knn.ISA if nrprec._knn else 'not built (NumPy twin)'}")
-    print(f"bare float32 products   {products:9.2f} s   best block {shape}, "
-          f"{2 * arguments.n * queries * arguments.dim / products / 1e9:,.0f} GFLOP/s")
-    print(f"whole NR-Prec           {ours:9.2f} s   {ours / products:.2f} × the products "
-          f"({ours_cpu / products_cpu:.2f} × in CPU seconds, which other load on the machine disturbs less)")
-    print(f"peak memory             {peak:9.0f} MiB; n · m · 4 B are {x.nbytes / 2 ** 20:,.0f} MiB")
+    floor, shape = best_products(x, queries, arguments.threads)
+    rate = 2 * arguments.n * queries * arguments.dim / floor.wall / 1e9
+    cells = {"ours": ours, "floor": floor, "floor's block": shape, "GFLOP/s": f"{rate:,.0f}"}
     if arguments.plain:
-        begin = time.perf_counter()
         with threadpool_limits(arguments.threads):
-            reference = plain(x, labels, queries)
-        took = time.perf_counter() - begin
+            cells["straightforward"], reference = measured(lambda: plain(x, labels, queries))
         largest = max(abs(reference[name] - scores[name].nr_precision) for name in labels)
-        print(f"argpartition, plainly   {took:9.2f} s   {took / ours:.1f} × ours; "
-              f"largest difference of an NR-Prec {largest:.1e} (float32 ties)")
+        cells["difference"] = f"{largest:.1e}"  # float32 ties
+    what = f"{arguments.n:,} × {arguments.dim}, {len(labels)} properties, {queries:,} queries"
+    print_table([(what, cells)])
 
 
 if __name__ == "__main__":

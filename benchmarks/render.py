@@ -11,22 +11,20 @@ how far chance alone goes). Prints figures; asserts nothing.
 """
 import argparse
 import os
-import resource
 import subprocess
 import sys
 import tempfile
-import time
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+from measure import ROOT, measured, print_header, print_table, script
 from PIL import Image, ImageDraw
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import render_cars  # noqa: E402
-from render_cars import HUES, PROPERTIES  # noqa: E402
+import render_cars
+from dml_common import command
+from render_cars import HUES, PROPERTIES
 
 # Around this frame the contact sheet changes one property at a time.
 MIDDLE = {"model": "saloon", "rotation_z": 45, "color_hue": 0.0, "color_sat": 1.5, "color_val": 1.5,
@@ -54,52 +52,50 @@ def settings(folder, size, samples, **more):
     return SimpleNamespace(**defaults | more)
 
 
-def clock():
-    """Seconds by the clock, and of processors: this process's and its children's."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return np.array([time.perf_counter(), sum(one.ru_utime + one.ru_stime for one in used)])
-
-
 def speed(args):
     """Seconds a frame: the scene built once, built anew for each frame, and a process for each frame."""
     rows = render_cars.in_order(render_cars.sample(PROPERTIES, 0, range(args.frames)))
-    took = {}
+    some, ways = rows[::max(1, len(rows) // args.anew)][:args.anew], {}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         options = settings(folder, args.size, args.samples)
-        began = clock()
-        scene, models, _ = quiet(render_cars.build, options, None, PROPERTIES)
-        built = clock() - began
-        for row in rows:
-            quiet(render_cars.render_frame, scene, models, row, options, folder)
-        took["built once and changed"] = (clock() - began - built) / len(rows)
-        some = rows[::max(1, len(rows) // args.anew)][:args.anew]
-        for name in ("scene built anew for each frame", "the same with the frame's car alone"):
-            began = clock()
+
+        def build(row, properties=PROPERTIES):
+            return quiet(render_cars.build, options, None, properties)[:2]
+
+        def alone(row):
+            return build(row, PROPERTIES | {"model": [row["model"]]})
+
+        def render(scene, row):
+            quiet(render_cars.render_frame, *scene, row, options, folder)
+
+        built, scene = measured(lambda: build(None))
+        once, _ = measured(lambda: [render(scene, row) for row in rows])
+        for what, make in ("all six cars built anew", build), ("the frame's car alone built anew", alone):
+            cost, _ = measured(lambda make=make: [render(make(row), row) for row in some])
+            ways[what] = cost.each(len(some))
+
+        def processes():
             for row in some:
-                properties = PROPERTIES | ({"model": [row["model"]]} if name.endswith("alone") else {})
-                scene, models, _ = quiet(render_cars.build, options, None, properties)
-                quiet(render_cars.render_frame, scene, models, row, options, folder)
-            took[name] = (clock() - began) / len(some)
-        began = clock()
-        for row in some:
-            frame = row["frame"]
-            command = [sys.executable, str(ROOT / "render_cars.py"), "--out", str(folder / str(frame)),
-                       "--masks", "--frames", f"{frame}:{frame + 1}", "--size", str(args.size)]
-            subprocess.run([*command, "--samples", str(args.samples)], check=True, stderr=subprocess.DEVNULL)
-        took["a process for each frame"] = (clock() - began) / len(some)
-    once = took["built once and changed"]
-    print(f"{args.size} x {args.size}, {args.samples} samples, {len(rows)} frames; six cars are built in "
-          f"{built[0]:.1f} s\n{'seconds a frame':38s} {'clock':>7}  ratio   {'processors':>10}  ratio")
-    for name, (wall, used) in took.items():
-        print(f"{name:38s} {wall:7.2f}  {wall / once[0]:5.2f}   {used:10.2f}  {used / once[1]:5.2f}")
+                frame = row["frame"]
+                script("render_cars.py", "--out", folder / str(frame), "--masks", "--frames",
+                       f"{frame}:{frame + 1}", "--size", args.size, "--samples", args.samples)
+
+        cost, _ = measured(processes)
+        ways["a process for each frame"] = cost.each(len(some))
+    once, what = once.each(len(rows)), f"a frame, {args.size} × {args.size}, {args.samples} samples"
+    table = [("six cars, ground and sky, once", {"ours": built})]
+    for way, plain in ways.items():
+        table.append((f"{what}: {way}", {"ours": once, "straightforward": plain}))
+    print_table(table)
 
 
 def sheets(args):
-    """One row of pictures a property, its values from left to right; how much they differ, what clips."""
+    """One row of pictures a property, its values from left to right; how neighbours differ, what clips."""
     rows = [(name, value) for name, values in PROPERTIES.items() for value in values]
     widest, size, margin = max(map(len, PROPERTIES.values())), args.size, 78
     sheet = Image.new("RGB", (margin + widest * size, len(PROPERTIES) * (size + 12)), "white")
+    lines = [["of 255", "least difference", "largest", "white at most", "black at most"]]
     draw, pictures = ImageDraw.Draw(sheet), {}
     with tempfile.TemporaryDirectory() as folder:
         options = settings(Path(folder), size, args.samples)
@@ -118,8 +114,8 @@ def sheets(args):
         steps = [np.abs(a - b).mean() for a, b in zip(arrays, arrays[1:])]
         burnt = max((a.min(2) >= 254).mean() for a in arrays)
         black = max((a.max(2) <= 2).mean() for a in arrays)
-        print(f"{name:14s} neighbours differ by {min(steps):5.2f} to {max(steps):5.2f} of 255; "
-              f"white {burnt:.1%}, black {black:.1%} at most")
+        lines.append([name, f"{min(steps):.2f}", f"{max(steps):.2f}", f"{burnt:.1%}", f"{black:.1%}"])
+    command.print_aligned(lines)
     sheet.save(args.file, quality=88)
 
 
@@ -143,8 +139,9 @@ def bodies(args):
             picture = Image.open(Path(folder) / "images/000000.png").crop(place)
             sheet.paste(picture, (k % 10 * args.size, k // 10 * height))
     common = [(a & b).sum() / (a | b).sum() for a, b in combinations(sides, 2)]
-    print(f"{len(names)} bodies: outlines have {np.mean(common):.2f} in common, at most {max(common):.3f}; "
-          f"{edges} of {4 * len(names)} pictures touch their edge")
+    command.print_aligned([
+        ["bodies", "outlines in common", "at most", "pictures that touch their edge"],
+        [str(len(names)), f"{np.mean(common):.2f}", f"{max(common):.3f}", f"{edges} of {4 * len(names)}"]])
     sheet.save(args.file, quality=85)
 
 
@@ -174,7 +171,8 @@ def samples(args):
     names, n = list(PROPERTIES), args.frames
     labels = [np.unique([str(row[name]) for row in rows], return_inverse=True)[1] for name in names]
     drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=args.resamples)
-    table = {}
+    table, lines = {}, [["samples: property", "NR-Prec", f"of {args.reference}", "difference",
+                         "frames drawn again", "", "queries drawn again", ""]]
     for name in dict.fromkeys([args.reference, *args.sets]):
         near, once = neighbours(args, name, rows), np.ones(n)
         scores = [[[nr_prec(near, column, w, candidates) for column in labels] for w, candidates in pairs]
@@ -183,17 +181,17 @@ def samples(args):
         if name == args.reference:
             continue
         change, *resampled = [few - many for few, many in zip(table[name], table[args.reference])]
-        print(f"\n{n} frames, {args.size} x {args.size}: {name} samples against {args.reference}; root mean "
-              f"square difference {np.sqrt((change ** 2).mean()):.3f}\n{'property':14s} {name:>7} "
-              f"{args.reference:>7}   difference, frames drawn again   queries drawn again")
-        lines = [f"{prop:14s} {few:7.2f} {many:7.2f}   {few - many:+6.3f}"
-                 for prop, few, many in zip(names, table[name][0][0], table[args.reference][0][0])]
-        for part in resampled:
-            error, level = part.std(0), np.percentile(np.abs((part - change) / part.std(0)).max(1), 95)
+        part = [[f"{name}: {prop}", f"{few:.2f}", f"{many:.2f}", f"{few - many:+.3f}"]
+                for prop, few, many in zip(names, table[name][0][0], table[args.reference][0][0])]
+        for drawn_again in resampled:
+            error = drawn_again.std(0)
+            level = np.percentile(np.abs((drawn_again - change) / error).max(1), 95)
             for k, (mean, e) in enumerate(zip(change[0], error)):
                 mark = "**" if abs(mean) > level * e else "*" if abs(mean) > 1.96 * e else ""
-                lines[k] += f"  [{mean - 1.96 * e:+.3f}, {mean + 1.96 * e:+.3f}] {mark:2s}"
-        print(*lines, sep="\n", flush=True)
+                part[k] += [f"[{mean - 1.96 * e:+.3f}, {mean + 1.96 * e:+.3f}]", mark]
+        root = np.sqrt((change ** 2).mean())
+        lines += [*part, [f"{name}: root mean square", "", "", f"{root:.3f}", "", "", "", ""]]
+    command.print_aligned(lines)
 
 
 def neighbours(args, name, rows):
@@ -211,8 +209,8 @@ def neighbours(args, name, rows):
         (folder / "emb.npy").unlink(missing_ok=True)
     if not (folder / "emb.npy").exists():
         (folder / "props.csv").write_bytes(render_cars.table(rows))
-        command = [args.embed, ROOT / "embed.py", "--dataset", folder, "--out", folder / "emb.npy"]
-        subprocess.run([*command, "--model", "efficientnet_lite0"], check=True, stdout=subprocess.DEVNULL)
+        line = [args.embed, ROOT / "embed.py", "--dataset", folder, "--out", folder / "emb.npy"]
+        subprocess.run([*line, "--model", "efficientnet_lite0"], check=True, stdout=subprocess.DEVNULL)
     emb = np.load(folder / "emb.npy").astype(float)
     distance = ((emb[:, None] - emb[None]) ** 2).sum(2)
     np.fill_diagonal(distance, np.inf)
@@ -224,27 +222,29 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_stands)
     commands = parser.add_subparsers(required=True)
     for function in (speed, sheets, bodies, samples):
-        command = commands.add_parser(function.__name__, help=function.__doc__.splitlines()[0])
-        command.set_defaults(run=function)
-        command.add_argument("--size", type=int, default={sheets: 96, bodies: 112}.get(function, 256))
+        one = commands.add_parser(function.__name__, help=function.__doc__.splitlines()[0])
+        one.set_defaults(run=function)
+        add = one.add_argument
+        add("--size", type=int, default={sheets: 96, bodies: 112}.get(function, 256))
         if function is speed:
-            command.add_argument("--frames", type=int, default=96, help="with the scene built once (96)")
-            command.add_argument("--anew", type=int, default=8, help="rendered each of the other ways (8)")
+            add("--frames", type=int, default=96, help="with the scene built once (96)")
+            add("--anew", type=int, default=8, help="rendered each of the other ways (8)")
         if function is bodies:
-            command.add_argument("--number", type=int, default=60)
+            add("--number", type=int, default=60)
         if function in (sheets, bodies):
-            command.add_argument("file", type=Path)
+            add("file", type=Path)
         if function is samples:
-            command.add_argument("folder", type=Path)
-            command.add_argument("--embed", required=True, metavar="PYTHON", help="that runs embed.py")
-            command.add_argument("--frames", type=int, default=150)
-            command.add_argument("--sets", nargs="+", metavar="SAMPLES[:SEED]",
-                                 default=["1", "2", "4", "8", "16", "32", "64", "128:1"])
-            command.add_argument("--reference", default="128", metavar="SAMPLES[:SEED]")
-            command.add_argument("--resamples", type=int, default=1000)
+            add("folder", type=Path)
+            add("--embed", required=True, metavar="PYTHON", help="that runs embed.py")
+            add("--frames", type=int, default=150)
+            add("--sets", nargs="+", metavar="SAMPLES[:SEED]",
+                default=["1", "2", "4", "8", "16", "32", "64", "128:1"])
+            add("--reference", default="128", metavar="SAMPLES[:SEED]")
+            add("--resamples", type=int, default=1000)
         else:
-            command.add_argument("--samples", type=int, default=8)
+            add("--samples", type=int, default=8)
     args = parser.parse_args()
+    print_header()
     args.run(args)
 
 

@@ -5,23 +5,20 @@
 
 Made-up maps (blurred noise, cut at the 99th percentile, 224 × 224) and pictures, no tables. Needs 0.02 GB of
 disk for each network and hundred pictures. Opening (chromium, chromedriver, selenium, where they are here) is
-timed from the address to the first picture's maps drawn, five times in one browser.
+timed from the address to the first picture's maps drawn, the median of five times in one browser.
 """
 import argparse
 import csv
 import json
-import resource
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 import numpy as np
+from measure import ROOT, print_header, print_table, script
 from PIL import Image
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def blurred(rng, sides, number):
@@ -57,7 +54,7 @@ def make_results(folder, networks, pictures):
 
 
 def opening_seconds(page, times=5):
-    """Seconds until the first picture's maps are drawn, sorted; [] without a browser."""
+    """Seconds until the first picture's maps are drawn; [] without a browser."""
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     try:
         from selenium import webdriver
@@ -77,7 +74,7 @@ def opening_seconds(page, times=5):
             time.sleep(0.005)
         seconds.append(time.perf_counter() - start)
     browser.quit()
-    return sorted(seconds)
+    return seconds
 
 
 def main():
@@ -86,25 +83,17 @@ def main():
     for name, default in ("networks", 15), ("pictures", 300), ("size", 112):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"({default})")
     args = parser.parse_args()
+    print_header()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         page = folder / "report.html"
         make_results(folder, args.networks, args.pictures)
-        start = time.perf_counter()
-        command = [sys.executable, ROOT / "report.py", folder / "results", "--dataset", folder / "made_up",
-                   "--out", page, "--pictures", str(args.pictures), "--size", str(args.size)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-        print(f"made in {seconds:.1f} s, peak {peak:,.0f} MiB (the maps read from disk included)")
-        size = page.stat().st_size / 2**20
-        print(f"page: {size:.1f} MiB for {args.networks} networks × {args.pictures} pictures × 2 maps")
-        seconds = opening_seconds(page)
-    if seconds:
-        median = seconds[len(seconds) // 2]
-        print(f"opens in {median:.2f} s ({seconds[0]:.2f} to {seconds[-1]:.2f}), first picture drawn")
-    else:
-        print("opening: no chromium, chromedriver or selenium here")
+        cost, _ = script("report.py", folder / "results", "--dataset", folder / "made_up", "--out", page,
+                         "--pictures", args.pictures, "--size", args.size)
+        cells = {"ours": cost, "page MiB": f"{page.stat().st_size / 2**20:.1f}"}
+        opened = opening_seconds(page)
+    cells["opens s"] = f"{median(opened):.2f}" if opened else "no browser here"
+    print_table([(f"{args.networks} networks × {args.pictures} pictures × 2 maps", cells)])
 
 
 if __name__ == "__main__":

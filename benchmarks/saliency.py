@@ -1,35 +1,36 @@
 """How fast is saliency.py, and how many noisy copies does a map need? Figures from one run; asserts nothing.
 
     python benchmarks/saliency.py                             # BN-Inception, seeded random weights, 50 copies
-    python benchmarks/saliency.py --precision bf16
-    python benchmarks/saliency.py --backbone efficientnet_lite0 --pictures FOLDER
+    python benchmarks/saliency.py --device cuda               # all figures of a GPU
+    python benchmarks/saliency.py --backbone efficientnet_lite0 --pictures FOLDER --precision fp32
     python benchmarks/saliency.py --ceiling --backbone efficientnet_lite0 --pictures FOLDER --number 12
 
 The straightforward way: one picture at a time, its copies one batch, parameters requiring gradients, batch
-norm as it is, NCHW float32, loss.backward(). Ours: smoothgrad on a folded, frozen, channels-last network.
-Both get the same noise; they take turns, and medians are printed, also of processor time (all threads),
-which other programs disturb less. On a GPU also: the share of the card's measured matrix rate, the time
-split and the best batch.
+norm as it is, NCHW float32, loss.backward(). Ours: smoothgrad on a folded, frozen, channels-last network, as
+many pictures at a time as --batch holds. Both get the same noise; they take turns, and medians are printed,
+of a picture. The floor: two passes of the folded network a copy at the rate of the best matrix product of
+that precision. The loop: bare forward and backward passes of it, channels-last, its weights and random input
+of that precision's type; share: what maps reach of it. Without --precision a row for each that is fast here:
+bf16 on a processor that has it (AVX512-BF16, AMX), tf32 and bf16 on a GPU.
 
 --ceiling: for each number of copies the mean correlation (Fisher z) of two maps of one picture with
 independent noise, the most that two networks can agree, and of one such map with a map of --reference
 copies; for both orders, with independent and with antithetic noise.
 """
 import argparse
+import copy
 import itertools
-import resource
 import sys
-import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
+from measure import Cost, instruction_sets, measured, print_header, print_table, typical
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import saliency  # noqa: E402
-from dml_common import networks, pictures  # noqa: E402
+import saliency
+from dml_common import command, networks, pictures
 
 COPIES = (10, 20, 50, 100, 200, 300)
 
@@ -70,23 +71,6 @@ def straightforward(module, picture, black, distance, samples, seed):
     return (values - values.min()) / (values.max() - values.min())
 
 
-def clock(device, function, *arguments, **options):
-    """((seconds, processor seconds), result)."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start, processor = time.perf_counter(), time.process_time()
-    result = function(*arguments, **options)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - start, time.process_time() - processor), result
-
-
-def peak_mib(device):
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def correlation(a, b):
     return np.corrcoef(a.double().cpu().flatten(), b.double().cpu().flatten())[0, 1]
 
@@ -98,60 +82,73 @@ def prepared(args, device):
     return module, saliency.prepare(module, given[:1]), given, black
 
 
-def compare_speed(args, device):
-    distance = networks.distance("euclidean")
-    (took, _), (module, (ready, stem), given, black) = clock(device, prepared, args, device)
-    module = module.to(device)
-    autocast = torch.bfloat16 if args.precision == "bf16" else None
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
-
-    def ours(i, batch=args.batch):
-        return saliency.smoothgrad(ready, given[i:i + 1], black, distance, samples=args.samples, seeds=[i],
-                                   stem=stem, batch=batch, autocast=autocast)[0]
-
-    ours(0)
-    ours_peak = peak_mib(device)
-    straightforward(module, given[0], black, distance, args.samples, 0)
-    times, agreement = [], []
-    for i in itertools.islice(itertools.cycle(range(len(given))), args.repeat):
-        fast, a = clock(device, ours, i)
-        slow, b = clock(device, straightforward, module, given[i], black, distance, args.samples, i)
-        times.append((fast, slow))
-        agreement.append(correlation(a, b))
-    times = np.array(times)  # (turns, ours or not, wall or processor)
-    fast, slow = np.median(times, axis=0)
-    print(f"{args.backbone}, {args.samples} copies of {tuple(given.shape[1:])}, {args.precision}, {device}, "
-          f"{torch.get_num_threads()} threads, batch {args.batch}, median of {args.repeat}")
-    for name, median, turns, peak in [("straightforward", slow, times[:, 1, 0], peak_mib(device)),
-                                      ("smoothgrad", fast, times[:, 0, 0], ours_peak)]:
-        print(f"{name:16} {median[0]:.3f} s a picture ({turns.min():.3f} to {turns.max():.3f}), "
-              f"{median[1]:.3f} processor seconds, peak memory of the process by then {peak:,.0f} MiB")
-    print(f"ratio            {slow[0] / fast[0]:.2f} ×, of processor time {slow[1] / fast[1]:.2f} ×; "
-          f"correlation of the maps {min(agreement):.6f} or more; {took:.1f} s to load and prepare a network")
+def precisions(device):
+    """Those in which this device is fast."""
     if device.type == "cuda":
-        on_gpu(ours, ready, given, args, device)
+        return ["fp32", "tf32", "bf16"]
+    return ["fp32"] + ["bf16"] * bool({"avx512_bf16", "amx_bf16", "bf16"} & {*instruction_sets()})
 
 
-def on_gpu(ours, ready, given, args, device):
-    """Best batch, matrix rate, forward and backward apart. Not tried: no GPU was at hand."""
-    for batch in (25, 50, 100, 250, 500):
-        print(f"batch {batch}: {clock(device, ours, 0, batch)[0][0]:.4f} s a picture")
-    kind = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    a = torch.randn(8192, 8192, device=device, dtype=kind)
-    a @ a
-    rate = 2 * 8192**3 * 10 / clock(device, lambda: [a @ a for _ in range(10)])[0][0]
-    copies = torch.randn(args.samples, *given.shape[1:], device=device)
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter, torch.no_grad():
-        ready(copies)
-    operations = 2 * counter.get_total_flops()  # the backward pass costs another forward pass
-    share = operations / clock(device, ours, 0)[0][0] / rate
-    print(f"matrix products reach {rate / 1e12:.1f} Tflop/s; maps {share:.1%} of it")
-    ones = copies.new_ones(1)
-    forward = clock(device, ready, copies)[0][0]
-    noise = clock(device, lambda: list(saliency.noisy_copies(copies[:1], ones, [0], args.samples)))[0][0]
-    post = clock(device, saliency.scale_maps, copies[:1, 0])[0][0]
-    print(f"forward {forward:.4f} s, noise {noise:.4f} s, percentile and scaling {post:.4f} s, the rest is "
-          "the backward pass")
+def floor(ready, given, samples, device, kind):
+    """The cost of a picture's copies, forward and back, at the rate of this device's matrix products."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        ready(given[:1])
+    side = 2048 if device.type == "cpu" else 8192
+    a = torch.randn(side, side, device=device, dtype=kind)
+    products = min(measured(lambda: a @ a, device)[0] for _ in range(9))
+    work = 2 * counter.get_total_flops() * samples / (2 * side**3)  # backward costs what forward does
+    return Cost(products.wall * work, products.processor * work)
+
+
+def loop(ready, given, copies, device, kind):
+    """A function: the bare passes, forward and back, of so many random copies."""
+    network = copy.deepcopy(ready).to(kind)
+    noise = torch.randn(copies, *given.shape[1:], device=device, dtype=kind)
+    noise = noise.to(memory_format=torch.channels_last).requires_grad_()
+    return lambda: torch.autograd.grad(network(noise).sum(), noise)
+
+
+def speed_row(args, device, precision, batch, made):
+    """Of one precision and batch: (what, its cells)."""
+    module, (ready, stem), given, black = made
+    command.torch_device(args.device, precision)  # tf32 on or off
+    distance, kind = networks.distance("euclidean"), torch.float32
+    options = {"samples": args.samples, "stem": stem, "batch": batch}
+    if precision == "bf16":
+        options["autocast"] = kind = torch.bfloat16
+    together = max(1, batch // args.samples)  # pictures in one call
+
+    def ours(i):
+        which = [k % len(given) for k in range(i, i + together)]
+        return saliency.smoothgrad(ready, given[which], black, distance, seeds=which, **options)
+
+    def plain(i):
+        return straightforward(module, given[i], black, distance, args.samples, i)
+
+    copies = min(batch, together * args.samples)
+    bare = loop(ready, given, copies, device, kind)
+    turns, agreement = [], []
+    for turn in range(-1, args.repeat):  # the first one warms up
+        i = turn % len(given)
+        (fast, maps), (slow, expected), (passes, _) = (
+            measured(work, device) for work in (partial(ours, i), partial(plain, i), bare))
+        turns.append((fast.each(together), slow, passes.each(copies / args.samples)))
+        agreement.append(correlation(maps[0], expected))
+    fast, slow, passes = map(typical, zip(*turns[1:]))
+    return f"{args.backbone}, {args.samples} copies, {precision}, batch {batch}", {
+        "ours": fast, "straightforward": slow, "floor": floor(ready, given, args.samples, device, kind),
+        "their MiB": f"{slow.gpu or slow.peak:,.0f}",
+        "loop": f"{passes.wall:.2g}", "share": f"{passes.wall / fast.wall:.0%}",
+        "r of the maps": f"{min(agreement):.6f}"}
+
+
+def speed(args, device):
+    took, made = measured(lambda: prepared(args, device), device)
+    rows = [("network loaded and prepared", {"ours": took})]
+    wanted = [args.precision] if args.precision else precisions(device)
+    for precision, batch in itertools.product(wanted, args.batch):
+        rows.append(speed_row(args, device, precision, batch, made))
+    print_table(rows)
 
 
 def running_maps(ready, picture, black, distance, seed, antithetic, checkpoints, batch):
@@ -180,7 +177,7 @@ def ceiling_table(args, device):
     for i, picture in enumerate(given):
         one, two, reference = (partial(
             running_maps, ready, picture, black, distance, saliency.noise_seed(seed, "benchmark", i),
-            batch=args.batch) for seed in (1, 2, 9))
+            batch=args.batch[0]) for seed in (1, 2, 9))
         reference = reference(antithetic=False, checkpoints=[args.reference])
         for antithetic in (False, True):
             first, second = (maps(antithetic=antithetic, checkpoints=copies) for maps in (one, two))
@@ -189,15 +186,12 @@ def ceiling_table(args, device):
                 pair = correlation(first[key], second[key]), correlation(first[key], long)
                 z.setdefault((*key, antithetic), []).append(np.arctanh(np.clip(pair, -0.999999, 0.999999)))
         print(f"picture {i + 1} of {len(given)}", file=sys.stderr)
-    print(f"{args.backbone}, {len(given)} pictures: two maps with independent noise · a map and one of "
-          f"{args.reference} copies")
     kinds = list(itertools.product(("paper", "released"), (False, True)))
-    names = [f"{order}, antithetic" if anti else order for order, anti in kinds]
-    print("copies  " + "".join(f"{name:>22}" for name in names))
+    lines = [["copies", *(f"{order}, antithetic" if anti else order for order, anti in kinds)]]
     for count in copies:
         cells = [np.tanh(np.mean(z[order, count, anti], axis=0)) for order, anti in kinds]
-        texts = [f"{pair:.3f} · {long:.3f}" for pair, long in cells]
-        print(f"{count:6}  " + "".join(f"{text:>22}" for text in texts))
+        lines.append([str(count), *(f"{pair:.3f} · {long:.3f}" for pair, long in cells)])
+    command.print_aligned(lines)
 
 
 def main():
@@ -208,14 +202,17 @@ def main():
     add("--pictures", metavar="FOLDER", help="real pictures (smooth random ones)")
     add("--number", type=int, default=3, help="of pictures (3)")
     add("--samples", type=int, default=50, help="noisy copies (50)")
-    add("--precision", default="fp32", choices=["fp32", "tf32", "bf16"])
-    add("--batch", type=int, default=10, help="copies at a time (10)")
+    add("--precision", choices=["fp32", "tf32", "bf16"], help="(all that are fast here)")
+    add("--batch", type=int, nargs="+", help="copies at a time, one or several numbers (10; on a GPU 250)")
     add("--repeat", type=int, default=5, help="turns of each way (5)")
-    add("--device", default="cpu")
+    add("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
     add("--ceiling", action="store_true", help="copies against noise ceiling instead of speed")
     add("--reference", type=int, default=600, help="copies of the long map (600)")
     args = parser.parse_args()
-    (ceiling_table if args.ceiling else compare_speed)(args, torch.device(args.device))
+    device = command.torch_device(args.device)
+    args.batch = args.batch or [10 if device.type == "cpu" else 250]
+    print_header(device, f"{torch.get_num_threads()} threads")
+    (ceiling_table if args.ceiling else speed)(args, device)
 
 
 if __name__ == "__main__":
