@@ -217,6 +217,20 @@ def scale_maps(saliency, percentile=99.0):
 # ---------------------------------------------------------------- a network made ready
 
 
+@contextlib.contextmanager
+def without_tf32():
+    """Checks in full float32: tf32, torch's default for a GPU's convolutions, rounds by 1e-3."""
+    kinds = torch.backends.cuda.matmul, torch.backends.cudnn
+    allowed = [kind.allow_tf32 for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.allow_tf32 = False
+        yield
+    finally:
+        for kind, before in zip(kinds, allowed):
+            kind.allow_tf32 = before
+
+
 def module_calls(network, picture):
     """[(name, module, input, output, versions)] of a picture's forward pass (1, C, H, W), as modules end.
 
@@ -248,6 +262,7 @@ def copied(network, picture):
         return copy.deepcopy(network)
 
 
+@without_tf32()
 def fold_batchnorm(network, picture):
     """A copy of the network in eval mode, with each batch norm folded into a convolution before it.
 
@@ -278,6 +293,7 @@ def replace(network, name, module):
     setattr(network.get_submodule(parent), child, module)
 
 
+@without_tf32()
 def linear_stem(network, picture):
     """The convolution through which alone a picture (1, C, H, W) enters the network, or None.
 
@@ -312,6 +328,7 @@ def gradient_break(network, picture):
     return where
 
 
+@without_tf32()
 def prepare(network, example):
     """(network folded, frozen, channels-last; its linear stem or None); example: a picture on its device.
 
@@ -384,8 +401,9 @@ def randomise(network, layers, pictures, seed):
     which no longer fit, activations would die or explode.
     """
     network, fresh = copied(network, pictures[:1]), []
+    gpus = [pictures.device] if pictures.is_cuda else []
     for layer, names in layers.items():
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.random.fork_rng(devices=gpus), torch.no_grad():
             torch.manual_seed(noise_seed(seed, layer, 0))
             for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
                 module = network.get_submodule(owner)

@@ -716,6 +716,7 @@ def work(mine, trunk, width, feed, device, team, bar):
                 diverged = str(error)
             if team[0] == 0:
                 run.write(diverged)
+            run.network = run.criterion = run.optimizer = run.best = None  # their memory is the next one's
 
 
 def main(argv=None):
@@ -737,6 +738,11 @@ def main(argv=None):
     together = "RANK" in os.environ and ranks > 1 and todo  # by torchrun: all train the same network
     if together:
         if device.type == "cuda":
+            here = command.number_of("LOCAL_WORLD_SIZE", 1, 1)
+            gpus = 1 if ":" in args.device else torch.cuda.device_count()
+            if here > gpus:  # NCCL refuses two on one
+                raise ValueError(f"{here} processes, but GPUs for {gpus} with --device {args.device}; give "
+                                 f"torchrun --nproc-per-node {gpus}")
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
     if todo:

@@ -129,9 +129,10 @@ def explain(error):
 
 
 def out_of_memory(error):
-    """Is main memory full, or a GPU's? (torch raises RuntimeError for the former.)"""
+    """Is main memory full, or a GPU's? (torch, cuBLAS and cuDNN raise RuntimeErrors, too.)"""
+    texts = ("allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
     return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-            or "allocate memory" in str(error))
+            or any(text in str(error) for text in texts))
 
 
 # ---------------------------------------------------------------- options that scripts share
