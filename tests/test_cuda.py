@@ -41,8 +41,9 @@ def large(): return smooth(256, 4)
 def device(tmp_path, monkeypatch):
     """In a folder with 80 noisy pictures of 4 classes in p/ and the networks above."""
     (tmp_path / "networks_for_cuda.py").write_text(NETWORKS)
+    for folder in "p/0", "p/1", "p/2", "p/3", "cpu", "it":
+        (tmp_path / folder).mkdir(parents=True)
     for i in range(80):
-        (tmp_path / "p" / str(i % 4)).mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(i).normal(100 + 20 * (i % 4), 60, (36, 40, 3)).clip(0, 255)
         Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "p" / str(i % 4) / f"{i}.png")
     monkeypatch.chdir(tmp_path)
@@ -50,6 +51,7 @@ def device(tmp_path, monkeypatch):
     threads = torch.get_num_threads()  # of which a frozen trunk takes one
     yield command.torch_device(NAME)
     torch.set_num_threads(threads)
+    command.torch_device(NAME)  # tf32 off again
 
 
 @pytest.fixture
@@ -78,12 +80,11 @@ def test_embeddings(precision, least, most):
     assert ours.dtype == np.float32 and least <= difference.max() <= most
 
 
-def test_tf32_is_off_unless_asked_for_and_in_every_check(device, monkeypatch):
+def test_tf32_is_off_unless_asked_for_and_in_every_check(device):
     network, seen = networks.imported(SMOOTH)().to(device), []
     assert not any(kind.allow_tf32 for kind in TF32)
     network[0].register_forward_hook(lambda *given: seen.append([kind.allow_tf32 for kind in TF32]))
-    for kind in TF32:
-        monkeypatch.setattr(kind, "allow_tf32", True)
+    TF32[0].allow_tf32 = TF32[1].allow_tf32 = True
     ready, stem = saliency.prepare(network, torch.rand(1, 3, 28, 28, device=device))
     assert seen and not any(map(any, seen)) and all(kind.allow_tf32 for kind in TF32)  # as it was
     assert stem is not None and not any(isinstance(module, nn.BatchNorm2d) for module in ready.modules())
@@ -148,7 +149,6 @@ def test_half_the_copies_where_memory_ends(device, capsys):
 
 
 def test_gradients_of_a_step_with_every_loss():
-    pytest.importorskip("pytorch_metric_learning")
     given = torch.randn(24, 3, 28, 28, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for row in [row for row in files.losses() if row["class"]]:
         gradients, labels, mine = [], torch.arange(24) % 3, np.arange(24)
