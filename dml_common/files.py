@@ -122,23 +122,6 @@ def open_embeddings(path, table=None, rows=None):
     return array
 
 
-def read_embeddings(path):
-    """Embeddings of open_embeddings() as float32 (n, m), C order, all finite, else ValueError."""
-    array = open_embeddings(path)
-    result = np.empty(array.shape, np.float32)
-    step = max(1, (1 << 22) // array.shape[1])
-    for start in range(0, len(array), step):
-        with np.errstate(over="ignore"):
-            result[start:start + step] = array[start:start + step]
-        bad = ~np.isfinite(result[start:start + step]).all(1)
-        if bad.any():
-            row = start + int(bad.argmax())
-            column = int((~np.isfinite(result[row])).argmax())
-            raise ValueError(f"{path}: row {row}, column {column} (counting from 0) is {array[row, column]}; "
-                             "expected finite numbers within float32's range (remove or mend that picture)")
-    return result
-
-
 # What our scripts write into JSON, beside arrays and as a network's config.json: the kinds of the values.
 GEOMETRY = {"resize": (int, [int], None), "crop": (int, None), "channels": str, "scale": float,
             "mean": [float], "std": [float], "interpolation": str, "transform": str, "size": [int]}

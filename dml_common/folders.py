@@ -60,7 +60,7 @@ def fold_folders(folder):
 
 def fold_and_seed(text):
     """"fold0.seed2" or "0.seed2" -> (0, 2), "fold0" or "0" -> (0, None), anything else (None, None)."""
-    match = re.fullmatch(r"(?:fold)?(\d+)(?:\.seed(\d+))?", text)
+    match = re.fullmatch(r"(?:fold)?([0-9]{1,9})(?:\.seed([0-9]{1,19}))?", text)
     return tuple(one and int(one) for one in match.groups()) if match else (None, None)
 
 
