@@ -285,6 +285,11 @@ def check_header(path, header):
         raise ValueError(f"{path}: the first line ({start}…) is data; expected a header with column names")
 
 
+def some(names):
+    """The first three of them, for people."""
+    return ", ".join([*names[:3], "…"] if len(names) > 3 else names)
+
+
 def is_number(text):
     try:
         float(text)
@@ -443,8 +448,7 @@ def rows_by_name(pictures, names, source, notes=None):
         return np.arange(n)
     absent = [name for name, there in zip(pictures, most) if not there]
     if absent:
-        some = ", ".join(absent if len(absent) < 4 else [*absent[:3], "…"])
-        raise ValueError(f"{source} lacks {len(absent):,} of the {n:,} pictures: {some}; add what is "
+        raise ValueError(f"{source} lacks {len(absent):,} of the {n:,} pictures: {some(absent)}; add what is "
                          "missing, or leave these out of the other list")
     twice = [name for listed in (names, pictures) for name, times in Counter(listed).items() if times > 1]
     raise ValueError(f"{source}: {(twice or pictures)[0]} is the name of two; give each its own")

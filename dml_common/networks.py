@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from dml_common.checkpoints import CLASSIFIERS, load_embedder, load_weights
-from dml_common.files import GEOMETRY, ROOT, losses, mismatch, read_sidecar
+from dml_common.files import GEOMETRY, ROOT, losses, mismatch, read_sidecar, some
 from dml_common.files import files_digest as files_sha256
 from dml_common.folders import fold_and_seed
 from dml_common.foreign import Transform, adapted, build, is_package
@@ -136,11 +136,9 @@ def trained_specs(dataset, loss, fold, weights, seed, folder):
                                         f"{' and '.join(places)}")
             looked += places
     if not specs:
-        more = " …" if len(looked) > 4 else ""
         hint = "" if dataset in DATASETS else "; for networks of another data set give --trained-on"
-        raise FileNotFoundError(f"no checkpoint of {loss} for {dataset}: looked for "
-                                f"{', '.join(looked[:4])}{more}; models/README.md says where they come "
-                                f"from{hint}")
+        raise FileNotFoundError(f"no checkpoint of {loss} for {dataset}: looked for {some(looked)}; "
+                                f"models/README.md says where they come from{hint}")
     return specs
 
 

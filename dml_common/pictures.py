@@ -248,7 +248,7 @@ def open_folder(folder, split="all"):
         relative = [name for name in relative if "/" in name]
     elif stray and len(stray) < len(relative):
         notes.append(f"{folder}: its folders are taken for no classes: {len(stray):,} of {len(relative):,} "
-                     f"pictures lie beside them ({', '.join(stray[:3])})")
+                     f"pictures lie beside them ({files.some(stray)})")
     parts = [name.split("/") for name in relative]
     splits = [SPLITS.get(part[0]) for part in parts if len(part) > 2]
     has_splits = len(splits) == len(parts) and None not in splits
@@ -309,9 +309,8 @@ def existing(masks):
 def refuse_absent(dataset, source):
     absent = [name for name, path in zip(dataset.relative, dataset.paths) if not path.is_file()]
     if absent:
-        more = ", …" if len(absent) > 3 else ""
         raise ValueError(f"{source}: {len(absent):,} of its {len(dataset.paths):,} pictures are not in "
-                         f"{dataset.folder}: {', '.join(absent[:3])}{more}")
+                         f"{dataset.folder}: {files.some(absent)}")
 
 
 def open_csv(path, split):

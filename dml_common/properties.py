@@ -106,7 +106,7 @@ def chi_square(a, b):
     """
     if not len(a):
         return None
-    cells, observed = np.unique(a * np.int64(b.max() + 1) + b, return_counts=True)
+    cells, observed = np.unique(a.astype(np.int64) * (b.max() + 1) + b, return_counts=True)
     row, column = np.divmod(cells, b.max() + 1)
     count_a, count_b = np.bincount(row, observed), np.bincount(column, observed)
     shares = observed.astype(np.float64) ** 2 / count_a[row] / count_b[column]
