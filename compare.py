@@ -425,10 +425,11 @@ def embedding_rows(networks, counts, args, k=10):
     from dml_common import files
     embeddings, lists = [], []
     for path in [network.path.with_name("emb.npy") for network in networks]:
+        x = files.open_embeddings(path)
         try:
-            embeddings.append(normalised(files.open_embeddings(path)))
+            embeddings.append(normalised(x))
         except ValueError as error:
-            raise ValueError(error if str(path) in str(error) else f"{path}: {error}") from None
+            raise ValueError(f"{path}: {error}") from None
         lists.append((len(embeddings[-1]), files.read_sidecar(path).get("pictures", {}).get("sha256")))
         if lists[-1] != lists[0]:
             raise ValueError(f"{path} is of other pictures than {networks[0].path.with_name('emb.npy')}: "

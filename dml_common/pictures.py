@@ -381,11 +381,6 @@ def open_published(name, root, split, check=True):
     return dataset._replace(masks=existing(dataset.masks), notes=notes if here != there else [])
 
 
-def train_and_test(is_training):
-    """The splits of pictures, bool (n,)."""
-    return np.where(is_training, "train", "test")
-
-
 def read_cars(folder):
     """Both layouts of Cars196; classes 1–98 train, 99–196 test."""
     names, field, parts = "cars_annos.mat", "relative_im_path", {"cars_annos.mat": ""}
@@ -405,7 +400,7 @@ def read_cars(folder):
     if labels.max() >= len(classes):
         raise ValueError(f"{source}: classes up to {labels.max() + 1}, but {len(classes)} class names")
     return listed("cars196", folder, relative, labels=labels, classes=classes,
-                  splits=train_and_test(labels < 98))
+                  splits=np.where(labels < 98, "train", "test"))
 
 
 def read_mat(path, variable, *fields):
@@ -440,7 +435,7 @@ def read_cub(folder):
     place = next(filter(Path.is_dir, (folder / "segmentations", folder.parent / "segmentations")), folder)
     return listed("cub200", folder, ["images/" + path for path in relative], labels=labels, classes=classes,
                   masks=[place / Path(path).with_suffix(".png") for path in relative],
-                  splits=train_and_test(labels < 100))
+                  splits=np.where(labels < 100, "train", "test"))
 
 
 def read_sop(folder):
@@ -455,7 +450,7 @@ def read_sop(folder):
     labels, super_labels = from_one(folder, numbers), from_one(folder, super_numbers)
     super_classes = names_of(super_labels, [path.split("/")[0].removesuffix("_final") for path in relative])
     return listed("sop", folder, relative, labels=labels, classes=names_of(labels), super_labels=super_labels,
-                  super_classes=super_classes, splits=train_and_test(np.arange(len(relative)) < len(train)))
+                  super_classes=super_classes, splits=np.repeat(["train", "test"], [len(train), len(test)]))
 
 
 def names_of(labels, names=(), least=0):
