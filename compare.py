@@ -216,7 +216,7 @@ def mask_shares(maps, masks, mean_mask, n):
 
 def normalised(embeddings):
     """Rows (n, m) of length 1, float32. Raises ValueError naming a row that is zero or not finite."""
-    embeddings = np.asarray(embeddings, dtype=np.float32)
+    embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
     lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
     bad = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
     if len(bad):
@@ -425,7 +425,11 @@ def embedding_rows(networks, counts, args, k=10):
     from dml_common import files
     embeddings, lists = [], []
     for path in [network.path.with_name("emb.npy") for network in networks]:
-        embeddings.append(normalised(files.read_embeddings(path)))
+        x = files.open_embeddings(path)
+        try:
+            embeddings.append(normalised(x))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         lists.append((len(embeddings[-1]), files.read_sidecar(path).get("pictures", {}).get("sha256")))
         if lists[-1] != lists[0]:
             raise ValueError(f"{path} is of other pictures than {networks[0].path.with_name('emb.npy')}: "

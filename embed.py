@@ -89,7 +89,8 @@ def embed_all(jobs, args, device):
 
     def load(row):
         path = jobs[0].dataset.paths[jobs[0].numbers[row]]
-        return pictures.load_input(path, preprocessing, args.draft)
+        pixels = pictures.load_pixels(path, preprocessing, args.draft)
+        return preprocessing(pixels) if callable(preprocessing) else pixels
 
     def stack(pixels):
         return networks.to_input(torch.from_numpy(np.stack(pixels)).to(device), preprocessing)

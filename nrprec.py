@@ -26,13 +26,10 @@ if __name__ == "__main__":  # Ctrl-C ends in one line from here on
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import cache
-from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import gammaincc
 from threadpoolctl import ThreadpoolController
 
 try:
@@ -50,10 +47,8 @@ PUBLISHED = {"distance": "euclidean", "normalise": False, "null": "binomial", "m
 TIES = {"expected": "they count with their expectation", "index": "the order of the rows decides"}
 MANY_TIES = 0.01             # of the queries: then it is said
 PUBLISHED_THRESHOLD = 2.576  # two-sided 1 % of one z-score; the paper marks the mean of n of them by it
-SIGNIFICANCE = 0.01          # of the Holm-corrected permutation p-value
 BLOCK_WORK = 4e9             # comparisons in a block at most, a fraction of a second: progress, Ctrl-C
 BLOCK_ROWS = 512             # queries in one matrix product: more does not speed it up (benchmarks/nrprec.py)
-MOST_PAIRED = 500            # properties that are tested in pairs: some seconds
 MOST_TESTED = 1e7            # permutations × values, which are kept: more values get no p-value
 SHOWN = (("R-Prec", "r_precision", 4), ("NR-Prec", "nr_precision", 2), ("± s.e.", "nr_precision_se", 2),
          ("p_holm", "p_holm", 4))
@@ -450,9 +445,8 @@ def nr_precision(embeddings, labels, *, distance="euclidean", normalise=False, n
     for name, (_, codes) in named.items():                # columns that lack the same pictures share a pass
         here = codes >= 0
         patterns.setdefault(here.tobytes(), (np.flatnonzero(here), []))[1].append(name)
-    total, done, scores = 0, 0, {}
-    for rows, names in patterns.values():
-        total += len(names) * (1 + permutations) * min(queries or len(x), len(rows))
+    passes = [len(names) * min(queries or len(x), len(rows)) for rows, names in patterns.values()]
+    total, done, scores = (1 + permutations) * sum(passes), 0, {}
 
     def tick(count):
         nonlocal done
@@ -597,70 +591,6 @@ def p_values(observed, permuted):
     return np.where(np.isnan(observed), np.nan, p)
 
 
-# ---------------------------------------------------------------- what the method assumes of the properties
-
-def dependent_pairs(codes, level=SIGNIFICANCE):
-    """Pairs of properties that depend on each other: [(name, name, Cramér's V, Holm-corrected p)].
-
-    Chi-square of every pair. Its distribution is a gamma distribution with the mean and variance that it has
-    under all permutations of one column (Mielke & Berry 1985): right for rare values too, where the usual one
-    gives false alarms. V is bias-corrected (Bergsma 2013). Pictures without a value of both are left out.
-    codes: {name: (n,) int, −1: no value}.
-    """
-    tested = []
-    for (a, code_a), (b, code_b) in combinations(codes.items(), 2):
-        both = (code_a >= 0) & (code_b >= 0)
-        v_and_p = chi_square(code_a[both], code_b[both])
-        tested += [(a, b, *v_and_p)] if v_and_p else []
-    adjusted = holm([p for *_, p in tested])
-    return [(a, b, v, float(p)) for (a, b, v, _), p in zip(tested, adjusted) if p < level]
-
-
-def renumbered(codes):
-    """Codes (n,) from 0 -> the same without gaps, and their counts."""
-    count = np.bincount(codes)
-    return (np.cumsum(count > 0) - 1)[codes], count[count > 0]
-
-
-def chi_square(a, b):
-    """(Cramér's V, p) of two columns of codes (n,) int; None if one is constant or all distinct."""
-    (a, count_a), (b, count_b) = renumbered(a), renumbered(b)
-    n, r, c = len(a), len(count_a), len(count_b)
-    if n < 4 or min(r, c) < 2 or max(r, c) == n:
-        return None
-    cells, observed = np.unique(a.astype(np.int64) * c + b, return_counts=True)
-    chi2 = n * ((observed.astype(np.float64) ** 2 / count_a[cells // c] / count_b[cells % c]).sum() - 1)
-    v1, v2 = (r - 1) * (n - r) / (n - 1), (c - 1) * (n - c) / (n - 1)
-    w1, w2 = ((n / count_a).sum() - r * r) / (n - 2), ((n / count_b).sum() - c * c) / (n - 2)
-    mean = n * (r - 1) * (c - 1) / (n - 1)
-    variance = 2 * n * (v1 - w1) * (v2 - w2) / (n - 3) + n * n * w1 * w2 / (n - 1)
-    phi2 = max(0.0, chi2 / n - (r - 1) * (c - 1) / (n - 1))
-    least = min(r - (r - 1) ** 2 / (n - 1), c - (c - 1) ** 2 / (n - 1)) - 1
-    return float(np.sqrt(phi2 / least)), float(gammaincc(mean * mean / variance, chi2 * mean / variance))
-
-
-def quantile_bins(name, values, bins):
-    """A numeric column (n,) of str -> (n,) float: its bin's largest number, of so many equally full bins.
-
-    Of an empty text it is nan. Raises ValueError for what is no number.
-    """
-    here, binned = values != "", np.full(len(values), np.nan)
-    for row in np.flatnonzero(here):
-        with suppress(ValueError):
-            binned[row] = float(values[row])
-        if not np.isfinite(binned[row]):
-            raise ValueError(f"--bin {name}={bins}: row {row} (counting from 0) of {name!r} is "
-                             f"{str(values[row])!r}; only numbers can be binned")
-    numbers = binned[here]
-    if len(numbers):
-        ends = np.quantile(numbers, np.arange(1, bins) / bins, method="inverted_cdf")
-        lower = numbers[numbers < numbers.max()]          # an end at the maximum leaves nothing above
-        ends = np.minimum(ends, lower.max()) if len(lower) else ends
-        ends = np.unique(np.append(ends, numbers.max()))
-        binned[here] = ends[np.searchsorted(ends, numbers)]
-    return binned
-
-
 # ---------------------------------------------------------------- the command
 
 def parse_arguments(argv):
@@ -694,68 +624,19 @@ def parse_arguments(argv):
     return command.parse_as_published(parser, argv, PUBLISHED)
 
 
-def read_labels(table, pictures, args, notes):
-    """The pictures' properties as {name: array}, chosen and binned. ValueError says what is wrong."""
-    from dml_common import files
-
-    names = [name.strip() for name in args.properties.split(",")] if args.properties is not None else None
-    labels = files.read_properties(table, names, pictures, notes, files.missing_spellings(args.missing))
-    uncut = list(labels)
-    for option in args.bin:
-        name, _, bins = option.rpartition("=")
-        if name not in uncut or not bins.isdecimal() or int(bins) < 2:
-            raise ValueError(f"--bin {option}: expected PROPERTY=N with a whole number from 2 and one of "
-                             f"{', '.join(labels)}, each once")
-        labels[name] = quantile_bins(name, labels[name], int(bins))
-        uncut.remove(name)
-    return labels
-
-
-def warnings_before(labels, n, args):
-    """What is known before counting, a line each."""
-    if args.queries is not None and args.queries > n:
-        yield f"--queries {args.queries:,} is more than the {n:,} pictures: all are used"
-    coded = {name: encode(label) for name, label in labels.items()}
-    for name, (values, codes) in coded.items():
-        known = np.count_nonzero(codes >= 0)
-        if known < n:
-            yield (f"{name}: {n - known:,} of {n:,} pictures have no value: they are no queries and no "
-                   "candidates of this property")
-        if len(values) < 2:
-            yield f"{name} is constant: its NR-Prec is not defined (nan)"
-        elif len(values) > known / 2:
-            yield (f"{name} has {len(values):,} values for {known:,} pictures: hardly any has a neighbour to "
-                   f"find; cut it with --bin {name}=10 or leave it out with --properties")
-    few = len(labels) <= MOST_PAIRED
-    if not few:
-        yield (f"{len(labels):,} properties are more than {MOST_PAIRED}: whether they depend on each other, "
-               "which the method assumes they don't, is not tested")
-    columns = {name: codes for name, (_, codes) in coded.items()}
-    for a, b, v, p in dependent_pairs(columns) if few else ():
-        yield (f"{a} and {b} depend on each other (Cramér's V {v:.2f}, Holm-corrected p {p:.1g}): "
-               "the method assumes independent properties, so one may show for the other")
-    if 0 < args.permutations < 1000:
-        yield f"{args.permutations} permutations: fewer than 1,000 give coarse p-values"
-    sizes = [len(values) for values, _ in coded.values() if len(values) > 1]
-    for what, number in ("properties", len(sizes)), ("values", sum(sizes) * args.per_value):
-        if args.permutations and number / (1 + args.permutations) >= SIGNIFICANCE:
-            yield (f"{args.permutations:,} permutations of {number:,} {what} can't give p_holm < "
-                   f"{SIGNIFICANCE}: nothing can be marked; use --permutations {100 * number:,} or more")
-
-
 def rounded(value, digits):
     return f"{round(value, digits) + 0.0:.{digits}f}"        # never −0.00
 
 
 def print_results(names, results, permutations):
     """Of one embedding its properties in rows; of several NR-Prec alone, one in a row."""
-    from dml_common import command
+    from dml_common import command, properties
 
     lines = [["NR-Prec", *(" ".join(name.split()) for name in results[0])]]
     for name, scores in zip(names, (list(r.values()) for r in results)):
         marks = ["*" if s.nr_precision > PUBLISHED_THRESHOLD else "" for s in scores]
         if permutations:
-            marks = ["*" if s.p_holm < SIGNIFICANCE else "" for s in scores]
+            marks = ["*" if s.p_holm < properties.SIGNIFICANCE else "" for s in scores]
         lines.append([name, *(rounded(s.nr_precision, 2) + (mark or " ") for s, mark in zip(scores, marks))])
     if len(results) == 1:
         columns = [["property", *lines[0][1:]], ["values", *(f"{s.values:,}" for s in scores)],
@@ -768,8 +649,8 @@ def print_results(names, results, permutations):
     mark = (f"NR-Prec > {PUBLISHED_THRESHOLD}: the published mark, one z-score's 1 % threshold applied to a "
             "mean of many; --permutations N tests the mean")
     if permutations:
-        mark = (f"p_holm < {SIGNIFICANCE}: {permutations:,} permutations of each property, Holm-corrected "
-                f"over {len(results[0])} properties")
+        mark = (f"p_holm < {properties.SIGNIFICANCE}: {permutations:,} permutations of each property, "
+                f"Holm-corrected over {len(results[0])} properties")
     print(f"\n* {mark}")
 
 
@@ -786,7 +667,7 @@ def rows_of(array, distance, normalise, scores, args):
 
 
 def main(argv=None):
-    from dml_common import command, files
+    from dml_common import command, files, properties
 
     args = parse_arguments(argv)
     options = {name: getattr(args, name) for name in ("null", "ties", "max_neighbours", "permutations",
@@ -800,33 +681,34 @@ def main(argv=None):
     if _knn is None:
         command.say("note: this version's _knn is not built (pip install .): NumPy counts, exact but slow")
     known, results, rows, names = {}, [], [], command.short_names(arrays)
-    distances = [args.distance] * len(arrays)
-    if args.distance == "own":
-        distances = [files.read_sidecar(array).get("distance") for array in arrays]
+    own = args.distance == "own"
+    distances = [files.read_sidecar(array).get("distance") if own else args.distance for array in arrays]
     for array, distance in zip(arrays, distances):
         if distance not in DISTANCES:
             raise ValueError(f"--distance own: no JSON beside {array} names its distance; give one of "
                              f"{', '.join(DISTANCES)} and --normalise")
-    normalise = args.normalise or args.distance == "own"
+    normalise = args.normalise or own
     for array, table, name, distance in zip(arrays, tables, names, distances):
         pictures, notes = files.picture_names(array), []
         files.check_input(table, files.TABLE)
         content = files.files_digest([table]), pictures and files.pictures_sha256(pictures)
-        labels = known.get(content) or read_labels(table, pictures, args, notes)  # those of a fold are equal
+        if first := content not in known:                 # the tables of a fold's networks are equal
+            known[content] = properties.read(table, pictures, args, notes)
+        labels = known[content]
         if results and list(labels) != list(results[0]):
             raise ValueError(f"{tables[0]} and {table} have different properties; give networks of one data "
                              "set, or --properties")
         n = len(next(iter(labels.values())))
+        x = files.open_embeddings(array, table, n)
         try:
-            x = as_embeddings(files.open_embeddings(array, table, n), distance, normalise)
+            x = as_embeddings(x, distance, normalise)
         except ValueError as error:
-            raise ValueError(error if array in str(error) else f"{array}: {error}") from None
-        if content not in known:
-            known[content] = labels
-            for line in notes:
-                command.say(f"note: {line}")
-            for line in warnings_before(labels, n, args):
-                command.say(f"warning: {line}" if len(set(tables)) == 1 else f"warning: {table}: {line}")
+            raise ValueError(f"{array}: {error}") from None
+        for line in notes:
+            command.say(f"note: {line}")
+        coded = {prop: encode(label) for prop, label in labels.items()}
+        for line in properties.warnings(coded, args) if first else ():
+            command.say(f"warning: {line}" if len(set(tables)) == 1 else f"warning: {table}: {line}")
         collapsed = all((x[part] == x[0]).all() for part in slices(*x.shape))
         if collapsed:
             command.say(f"warning: {array}: all {n:,} embeddings are equal: none is nearer than another")

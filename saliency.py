@@ -546,11 +546,6 @@ def reader(job, kind, device):
     return load, stack, torch.from_numpy(pictures.normalise(pixels, preprocessing)).to(device)
 
 
-def through_head(head, distance, a, b):
-    """The distance of two of a trunk's outputs through one network's own head."""
-    return distance(head(a), head(b))
-
-
 def make_maps(jobs, mapper, args):
     """The maps of one network, or of several that share their pictures, their trunk and the noise."""
     from dml_common import arrays, command, networks, rowfile
@@ -560,6 +555,9 @@ def make_maps(jobs, mapper, args):
     distances = [networks.distance(job.about["distance"]) for job in jobs]
     module, what = loaded[0].module, loaded[0].name
     if len(jobs) > 1:
+        def through_head(head, distance, a, b):
+            return distance(head(a), head(b))
+
         heads = [network.module[1].to(mapper.device).requires_grad_(False) for network in loaded]
         distances = [partial(through_head, *both) for both in zip(heads, distances)]
         module, what = module[0], f"{len(jobs)} networks"
@@ -665,21 +663,14 @@ def check_faithfulness(job, mapper, args):
 
     for group in arrays.incomplete([job], str):
         rowfile.fill(group, [(3, 2)], np.float32, load, stack, compute, 1, 4, args, "pictures")
-    rows, own_name = [], job.spec["loss"] or job.spec["name"]
-    for measure, values in faithfulness_measures(files.read_array(job.path).astype(np.float64)):
-        n, *numbers = mean_interval(values)
-        rows.append([own_name, job.spec["fold"], measure, n, len(maps) - n, *numbers])
+    rows, name = [], job.spec["loss"] or job.spec["name"]
+    orders = files.read_array(job.path).astype(np.float64).transpose(2, 1, 0)  # own, another map's, random
+    for curve, (own, other, by_chance) in zip(("deletion", "insertion"), orders):
+        for measure, values in (("", own), ("_random", by_chance), ("_less_random", own - by_chance),
+                                ("_other", other), ("_less_other", own - other)):
+            n, *numbers = mean_interval(values)
+            rows.append([name, job.spec["fold"], curve + measure, n, len(maps) - n, *numbers])
     return rows
-
-
-def faithfulness_measures(areas):
-    """Yield (measure, its values (n,)) of areas (n, 3, 2): of own, another, random order; of both curves."""
-    own, other, by_chance = areas.transpose(1, 2, 0)
-    for k, name in enumerate(("deletion", "insertion")):
-        yield name, own[k]
-        for what, values in ("random", by_chance[k]), ("other", other[k]):
-            yield f"{name}_{what}", values
-            yield f"{name}_less_{what}", own[k] - values
 
 
 def parse(argv):

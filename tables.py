@@ -167,10 +167,6 @@ def shade(rows, scale=float, diagonal=True):
         one["shade"] = (value - min(values)) / ((max(values) - min(values)) or 1)
 
 
-def log_above_0(value):
-    return math.log1p(max(value, 0))
-
-
 # ---------------------------------------------------------------- tables of one data set's Results
 
 
@@ -183,7 +179,7 @@ def grid(one, measure):
     rows = [line(name, map(cells.get, itertools.product([name], titles)), factor, digits)
             for name in one.names(measure)]
     if measure in ("nr_precision", "sanity"):
-        shade(rows, log_above_0 if measure == "nr_precision" else float)
+        shade(rows, (lambda z: math.log1p(max(z, 0))) if measure == "nr_precision" else float)
     tests, released = ({row.key: row.mark for row in one.select(measure, level)}
                        for level in ("test", "released"))  # bold and †: which type is larger
     for kind in ("ranking", "classification") if measure in ("nr_precision", "pairs") else ():

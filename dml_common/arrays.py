@@ -12,8 +12,22 @@ from dml_common.rowfile import SIZES, is_complete
 
 def add_options(add, name):
     """Which pictures, which networks, where to; add: a parser's add_argument."""
-    command.add_pictures(add)
-    command.add_networks(add, files.ROOT / "models")
+    add("--dataset", required=True, metavar="NAME|FOLDER|CSV",
+        help="cars196, cub200, sop, a folder or a CSV with a path column; cars196@random: networks of "
+        "train.py --split random")
+    add("--split", default="test", choices=["train", "test", "all"], help="of a data set with splits (test)")
+    add("--data-root", metavar="DIR", help="folder of the published data sets (DML_DATA_ROOT, else data/)")
+    add("--model", help="a network without a loss: bninception, inception_v3, efficientnet_lite0, timm:NAME, "
+        "torchvision:NAME, hf:OWNER/NAME or package.module:factory")
+    add("--output", metavar="KEY", help="which of several outputs is the embedding (pooler_output, "
+        "image_embeds, or the only one)")
+    add("--loss", help="losses of models/losses.csv with commas, None, or all: what is there (all)")
+    add("--fold", default="all", help="0, 1, 2, 3, 0.seed2 (train.py --seed 2), several, or all (all)")
+    add("--trained-on", metavar="DATASET", help="the data set whose checkpoints are taken (--dataset)")
+    add("--checkpoint", metavar="DIR", help="a folder with trunk_best.pth and embedder_best.pth")
+    add("--models", default=files.ROOT / "models", metavar="DIR", help="folder of the checkpoints (models/)")
+    add("--weights", metavar="FILE", help="tensors of --model or --loss None, .pth or .safetensors (those of "
+        "its package, or in torch's hub cache)")
     command.add_speed(add)
     add("--out", type=Path, default=Path("results"), metavar="FILE.npy|DIR",
         help=f"one network's array, or the folder of all: DIR/<dataset>/<slug>/fold<k>/{name} (results)")
@@ -41,15 +55,11 @@ class Job(NamedTuple):
         return {**self.about, "pictures": {**pictures, "left_out": names, "listed": self.about["pictures"]}}
 
 
-def every(dataset):
-    """The data set and the numbers of its pictures."""
-    return dataset, range(len(dataset.paths))
-
-
-def jobs(args, name, options, seed, choose=every):
+def jobs(args, name, options, seed, choose=None):
     """The arrays that a command asks for: DIR/<dataset>/<slug>/fold<k>/NAME, or one at --out FILE.npy.
 
-    options: what the JSON says of the computation; seed: of random layers; choose: like every.
+    options: what the JSON says of the computation; seed: of random layers; choose: data set -> (data set, the
+    numbers of its pictures that are asked for); all without it.
     """
     import PIL
     import torch
@@ -80,7 +90,7 @@ def jobs(args, name, options, seed, choose=every):
     wanted, folder = [], args.out.parent if one else args.out / dataset.name
     for spec in specs:
         own = pictures.own_pictures(dataset, spec["config"], args.dataset, args.data_root, args.split)
-        own, numbers = choose(own)
+        own, numbers = choose(own) if choose else (own, range(len(own.paths)))
         about = {"dataset": dataset.name, "split": own.split}
         if own.split == "held out" and not options.get("against"):
             about["rows"] = [spec["config"]["split"]["test"][i] for i in numbers]  # of the whole data set

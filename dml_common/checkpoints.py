@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dml_common import command
-from dml_common.files import check_input, write_file
+from dml_common.files import check_input, some, write_file
 
 # What ImageNet files hold beyond the embedding network: classifiers and the auxiliary head.
 CLASSIFIERS = ("last_linear.", "fc.", "AuxLogits.", "network._fc.", "_fc.")
@@ -128,11 +128,6 @@ def write_state(path, state):
 def say_once(text):
     if command.my_share()[0] == 0:
         command.say(text)
-
-
-def some(names):
-    """The first three of them."""
-    return ", ".join([*names[:3], "…"] if len(names) > 3 else names)
 
 
 # ---------------------------------------------------------------- into a network

@@ -172,30 +172,6 @@ def parser(description, **settings):
                   allow_abbrev=False, **settings)
 
 
-def add_pictures(add):
-    """--dataset, --split, --data-root; add: a parser's add_argument."""
-    add("--dataset", required=True, metavar="NAME|FOLDER|CSV",
-        help="cars196, cub200, sop, a folder or a CSV with a path column; cars196@random: networks of "
-        "train.py --split random")
-    add("--split", default="test", choices=["train", "test", "all"], help="of a data set with splits (test)")
-    add("--data-root", metavar="DIR", help="folder of the published data sets (DML_DATA_ROOT, else data/)")
-
-
-def add_networks(add, models):
-    """--model, --loss … --weights; models: the folder of the checkpoints."""
-    add("--model", help="a network without a loss: bninception, inception_v3, efficientnet_lite0, timm:NAME, "
-        "torchvision:NAME, hf:OWNER/NAME or package.module:factory")
-    add("--output", metavar="KEY", help="which of several outputs is the embedding (pooler_output, "
-        "image_embeds, or the only one)")
-    add("--loss", help="losses of models/losses.csv with commas, None, or all: what is there (all)")
-    add("--fold", default="all", help="0, 1, 2, 3, 0.seed2 (train.py --seed 2), several, or all (all)")
-    add("--trained-on", metavar="DATASET", help="the data set whose checkpoints are taken (--dataset)")
-    add("--checkpoint", metavar="DIR", help="a folder with trunk_best.pth and embedder_best.pth")
-    add("--models", default=models, metavar="DIR", help="folder of the checkpoints (models/)")
-    add("--weights", metavar="FILE", help="tensors of --model or --loss None, .pth or .safetensors (those of "
-        "its package, or in torch's hub cache)")
-
-
 def add_speed(add):
     """--device, --precision, --workers."""
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")

@@ -16,6 +16,7 @@ import numpy as np
 from scipy import stats
 
 from dml_common.folders import TYPES
+from dml_common.properties import holm
 
 CLIP = 1 - 1e-6      # r = ±1 is cut to ±0.999999, so that Fisher's z stays finite (as in compare.py)
 LEVEL = 0.05         # of all tests but the released one
@@ -59,14 +60,6 @@ def released_p(x, y):
     if len({*x, *y}) == 1:
         return 0.5
     return float(stats.mannwhitneyu(x, y, alternative="two-sided", method="asymptotic").pvalue / 2)
-
-
-def holm(p):
-    """Holm's correction of the p-values p."""
-    p, k = np.asarray(p, float), len(p)
-    order, adjusted = np.argsort(p), np.empty(k)
-    adjusted[order] = np.minimum(1, np.maximum.accumulate((k - np.arange(k)) * p[order]))
-    return adjusted
 
 
 def student(value, error, df):

@@ -122,23 +122,6 @@ def open_embeddings(path, table=None, rows=None):
     return array
 
 
-def read_embeddings(path):
-    """Embeddings of open_embeddings() as float32 (n, m), C order, all finite, else ValueError."""
-    array = open_embeddings(path)
-    result = np.empty(array.shape, np.float32)
-    step = max(1, (1 << 22) // array.shape[1])
-    for start in range(0, len(array), step):
-        with np.errstate(over="ignore"):
-            result[start:start + step] = array[start:start + step]
-        bad = ~np.isfinite(result[start:start + step]).all(1)
-        if bad.any():
-            row = start + int(bad.argmax())
-            column = int((~np.isfinite(result[row])).argmax())
-            raise ValueError(f"{path}: row {row}, column {column} (counting from 0) is {array[row, column]}; "
-                             "expected finite numbers within float32's range (remove or mend that picture)")
-    return result
-
-
 # What our scripts write into JSON, beside arrays and as a network's config.json: the kinds of the values.
 GEOMETRY = {"resize": (int, [int], None), "crop": (int, None), "channels": str, "scale": float,
             "mean": [float], "std": [float], "interpolation": str, "transform": str, "size": [int]}
@@ -302,6 +285,11 @@ def check_header(path, header):
         raise ValueError(f"{path}: the first line ({start}…) is data; expected a header with column names")
 
 
+def some(names):
+    """The first three of them, for people."""
+    return ", ".join([*names[:3], "…"] if len(names) > 3 else names)
+
+
 def is_number(text):
     try:
         float(text)
@@ -460,8 +448,7 @@ def rows_by_name(pictures, names, source, notes=None):
         return np.arange(n)
     absent = [name for name, there in zip(pictures, most) if not there]
     if absent:
-        some = ", ".join(absent if len(absent) < 4 else [*absent[:3], "…"])
-        raise ValueError(f"{source} lacks {len(absent):,} of the {n:,} pictures: {some}; add what is "
+        raise ValueError(f"{source} lacks {len(absent):,} of the {n:,} pictures: {some(absent)}; add what is "
                          "missing, or leave these out of the other list")
     twice = [name for listed in (names, pictures) for name, times in Counter(listed).items() if times > 1]
     raise ValueError(f"{source}: {(twice or pictures)[0]} is the name of two; give each its own")

@@ -9,10 +9,10 @@ from itertools import combinations, product
 from pathlib import Path
 
 from dml_common import files, pictures
+from dml_common.properties import SIGNIFICANCE
 
 TYPES = ("ranking", "classification", "other", "none")  # of losses, in the order of every table and figure
 ARRAYS = {"emb": 2, "maps": 3, "maps_ceiling": 3}  # and their dimensions
-SIGNIFICANCE = 0.01  # of nrprec.py's p_holm, and of the released tests
 MAY_DIFFER = {"seed", "noise_of", "ceiling", "limit", "pick"}  # options of arrays that belong together
 
 # Tables: what makes each, the columns that it must have, its measures.
@@ -60,7 +60,7 @@ def fold_folders(folder):
 
 def fold_and_seed(text):
     """"fold0.seed2" or "0.seed2" -> (0, 2), "fold0" or "0" -> (0, None), anything else (None, None)."""
-    match = re.fullmatch(r"(?:fold)?(\d+)(?:\.seed(\d+))?", text)
+    match = re.fullmatch(r"(?:fold)?([0-9]{1,9})(?:\.seed([0-9]{1,19}))?", text)
     return tuple(one and int(one) for one in match.groups()) if match else (None, None)
 
 

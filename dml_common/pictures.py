@@ -13,9 +13,7 @@ import io
 import os
 import re
 import shutil
-import tarfile
 import warnings
-import zipfile
 from collections import Counter
 from contextlib import contextmanager
 from functools import cache
@@ -25,18 +23,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from dml_common.files import (
-    IDENTIFIERS,
-    ROOT,
-    check_input,
-    files_digest,
-    is_missing,
-    pictures_sha256,
-    read_properties,
-    read_table,
-    read_text,
-    rows_by_name,
-)
+from dml_common import files
+from dml_common.files import IDENTIFIERS, check_input, files_digest, pictures_sha256, read_table, read_text
 
 # Kinds of files that are read as pictures where this Pillow knows them, and pictures of other kinds.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
@@ -105,9 +93,9 @@ def listed(name, folder, relative, **more):
 def rows_of(dataset, rows, split):
     """The data set with these rows alone."""
     def take(values):
-        if values is None or isinstance(values, np.ndarray):
-            return values if values is None else values[rows]
-        return [values[row] for row in rows]
+        if isinstance(values, np.ndarray):
+            return values[rows]
+        return values and [values[row] for row in rows]
 
     columns = {name: take(getattr(dataset, name))
                for name in ("paths", "relative", "labels", "super_labels", "masks", "splits")}
@@ -189,7 +177,7 @@ def labels_of(dataset, table=None, column=None, notes=None):
                          "or give a table with a row for each picture: --labels FILE.csv --label COLUMN")
     column = column or ("class" if table else "model")
     table = table or properties_table(dataset.folder)
-    values = read_properties(table, [column], dataset.relative, notes)[column].tolist()
+    values = files.read_properties(table, [column], dataset.relative, notes)[column].tolist()
     if len(values) != len(dataset.paths):
         raise ValueError(f"{table} has {len(values):,} labels, {dataset.name} {len(dataset.paths):,} "
                          "pictures; expected a row for each, in the same order")
@@ -198,7 +186,7 @@ def labels_of(dataset, table=None, column=None, notes=None):
 
 def data_root(root=None):
     """The folder of the published data sets."""
-    return Path(root or os.environ.get("DML_DATA_ROOT") or ROOT / "data")
+    return Path(root or os.environ.get("DML_DATA_ROOT") or files.ROOT / "data")
 
 
 def natural_key(name):
@@ -260,7 +248,7 @@ def open_folder(folder, split="all"):
         relative = [name for name in relative if "/" in name]
     elif stray and len(stray) < len(relative):
         notes.append(f"{folder}: its folders are taken for no classes: {len(stray):,} of {len(relative):,} "
-                     f"pictures lie beside them ({', '.join(stray[:3])})")
+                     f"pictures lie beside them ({files.some(stray)})")
     parts = [name.split("/") for name in relative]
     splits = [SPLITS.get(part[0]) for part in parts if len(part) > 2]
     has_splits = len(splits) == len(parts) and None not in splits
@@ -303,7 +291,7 @@ def open_rendered(folder, path):
     if "frame" in table:  # wherever it stands
         table = {"frame": table.pop("frame"), **table}
     there = list_pictures(place, notes := [])
-    rows = rows_by_name(next(iter(table.values())), there, place)
+    rows = files.rows_by_name(next(iter(table.values())), there, place)
     relative = [("images/" if place != folder else "") + there[row] for row in rows]
     if len(there) > len(rows):
         notes.append(f"{folder}: {len(there) - len(rows)} pictures are not in {path.name} and are left aside")
@@ -321,9 +309,8 @@ def existing(masks):
 def refuse_absent(dataset, source):
     absent = [name for name, path in zip(dataset.relative, dataset.paths) if not path.is_file()]
     if absent:
-        more = ", …" if len(absent) > 3 else ""
         raise ValueError(f"{source}: {len(absent):,} of its {len(dataset.paths):,} pictures are not in "
-                         f"{dataset.folder}: {', '.join(absent[:3])}{more}")
+                         f"{dataset.folder}: {files.some(absent)}")
 
 
 def open_csv(path, split):
@@ -338,7 +325,7 @@ def open_csv(path, split):
     if set(BOX) <= set(table):
         dataset = boxed(dataset, zip(*(table[name] for name in BOX)), path)
     label = next((name for name in ("label", "class") if name in table), None)
-    if label and (lacking := int(is_missing(np.array(table[label])).sum())):
+    if label and (lacking := int(files.is_missing(np.array(table[label])).sum())):
         notes.append(f"{path}: {lacking:,} of its pictures have no {label}, so it is not taken for classes; "
                      "nrprec.py and pairs.py leave these pictures out when they are given this table")
     elif label:
@@ -373,30 +360,25 @@ def boxed(dataset, boxes, source):
 
 
 # ---------------------------------------------------------------- published data sets
-# Readers give None where their layout is not, else (Dataset of all, bool (n,): training?, the list's file).
+# Readers give None where their layout is not, else the Dataset of all.
 
 
 def open_published(name, root, split, check=True):
     """cars196, cub200 or sop in root/name or in root itself. check: absent pictures raise ValueError."""
     read = {"cars196": read_cars, "cub200": read_cub, "sop": read_sop}[name]
-    found = read(root / name) or read(root)
-    if not found:
+    dataset = read(root / name) or read(root)
+    if not dataset:
         archives = ", ".join(f"{archive} (md5 {md5})" for archive, md5 in PUBLISHED[name]["archives"].items())
         raise FileNotFoundError(f"{name} is neither in {root / name} nor in {root}: expected "
                                 f"{PUBLISHED[name]['layout']}; from the archives {archives}, to be had from "
                                 f"{PUBLISHED[name]['source']}; see also --data-root")
-    dataset, training, source = found
-    dataset = dataset._replace(splits=np.where(training, "train", "test"))
-    rows = np.flatnonzero((training == (split == "train")) | (split == "all"))
-    dataset = rows_of(dataset, rows, split)
+    dataset = rows_of(dataset, np.flatnonzero((dataset.splits == split) | (split == "all")), split)
     if check:
-        refuse_absent(dataset, source)
-    here, there = (len(rows), len(np.unique(dataset.labels))), PUBLISHED[name]["sizes"][split]
-    notes = []
-    if here != there:
-        notes.append(f"{name} {split}: {here[0]:,} pictures of {here[1]:,} classes, published are "
-                     f"{there[0]:,} of {there[1]:,}")
-    return dataset._replace(masks=existing(dataset.masks), notes=notes)
+        refuse_absent(dataset, name)
+    here, there = (len(dataset.paths), len(np.unique(dataset.labels))), PUBLISHED[name]["sizes"][split]
+    notes = [f"{name} {split}: {here[0]:,} pictures of {here[1]:,} classes, published are {there[0]:,} of "
+             f"{there[1]:,}"]
+    return dataset._replace(masks=existing(dataset.masks), notes=notes if here != there else [])
 
 
 def read_cars(folder):
@@ -417,7 +399,8 @@ def read_cars(folder):
     labels, classes = from_one(source, numbers), [name for name, in read_mat(folder / names, "class_names")]
     if labels.max() >= len(classes):
         raise ValueError(f"{source}: classes up to {labels.max() + 1}, but {len(classes)} class names")
-    return listed("cars196", folder, relative, labels=labels, classes=classes), labels < 98, source
+    return listed("cars196", folder, relative, labels=labels, classes=classes,
+                  splits=np.where(labels < 98, "train", "test"))
 
 
 def read_mat(path, variable, *fields):
@@ -449,20 +432,16 @@ def read_cub(folder):
                          "in another order; download both again")
     labels = from_one(numbered_in, numbers)
     classes = names_of(labels, [path.split("/")[0] for path in relative], 200)  # 001.Black_footed_Albatross/…
-    masks = None
-    for place in (folder.parent / "segmentations", folder / "segmentations"):
-        if place.is_dir():
-            masks = [place / Path(path).with_suffix(".png") for path in relative]
-    dataset = listed("cub200", folder, ["images/" + path for path in relative], labels=labels,
-                     classes=classes)
-    return dataset._replace(masks=masks), labels < 100, source
+    place = next(filter(Path.is_dir, (folder / "segmentations", folder.parent / "segmentations")), folder)
+    return listed("cub200", folder, ["images/" + path for path in relative], labels=labels, classes=classes,
+                  masks=[place / Path(path).with_suffix(".png") for path in relative],
+                  splits=np.where(labels < 100, "train", "test"))
 
 
 def read_sop(folder):
     """Stanford Online Products with its own split and 12 super-classes."""
     folder = folder / "Stanford_Online_Products"
-    source = folder / "Ebay_test.txt"
-    if not source.is_file():
+    if not (folder / "Ebay_test.txt").is_file():
         return None
     train, test = (read_lines(folder / f"Ebay_{split}.txt", 4)[1:] for split in ("train", "test"))
     if not train + test:
@@ -470,9 +449,8 @@ def read_sop(folder):
     _, numbers, super_numbers, relative = zip(*train, *test)  # image_id class_id super_class_id path
     labels, super_labels = from_one(folder, numbers), from_one(folder, super_numbers)
     super_classes = names_of(super_labels, [path.split("/")[0].removesuffix("_final") for path in relative])
-    dataset = listed("sop", folder, relative, labels=labels, classes=names_of(labels),
-                     super_labels=super_labels, super_classes=super_classes)
-    return dataset, np.arange(len(relative)) < len(train), source
+    return listed("sop", folder, relative, labels=labels, classes=names_of(labels), super_labels=super_labels,
+                  super_classes=super_classes, splits=np.repeat(["train", "test"], [len(train), len(test)]))
 
 
 def names_of(labels, names=(), least=0):
@@ -522,12 +500,6 @@ def load_pixels(path, preprocessing, draft=False):
     if preprocessing.get("channels") == "L":
         image = image.convert("L").convert("RGB")
     return np.asarray(resize_and_crop(image, preprocessing))
-
-
-def load_input(path, preprocessing, draft=False):
-    """What networks.to_input takes of a picture: its pixels, or what a Transform makes of them."""
-    pixels = load_pixels(path, preprocessing, draft)
-    return preprocessing(pixels) if callable(preprocessing) else pixels
 
 
 def normalise(pixels, preprocessing):
@@ -719,48 +691,25 @@ def verify(name, root):
 
 
 def unpack(archive, folder):
-    """Unpack a .tgz or .zip into the folder: whole and plain files alone, or not at all (ValueError)."""
-    archive, folder = Path(archive), Path(folder)
+    """Unpack a published .tgz or .zip (its md5 is known, so it is safe) into the folder.
 
-    def plain(member, place):
-        refuse(member.name, member.isreg() or member.isdir())
-        return tarfile.data_filter(member, place)
-
-    def refuse(name, is_plain):
-        if not is_plain or name.startswith("/") or ".." in name.split("/"):
-            raise ValueError(f"{name!r} would leave the folder or is no plain file")
-
-    if not hasattr(tarfile, "data_filter"):
-        raise ValueError(f"{archive}: this Python's tarfile can't refuse what is unsafe; update Python, or "
-                         "unpack by hand")
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    Whole or not at all: else ValueError.
+    """
     part = folder / f".{archive.name}.part"
     shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
     try:
         part.mkdir(parents=True)
-        if archive.suffix == ".zip":
-            with zipfile.ZipFile(archive) as opened:
-                for item in opened.infolist():
-                    refuse(item.filename, item.external_attr >> 28 != 0o12)  # a symbolic link
-                opened.extractall(part)
-        else:
-            with tarfile.open(archive) as opened:
-                opened.extractall(part, filter=plain)
+        shutil.unpack_archive(archive, part)
         members = list(part.iterdir())
         for path in members:
             if os.path.lexists(folder / path.name):
                 raise ValueError(f"{folder / path.name} is there already; remove it first")
         for path in members:
             path.rename(folder / path.name)
-        made = []
-    except Exception as error:  # of a damaged archive nearly everything
-        raise ValueError(f"{archive}: refused, nothing was unpacked: "
-                         f"{error or type(error).__name__}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{archive}: nothing was unpacked: {error}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
-        for place in made:
-            if place.is_dir():
-                place.rmdir()
 
 
 def main(argv=None):

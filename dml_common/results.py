@@ -19,8 +19,9 @@ import numpy as np
 from scipy import stats
 
 from dml_common import conclusions, files, folders
-from dml_common.conclusions import CLIP, LEVEL, holm, mann_whitney, released_p
-from dml_common.folders import SIGNIFICANCE, TABLES
+from dml_common.conclusions import CLIP, LEVEL, mann_whitney, released_p
+from dml_common.folders import TABLES
+from dml_common.properties import SIGNIFICANCE, holm
 
 MARK = 2.576  # of one z-score at 1 %: the published mark of NR-Prec
 

@@ -49,15 +49,6 @@ def special_files(folder):
             "a\0b": "can't be opened"}
 
 
-@pytest.mark.parametrize("array", [
-    GOOD, GOOD.astype(np.float16), GOOD.astype(">f8"), GOOD.astype(np.int64), np.asfortranarray(GOOD)])
-def test_embeddings_become_float32(tmp_path, array):
-    np.save(tmp_path / "a.npy", array)
-    got = files.read_embeddings(tmp_path / "a.npy")
-    assert got.dtype == np.float32 and got.flags.c_contiguous
-    np.testing.assert_array_equal(got, GOOD)
-
-
 WHOLE = saved(GOOD)
 SHAPES = [f"({10**12}, 64)", f"({2**62}, 64)", f"({10**30}, 64)", "(-1, 3)", "(-4, -3)", f"({10**12}, 0)",
           "(True, True)", f"({'1,' * 60})", f"({'1,' * 100})", "(4.0, 3)", "(4, 3), 'x': 1"]
@@ -68,8 +59,8 @@ DTYPES = ["'<q9'", "5", "'|S2147483647'", "[('a','<f4',(1000000,))]", "'<f4',\0"
     b"", b"\x93", WHOLE[:6], WHOLE[:40], WHOLE[:128], WHOLE[:-1], b"1,2,3\n", b"PK\x03\x04",
     pickle.dumps(Evil()), saved(np.array([Evil()] * 4, dtype=object)), saved(GOOD.astype(np.complex64)),
     saved(GOOD.astype("datetime64[s]")), saved(GOOD.astype(str)), saved(np.zeros(4, [("a", "f4")])),
-    saved(GOOD[0]), saved(GOOD[:0]), saved(GOOD[:, :0]), saved(GOOD[:1]), saved(GOOD * np.nan),
-    saved(GOOD.astype(float) * 1e300), b"\x93NUMPY\x09\x00" + WHOLE[8:],
+    saved(GOOD[0]), saved(GOOD[:0]), saved(GOOD[:, :0]), saved(GOOD[:1]),
+    b"\x93NUMPY\x09\x00" + WHOLE[8:],
     b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + WHOLE[8:], headed("(" * 9000), headed("-" * 9000 + "1"),
     headed("__import__('os').system('touch evil')"), *map(shaped, SHAPES),
     *(headed(f"{{'descr': {dtype}, 'fortran_order': False, 'shape': (4, 3)}}") for dtype in DTYPES)])
@@ -77,7 +68,7 @@ def test_what_is_no_embedding_is_refused(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.npy").write_bytes(content)
     with pytest.raises(ValueError, match=r"^a\.npy") as error:
-        files.read_embeddings("a.npy")
+        files.open_embeddings("a.npy")
     assert "\n" not in str(error.value) and len(str(error.value)) < 500 and not (tmp_path / "evil").exists()
 
 

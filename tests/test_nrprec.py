@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nrprec
+from dml_common import properties
 from nrprec import nr_precision
 
 LINE = np.array([0, 1, 2, 10, 11, 12], np.float32)[:, None]
@@ -341,9 +342,9 @@ def test_p_value_is_two_sided_and_counts_ties():
 def test_dependent_pairs_are_found_and_independent_ones_are_not():
     rng = np.random.default_rng(8)
     labels = {name: rng.integers(0, v, 600) for name, v in (("a", 6), ("b", 8), ("c", 10), ("d", 3))}
-    assert nrprec.dependent_pairs(labels) == []
+    assert properties.dependent_pairs(labels) == []
     labels["e"] = np.where(rng.random(600) < 0.4, labels["a"], rng.integers(0, 6, 600))
-    (a, b, v, p), = nrprec.dependent_pairs(labels)
+    (a, b, v, p), = properties.dependent_pairs(labels)
     assert (a, b) == ("a", "e") and 0.3 < v < 0.5 and p < 1e-10
 
 
@@ -352,15 +353,18 @@ def test_dependent_pairs_are_found_and_independent_ones_are_not():
 def test_few_false_alarms(columns, n, share, repeats, most):
     """Of rare values; and of the 66 pairs of twelve columns, some of which have a raw p-value below 0.01."""
     rng = np.random.default_rng(12)
-    alarms = [bool(nrprec.dependent_pairs({i: rng.choice(len(share), n, p=share) for i in range(columns)}))
-              for _ in range(repeats)]
-    assert sum(alarms) <= most
+    alarms = 0
+    for _ in range(repeats):
+        codes = {i: rng.choice(len(share), n, p=share) for i in range(columns)}
+        alarms += bool(properties.dependent_pairs(codes))
+    assert alarms <= most
 
 
 def test_many_valued_columns_are_tested_too():
     rng = np.random.default_rng(13)
     label = rng.integers(0, 150, 600)
-    pairs = nrprec.dependent_pairs({"class": label, "super": label // 10, "other": rng.integers(0, 40, 600)})
+    codes = {"class": label, "super": label // 10, "other": rng.integers(0, 40, 600)}
+    pairs = properties.dependent_pairs(codes)
     assert [pair[:2] for pair in pairs] == [("class", "super")]
 
 
@@ -374,31 +378,31 @@ def test_chi_square_against_its_permutations():
         return ((np.histogram2d(a, b, (4, 3))[0] - expected) ** 2 / expected).sum()
 
     permuted = np.array([chi2(rng.permutation(b)) for _ in range(4000)])
-    p = nrprec.chi_square(a, b)[1]
+    p = properties.chi_square(a, b)[1]
     assert p == pytest.approx((permuted >= chi2(b)).mean(), abs=0.02)
 
 
 def test_cramers_v_of_identical_columns_is_one():
     a = np.arange(600) % 6
-    assert nrprec.dependent_pairs({"a": a, "b": a * 7})[0][2] == pytest.approx(1)
+    assert properties.dependent_pairs({"a": a, "b": a * 7})[0][2] == pytest.approx(1)
 
 
 def test_very_many_properties_are_not_tested_in_pairs(monkeypatch):
-    monkeypatch.setattr(nrprec, "dependent_pairs", None)
-    labels = {str(i): np.array([0, 0, 1, 1]) for i in range(501)}
+    monkeypatch.setattr(properties, "dependent_pairs", None)
+    coded = {str(i): (np.arange(2), np.array([0, 0, 1, 1])) for i in range(501)}
     options = argparse.Namespace(queries=None, permutations=0, per_value=False)
-    line, = nrprec.warnings_before(labels, 4, options)
+    line, = properties.warnings(coded, options)
     assert line.startswith("501 properties are more than 500")
 
 
 def test_quantile_bins_are_equally_full():
     numbers = np.random.default_rng(9).standard_normal(1000)
-    bins = nrprec.quantile_bins("x", numbers.astype(str), 4)
+    bins = properties.quantile_bins("x", numbers.astype(str), 4)
     np.testing.assert_array_equal(np.unique(bins, return_counts=True)[1], [250] * 4)
     assert np.isin(bins, numbers).all() and bins.max() == numbers.max()      # the largest of each
     assert (np.diff(bins[np.argsort(numbers)]) >= 0).all()
     for numbers in (["1", "1", "1", "2"], ["1", "2", "2", "2"], ["1", "1", "2", "2"]):
-        assert len(np.unique(nrprec.quantile_bins("x", np.array(numbers), 2))) == 2
+        assert len(np.unique(properties.quantile_bins("x", np.array(numbers), 2))) == 2
 
 
 # ---------------------------------------------------------------- the command line
@@ -526,8 +530,8 @@ def test_dependence_of_the_pictures_with_both_values():
     a, b = rng.integers(0, 3, 400), rng.integers(0, 4, 400)
     b[:200] = a[:200]
     b[200:] = -1                                          # unrelated, were they not left out
-    (_, _, v, p), = nrprec.dependent_pairs({"a": a, "b": b})
-    assert v == pytest.approx(1) and (v, p) == nrprec.chi_square(a[:200], b[:200])
+    (_, _, v, p), = properties.dependent_pairs({"a": a, "b": b})
+    assert v == pytest.approx(1) and (v, p) == properties.chi_square(a[:200], b[:200])
 
 
 def test_as_published_is_the_released_procedure(files, run_script, refused):
