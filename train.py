@@ -692,7 +692,7 @@ def plan(args, dataset, device):
         split = {"kind": kind, "label": label, "seed": args.seed, "pictures": listed, "labels_sha256": digest,
                  "train": len(train), "validation": len(validation)}
         if args.test:  # other scripts find it with --trained-on
-            split["tested_on"] = args.test
+            split["tested_on"] = Path(args.test).name
         elif [dataset.relative[i] for i in test] != published:
             split["test"] = test.tolist()
         parameters = library = None

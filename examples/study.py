@@ -254,7 +254,7 @@ def check(folder):
 
 
 def ship(folder, out):
-    """Copy what is worth keeping of study.sh's folder: embeddings as float16, no network, no path of a disk."""
+    """Copy what is worth keeping of study.sh's folder: embeddings as float16, no networks, no disk's path."""
     for name in ("props.csv", "render.json", "images", "masks"):
         copy = shutil.copytree if (folder / "cars_test" / name).is_dir() else shutil.copyfile
         out.joinpath("cars_test").mkdir(parents=True, exist_ok=True)

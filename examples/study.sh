@@ -13,8 +13,8 @@ study=${STUDY:-study}
 render=${RENDER:-.venv-render/bin/python}
 seeds=${SEEDS:-1 2}               # networks learn at share 0 from each, at the other shares from the first
 shares=${SHARES:-25 50 90}        # per cent of the training frames whose bg_color_hue follows from the model
-from=${FROM:-network._blocks.9}   # what is before this block of EfficientNet-Lite0 stays as ImageNet left it
-epochs=${EPOCHS:-10}
+from=${FROM:-network._blocks.12}  # what is before this block of EfficientNet-Lite0 stays as ImageNet left it
+epochs=${EPOCHS:-8}
 rates=${RATES:-1e-4 3e-4 1e-3}
 few=${FEW:-Contrastive,Triplet,Cosface,Normalized Softmax}  # for the rate, and for whole networks
 frames=${FRAMES:-1900} tests=${TESTS:-1080}
@@ -46,7 +46,7 @@ learn() {  # learn DATASET LOSSES option …
     shift 2
     share python train.py --dataset "$study/$dataset" --test "$study/cars_test" --loss "$loss" --label model \
         --split default --model efficientnet_lite0 --input-size 128 --dim 64 --epochs "$epochs" \
-        --train-sample 600 --device "$device" "$@" > "$study/log/train.txt"
+        --train-sample 300 --device "$device" "$@" > "$study/log/train.txt"
 }
 
 cars() {  # cars NAME option …: rendered, but for the frames that an earlier set has with the same properties
@@ -68,7 +68,11 @@ for other in there if "hue" in name else []:
         if row == same and not (study / name / picture).exists():
             os.link(study / other / picture, study / name / picture)
 END
-    "$render" render_cars.py --out "$study/$name" --size 128 "$@"
+    local pids=() i
+    for ((i = 0; i < jobs; i++)); do
+        "$render" render_cars.py --out "$study/$name" --size 128 "$@" --shard "$i/$jobs" & pids+=($!)
+    done
+    for i in "${pids[@]}"; do wait "$i"; done
     touch "$study/$name.done"
 }
 
@@ -99,10 +103,10 @@ for share in $(printf '%s\n' $shares | sort -rn); do
 done
 
 stage rate "the learning rate, by validation MAP@R of ${few//,/, }" \
-    $((4 * 3 * epochs * frames * 11 / 1000))
+    $((4 * 3 * 3 * frames * 7 / 1000))
 if [ ! -f "$study/rate" ]; then
     for rate in $rates; do
-        learn cars_hue0 "$few" --train-from "$from" --lr "$rate" --models "$study/rates/$rate"
+        learn cars_hue0 "$few" --train-from "$from" --lr "$rate" --models "$study/rates/$rate" --epochs 3
     done
     python - "$study/rates" > "$study/rate.part" <<'END'
 import csv, sys
@@ -122,7 +126,7 @@ fi
 rate=$(cat "$study/rate")
 
 networks=$((14 * ($(wc -w <<< "$seeds") + $(wc -w <<< "$shares"))))
-stage train "$networks networks from $from on, learning rate $rate" $((networks * epochs * frames * 11 / 1000))
+stage train "$networks networks from $from on, learning rate $rate" $((networks * epochs * frames * 7 / 1000))
 for seed in $seeds; do
     learn cars_hue0 "$all,None" --train-from "$from" --lr "$rate" --seed "$seed" --models "$study/models"
 done
