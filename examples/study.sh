@@ -16,12 +16,14 @@ shares=${SHARES:-25 50 90}        # per cent of the training frames whose bg_col
 from=${FROM:-network._blocks.12}  # what is before this block of EfficientNet-Lite0 stays as ImageNet left it
 epochs=${EPOCHS:-8}
 rates=${RATES:-1e-4 3e-4 1e-3}
-few=${FEW:-Contrastive,Triplet,Cosface,Normalized Softmax}  # for the rate, and for whole networks
+few=${FEW:-Contrastive,Triplet,CosFace,Normalized Softmax}  # for the rate, and for whole networks
 frames=${FRAMES:-1900} tests=${TESTS:-1080}
 jobs=${JOBS:-$(nproc)}            # one-thread processes side by side: they share the networks, the pictures
 device=${DEVICE:-cpu}
 first=${seeds%% *}
-all=$(python -c 'import csv; print(",".join(r["name"] for r in csv.DictReader(open("models/losses.csv")) if r["class"]))')
+all=${LOSSES:-$(cut -d, -f1 models/losses.csv | tail -n +2 | grep -v '^None$' | paste -sd, -)}
+losses=$(tr , '\n' <<< "$all" | wc -l)
+pictures=${PICTURES:-32} samples=${SAMPLES:-50}  # of the saliency maps
 export DML_PROGRESS=${DML_PROGRESS:-30} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 mkdir -p "$study/log"
 
@@ -88,8 +90,8 @@ analyse() {  # analyse NAME MODELS TRAINED-ON: embeddings of the test cars, NR-P
 
 look() {  # look NAME MODELS TRAINED-ON: saliency maps with their ceiling, agreement, masks, tables, page
     local out=$study/results/$1
-    share python saliency.py --dataset "$study/cars_test" --trained-on "$3" --loss all --fold 0 --limit 32 \
-        --samples 50 --order released --shared-noise --ceiling --map-size 28 --models "$study/$2" \
+    share python saliency.py --dataset "$study/cars_test" --trained-on "$3" --loss all --fold 0 \
+        --limit "$pictures" --samples "$samples" --order released --shared-noise --ceiling --map-size 28 --models "$study/$2" \
         --device "$device" --out "$out"
     python compare.py --dataset "$study/cars_test" --results "$out" --masks --embeddings
 }
@@ -125,7 +127,7 @@ END
 fi
 rate=$(cat "$study/rate")
 
-networks=$((14 * ($(wc -w <<< "$seeds") + $(wc -w <<< "$shares"))))
+networks=$((losses * ($(wc -w <<< "$seeds") + $(wc -w <<< "$shares"))))
 stage train "$networks networks from $from on, learning rate $rate" $((networks * epochs * frames * 7 / 1000))
 for seed in $seeds; do
     learn cars_hue0 "$all,None" --train-from "$from" --lr "$rate" --seed "$seed" --models "$study/models"
@@ -134,7 +136,7 @@ for share in $(printf '%s\n' $shares | sort -rn); do
     learn "cars_hue$share" "$all,None" --train-from "$from" --lr "$rate" --seed "$first" --models "$study/models"
 done
 
-stage frozen "14 networks on a frozen trunk" 300
+stage frozen "$losses networks on a frozen trunk" 300
 learn cars_hue0 "$all,None" --freeze-trunk --seed "$first" --models "$study/frozen"
 
 stage analysis "embeddings, NR-Prec and pairs of $networks networks" $((networks * tests / 100))
@@ -142,7 +144,8 @@ for share in 0 $shares; do
     analyse "hue$share" models "cars_hue$share"
 done
 analyse frozen frozen cars_hue0
-stage maps "maps of 32 pictures, 50 copies, twice, of 15 networks at two shares" $((30 * 32 * 100 * 4 / 100))
+stage maps "maps of $pictures pictures, $samples copies, twice, of $((losses + 1)) networks at shares 0 and 90" \
+    $((2 * (losses + 1) * pictures * 2 * samples * 3 / 100))
 for share in 0 90; do
     [[ " 0 $shares " != *" $share "* ]] || look "hue$share" models "cars_hue$share"
 done
