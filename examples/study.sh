@@ -131,9 +131,11 @@ networks=$((losses * ($(wc -w <<< "$seeds") + $(wc -w <<< "$shares"))))
 stage train "$networks networks from $from on, learning rate $rate" $((networks * epochs * frames * 7 / 1000))
 for seed in $seeds; do
     learn cars_hue0 "$all,None" --train-from "$from" --lr "$rate" --seed "$seed" --models "$study/models"
-done
-for share in $(printf '%s\n' $shares | sort -rn); do
-    learn "cars_hue$share" "$all,None" --train-from "$from" --lr "$rate" --seed "$first" --models "$study/models"
+    [ "$seed" = "$first" ] || continue
+    for share in $(printf '%s\n' $shares | sort -rn); do
+        learn "cars_hue$share" "$all,None" --train-from "$from" --lr "$rate" --seed "$seed" \
+            --models "$study/models"
+    done
 done
 
 stage frozen "$losses networks on a frozen trunk" 300
