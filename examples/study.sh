@@ -143,20 +143,20 @@ learn cars_hue0 "$all,None" --freeze-trunk --seed "$first" --models "$study/froz
 
 stage analysis "embeddings, NR-Prec and pairs of $networks networks" $((networks * tests / 100))
 for share in 0 $shares; do
-    analyse "hue$share" models "cars_hue$share"
+    analyse "hue$share" models "cars_hue$share@default"
 done
-analyse frozen frozen cars_hue0
+analyse frozen frozen cars_hue0@default
 stage maps "maps of $pictures pictures, $samples copies, twice, of $((losses + 1)) networks at shares 0 and 90" \
     $((2 * (losses + 1) * pictures * 2 * samples * 3 / 100))
 for share in 0 90; do
-    [[ " 0 $shares " != *" $share "* ]] || look "hue$share" models "cars_hue$share"
+    [[ " 0 $shares " != *" $share "* ]] || look "hue$share" models "cars_hue$share@default"
 done
 
 if [ -n "${WHOLE-yes}" ]; then
     stage whole "whole networks of ${few//,/, } at shares 0 and 90" $((8 * epochs * frames * 33 / 1000))
     for share in 0 90; do
         learn "cars_hue$share" "$few,None" --crop 1 --lr "$rate" --seed "$first" --models "$study/whole"
-        analyse "whole$share" whole "cars_hue$share"
+        analyse "whole$share" whole "cars_hue$share@default"
     done
 fi
 
