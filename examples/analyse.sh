@@ -19,7 +19,8 @@ epochs=${EPOCHS:-20}
 label=${LABEL:-model}      # the property that the losses are trained on
 fold=${FOLD:-all}
 models=${MODELS:-models}
-[ $# -gt 0 ] || models=$study/models
+permutations=${PERMUTATIONS:-2000}
+[ $# -gt 0 ] || models=$study/models permutations=${PERMUTATIONS:-1200}
 out=${RESULTS:-results}
 results=$out/$(basename "$dataset")
 mkdir -p "$results/log"
@@ -84,7 +85,7 @@ else
         --order released --out "$results/four.npy" --gallery "$results/four.png"
 fi
 step "NR-Prec of every property" \
-    python nrprec.py "$results"/*/fold*/emb.npy --null hypergeometric --permutations 2000 \
+    python nrprec.py "$results"/*/fold*/emb.npy --null hypergeometric --permutations "$permutations" \
     --out "$results/nrprec.csv"
 step "pair histograms, JSD, Recall@K, MAP@R" \
     python pairs.py "$results"/*/fold*/emb.npy --label "$label" --out "$results/pairs.csv" \

@@ -34,14 +34,14 @@ SEEN = "bg_color_hue, seen"  # where saturation and value of the background leav
 COLUMNS = ("question", "what", "share", "loss", "property", "value", "low", "high", "p", "n")
 
 
-def jackknife(embeddings, labels):
-    """NR-Prec of each column of all pictures and without each group: {name: float64 (1 + GROUPS,)}.
+def jackknife(embeddings, labels, groups=GROUPS):
+    """NR-Prec of each column of all pictures and without each group: {name: float64 (1 + groups,)}.
 
     embeddings (n, m); labels {name: (n,)}; picture i is in group i % GROUPS. Hypergeometric null.
     """
     n = len(embeddings)
-    values = {name: np.empty(1 + GROUPS) for name in labels}
-    for k in range(1 + GROUPS):
+    values = {name: np.empty(1 + groups) for name in labels}
+    for k in range(1 + groups):
         rows = np.flatnonzero(np.arange(n) % GROUPS != k - 1)
         scores = nr_precision(embeddings[rows], {name: column[rows] for name, column in labels.items()},
                               null="hypergeometric")
@@ -190,7 +190,7 @@ def outside(folder, before, after):
 
 def clustered(path, columns):
     """Question 4: is a column that is in no picture called one that the embedding clusters by (p < 0.05)?"""
-    scores = nr_precision(np.load(path), columns, null="hypergeometric", permutations=199)
+    scores = nr_precision(np.load(path), columns, null="hypergeometric", permutations=99)
     return [score.p_value < 0.05 for score in scores.values()]
 
 
@@ -217,7 +217,8 @@ def answers(folder, number=1000):
         for i, ((slug, fold), path) in enumerate(networks.items(), 1):
             print(f"\rstudy.py: {name}, {i} of {len(networks)} networks", end="", file=sys.stderr)
             extra = own.get(slug, {}) if "hue" in name and fold == "fold0" else {}
-            scores[name][slug, fold] = jackknife(np.load(path), {**labels, **extra})
+            groups = GROUPS if "hue" in name else 0
+            scores[name][slug, fold] = jackknife(np.load(path), {**labels, **extra}, groups)
             if name == "hue0" and extra:
                 false += clustered(path, extra)
     print(file=sys.stderr)
@@ -233,7 +234,7 @@ def answers(folder, number=1000):
         if name in sets and other in sets:
             rows += spread(at[other], at[name], labels) if name == "frozen" else []
             rows += [(5, f"NR-Prec, {where}", int(other.removeprefix("hue")), slug, key, at[where][slug][key],
-                      *interval(scores[where][slug, "fold0"][key])[1:3], "", 1)
+                      "", "", "", 1)
                      for where in (name, other) for slug in sorted(set(at[name]) & set(at[other]))
                      for key in ("model", PLANTED)]
     return rows
