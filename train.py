@@ -39,7 +39,6 @@ import importlib.util
 import json
 import math
 import os
-import shutil
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -222,21 +221,6 @@ def mean_loss(criterion, miner, embeddings, labels, batches):
 def seed_of(*numbers):
     """One seed of torch's generator from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def feed_features(features, device, seed=0):
-    """feed(batches, epoch): yields (rows, features of them) for each int array of rows.
-
-    features (n, 1 or 2, …): of pictures and, for half of the training, of mirrored ones.
-    """
-    def feed(batches, epoch=None):
-        for rows in batches:
-            side = [0] * len(rows)
-            if epoch is not None and features.shape[1] > 1:
-                side = [np.random.default_rng([seed, epoch, row]).integers(2) for row in rows]
-            yield rows, torch.from_numpy(features[rows, side]).to(device)
-
-    return feed
 
 
 # ---------------------------------------------------------------- the command: pictures, and one network
@@ -496,7 +480,7 @@ class Run:
 
     def write(self, diverged=None):
         """The files of a run that has ended. embedder_best.pth is the last: with it there is a network."""
-        from dml_common import command
+        from dml_common import checkpoints, command
         from dml_common.files import write_table
         write_table(self.folder / "history.csv", HEADER, self.history)
         header = ["epoch", "split", "bins", "low", "high", "positive", "negative"]
@@ -507,31 +491,14 @@ class Run:
             self.write_config(diverged=diverged)
             command.say(f"{self.name} diverged in {diverged}; it has no network, the others go on")
         else:
-            self.write_network()
+            cut = None if self.config["frozen_trunk"] else "train_from" in self.config
+            checkpoints.write_trained(self.folder, on_cpu(self.network), cut)
         self.tidy()
 
     def tidy(self):
         """Remove what a run that has ended needed to continue, and what a kill left of it half-written."""
         for path in self.folder.glob("*checkpoint.pth*"):
             path.unlink(missing_ok=True)
-
-    def write_network(self):
-        from dml_common.checkpoints import read_state, write_state
-        state, trunk = on_cpu(self.network), self.folder / "trunk_best.pth"
-        common = self.folder.parent.parent / "trunk.pth"
-        if self.config["frozen_trunk"]:  # one file: other scripts see the same bytes and share its work
-            trunk.unlink(missing_ok=True)
-            try:
-                os.link(common, trunk)
-            except OSError:
-                shutil.copyfile(common, trunk)
-        else:
-            whole = read_state(common) if "train_from" in self.config else {}
-            whole.update({name[2:]: value for name, value in state.items() if name.startswith("0.")})
-            write_state(trunk, whole)
-            state = {name[2:]: value for name, value in state.items() if name.startswith("1.")}
-        write_state(self.folder / "embedder_best.pth", state)
-
 
 def on_cpu(module):
     return {name: tensor.cpu().clone() for name, tensor in module.state_dict().items()}
@@ -639,7 +606,7 @@ def add_test(dataset, labels, label, args):
     from dml_common import pictures
     other = pictures.open_dataset(args.test, args.data_root)
     if other.folder.resolve() == dataset.folder.resolve():
-        raise ValueError(f"--test {args.test} is the data set itself; without --test a part of it is held out")
+        raise ValueError(f"--test {args.test} is the data set itself; without it a part of it is held out")
     more, _ = pictures.labels_of(other, None, label)
     refuse_without_pairs(more, f"--test {args.test}")
     both = {name: [*getattr(dataset, name), *getattr(other, name)] for name in ("paths", "relative")}
@@ -776,7 +743,7 @@ def main(argv=None):
                 shape = (2, *head(torch.zeros(1, *size)).shape[1:])
             features = cut.cached(head, shape, trunk, todo[0].config, dataset, args, device, home)
             features = features if tail else np.array(features)[:, None]
-            feed, trunk = feed_features(features, device, args.seed), tail
+            feed, trunk = cut.feed(features, device, args.seed), tail
             if device.type == "cpu" and args.freeze_trunk:
                 torch.set_num_threads(1)  # for matrices this small a second thread costs more than it saves
         mine, team = todo, (rank, ranks)

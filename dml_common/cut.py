@@ -44,6 +44,21 @@ def cached(head, shape, trunk, config, dataset, args, device, home):
     return files.read_array(path)
 
 
+def feed(features, device, seed=0):
+    """A function (batches, epoch) that yields (rows, features of them) for each int array of rows.
+
+    features (n, 1 or 2, …): of pictures and, for half of the training, of mirrored ones.
+    """
+    def give(batches, epoch=None):
+        for rows in batches:
+            side = [0] * len(rows)
+            if epoch is not None and features.shape[1] > 1:
+                side = [np.random.default_rng([seed, epoch, row]).integers(2) for row in rows]
+            yield rows, torch.from_numpy(features[rows, side]).to(device)
+
+    return give
+
+
 class Skipped(nn.Module):
     """Zeros of the shape that a module gives, in place of one that need not run."""
 
