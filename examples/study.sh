@@ -15,7 +15,7 @@ seeds=${SEEDS:-1 2}               # networks learn at share 0 from each, at the 
 shares=${SHARES:-25 50 90}        # per cent of the training frames whose bg_color_hue follows from the model
 from=${FROM:-network._blocks.12}  # what is before this block of EfficientNet-Lite0 stays as ImageNet left it
 epochs=${EPOCHS:-8}
-rates=${RATES:-1e-4 3e-4 1e-3}
+rates=${RATES:-1e-4 3e-4 1e-3 3e-3}
 few=${FEW:-Contrastive,Triplet,CosFace,Normalized Softmax}  # for the rate, and for whole networks
 frames=${FRAMES:-1900} tests=${TESTS:-1080}
 jobs=${JOBS:-$(nproc)}            # one-thread processes side by side: they share the networks, the pictures
@@ -105,7 +105,7 @@ for share in $(printf '%s\n' $shares | sort -rn); do
 done
 
 stage rate "the learning rate, by validation MAP@R of ${few//,/, }" \
-    $((4 * 3 * 3 * frames * 7 / 1000))
+    $((4 * 4 * 3 * frames * 7 / 1000))
 if [ ! -f "$study/rate" ]; then
     for rate in $rates; do
         learn cars_hue0 "$few" --train-from "$from" --lr "$rate" --models "$study/rates/$rate" --epochs 3
