@@ -262,7 +262,7 @@ def ship(folder, out):
         copy(folder / "cars_test" / name, out / "cars_test" / name)
     arrays, networks = "results/*/cars_test/*/fold*/", "*/trained/*/*/fold*/"
     patterns = (f"{arrays}*.npy", f"{arrays}*.json", "results/*/cars_test/props.csv",
-                "results/hue90/cars_test/masks.csv", f"{networks}*.csv", f"{networks}config.json")
+                "results/hue*/cars_test/masks.csv", f"{networks}*.csv", f"{networks}config.json")
     kept = {path for pattern in patterns for path in folder.glob(pattern)}
     for path in sorted(kept):
         target = out / path.relative_to(folder)
