@@ -500,6 +500,7 @@ class Run:
         for path in self.folder.glob("*checkpoint.pth*"):
             path.unlink(missing_ok=True)
 
+
 def on_cpu(module):
     return {name: tensor.cpu().clone() for name, tensor in module.state_dict().items()}
 
@@ -603,11 +604,13 @@ def parse(argv):
 
 def add_test(dataset, labels, label, args):
     """A data set and its labels with the pictures and labels of --test behind them."""
-    from dml_common import pictures
+    from dml_common import command, pictures
     other = pictures.open_dataset(args.test, args.data_root)
     if other.folder.resolve() == dataset.folder.resolve():
         raise ValueError(f"--test {args.test} is the data set itself; without it a part of it is held out")
-    more, _ = pictures.labels_of(other, None, label)
+    more, _ = pictures.labels_of(other, None, label, notes := [*other.notes])
+    for note in notes:
+        command.say(note)
     refuse_without_pairs(more, f"--test {args.test}")
     both = {name: [*getattr(dataset, name), *getattr(other, name)] for name in ("paths", "relative")}
     return dataset._replace(**both), np.concatenate([labels, labels.max() + 1 + more])
@@ -736,14 +739,9 @@ def main(argv=None):
         workers = args.workers or min(16, command.available_cpus())
         feed = feed_pictures(dataset.paths, network.preprocessing, device, workers, args.seed, args.crop)
         if args.freeze_trunk or args.train_from:
-            home, head, tail, shape = todo[0].folder.parent.parent, trunk, None, (width,)
-            if args.train_from:
-                size = (3, *pictures.input_size(network.preprocessing))
-                head, tail = cut.cut(trunk, args.train_from, size)
-                shape = (2, *head(torch.zeros(1, *size)).shape[1:])
-            features = cut.cached(head, shape, trunk, todo[0].config, dataset, args, device, home)
-            features = features if tail else np.array(features)[:, None]
-            feed, trunk = cut.feed(features, device, args.seed), tail
+            home = todo[0].folder.parent.parent
+            features, trunk = cut.cached(trunk, width, todo[0].config, dataset, args, device, home)
+            feed = cut.feed(features, device, args.seed)
             if device.type == "cpu" and args.freeze_trunk:
                 torch.set_num_threads(1)  # for matrices this small a second thread costs more than it saves
         mine, team = todo, (rank, ranks)
