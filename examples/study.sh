@@ -32,7 +32,7 @@ stage() {  # stage NAME "what it does" "seconds of one core"
         "$1" "$2" $(($3 / 60 / jobs + 1)) "$jobs" "$(date +%H:%M)"
 }
 
-share() {  # the same command JOBS times: its processes divide the work among themselves
+together() {  # the same command JOBS times: its processes divide the work among themselves
     local pids=() status=0 pid
     for ((i = 0; i < jobs; i++)); do
         "$@" & pids+=($!)
@@ -46,7 +46,7 @@ share() {  # the same command JOBS times: its processes divide the work among th
 learn() {  # learn DATASET LOSSES option …
     local dataset=$1 loss=$2
     shift 2
-    share python train.py --dataset "$study/$dataset" --test "$study/cars_test" --loss "$loss" --label model \
+    together python train.py --dataset "$study/$dataset" --test "$study/cars_test" --loss "$loss" --label model \
         --split default --model efficientnet_lite0 --input-size 128 --dim 64 --epochs "$epochs" \
         --train-sample 300 --device "$device" "$@" > "$study/log/train.txt"
 }
@@ -80,7 +80,7 @@ END
 
 analyse() {  # analyse NAME MODELS TRAINED-ON: embeddings of the test cars, NR-Prec, pairs
     local out=$study/results/$1
-    share python embed.py --dataset "$study/cars_test" --trained-on "$3" --loss all --fold all \
+    together python embed.py --dataset "$study/cars_test" --trained-on "$3" --loss all --fold all \
         --models "$study/$2" --device "$device" --out "$out"
     OMP_NUM_THREADS=$jobs python nrprec.py "$out"/cars_test/*/fold*/emb.npy --null hypergeometric \
         --permutations 2000 --out "$out/cars_test/nrprec.csv" > "$study/log/nrprec_$1.txt"
@@ -88,12 +88,11 @@ analyse() {  # analyse NAME MODELS TRAINED-ON: embeddings of the test cars, NR-P
         --out "$out/cars_test/pairs.csv" --histograms "$out/cars_test/histograms.csv" > "$study/log/pairs_$1.txt"
 }
 
-look() {  # look NAME MODELS TRAINED-ON: saliency maps with their ceiling, agreement, masks, tables, page
+look() {  # look NAME MODELS TRAINED-ON: saliency maps with their ceiling
     local out=$study/results/$1
-    share python saliency.py --dataset "$study/cars_test" --trained-on "$3" --loss all --fold 0 \
+    together python saliency.py --dataset "$study/cars_test" --trained-on "$3" --loss all --fold 0 \
         --limit "$pictures" --samples "$samples" --order released --shared-noise --ceiling --map-size 28 --models "$study/$2" \
         --device "$device" --out "$out"
-    python compare.py --dataset "$study/cars_test" --results "$out" --masks --embeddings
 }
 
 stage pictures "60 bodies, $frames frames at shares 0, $shares; $tests test frames" $(((frames * 2 + tests) * 6 / 10))
@@ -127,29 +126,35 @@ END
 fi
 rate=$(cat "$study/rate")
 
-networks=$((losses * ($(wc -w <<< "$seeds") + $(wc -w <<< "$shares"))))
+networks=$((losses * (1 + $(wc -w <<< "$shares"))))
 stage train "$networks networks from $from on, learning rate $rate" $((networks * epochs * frames * 7 / 1000))
-for seed in $seeds; do
-    learn cars_hue0 "$all,None" --train-from "$from" --lr "$rate" --seed "$seed" --models "$study/models"
-    [ "$seed" = "$first" ] || continue
-    for share in $(printf '%s\n' $shares | sort -rn); do
-        learn "cars_hue$share" "$all,None" --train-from "$from" --lr "$rate" --seed "$seed" \
-            --models "$study/models"
-    done
+for share in 0 $(printf '%s\n' $shares | sort -rn); do
+    learn "cars_hue$share" "$all,None" --train-from "$from" --lr "$rate" --seed "$first" --models "$study/models"
 done
 
 stage frozen "$losses networks on a frozen trunk" 300
 learn cars_hue0 "$all,None" --freeze-trunk --seed "$first" --models "$study/frozen"
 
-stage analysis "embeddings, NR-Prec and pairs of $networks networks" $((networks * tests / 100))
+stage maps "maps of $pictures pictures, $samples copies, twice, of $((losses + 1)) networks at shares 0 and 90" \
+    $((2 * (losses + 1) * pictures * 2 * samples * 2 / 100))
+for share in 0 90; do
+    [[ " 0 $shares " != *" $share "* ]] || look "hue$share" models "cars_hue$share@default"
+done
+
+networks=$((losses * ($(wc -w <<< "$seeds") - 1)))
+stage seeds "$networks networks at share 0 from other seeds" $((networks * epochs * frames * 7 / 1000))
+for seed in $seeds; do
+    learn cars_hue0 "$all,None" --train-from "$from" --lr "$rate" --seed "$seed" --models "$study/models"
+done
+
+stage analysis "embeddings of the test cars, NR-Prec, pairs" $((losses * ($(wc -w <<< "$seeds $shares") + 1) * tests / 80))
 for share in 0 $shares; do
     analyse "hue$share" models "cars_hue$share@default"
 done
 analyse frozen frozen cars_hue0@default
-stage maps "maps of $pictures pictures, $samples copies, twice, of $((losses + 1)) networks at shares 0 and 90" \
-    $((2 * (losses + 1) * pictures * 2 * samples * 3 / 100))
 for share in 0 90; do
-    [[ " 0 $shares " != *" $share "* ]] || look "hue$share" models "cars_hue$share@default"
+    [[ " 0 $shares " != *" $share "* ]] || python compare.py --dataset "$study/cars_test" \
+        --results "$study/results/hue$share" --masks --embeddings
 done
 
 if [ -n "${WHOLE-yes}" ]; then
