@@ -46,12 +46,12 @@ together() {  # the same command JOBS times: its processes divide the work among
 learn() {  # learn DATASET LOSSES option …
     local dataset=$1 loss=$2
     shift 2
-    together python train.py --dataset "$study/$dataset" --test "$study/cars_test" --loss "$loss" --label model \
-        --split default --model efficientnet_lite0 --input-size 128 --dim 64 --epochs "$epochs" \
-        --train-sample 300 --device "$device" "$@" > "$study/log/train.txt"
+    together python train.py --dataset "$study/$dataset" --test "$study/cars_test" --loss "$loss" \
+        --label model --split default --model efficientnet_lite0 --input-size 128 --dim 64 \
+        --epochs "$epochs" --train-sample 300 --device "$device" "$@" > "$study/log/train.txt"
 }
 
-cars() {  # cars NAME option …: rendered, but for the frames that an earlier set has with the same properties
+cars() {  # cars NAME option …: rendered, but for frames that an earlier set has with the same properties
     local name=$1
     shift
     [ ! -f "$study/$name.done" ] || return 0
@@ -85,22 +85,25 @@ analyse() {  # analyse NAME MODELS TRAINED-ON: embeddings of the test cars, NR-P
     OMP_NUM_THREADS=$jobs python nrprec.py "$out"/cars_test/*/fold*/emb.npy --null hypergeometric \
         --permutations 2000 --out "$out/cars_test/nrprec.csv" > "$study/log/nrprec_$1.txt"
     OMP_NUM_THREADS=$jobs python pairs.py "$out"/cars_test/*/fold*/emb.npy --label model \
-        --out "$out/cars_test/pairs.csv" --histograms "$out/cars_test/histograms.csv" > "$study/log/pairs_$1.txt"
+        --out "$out/cars_test/pairs.csv" --histograms "$out/cars_test/histograms.csv" \
+        > "$study/log/pairs_$1.txt"
 }
 
 look() {  # look NAME MODELS TRAINED-ON: saliency maps with their ceiling
     local out=$study/results/$1
     together python saliency.py --dataset "$study/cars_test" --trained-on "$3" --loss all --fold 0 \
-        --limit "$pictures" --samples "$samples" --order released --shared-noise --ceiling --map-size 28 --models "$study/$2" \
-        --device "$device" --out "$out"
+        --limit "$pictures" --samples "$samples" --order released --shared-noise --ceiling --map-size 28 \
+        --models "$study/$2" --device "$device" --out "$out"
 }
 
-stage pictures "60 bodies, $frames frames at shares 0, $shares; $tests test frames" $(((frames * 2 + tests) * 6 / 10))
+stage pictures "60 bodies, $frames frames at shares 0, $shares; $tests test frames" \
+    $(((frames * 2 + tests) * 6 / 10))
 cars cars_hue0 --frames "0:$frames" --bodies 60
 cars cars_test --frames "0:$tests" --seed 1 --masks \
     --models saloon,coupe,hatchback,suv,pickup,van,body060:body066
 for share in $(printf '%s\n' $shares | sort -rn); do
-    cars "cars_hue$share" --frames "0:$frames" --bodies 60 --depend "bg_color_hue=model:$(printf '0.%02d' "$share")"
+    cars "cars_hue$share" --frames "0:$frames" --bodies 60 \
+        --depend "bg_color_hue=model:$(printf '0.%02d' "$share")"
 done
 
 stage rate "the learning rate, by validation MAP@R of ${few//,/, }" \
@@ -129,13 +132,14 @@ rate=$(cat "$study/rate")
 networks=$((losses * (1 + $(wc -w <<< "$shares"))))
 stage train "$networks networks from $from on, learning rate $rate" $((networks * epochs * frames * 7 / 1000))
 for share in 0 $(printf '%s\n' $shares | sort -rn); do
-    learn "cars_hue$share" "$all,None" --train-from "$from" --lr "$rate" --seed "$first" --models "$study/models"
+    learn "cars_hue$share" "$all,None" --train-from "$from" --lr "$rate" --seed "$first" \
+        --models "$study/models"
 done
 
 stage frozen "$losses networks on a frozen trunk" 300
 learn cars_hue0 "$all,None" --freeze-trunk --seed "$first" --models "$study/frozen"
 
-stage maps "maps of $pictures pictures, $samples copies, twice, of $((losses + 1)) networks at shares 0 and 90" \
+stage maps "$pictures pictures, $samples copies, twice, of $((losses + 1)) networks at shares 0 and 90" \
     $((2 * (losses + 1) * pictures * 2 * samples * 2 / 100))
 for share in 0 90; do
     [[ " 0 $shares " != *" $share "* ]] || look "hue$share" models "cars_hue$share@default"
@@ -147,7 +151,8 @@ for seed in $seeds; do
     learn cars_hue0 "$all,None" --train-from "$from" --lr "$rate" --seed "$seed" --models "$study/models"
 done
 
-stage analysis "embeddings of the test cars, NR-Prec, pairs" $((losses * ($(wc -w <<< "$seeds $shares") + 1) * tests / 80))
+stage analysis "embeddings of the test cars, NR-Prec, pairs" \
+    $((losses * ($(wc -w <<< "$seeds $shares") + 1) * tests / 80))
 for share in 0 $shares; do
     analyse "hue$share" models "cars_hue$share@default"
 done
@@ -174,5 +179,5 @@ done
 python examples/study.py "$study" --out "$study/answers"
 python figures.py "$study/results/hue0/cars_test" --models "$study/models" --dataset "$study/cars_test" \
     --out "$study/figures"
-python report.py "$study/results/hue0/cars_test" --tables "$study/results/hue0/tables" --figures "$study/figures" \
-    --dataset "$study/cars_test" --models "$study/models" --out "$study/report.html"
+python report.py "$study/results/hue0/cars_test" --tables "$study/results/hue0/tables" \
+    --figures "$study/figures" --dataset "$study/cars_test" --models "$study/models" --out "$study/report.html"
