@@ -180,4 +180,5 @@ python examples/study.py "$study" --out "$study/answers"
 python figures.py "$study/results/hue0/cars_test" --models "$study/models" --dataset "$study/cars_test" \
     --out "$study/figures"
 python report.py "$study/results/hue0/cars_test" --tables "$study/results/hue0/tables" \
-    --figures "$study/figures" --dataset "$study/cars_test" --models "$study/models" --out "$study/report.html"
+    --figures "$study/figures" --dataset "$study/cars_test" --models "$study/models" \
+    --out "$study/report.html"
