@@ -89,11 +89,12 @@ analyse() {  # analyse NAME MODELS TRAINED-ON: embeddings of the test cars, NR-P
         > "$study/log/pairs_$1.txt"
 }
 
-look() {  # look NAME MODELS TRAINED-ON: saliency maps with their ceiling
-    local out=$study/results/$1
-    together python saliency.py --dataset "$study/cars_test" --trained-on "$3" --loss all --fold 0 \
-        --limit "$pictures" --samples "$samples" --order released --shared-noise --ceiling --map-size 28 \
-        --models "$study/$2" --device "$device" --out "$out"
+look() {  # look NAME LOSSES option …: saliency maps of test cars, with their ceiling
+    local name=$1 loss=$2
+    shift 2
+    together python saliency.py --dataset "$study/cars_test" --trained-on "cars_$name@default" --loss "$loss" \
+        --fold 0 --limit "$pictures" --samples "$samples" --order released --shared-noise --ceiling \
+        --map-size 28 --models "$study/models" --device "$device" --out "$study/results/$name" "$@"
 }
 
 stage pictures "60 bodies, $frames frames at shares 0, $shares; $tests test frames" \
@@ -142,8 +143,9 @@ learn cars_hue0 "$all,None" --freeze-trunk --seed "$first" --models "$study/froz
 stage maps "$pictures pictures, $samples copies, twice, of $((losses + 1)) networks at shares 0 and 90" \
     $((2 * (losses + 1) * pictures * 2 * samples * 2 / 100))
 for share in 0 90; do
-    [[ " 0 $shares " != *" $share "* ]] || look "hue$share" models "cars_hue$share@default"
+    [[ " 0 $shares " != *" $share "* ]] || look "hue$share" all
 done
+look hue0 "$few,None" --faithfulness
 
 networks=$((losses * ($(wc -w <<< "$seeds") - 1)))
 stage seeds "$networks networks at share 0 from other seeds" $((networks * epochs * frames * 7 / 1000))
