@@ -26,6 +26,7 @@ from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from dml_common import command  # noqa: E402
 from nrprec import nr_precision  # noqa: E402
 
 GROUPS = 20
@@ -163,8 +164,8 @@ def spread(trained, frozen, names, seed=0):
                          len(slugs)))
         a, b = both[:, draws].std(axis=-1, ddof=1)
         ratio = both.std(axis=-1, ddof=1)
-        rows.append((5, "ratio of deviations", 0, "", name, ratio[0] / ratio[1],
-                     *np.quantile(a / b, [0.025, 0.975]), "", len(slugs)))
+        low, high = np.quantile(a[b > 0] / b[b > 0], [0.025, 0.975])
+        rows.append((5, "ratio of deviations", 0, "", name, ratio[0] / ratio[1], low, high, "", len(slugs)))
         test = stats.kendalltau(*both)
         rows.append((5, "tau of the losses' order", 0, "", name, test.statistic, "", "", test.pvalue,
                      len(slugs)))
@@ -211,17 +212,16 @@ def answers(folder, number=1000):
     slugs = sorted({slug for slug, _ in sets["hue0"]} - {"none"})
     chance = random_columns(labels, number)
     own = {slug: {name: chance[name] for name in list(chance)[i::len(slugs)]} for i, slug in enumerate(slugs)}
-    scores, false = {}, []
-    for name, networks in sets.items():
-        scores[name] = {}
-        for i, ((slug, fold), path) in enumerate(networks.items(), 1):
-            print(f"\rstudy.py: {name}, {i} of {len(networks)} networks", end="", file=sys.stderr)
+    scores, false = {name: {} for name in sets}, []
+    work = [(name, *key, path) for name, networks in sets.items() for key, path in networks.items()]
+    with command.bar(len(work), "study", " networks") as bar:
+        for name, slug, fold, path in work:
             extra = own.get(slug, {}) if "hue" in name and fold == "fold0" else {}
             groups = GROUPS if "hue" in name else 0
             scores[name][slug, fold] = jackknife(np.load(path), {**labels, **extra}, groups)
             if name == "hue0" and extra:
                 false += clustered(path, extra)
-    print(file=sys.stderr)
+            bar.update()
     at = {name: {slug: {key: float(values[0]) for key, values in one.items()}
                  for (slug, fold), one in scores[name].items() if fold == "fold0"} for name in sets}
     hues = {int(name.removeprefix("hue")): one for name, one in scores.items() if name.startswith("hue")}
@@ -281,36 +281,63 @@ def ship(folder, out):
     (out / "SHA256SUMS").write_text("".join(lines))
 
 
-def draw(rows, path):
-    """The picture of docs/study.md: the planted property's response to its dose, and its controls."""
+def draw(rows, folder, path, picture=0):
+    """The picture of docs/study.md: the planted property's response to its dose, all others, and some maps."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure = pyplot.figure(figsize=(11, 6.2), layout="constrained")
+    above, below = figure.subfigures(2, height_ratios=(3.8, 2))
+    left, right = above.subplots(1, 2)
+    draw_dose(left, [row for row in rows if row[1] == "change" and row[4] == PLANTED])
+    draw_means(right, [row for row in rows if row[1] == "mean change" and row[4] != SEEN])
+    draw_maps(below, folder, picture)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+
+
+def draw_dose(axes, changes):
+    """A line a loss: the change of its NR-Prec of the planted property against the share."""
     kinds = {row["slug"]: row["type"] for row in read_rows(ROOT / "models" / "losses.csv")}
-    changes = [row for row in rows if row[1] == "change" and row[4] == PLANTED]
     styles = {"ranking": ("#0072B2", "o", "-"), "classification": ("#D55E00", "s", "--")}
     for slug in sorted({row[3] for row in changes}):
         colour, marker, dash = styles[kinds[slug]]
         points = [(0, 0), *((row[2], row[5]) for row in changes if row[3] == slug)]
-        left.plot(*zip(*points), dash, color=colour, marker=marker, markersize=3, linewidth=0.8, alpha=0.7)
+        axes.plot(*zip(*points), dash, color=colour, marker=marker, markersize=3, linewidth=0.8, alpha=0.7)
     for kind, (colour, marker, dash) in styles.items():
-        left.plot([], [], dash, color=colour, marker=marker, label=f"{kind} losses")
-    left.axhline(0, color="black", linewidth=0.6)
-    left.set(xlabel="share of training frames whose background follows the model, %",
-             ylabel="change of NR-Prec of bg_color_hue", title="Dose and response of the planted shortcut")
-    left.legend(frameon=False)
-    means = [row for row in rows if row[1] == "mean change" and row[4] != SEEN]
+        axes.plot([], [], dash, color=colour, marker=marker, label=f"{kind} losses")
+    axes.axhline(0, color="black", linewidth=0.6)
+    axes.set(xlabel="training cars whose background's hue follows the model, %",
+             ylabel="change of NR-Prec of bg_color_hue", title="A planted shortcut: dose and response")
+    axes.legend(frameon=False)
+
+
+def draw_means(axes, means):
+    """The mean change of every property at the largest share, with its interval over the losses."""
     top = max(row[2] for row in means)
     means = sorted((row for row in means if row[2] == top), key=lambda row: row[5])
     for i, row in enumerate(means):
         colour = "#D55E00" if row[4] == PLANTED else "#555555"
         margin = [[row[5] - row[6]], [row[7] - row[5]]]
-        right.errorbar(row[5], i, xerr=margin, fmt="o", color=colour, capsize=3)
-    right.axvline(0, color="black", linewidth=0.6)
-    right.set_yticks(range(len(means)), [row[4] for row in means])
-    right.set(xlabel="mean change over the losses, 95 % interval", title=f"All properties at {top} %")
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+        axes.errorbar(row[5], i, xerr=margin, fmt="o", color=colour, capsize=3)
+    axes.axvline(0, color="black", linewidth=0.6)
+    axes.set_yticks(range(len(means)), [row[4] for row in means])
+    axes.set(xlabel="mean change of NR-Prec over the losses, 95 % interval", title=f"All properties at {top} %")
+
+
+def draw_maps(figure, folder, picture):
+    """One test car and its saliency maps by networks of shares 0 and 90."""
+    from PIL import Image
+    shown = [(name, slug) for slug in ("none", "triplet", "normalized_softmax") for name in ("hue0", "hue90")
+             if (folder / "results" / name / "cars_test" / slug / "fold0" / "maps.npy").exists()]
+    panels = figure.subplots(1, 1 + len(shown), squeeze=False)[0]
+    panels[0].imshow(Image.open(sorted(folder.glob("cars_test/images/*"))[picture]))
+    panels[0].set_title("test car", fontsize=9)
+    for axes, (name, slug) in zip(panels[1:], shown):
+        maps = np.load(folder / "results" / name / "cars_test" / slug / "fold0" / "maps.npy")
+        axes.imshow(maps[picture].astype(float), cmap="magma", vmin=0, vmax=1)
+        axes.set_title(f"{slug.replace('_', ' ')}, {name.removeprefix('hue')} %", fontsize=9)
+    for axes in panels:
+        axes.set_axis_off()
 
 
 def main():
@@ -333,7 +360,7 @@ def main():
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         writer.writerows([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows)
-    draw(rows, args.out / "study.png")
+    draw(rows, args.folder, args.out / "study.png")
 
 
 if __name__ == "__main__":
