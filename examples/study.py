@@ -282,7 +282,7 @@ def ship(folder, out):
 
 
 def draw(rows, folder, path, picture=0):
-    """The picture of docs/study.md: the planted property's response to its dose, all others, and some maps."""
+    """The picture of docs/study.md: the planted property's response to its dose, all others, some maps."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -321,13 +321,14 @@ def draw_means(axes, means):
         axes.errorbar(row[5], i, xerr=margin, fmt="o", color=colour, capsize=3)
     axes.axvline(0, color="black", linewidth=0.6)
     axes.set_yticks(range(len(means)), [row[4] for row in means])
-    axes.set(xlabel="mean change of NR-Prec over the losses, 95 % interval", title=f"All properties at {top} %")
+    axes.set(xlabel="mean change of NR-Prec, 95 % interval over losses", title=f"All properties at {top} %")
 
 
 def draw_maps(figure, folder, picture):
     """One test car and its saliency maps by networks of shares 0 and 90."""
     from PIL import Image
-    shown = [(name, slug) for slug in ("none", "triplet", "normalized_softmax") for name in ("hue0", "hue90")
+    pairs = [(name, slug) for slug in ("triplet", "normalized_softmax") for name in ("hue0", "hue90")]
+    shown = [(name, slug) for name, slug in [("hue0", "none"), *pairs]
              if (folder / "results" / name / "cars_test" / slug / "fold0" / "maps.npy").exists()]
     panels = figure.subplots(1, 1 + len(shown), squeeze=False)[0]
     panels[0].imshow(Image.open(sorted(folder.glob("cars_test/images/*"))[picture]))
@@ -335,7 +336,8 @@ def draw_maps(figure, folder, picture):
     for axes, (name, slug) in zip(panels[1:], shown):
         maps = np.load(folder / "results" / name / "cars_test" / slug / "fold0" / "maps.npy")
         axes.imshow(maps[picture].astype(float), cmap="magma", vmin=0, vmax=1)
-        axes.set_title(f"{slug.replace('_', ' ')}, {name.removeprefix('hue')} %", fontsize=9)
+        title = f"{slug.replace('_', ' ')}\n{name.removeprefix('hue')} %"
+        axes.set_title("before training" if slug == "none" else title, fontsize=9)
     for axes in panels:
         axes.set_axis_off()
 
