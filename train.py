@@ -9,6 +9,7 @@ Output: models/trained/<dataset>[@<split>]/<slug>/fold<k>[.seed<s>]/ (a split or
     python train.py --dataset cars196                    # Oi et al. 2022: all their settings are the defaults
     python train.py --dataset cars196 --split random --seed 2            # beside it: cars196@random, .seed2
     python train.py --dataset cars196 --recipe musgrave --loss all --fold all      # as the published networks
+    python train.py --dataset cars_train --test cars_test --loss all      # learns from one, tested on another
     python train.py --dataset examples/cars --model efficientnet_lite0 --dim 128 --freeze-trunk --loss all
     torchrun --nproc-per-node 4 train.py --dataset cars196 --precision bf16
 
@@ -22,6 +23,7 @@ the exit status is 3. Where the paper states nothing docs/train.md says what is 
                    rest validates (the default for rendered sets, whose six models no split by class survives)
          folds     the second half of the classes is tested; of the first half's four runs fold k validates on
                    the one before run k and trains on the others (the published Test50_50_Partitions4_k)
+With --test the classes (or pictures) are split into training and validation alone, 5:1 (9:1).
 """
 if __name__ == "__main__":  # before torch is imported: Ctrl-C ends in one line from here on
     import sys
@@ -37,7 +39,6 @@ import importlib.util
 import json
 import math
 import os
-import shutil
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -76,10 +77,11 @@ OPTIONS = ("epochs", "batch", "per_class", "lr", "loss_lr", "weight_decay", "sch
 # ---------------------------------------------------------------- which pictures, in which batches
 
 
-def split_rows(labels, kind, fold=0, seed=1):
+def split_rows(labels, kind, fold=0, seed=1, test=True):
     """The rows of the training, the validation and the test part, ascending: three int arrays.
 
     labels (n,): classes, in the data set's order when sorted. kind: default, random, folds or pictures.
+    test: is a part held out for it? If not, a sixth of the classes or a tenth of the pictures validates.
     Raises ValueError when a part has no positive or no negative pair.
     """
     labels = np.asarray(labels)
@@ -90,9 +92,12 @@ def split_rows(labels, kind, fold=0, seed=1):
     if c in (1, n):
         raise ValueError(f"the {n:,} labels are {'one class' if c == 1 else 'all distinct'}; choose a label "
                          "with several values of several pictures each")
+    if kind == "folds" and not test:
+        raise ValueError("--split folds tests half of the classes; for another data set's test take --split "
+                         "default, random or pictures")
     if kind == "pictures":  # class by class, shuffled, dealt to the quarters; of the rest a tenth, in pairs
         order = np.lexsort((np.random.default_rng(seed).permutation(n), number))
-        held_out = np.arange(n) % FOLDS == fold
+        held_out = (np.arange(n) % FOLDS == fold) & test
         rest = order[~held_out]
         tenth = np.arange(len(rest)) % 20 >= 18
         parts = rest[~tenth], rest[tenth], order[held_out]
@@ -103,10 +108,10 @@ def split_rows(labels, kind, fold=0, seed=1):
             ring, train = np.roll(turn[:half], -(fold * half // FOLDS)), half - c // 8
             of_classes = ring[:train], ring[train:], turn[half:]
         else:
-            train, test = round(0.4 * c), round(0.5 * c)
-            of_classes = turn[:train], turn[train:c - test], turn[c - test:]
+            train, tested = (round(0.4 * c), round(0.5 * c)) if test else (round(5 / 6 * c), 0)
+            of_classes = turn[:train], turn[train:c - tested], turn[c - tested:]
         parts = [np.flatnonzero(np.isin(number, chosen)) for chosen in of_classes]
-    for name, rows in zip(("training", "validation", "test"), parts):
+    for name, rows in zip(("training", "validation", "test")[:2 + test], parts):
         what = f"split {kind} of {n:,} pictures in {c:,} classes: the {name} part"
         refuse_without_pairs(labels[rows], what)
     return tuple(np.sort(rows) for rows in parts)
@@ -216,21 +221,6 @@ def mean_loss(criterion, miner, embeddings, labels, batches):
 def seed_of(*numbers):
     """One seed of torch's generator from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def feed_features(features, device, seed=0):
-    """feed(batches, epoch): yields (rows, features of them) for each int array of rows.
-
-    features (n, 1 or 2, …): of pictures and, for half of the training, of mirrored ones.
-    """
-    def feed(batches, epoch=None):
-        for rows in batches:
-            side = [0] * len(rows)
-            if epoch is not None and features.shape[1] > 1:
-                side = [np.random.default_rng([seed, epoch, row]).integers(2) for row in rows]
-            yield rows, torch.from_numpy(features[rows, side]).to(device)
-
-    return feed
 
 
 # ---------------------------------------------------------------- the command: pictures, and one network
@@ -490,7 +480,7 @@ class Run:
 
     def write(self, diverged=None):
         """The files of a run that has ended. embedder_best.pth is the last: with it there is a network."""
-        from dml_common import command
+        from dml_common import checkpoints, command
         from dml_common.files import write_table
         write_table(self.folder / "history.csv", HEADER, self.history)
         header = ["epoch", "split", "bins", "low", "high", "positive", "negative"]
@@ -501,30 +491,14 @@ class Run:
             self.write_config(diverged=diverged)
             command.say(f"{self.name} diverged in {diverged}; it has no network, the others go on")
         else:
-            self.write_network()
+            cut = None if self.config["frozen_trunk"] else "train_from" in self.config
+            checkpoints.write_trained(self.folder, on_cpu(self.network), cut)
         self.tidy()
 
     def tidy(self):
         """Remove what a run that has ended needed to continue, and what a kill left of it half-written."""
         for path in self.folder.glob("*checkpoint.pth*"):
             path.unlink(missing_ok=True)
-
-    def write_network(self):
-        from dml_common.checkpoints import read_state, write_state
-        state, trunk = on_cpu(self.network), self.folder / "trunk_best.pth"
-        common = self.folder.parent.parent / "trunk.pth"
-        if self.config["frozen_trunk"]:  # one file: other scripts see the same bytes and share its work
-            trunk.unlink(missing_ok=True)
-            try:
-                os.link(common, trunk)
-            except OSError:
-                shutil.copyfile(common, trunk)
-        else:
-            whole = read_state(common) if "train_from" in self.config else {}
-            whole.update({name[2:]: value for name, value in state.items() if name.startswith("0.")})
-            write_state(trunk, whole)
-            state = {name[2:]: value for name, value in state.items() if name.startswith("1.")}
-        write_state(self.folder / "embedder_best.pth", state)
 
 
 def on_cpu(module):
@@ -564,6 +538,7 @@ def parse(argv):
     parser = command.parser(__doc__)
     add = parser.add_argument
     add("--dataset", required=True, metavar="NAME|FOLDER|CSV", help="cars196, cub200, sop, a folder or a CSV")
+    add("--test", metavar="NAME|FOLDER|CSV", help="test on another data set's pictures, by the same label")
     add("--data-root", metavar="DIR", help="folder of the published data sets (DML_DATA_ROOT, else data/)")
     add("--labels", type=Path, metavar="FILE",
         help="a row for each picture, .csv or .npy (the data set's own classes)")
@@ -627,12 +602,29 @@ def parse(argv):
     return args
 
 
+def add_test(dataset, labels, label, args):
+    """A data set and its labels with the pictures and labels of --test behind them."""
+    from dml_common import command, pictures
+    other = pictures.open_dataset(args.test, args.data_root)
+    if other.folder.resolve() == dataset.folder.resolve():
+        raise ValueError(f"--test {args.test} is the data set itself; without it a part of it is held out")
+    more, _ = pictures.labels_of(other, None, label, notes := [*other.notes])
+    for note in notes:
+        command.say(note)
+    refuse_without_pairs(more, f"--test {args.test}")
+    both = {name: [*getattr(dataset, name), *getattr(other, name)] for name in ("paths", "relative")}
+    return dataset._replace(**both), np.concatenate([labels, labels.max() + 1 + more])
+
+
 def plan(args, dataset, device):
-    """The runs asked for, each with its config.json, and the network that they begin with."""
+    """The runs asked for, each with its config.json, the network that they begin with, and all pictures."""
     from dml_common import command, losses, networks, pictures
     labels, label = pictures.labels_of(dataset, args.labels, args.label, notes := [])
     for note in [*dataset.notes, *notes]:
         command.say(note)
+    n = len(labels)
+    if args.test:
+        dataset, labels = add_test(dataset, labels, label, args)
     usual = "default" if label in ("class", "super_class") else "pictures"
     kind = args.split or usual
     home = args.models / "trained" / (dataset.name if kind == usual else f"{dataset.name}@{kind}")
@@ -644,7 +636,8 @@ def plan(args, dataset, device):
         chosen = networks.wanted_losses(name, None, args.models, more)
         rows += [row for row in chosen if row not in rows and (row["class"] or name != "all")]
     for fold in networks.wanted_folds(args.fold, rows[0], "", args.models):
-        train, validation, test = split_rows(labels, kind, fold, args.seed)
+        train, validation, test = split_rows(labels[:n], kind, fold, args.seed, test=not args.test)
+        test = np.arange(n, len(labels)) if args.test else test
         scored = train
         if 0 < args.train_sample < len(train):
             order = np.random.default_rng([args.seed, fold]).permutation(len(train))
@@ -668,7 +661,9 @@ def plan(args, dataset, device):
         train, _, validation, test = parts[fold].values()
         split = {"kind": kind, "label": label, "seed": args.seed, "pictures": listed, "labels_sha256": digest,
                  "train": len(train), "validation": len(validation)}
-        if [dataset.relative[i] for i in test] != published:
+        if args.test:  # other scripts find it with --trained-on
+            split["tested_on"] = Path(args.test).name
+        elif [dataset.relative[i] for i in test] != published:
             split["test"] = test.tolist()
         parameters = library = None
         if row["class"]:
@@ -693,7 +688,7 @@ def plan(args, dataset, device):
             "versions": versions}
         folder = f"fold{fold}" if args.seed == SEED else f"fold{fold}.seed{args.seed}"
         runs.append(Run(config, row, parts[fold], labels, home / row["slug"] / folder))
-    return runs, network
+    return runs, network, dataset
 
 
 def work(mine, trunk, width, feed, device, team, bar):
@@ -729,7 +724,7 @@ def main(argv=None):
     if "@" in args.dataset and not Path(args.dataset).exists():
         raise ValueError(f"--dataset {args.dataset}: give the name alone, and --split beside it")
     dataset = pictures.open_dataset(args.dataset, args.data_root, "all")
-    runs, network = plan(args, dataset, device)
+    runs, network, dataset = plan(args, dataset, device)
     todo = [run for run in runs if run.progress() in (None, "begun")]
     for run in set(runs) - set(todo):  # ended, but perhaps killed before it had tidied up
         run.tidy()
@@ -750,14 +745,9 @@ def main(argv=None):
         workers = args.workers or min(16, command.available_cpus())
         feed = feed_pictures(dataset.paths, network.preprocessing, device, workers, args.seed, args.crop)
         if args.freeze_trunk or args.train_from:
-            home, head, tail, shape = todo[0].folder.parent.parent, trunk, None, (width,)
-            if args.train_from:
-                size = (3, *pictures.input_size(network.preprocessing))
-                head, tail = cut.cut(trunk, args.train_from, size)
-                shape = (2, *head(torch.zeros(1, *size)).shape[1:])
-            features = cut.cached(head, shape, trunk, todo[0].config, dataset, args, device, home)
-            features = features if tail else np.array(features)[:, None]
-            feed, trunk = feed_features(features, device, args.seed), tail
+            home = todo[0].folder.parent.parent
+            features, trunk = cut.cached(trunk, width, todo[0].config, dataset, args, device, home)
+            feed = cut.feed(features, device, args.seed)
             if device.type == "cpu" and args.freeze_trunk:
                 torch.set_num_threads(1)  # for matrices this small a second thread costs more than it saves
         mine, team = todo, (rank, ranks)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import warnings
 from collections import Counter
 from functools import cache
@@ -122,6 +123,27 @@ def write_state(path, state):
     file = io.BytesIO()
     torch.save(state, file)
     write_file(path, file.getvalue())
+
+
+def write_trained(folder, state, cut):
+    """A trained network's two files; embedder_best.pth is the last: with it there is a network.
+
+    state: of nn.Sequential(trunk, embedder), or of the embedder where the trunk is frozen. cut: whether it is
+    a part of the trunk, None where that is frozen; the whole one lies in trunk.pth, two folders above.
+    """
+    trunk, common = folder / "trunk_best.pth", folder.parent.parent / "trunk.pth"
+    if cut is None:  # one file: other scripts see the same bytes and share its work
+        trunk.unlink(missing_ok=True)
+        try:
+            os.link(common, trunk)
+        except OSError:
+            shutil.copyfile(common, trunk)
+    else:
+        whole = read_state(common) if cut else {}
+        whole.update({name[2:]: value for name, value in state.items() if name.startswith("0.")})
+        write_state(trunk, whole)
+        state = {name[2:]: value for name, value in state.items() if name.startswith("1.")}
+    write_state(folder / "embedder_best.pth", state)
 
 
 @cache

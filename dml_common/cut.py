@@ -10,12 +10,19 @@ from torch.nn.modules.module import register_module_forward_hook
 from dml_common import arrays, checkpoints, files, networks, pictures, rowfile
 
 
-def cached(head, shape, trunk, config, dataset, args, device, home):
-    """What head, a part of trunk, gives: features.npy (n, *shape) in home, made by all processes together.
+def cached(trunk, width, config, dataset, args, device, home):
+    """(features of all pictures, the part of the trunk behind them or None): features.npy in home.
 
-    shape (f,) or, with the features of the mirrored pictures, (2, …). config: what config.json says; args:
+    features: (n, 1, width) of the whole trunk, or with args.train_from (n, 2, …), what that block is given,
+    of pictures and of mirrored ones; made by all processes together. config: what config.json says; args:
     with precision, workers, skip_unreadable. trunk.pth beside it has the whole trunk.
     """
+    head, tail, shape = trunk, None, (width,)
+    if args.train_from:
+        size = (3, *pictures.input_size(config["preprocessing"]))
+        head, tail = cut(trunk, args.train_from, size)
+        shape = (2, *head(torch.zeros(1, *size)).shape[1:])
+
     def load(row):
         return pictures.load_pixels(dataset.paths[row], config["preprocessing"])
 
@@ -41,7 +48,23 @@ def cached(head, shape, trunk, config, dataset, args, device, home):
     job = arrays.Job({"name": "features"}, dataset, rows, path, about, home)
     rowfile.fill([job], [shape], np.float32, load, stack, compute, 32, rowfile.BLOCK, args, "pictures")
     checkpoints.write_state(home / "trunk.pth", state)
-    return files.read_array(path)
+    features = files.read_array(path)
+    return (features, tail) if tail else (np.array(features)[:, None], None)
+
+
+def feed(features, device, seed=0):
+    """A function (batches, epoch) that yields (rows, features of them) for each int array of rows.
+
+    features (n, 1 or 2, …): of pictures and, for half of the training, of mirrored ones.
+    """
+    def give(batches, epoch=None):
+        for rows in batches:
+            side = [0] * len(rows)
+            if epoch is not None and features.shape[1] > 1:
+                side = [np.random.default_rng([seed, epoch, row]).integers(2) for row in rows]
+            yield rows, torch.from_numpy(features[rows, side]).to(device)
+
+    return give
 
 
 class Skipped(nn.Module):

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The whole two-step analysis of 14 losses on a rendered set, from its pictures to report.html:
+# The whole two-step analysis of 14 losses, to report.html:
 #
-#     bash examples/analyse.sh                      # examples/cars, in minutes on two CPU cores
+#     bash examples/analyse.sh                      # of the networks of docs/study.md, whose arrays are shipped
+#     bash examples/analyse.sh examples/cars        # 14 losses trained on a frozen trunk first, in minutes
 #     bash examples/analyse.sh my_renders           # any folder with images/ and props.csv, perhaps masks/
 #     LABEL=shape PICTURES=50 SAMPLES=50 bash examples/analyse.sh my_renders
 #
@@ -10,19 +11,23 @@
 set -euo pipefail
 dataset=${1:+$(cd "$1" && pwd)}
 cd "$(dirname "$0")/.."
-dataset=${dataset:-examples/cars}
+study=examples/study      # without a folder: the arrays that it ships, nothing is trained
+dataset=${dataset:-$study/cars_test}
 pictures=${PICTURES:-6}   # held-out pictures of each fold that get saliency maps
 samples=${SAMPLES:-20}    # noisy copies of each
 epochs=${EPOCHS:-20}
 label=${LABEL:-model}      # the property that the losses are trained on
 fold=${FOLD:-all}
 models=${MODELS:-models}
+permutations=${PERMUTATIONS:-2000}
+[ $# -gt 0 ] || models=$study/models permutations=${PERMUTATIONS:-1200}
 out=${RESULTS:-results}
 results=$out/$(basename "$dataset")
 mkdir -p "$results/log"
 export DML_PROGRESS=2     # a step writes how far it is into its log every so many seconds
 
 number=0
+steps=$(($# > 0 ? 10 : 9))
 ticker=
 trap '[ -z "$ticker" ] || kill "$ticker" 2> /dev/null || true' EXIT
 
@@ -32,7 +37,7 @@ watch() {  # watch "what the step does" log: how long it runs and the newest lin
         seconds=$((seconds + 1))
         line=$(tail -n 1 "$2" 2> /dev/null | tr '\r' '\n' | tail -n 1) || true
         if [ -t 1 ]; then
-            printf '\r\033[?7l%2d/10  %4d s  %s · %s\033[K\033[?7h' "$number" "$seconds" "$line" "$1"
+            printf '\r\033[?7l%2d/%d  %4d s  %s · %s\033[K\033[?7h' "$number" "$steps" "$seconds" "$line" "$1"
         elif [ $((seconds % 10)) = 0 ]; then
             printf 'analyse.sh: step %d, %d s: %s\n' "$number" "$seconds" "$line" >&2
         fi
@@ -46,14 +51,14 @@ step() {  # step "what it does" command …
     shift
     log=$results/log/$number-$(basename "$2" .py).txt
     : > "$log"
-    printf '%2d/10  %-58s' "$number" "$what"
+    printf '%2d/%d  %-58s' "$number" "$steps" "$what"
     watch "$what" "$log" &
     ticker=$!
     "$@" > "$log" 2>&1 || status=$?
     kill "$ticker" 2> /dev/null || true
     wait "$ticker" 2> /dev/null || true
     ticker=
-    [ ! -t 1 ] || printf '\r%2d/10  %-58s\033[K' "$number" "$what"
+    [ ! -t 1 ] || printf '\r%2d/%d  %-58s\033[K' "$number" "$steps" "$what"
     if [ "$status" = 3 ]; then  # train.py: some losses diverged, the others go on
         grep diverged "$log" >&2 || true
     elif [ "$status" != 0 ]; then
@@ -65,23 +70,37 @@ step() {  # step "what it does" command …
     printf '%4d s\n' $((SECONDS - started))
 }
 
-step "14 losses and the untrained layer, on one frozen trunk" \
-    python train.py --dataset "$dataset" --model efficientnet_lite0 --dim 128 --freeze-trunk --loss all,None \
-    --fold "$fold" --epochs "$epochs" --label "$label" --models "$models"
-step "embeddings of the held-out pictures" \
-    python embed.py --dataset "$dataset" --loss all --fold "$fold" --models "$models" --out "$out"
+if [ $# -gt 0 ]; then
+    step "14 losses and the untrained layer, on one frozen trunk" \
+        python train.py --dataset "$dataset" --model efficientnet_lite0 --dim 128 --freeze-trunk --loss all,None \
+        --fold "$fold" --epochs "$epochs" --label "$label" --models "$models"
+    step "embeddings of the held-out pictures" \
+        python embed.py --dataset "$dataset" --loss all --fold "$fold" --models "$models" --out "$out"
+else
+    step "the shipped arrays are those that SHA256SUMS lists" \
+        python examples/study.py "$study" --check
+    cp -R "$study/results/hue0/cars_test/." "$results"
+    step "saliency maps of four of its pictures, made now" \
+        python saliency.py --dataset "$dataset" --model efficientnet_lite0 --limit 4 --samples "$samples" \
+        --order released --out "$results/four.npy" --gallery "$results/four.png"
+fi
 step "NR-Prec of every property" \
-    python nrprec.py "$results"/*/fold*/emb.npy --null hypergeometric --permutations 2000 \
+    python nrprec.py "$results"/*/fold*/emb.npy --null hypergeometric --permutations "$permutations" \
     --out "$results/nrprec.csv"
 step "pair histograms, JSD, Recall@K, MAP@R" \
     python pairs.py "$results"/*/fold*/emb.npy --label "$label" --out "$results/pairs.csv" \
     --histograms "$results/histograms.csv"
-step "saliency maps of $pictures pictures a fold, twice for the ceiling" \
-    python saliency.py --dataset "$dataset" --loss all --fold "$fold" --models "$models" --limit "$pictures" \
-    --samples "$samples" --order released --shared-noise --ceiling --out "$out"
-step "sanity check: maps of one network with layers randomised" \
-    python saliency.py --dataset "$dataset" --loss Triplet --fold "${fold/all/0}" --models "$models" \
-    --limit "$pictures" --samples "$samples" --order released --shared-noise --ceiling --out "$out" --randomise 4
+if [ $# -gt 0 ]; then
+    step "saliency maps of $pictures pictures a fold, twice for the ceiling" \
+        python saliency.py --dataset "$dataset" --loss all --fold "$fold" --models "$models" --limit "$pictures" \
+        --samples "$samples" --order released --shared-noise --ceiling --out "$out"
+    step "sanity check: maps of one network with layers randomised" \
+        python saliency.py --dataset "$dataset" --loss Triplet --fold "${fold/all/0}" --models "$models" \
+        --limit "$pictures" --samples "$samples" --order released --shared-noise --ceiling --out "$out" --randomise 4
+else
+    step "the planted shortcut: dose, response and controls" \
+        python examples/study.py "$study" --out "$results/answers"
+fi
 masks=()
 [ ! -d "$dataset/masks" ] || masks=(--masks)
 step "agreement of maps, masks and embeddings" \
@@ -94,4 +113,4 @@ step "report" \
     python report.py "$results" --tables "$results/tables" --figures "$results/figures" --dataset "$dataset" \
     --models "$models" --out "$results/report.html"
 echo
-cat "$results"/log/10-report.txt
+cat "$results/log/$number-report.txt"

