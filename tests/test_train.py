@@ -855,8 +855,8 @@ def test_learns_from_one_data_set_and_is_tested_on_another(p, tmp_path):
         config = json.loads((place("triplet", root=root) / "config.json").read_text())["split"]
         assert (config["train"], config["validation"], config["tested_on"]) == (72, 8, "q")
         assert "test" not in config and config["pictures"]["number"] == 95
-        assert embed.main(["--dataset", "q", "--trained-on", "p@pictures", "--loss", "Triplet", "--fold", "0",
-                           "--model", "tiny_for_test:tiny", "--models", root, "--out", f"r{root}"]) in (0, None)
+        embed.main(["--dataset", "q", "--trained-on", "p@pictures", "--loss", "Triplet", "--fold", "0",
+                    "--model", "tiny_for_test:tiny", "--models", root, "--out", f"r{root}"])
         x = np.load(f"r{root}/q/triplet/fold0/emb.npy")
         score = pairs.pair_scores(x, np.repeat([0, 1, 2], 5), recall=(1,), seed=1)
         told = history(place("triplet", root=root))
