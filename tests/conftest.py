@@ -1,4 +1,6 @@
-"""The scripts lie flat in the checkout; tests import and run them from there."""
+"""The scripts lie flat in the checkout; tests import and run them from there. And what many tests need."""
+import csv
+import importlib
 import json
 import subprocess
 import sys
@@ -11,6 +13,42 @@ SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 
 
+def one_line(done, *words):
+    """A script has refused: exit status 2 and one line on stderr, under its name, that holds the words."""
+    script = next(Path(part).name for part in map(str, done.args) if part.endswith(".py"))
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    assert done.stderr.startswith(f"{script}: ") and done.stderr.count("\n") == 1, done.stderr
+    for word in words:
+        assert str(word) in done.stderr, done.stderr
+
+
+def read_rows(path):
+    """A CSV file's rows, each a dict of texts."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def noise(width, height, seed=0):
+    """A picture (PIL, RGB) of seeded noise."""
+    import numpy as np
+    from PIL import Image
+
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def make_pictures(folder, n, size=(50, 44)):
+    """0.png … of noise in a folder that is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        noise(*size, i).save(folder / f"{i}.png")
+    return folder
+
+
 @pytest.fixture
 def run_script():
     """run_script("nrprec.py", "emb.npy", …) -> CompletedProcess with text output, never raising."""
@@ -18,6 +56,27 @@ def run_script():
     def run(script, *arguments, **options):
         command = [sys.executable, str(ROOT / script), *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, **options)
+
+    return run
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    """What run_script gives, but in this process: a script's start takes seconds."""
+
+    def run(script, *arguments):
+        from dml_common import command
+
+        monkeypatch.setattr(sys, "argv", [script])
+        capsys.readouterr()
+        try:
+            status = importlib.import_module(Path(script).stem).main(list(map(str, arguments))) or 0
+        except command.Ended as end:
+            status = end.code
+        except Exception as error:
+            status, text = command.explain(error)
+            command.say(text)
+        return subprocess.CompletedProcess([script, *arguments], status, *capsys.readouterr())
 
     return run
 
@@ -40,6 +99,20 @@ def refused(capsys):
         return str(caught.value)
 
     return refuse
+
+
+@pytest.fixture
+def embedded(tmp_path, monkeypatch):
+    """The current folder, with emb.npy (60, 5), three properties in props.csv, classes in emb.csv."""
+    import numpy as np
+
+    monkeypatch.chdir(tmp_path)
+    np.save("emb.npy", np.random.default_rng(10).standard_normal((60, 5)).astype(np.float32))
+    rows = [f"{i},{'abc'[i % 3]},{i // 3 % 4},{i * 0.37:.2f}\n" for i in range(60)]
+    Path("props.csv").write_text("frame,shape,size,angle\n" + "".join(rows))
+    rows = [f"{i},{'abcdef'[i % 6]},{i % 2}\n" for i in range(60)]
+    Path("emb.csv").write_text("path,class,super_class\n" + "".join(rows))
+    return tmp_path
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, one_line
 from PIL import Image
 
 HOSTILE = ["data/__init__.py", "models/__init__.py", "results.py", "common.py", "files.py", "pictures.py"]
@@ -105,6 +105,14 @@ def folder(tmp_path):
     return tmp_path
 
 
+def copy(folder, *scripts):
+    """Scripts and dml_common/, all that their commands need."""
+    shutil.copytree(ROOT / "dml_common", folder / "dml_common")
+    for script in scripts:
+        if not (folder / f"{script}.py").exists():
+            shutil.copy(ROOT / f"{script}.py", folder)
+
+
 def run(folder, *command):
     """A process as a user starts it in the folder: nothing of the checkout is on its path."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -121,8 +129,8 @@ def test_a_function_needs_its_script_alone(folder, script):
     assert done.returncode == 0, done.stderr
     done = run(folder, f"{script}.py", "--help")
     if script != "render_cars":  # it stands wholly alone
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == ""
-        assert done.stderr.startswith(f"{script}.py: the command needs the folder dml_common/")
+        one_line(done, "the command needs the folder dml_common/")
+        assert done.stdout == ""
 
 
 @pytest.mark.parametrize("script", FUNCTIONS)
@@ -130,30 +138,43 @@ def test_a_command_needs_its_script_and_dml_common(folder, script):
     if script in ("figures", "report"):
         pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
         pytest.importorskip("sklearn", reason="the extra 'report' is not installed")
-    shutil.copy(ROOT / f"{script}.py", folder)
-    if script != "render_cars":
-        shutil.copytree(ROOT / "dml_common", folder / "dml_common")
+    copy(folder, script)
+    if script == "render_cars":
+        shutil.rmtree(folder / "dml_common")
     arguments, more, made = COMMANDS.get(script, (["--help"], [], None))
     for name in more:  # the exceptions: one line says what is missing
         done = run(folder, f"{script}.py", *arguments)
         lines = done.stderr.splitlines()
         assert done.returncode in (0, 2) and name in "".join(lines), (name, lines)
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, folder / name)
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, folder / name)
     done = run(folder, f"{script}.py", *arguments)
     assert done.returncode == 0 and (made is None or (folder / made).is_file()), done.stderr
 
 
-@pytest.mark.parametrize("script, arguments", [
-    ("pairs", ["emb.npy", "props.csv", "--label", "a", "--figure", "f.png"]),
-    ("compare", ["maps0.npy", "maps1.npy", "--out", "o.csv", "--figure", "f.png"])])
+PAIRS = ["pairs", "emb.npy", "props.csv", "--label", "a", "--out", "o.csv", "--figure", "f.png"]
+COMPARE = ["compare", "maps0.npy", "maps1.npy", "--out", "o.csv", "--figure", "f.png"]
+
+
+@pytest.mark.parametrize("script, arguments", [(PAIRS[0], PAIRS[1:]), (COMPARE[0], COMPARE[1:])])
 def test_figures_are_drawn_by_figures(folder, script, arguments):
     pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
-    shutil.copy(ROOT / f"{script}.py", folder)
-    shutil.copytree(ROOT / "dml_common", folder / "dml_common")
+    copy(folder, script)
     (folder / "figures").mkdir()  # a folder of figures is no figures.py
-    done = run(folder, f"{script}.py", *arguments)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "figures.py" in done.stderr
+    one_line(run(folder, f"{script}.py", *arguments), "figures.py")
     shutil.copy(ROOT / "figures.py", folder)
     done = run(folder, f"{script}.py", *arguments)
     assert done.returncode == 0 and (folder / "f.png").read_bytes().startswith(b"\x89PNG"), done.stderr
+
+
+@pytest.mark.parametrize("package, script, arguments", [
+    ("matplotlib", PAIRS[0], PAIRS[1:]), ("matplotlib", COMPARE[0], COMPARE[1:]),
+    *((package, script, ["results/p", "--out", "out.html"]) for package, script in (
+        ("matplotlib", "figures"), ("sklearn", "figures"), ("jinja2", "report")))])
+def test_a_package_of_the_extra_that_is_missing_is_named_before_anything_is_written(
+        folder, package, script, arguments):
+    copy(folder, script, "figures")
+    (folder / f"{package}.py").write_text("raise ImportError('hidden')\n")
+    before = sorted(folder.iterdir())
+    done = run(folder, "-B", f"{script}.py", *arguments)
+    one_line(done, package, "pip install '.[report]'")
+    assert sorted(folder.iterdir()) == before

@@ -1,5 +1,4 @@
 """Checkpoints in the published layout, backbones, factories, and the five distances."""
-import csv
 import json
 import os
 import pickle
@@ -7,42 +6,26 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import make_pictures, noise, one_line, read_rows
+from published_sets import TRIPLET, embedder_state, publish, trunk_state
 from torch import nn
 
 from dml_common import files, foreign, networks, pictures
 
-TRIPLET = "cars_triplet46_reproduction0"
-
 
 @pytest.fixture(scope="module")
 def trunk():
-    """A BN-Inception state_dict with the published keys and shapes, random batch-norm statistics."""
-    torch.manual_seed(1)
-    network = networks.bninception()
-    for name, tensor in network.state_dict().items():
-        if name.endswith("running_var"):
-            tensor.uniform_(0.5, 2)
-    return {key: value.clone() for key, value in network.state_dict().items()}
+    return trunk_state(1)
 
 
 @pytest.fixture(scope="module")
 def embedder():
-    torch.manual_seed(2)
-    layer = nn.Linear(1024, 128)
-    names = {"weight": layer.weight.detach(), "bias": layer.bias.detach()}
-    return {f"{prefix}.{key}": value for prefix in ("net.0", "last_linear") for key, value in names.items()}
-
-
-def publish(folder, trunk, embedder, fold=0, name=TRIPLET, number=""):
-    place = folder / name / f"Test50_50_Partitions4_{fold}" / "saved_models"
-    place.mkdir(parents=True, exist_ok=True)
-    torch.save(trunk, place / f"trunk_best{number}.pth")
-    torch.save(embedder, place / f"embedder_best{number}.pth")
-    return place
+    return embedder_state(2)
 
 
 def train(folder, trunk, embedder, config, slug="triplet", fold=0):
@@ -60,8 +43,7 @@ def batch(n=2, size=227):
 
 
 def test_the_table_of_losses_is_the_reference(renders):
-    with open(renders.parent / "reference" / "losses.csv", newline="") as file:
-        reference = list(csv.DictReader(file))
+    reference = read_rows(renders.parent / "reference" / "losses.csv")
     keys = {"loss": "name", "year": "year", "type": "type", "distance": "distance",
             **{f"{name}_checkpoint": name for name in ("cars196", "cub200", "sop")}}
     ours = files.losses()
@@ -310,7 +292,7 @@ def own_network(monkeypatch, tmp_path, name, text):
     return networks.load(networks.find(model=f"{name}:make")[0])
 
 
-def test_a_factory_is_called_once_and_weights_are_loaded_into_it(tmp_path, monkeypatch, run_script):
+def test_a_factory_is_called_once_and_weights_are_loaded_into_it(tmp_path, monkeypatch, run_main):
     text = """
 def make():  # a new head at each call
     open("calls", "a").write("x")
@@ -326,9 +308,9 @@ def make():  # a new head at each call
     _, given = picture_and(first, tmp_path / "p")
     command = ["embed.py", "--dataset", "p", "--model", "drawn:make", "--out", "e.npy", "--weights"]
     for file in ("no/such.pth", "drawn.py"):
-        done = run_script(*command, file, cwd=tmp_path)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and file in done.stderr
-    done = run_script(*command, "a.ckpt", cwd=tmp_path)
+        one_line(run_main(*command, file), file)
+    networks.made.cache_clear()  # as in another process
+    done = run_main(*command, "a.ckpt")
     assert done.returncode == 0 and "'state_dict'" in done.stderr, done.stderr
     np.testing.assert_allclose(np.load("e.npy"), first.module(given).detach().numpy(), atol=1e-5)
     about = json.loads((tmp_path / "e.json").read_text())
@@ -439,11 +421,10 @@ def make():
     network.preprocessing = {settings}
     return network
 """)
-    noise = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
-    pictures.Image.fromarray(noise).save(tmp_path / "a.png")
+    noise(7, 9).save(tmp_path / "a.png")
     from torchvision import transforms as t
     steps = [t.Grayscale(), t.Resize(6), t.CenterCrop(4), t.ToTensor(), t.Normalize([0.5], [0.25])]
-    expected = t.Compose(steps)(pictures.Image.fromarray(noise))
+    expected = t.Compose(steps)(noise(7, 9))
     pixels = pictures.load_pixels(tmp_path / "a.png", network.preprocessing)
     np.testing.assert_array_equal(pictures.normalise(pixels, network.preprocessing), expected.numpy())
     given = networks.to_input(torch.tensor(pixels)[None], network.preprocessing)
@@ -464,22 +445,19 @@ endless = lambda: of(lambda picture: torch.full((3, 2, 2), float("nan")))
 """
 
 
-def test_a_transform_in_place_of_preprocessing(tmp_path, monkeypatch, run_script):
+def test_a_transform_in_place_of_preprocessing(tmp_path, monkeypatch, run_main):
     network = own_network(monkeypatch, tmp_path, "transforms_for_test", TRANSFORMS)
     assert network.preprocessing == {"transform": "transforms_for_test:make", "resize": None, "crop": None,
                                      "size": [4, 6]}
-    (tmp_path / "p").mkdir()
-    for number in range(2):
-        noise = np.random.default_rng(number).integers(0, 256, (9 + number, 7, 3), dtype=np.uint8)
-        pictures.Image.fromarray(noise).save(tmp_path / f"p/{number}.png")
+    make_pictures(tmp_path / "p", 2, (7, 9))
     options = ["--dataset", "p", "--model", "transforms_for_test:make", "--workers", "1"]
-    done = run_script("embed.py", *options, "--out", "e.npy")
+    done = run_main("embed.py", *options, "--out", "e.npy")
     assert done.returncode == 0, done.stderr
     for path, row in zip(pictures.open_dataset("p").paths, np.load("e.npy"), strict=True):
         with pictures.Image.open(path) as picture:
             expected = np.asarray(picture.resize((6, 4), pictures.Image.Resampling.BILINEAR)) / 255
         np.testing.assert_allclose(row, np.moveaxis(expected, 2, 0).ravel(), atol=1e-6)
-    done = run_script("saliency.py", *options, "--out", "m.npy", "--samples", "2", "--gallery", "g.png")
+    done = run_main("saliency.py", *options, "--out", "m.npy", "--samples", "2", "--gallery", "g.png")
     assert done.returncode == 0 and np.load("m.npy").shape == (2, 4, 6), done.stderr
     with pytest.raises(ValueError, match="p/0.png the maps cover is not known: .* a transform"):
         pictures.load_mask("p/0.png", json.loads((tmp_path / "m.json").read_text())["preprocessing"])
@@ -488,9 +466,10 @@ def test_a_transform_in_place_of_preprocessing(tmp_path, monkeypatch, run_script
         with pytest.raises(ValueError, match=f"the transform of transforms_for_test:{name} .*{message}"):
             networks.load(networks.find(model=f"transforms_for_test:{name}")[0])
     training = ["--dataset", files.ROOT / "examples/cars", "--loss", "Triplet", "--models", "m"]
+    noise(8, 8).save(tmp_path / "p/2.png")  # of another size
     for command, message in [(["embed.py", *options[:3], "transforms_for_test:free"], "always the same size"),
                              (["train.py", *options[2:], *training], "has a transform of its own")]:
-        done = run_script(*command)
+        done = run_main(*command)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
@@ -500,13 +479,12 @@ def test_a_transform_in_place_of_preprocessing(tmp_path, monkeypatch, run_script
 def picture_and(network, tmp_path):
     """A picture (PIL) in this folder, and what the network is given for it."""
     tmp_path.mkdir(exist_ok=True)
-    noise = np.random.default_rng(0).integers(0, 256, (300, 280, 3), dtype=np.uint8)
-    pictures.Image.fromarray(noise).save(tmp_path / "a.png")
+    noise(280, 300).save(tmp_path / "a.png")
     pixels = torch.tensor(pictures.load_pixels(tmp_path / "a.png", network.preprocessing))[None]
-    return pictures.Image.fromarray(noise), networks.to_input(pixels, network.preprocessing)
+    return noise(280, 300), networks.to_input(pixels, network.preprocessing)
 
 
-def test_torchvision(tmp_path, run_script):
+def test_torchvision(tmp_path, run_main, monkeypatch):
     from torchvision import models
 
     torch.manual_seed(0)
@@ -526,11 +504,12 @@ def test_torchvision(tmp_path, run_script):
                           ("squeezenet1_0", "its classifier is no linear layer that could be taken off")]:
         with pytest.raises(ValueError, match=f"^--model torchvision:{name}: {message}"):
             foreign.build(f"torchvision:{name}", False)
-    environment = {**os.environ, "TORCH_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9"}
-    done = run_script("embed.py", "--dataset", tmp_path, "--model", "torchvision:resnet18", "--out", "e.npy",
-                      cwd=tmp_path, env=environment)  # nothing is at that address
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
-    assert "torchvision can't give it (URLError" in done.stderr and "--weights FILE" in done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing is at that address
+    done = run_main("embed.py", "--dataset", tmp_path, "--model", "torchvision:resnet18", "--out", "e.npy")
+    one_line(done, "torchvision can't give it (URLError", "--weights FILE")
+    assert done.stdout == "" and not Path("e.npy").exists()
 
 
 @pytest.mark.parametrize("name", ["timm:resnet18", "hf:facebook/dinov2-small", "torchvision:resnet18"])
@@ -605,9 +584,7 @@ def test_the_users_own_modules_come_first_whatever_their_names(tmp_path, run_scr
     path.write_text("import nrprec, tables\n" + NET.format(width="nrprec.WIDTH"))
     (tmp_path / "nrprec.py").write_text("WIDTH = 5\n")  # ours would not have it
     (tmp_path / "tables.py").touch()
-    (tmp_path / "p").mkdir()
-    for i in range(2):
-        pictures.Image.new("RGB", (9, 9), (i, 9, 200)).save(tmp_path / "p" / f"{i}.png")
+    make_pictures(tmp_path / "p", 2)
     done = run_script("embed.py", "--dataset", "p", "--model", f"{name}:make", "--out", "e.npy", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert np.load(tmp_path / "e.npy").shape == (2, 5)
@@ -669,22 +646,17 @@ def test_configurations_are_read_with_care(tmp_path, config, message):
 # ---------------------------------------------------------------- python -m dml_common.networks
 
 
-def test_listing_of_what_is_here(tmp_path, trunk, embedder):
+def test_listing_of_what_is_here(tmp_path, trunk, embedder, capsys):
     publish(tmp_path, trunk, embedder, 0)
     publish(tmp_path, {"a": torch.ones(1)}, embedder, 1)
     (publish(tmp_path, trunk, embedder, 2) / "embedder_best.pth").unlink()
-
-    def run(*arguments):
-        command = [sys.executable, "-m", "dml_common.networks", *map(str, arguments)]
-        return subprocess.run(command, cwd=files.ROOT, capture_output=True, text=True)
-
-    done = run("--folder", tmp_path)
-    assert done.returncode == 0, done.stderr
-    line = next(line for line in done.stdout.splitlines() if re.match("Triplet.*cars", line))
+    networks.main(["--folder", str(tmp_path)])
+    said = capsys.readouterr().out
+    line = next(line for line in said.splitlines() if re.match("Triplet.*cars", line))
     assert line.split() == ["Triplet", "ok", "bad", "incomplete", "-", TRIPLET]
-    assert "1 of 168 load, 1 incomplete, 1 bad, 165 not there" in done.stdout
-    assert "another architecture" in done.stdout
-    done = run("--folder", tmp_path / "x")
+    assert "1 of 168 load, 1 incomplete, 1 bad, 165 not there" in said and "another architecture" in said
+    command = [sys.executable, "-m", "dml_common.networks", "--folder", tmp_path / "x"]
+    done = subprocess.run(command, cwd=files.ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("networks.py: ") and done.stderr.count("\n") == 1
 
 

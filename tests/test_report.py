@@ -7,30 +7,24 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, one_line, read_rows, write_json
 from PIL import Image
 
 import report
 from dml_common.pictures import pictures_sha256
 
-ROOT = Path(__file__).resolve().parent.parent
 # Names that close what they stand in, in HTML, in attributes, in scripts, in JSON and in templates.
 NASTY = ["</script><script>window.pwned=1</script>", '"><img src=x onerror="window.pwned=1">', "<!--<script>",
          "a\u2028b&amp;'`${window.pwned=1}{{ 7 * 7 }}"]
 
 
 # ---------------------------------------------------------------- small results to report on
-
-
-def write_json(path, content):
-    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def about_of(loss, fold, names, **options):
@@ -467,26 +461,19 @@ def test_no_figure_from_outside_the_folder(place, written):
 # ---------------------------------------------------------------- bad input
 
 
-def refused(done, *words):
-    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
-    assert done.stderr.startswith("report.py: ") and done.stderr.count("\n") == 1, done.stderr
-    for word in words:
-        assert word in done.stderr, done.stderr
-
-
 def test_arrays_that_do_not_belong_together(place, make):
     add_network(place / "results", "margin", "Margin", 0, FOLDS[0], samples=50)
-    refused(make()[0], "triplet/fold0/maps.npy and results/cars/margin/fold0/maps.npy", "(samples: 20, 50)")
+    one_line(make()[0], "triplet/fold0/maps.npy and results/cars/margin/fold0/maps.npy",
+             "(samples: 20, 50)")
 
 
 def test_half_finished_and_broken_arrays_are_left_out_and_listed(place, written):
-    folder = place / "results/cars/triplet/fold0"
-    (folder / "maps.npy").rename(folder / "maps.npy.part")
-    broken = place / "results/cars/my_own/fold0/maps.npy"
+    half, broken = (place / f"results/cars/{slug}/fold0/maps.npy" for slug in ("triplet", "my_own"))
+    half.rename(f"{half}.part")
     broken.write_bytes(broken.read_bytes()[:-10])
     page = Page(written("--dataset", "cars"))
-    for words in ("triplet/fold0/maps.npy is half-finished", "my_own/fold0/maps.npy is truncated"):
-        assert words in page.text, words
+    assert "triplet/fold0/maps.npy is half-finished" in page.text
+    assert "my_own/fold0/maps.npy is truncated" in page.text
     assert [[one["name"] for one in group["networks"]] for group in page.groups()] == [
         ["Triplet", "ArcFace", "My own"], ["ArcFace"]]
 
@@ -518,29 +505,22 @@ def test_what_the_scripts_of_this_version_did_not_write(place, name, content):
     ("results", "--no-such-option", "unrecognized arguments")])
 def test_bad_input(make, results, options, words):
     done, page = make(*options.split(), results=results)
-    refused(done, words)
+    one_line(done, words)
     assert page is None
 
 
 def test_data_set_of_another_name_among_several(place, make):
     shutil.copytree(place / "results/cars", place / "results/birds")
     (place / "cars").rename(place / "planes")
-    refused(make("--dataset", "planes")[0], "--dataset planes", "RESULTS has birds, cars")
+    one_line(make("--dataset", "planes")[0], "--dataset planes", "RESULTS has birds, cars")
 
 
 def test_no_file_of_results_is_written_over(place, make):
     target = place / "results/cars/props.csv"
     target.write_text("frame,model\n")
     (place / "page.html").symlink_to(target)
-    refused(make("--out", "page.html")[0], "expected a name ending in .html")
+    one_line(make("--out", "page.html")[0], "expected a name ending in .html")
     assert target.read_text() == "frame,model\n"
-
-
-def test_without_jinja2_one_line_names_the_extra(place):
-    code = (f"import runpy, sys; sys.modules['jinja2'] = None; sys.path.insert(0, {str(ROOT)!r}); "
-            "sys.argv = ['report.py', 'results']; runpy.run_module('report', run_name='__main__')")
-    done = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True)
-    refused(done, "jinja2 is not installed", "pip install '.[report]'")
 
 
 # ---------------------------------------------------------------- in a browser
@@ -779,8 +759,7 @@ def test_browser_axe_and_width(place, visit, scheme, width):
 
 def test_browser_opens_15_networks_and_300_pictures_in_two_seconds(visit, tmp_path, run_script):
     names = [f"images/{i:03d}.png" for i in range(300)]
-    with open(ROOT / "models/losses.csv", encoding="utf-8") as file:
-        losses = list(csv.DictReader(file))
+    losses = read_rows(ROOT / "models/losses.csv")
     random = np.random.default_rng(0)
     for row in losses:
         folder = tmp_path / "many/cars" / row["slug"] / "fold0"
