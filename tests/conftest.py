@@ -49,6 +49,28 @@ def make_pictures(folder, n, size=(50, 44)):
     return folder
 
 
+def embeddings_of(kind, n, m, rng):
+    """Rows (n, m), none of them zero, on which a kernel in float32 must count as float64 does."""
+    import numpy as np
+
+    x = rng.standard_normal((n, m)).astype(np.float32)
+    return {
+        "normal": lambda: x,
+        "integers": lambda: np.round(x) + (np.arange(m) == 0) * np.float32(3),  # many ties, and edges of bins
+        "duplicates": lambda: x[rng.integers(0, max(1, n // 6), n)],            # duplicates of the query
+        "identical": lambda: np.tile(x[:1], (n, 1)),                            # nothing but ties
+        "signs": lambda: np.where(x > 0, np.float32(0.1), np.float32(-0.1)),    # ties not exact in float32
+        "one-hot": lambda: np.eye(m, dtype=np.float32)[rng.integers(0, m, n)],  # 0 and 1: all on edges
+        "tiny": lambda: np.abs(x) * np.float32(1e-38) + np.float32(1e-39),      # denormal
+        "huge": lambda: np.clip(x, -3, 3) * np.float32(1e38),                   # squares overflow float32
+        "narrow": lambda: x + np.float32(300),                                  # all inner products beside 1
+        "far": lambda: x + np.float32(10000),                                   # cancellation
+        "outlier": lambda: np.concatenate([x[:-1], x[-1:] * np.float32(1e6)]),  # wide error bounds
+        "nearly": lambda: (1 + np.arange(n) % 3 * 2.0 ** -23)[:, None] * np.ones((n, m)),          # last bit
+        "lengths": lambda: x * np.exp2(rng.integers(-60, 60, (n, 1))).astype(np.float32),
+    }[kind]().astype(np.float32)
+
+
 @pytest.fixture
 def run_script():
     """run_script("nrprec.py", "emb.npy", …) -> CompletedProcess with text output, never raising."""

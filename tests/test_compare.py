@@ -591,4 +591,3 @@ def test_one_line_and_status_two(place, rng, run_script):
     row, = read_rows("pair.csv")
     assert done.returncode == 0 and done.stdout.startswith("model_a  fold_a")
     assert float(row["correlation"]) > 0.999998 and float(row["jsd"]) < 1e-6
-    assert "compare.csv" in run_script("compare.py", "--help").stdout

@@ -439,7 +439,7 @@ def test_options_that_do_not_fit(small, arguments, told):
     assert told in refused(small, *arguments)
 
 
-def test_the_command_line(run_script, tmp_path):
-    done = run_script("figures.py", "--help")
+def test_the_command_line(run_script, run_main, tmp_path):
+    done = run_main("figures.py", "--help")
     assert done.returncode == 0 and all(f"    {name}" in done.stdout for name in {*figures.FIGURES} - {"jsd"})
     one_line(run_script("figures.py", tmp_path / "nowhere", "--out", tmp_path / "out"))

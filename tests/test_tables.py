@@ -527,12 +527,12 @@ def test_pdflatex_compiles(nasty, small, run, tmp_path):
 # ---------------------------------------------------------------- bad input, and results of two kinds
 
 
-def test_no_results_at_all(run, tmp_path):
+def test_no_results_at_all(run, run_script, tmp_path):
     (tmp_path / "empty").mkdir()
     for arguments, said in (([tmp_path / "empty"], "no results; expected"), ([], "which results?"),
-                            ([tmp_path / "absent"], "no such folder"),
                             (["x", "--bogus"], "unrecognized arguments")):
         assert said in run(*arguments, status=2)
+    one_line(run_script("tables.py", tmp_path / "absent"), "no such folder")
 
 
 def test_results_that_do_not_belong_together_are_named(small, run, tmp_path):
@@ -634,12 +634,6 @@ def test_whatever_is_missing_the_rest_comes_out(small, run, tmp_path, monkeypatc
     content, named = tabled(tmp_path / "out")
     assert len(content["findings"]) == 3 and len(named["conclusions"]["rows"]) >= 20
     assert "nan" not in re.findall(r"[a-z]+", (tmp_path / "out" / "tables.md").read_text())
-
-
-def test_the_command_line(run_script, tmp_path):
-    done = run_script("tables.py", "--help")
-    assert "python tables.py results --out tables" in done.stdout and "Mann-Whitney" in done.stdout
-    one_line(run_script("tables.py", tmp_path / "absent"), "no such folder")
 
 
 def test_the_errata_of_the_docs_are_those_of_published():
