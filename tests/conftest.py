@@ -1,7 +1,9 @@
 """The scripts lie flat in the checkout; tests import and run them from there. And what many tests need."""
 import csv
 import importlib
+import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +33,22 @@ def read_rows(path):
 def write_json(path, content):
     path.write_text(json.dumps(content), encoding="utf-8")
     return path
+
+
+def start(script, *arguments, slow=0.0, before=(), **options):
+    """A script as a process of its own; each pass of tiny_networks' networks takes so many seconds more."""
+    line = [sys.executable, *before, str(ROOT / script), *map(str, arguments)]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "SLOW": str(slow)}
+    return subprocess.Popen(line, env=variables, **{"stderr": subprocess.PIPE, "text": True, **options})
+
+
+def saved(array):
+    """The bytes that numpy.save gives."""
+    import numpy as np
+
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
 
 
 def noise(width, height, seed=0):
@@ -95,7 +113,7 @@ def run_main(monkeypatch, capsys):
             status = importlib.import_module(Path(script).stem).main(list(map(str, arguments))) or 0
         except command.Ended as end:
             status = end.code
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             status, text = command.explain(error)
             command.say(text)
         return subprocess.CompletedProcess([script, *arguments], status, *capsys.readouterr())

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_pictures, one_line, read_rows
+from conftest import ROOT, make_pictures, one_line, read_rows, start
 from PIL import Image
 from published_sets import embedder_state, make_cub, publish, trunk_state
 
@@ -134,13 +134,6 @@ def test_bf16_is_close_and_not_the_same(tmp_path, run):
 # ---------------------------------------------------------------- stop, again, other options
 
 
-def start(*arguments, slow=0.0, **options):
-    """embed.py as a process of its own, each of whose batches takes so many seconds more."""
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "SLOW": str(slow)}
-    line = [sys.executable, str(ROOT / "embed.py"), *map(str, arguments)]
-    return subprocess.Popen(line, env=variables, **{"stderr": subprocess.PIPE, "text": True, **options})
-
-
 def wait_for(condition):
     for _ in range(6000):
         if condition():
@@ -160,7 +153,8 @@ def test_three_at_once_one_killed_and_once_more(tmp_path, run):
     """The others take over what it held and leave what one process leaves; then all is done."""
     make_pictures(tmp_path / "p", 150)
     arguments = [*SEVEN, "--batch", 8]
-    processes = [start(*arguments, "--out", "a.npy", slow=0.5) for _ in range(3)]  # rows are marked all 2 s
+    # rows are marked all 2 s
+    processes = [start("embed.py", *arguments, "--out", "a.npy", slow=0.5) for _ in range(3)]
     wait_for(lambda: marked("a.npy", 150))
     processes[0].kill()
     for process in processes:
@@ -179,13 +173,13 @@ def test_three_at_once_one_killed_and_once_more(tmp_path, run):
 def test_stopped_before_the_first_row_and_after_it(tmp_path, run, monkeypatch, number, status):
     make_pictures(tmp_path / "p", 120)
     before = sorted(path.name for path in tmp_path.iterdir())
-    process = start(*SEVEN, "--batch", 4, "--out", "emb.npy", slow=1.0)
+    process = start("embed.py", *SEVEN, "--batch", 4, "--out", "emb.npy", slow=1.0)
     wait_for(lambda: Path("emb.json.part").exists())
     process.send_signal(number)
     said = process.communicate()[1]
     assert process.returncode == status and said == "embed.py: stopped; the same command continues\n"
     assert [path.name for path in sorted(tmp_path.iterdir()) if path.name != "__pycache__"] == before
-    process = start(*SEVEN, "--batch", 4, "--out", "emb.npy", slow=0.2)
+    process = start("embed.py", *SEVEN, "--batch", 4, "--out", "emb.npy", slow=0.2)
     wait_for(lambda: marked("emb.npy", 120))
     process.send_signal(number)
     assert process.communicate()[1].count("\n") == 1 and process.returncode == status
@@ -200,7 +194,7 @@ def test_a_progress_bar_with_the_networks_name_on_a_terminal(tmp_path):
     make_pictures(tmp_path / "p", 70)
     terminal, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
-    assert start(*SEVEN, "--batch", 2, "--out", "emb.npy", slow=0.1, stderr=end).wait() == 0
+    assert start("embed.py", *SEVEN, "--batch", 2, "--out", "emb.npy", slow=0.1, stderr=end).wait() == 0
     said = os.read(terminal, 100_000).decode()
     os.close(terminal), os.close(end)
     assert "tiny_networks:seven" in said and "70/70" in said and "pictures/s" in said

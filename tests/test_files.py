@@ -1,5 +1,4 @@
 """Arrays, tables and JSON in and out: what is wrong is refused in one line that names the file."""
-import io
 import json
 import os
 import pickle
@@ -10,16 +9,11 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import saved
 
 from dml_common import files
 
 GOOD = np.arange(12, dtype=np.float32).reshape(4, 3)
-
-
-def saved(array):
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
 
 
 def headed(text):

@@ -4,14 +4,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, noise, one_line, read_rows
+from conftest import ROOT, one_line, read_rows, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
@@ -281,8 +279,10 @@ def place(tmp_path, monkeypatch):
     """A folder with twelve small pictures and a module of tiny networks, made the current one."""
     shutil.copy(ROOT / "tests/tiny_networks.py", tmp_path)
     (tmp_path / "pictures").mkdir()
+    rng = np.random.default_rng(0)
     for i in range(12):
-        noise(7, 6, i).resize((48, 40)).save(tmp_path / "pictures" / f"{i}.png")
+        picture = Image.fromarray(rng.integers(0, 256, (6, 7, 3), dtype=np.uint8)).resize((48, 40))
+        picture.save(tmp_path / "pictures" / f"{i}.png")
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
@@ -385,20 +385,13 @@ def test_networks_of_one_trunk_and_noise_share_its_passes(place, held_out_networ
 # ---------------------------------------------------------------- stopped, and several processes
 
 
-def start(*arguments, slow=0.0, command=(sys.executable, str(ROOT / "saliency.py"))):
-    """saliency.py as a process of its own, each of whose passes takes so many seconds more."""
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "SLOW": str(slow)}
-    return subprocess.Popen([*command, *OPTIONS, *map(str, arguments)], stderr=subprocess.PIPE, text=True,
-                            env=variables)
-
-
 def test_one_command_started_three_times(place, capsys):
     """One is killed: the others end with 0 and the bytes of one; who finishes names what all left out."""
     (place / "pictures" / "3.png").write_bytes(b"not a picture")
     (place / "pictures" / "11.png").write_bytes(b"not a picture")
     run("--out", "one.npy", "--skip-unreadable")
     options = ("--out", "maps.npy", "--ceiling", "--skip-unreadable")
-    processes = [start(*options, slow=0.1) for _ in range(3)]
+    processes = [start("saliency.py", *OPTIONS, *options, slow=0.1) for _ in range(3)]
     while not (place / "maps.npy.part").exists():
         time.sleep(0.01)
     processes[0].send_signal(signal.SIGKILL)
@@ -416,9 +409,8 @@ def test_one_command_started_three_times(place, capsys):
 
 def test_two_ranks_write_one_array_and_draw_its_gallery(place):
     run("--out", "whole.npy")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    torchrun += [str(ROOT / "saliency.py")]
-    process = start("--out", "maps.npy", "--gallery", "g.png", command=torchrun)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = start("saliency.py", *OPTIONS, "--out", "maps.npy", "--gallery", "g.png", before=torchrun)
     said = process.communicate()[1]
     assert process.returncode == 0 and (place / "g.png").exists(), said
     np.testing.assert_allclose(load("maps.npy"), load("whole.npy"), atol=1e-3)
