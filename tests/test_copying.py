@@ -54,27 +54,16 @@ assert figures.heat(maps[0, 0]).dtype == np.uint8""",
 COMMANDS = {  # arguments of a tiny run, what is copied besides dml_common/, what it makes
     "nrprec": (["emb.npy", "props.csv", "--out", "o.csv"], [], "o.csv"),
     "pairs": (["emb.npy", "props.csv", "--label", "a", "--out", "o.csv"], [], "o.csv"),
-    "embed": (["--dataset", "p", "--model", "net:make", "--out", "e.npy", "--workers", "1"], [], "e.npy"),
-    "saliency": (["--dataset", "p", "--model", "net:make", "--out", "m.npy", "--samples", "2"], [], "m.npy"),
+    "embed": (["--dataset", "p", "--model", "net:seven", "--out", "e.npy", "--workers", "1"], [], "e.npy"),
+    "saliency": (["--dataset", "p", "--model", "net:seven", "--out", "m.npy", "--samples", "2"], [], "m.npy"),
     "compare": (["maps0.npy", "maps1.npy", "--out", "o.csv"], [], "o.csv"),
-    "train": (["--dataset", "p", "--model", "net:make", "--loss", "Triplet", "--fold", "0", "--epochs", "1",
+    "train": (["--dataset", "p", "--model", "net:seven", "--loss", "Triplet", "--fold", "0", "--epochs", "1",
                "--split", "pictures", "--batch", "8", "--models", "m", "--workers", "1"],
               ["pairs.py", "models/losses.csv"], "m/trained/p@pictures/triplet/fold0/config.json"),
     "render_cars": (["--dry-run", "--frames", "0:3", "--out", "set"], [], "set/props.csv"),
     "tables": (["results/p", "--out", "t"], ["models/losses.csv", "templates"], "t/tables.json"),
     "figures": (["results/p", "--out", "f"], ["models/losses.csv"], "f/figures.json"),
 }
-NET = """
-import torch
-from torch import nn
-def make():
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 3))
-    network.preprocessing = {"resize": 8, "crop": 8}
-    return network
-"""
-
-
 @pytest.fixture
 def folder(tmp_path):
     """Arrays, pictures and results, among neighbours that must never be imported."""
@@ -86,7 +75,7 @@ def folder(tmp_path):
     for number in (0, 1):
         np.save(tmp_path / f"maps{number}.npy", rng.random((5, 4, 4)).astype(np.float16))
     (tmp_path / "props.csv").write_text("a\n" + "x\ny\n" * 20)
-    (tmp_path / "net.py").write_text(NET)
+    shutil.copy(ROOT / "tests/tiny_networks.py", tmp_path / "net.py")
     for i in range(80):
         (tmp_path / "p" / f"{i % 4}").mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(tmp_path / f"p/{i % 4}/{i}.png")
