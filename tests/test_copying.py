@@ -162,8 +162,9 @@ def test_figures_are_drawn_by_figures(folder, script, arguments):
 def test_a_package_of_the_extra_that_is_missing_is_named_before_anything_is_written(
         folder, package, script, arguments):
     copy(folder, script, "figures")
-    (folder / f"{package}.py").write_text("raise ImportError('hidden')\n")
     before = sorted(folder.iterdir())
-    done = run(folder, "-B", f"{script}.py", *arguments)
+    hidden = ("import runpy, sys; sys.modules[sys.argv[1]] = None; sys.argv = sys.argv[2:];"
+              "runpy.run_path(sys.argv[0], run_name='__main__')")
+    done = run(folder, "-B", "-c", hidden, package, f"{script}.py", *arguments)
     one_line(done, package, "pip install '.[report]'")
     assert sorted(folder.iterdir()) == before
