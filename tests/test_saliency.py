@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+import tiny_networks
 import torch
 from conftest import ROOT, one_line, read_rows, start
 from hypothesis import given, settings
@@ -519,7 +520,6 @@ BAD = [  # what embed.py has in common with saliency.py is in test_embed.py
     (["--model", "tiny_networks:detached"], "before layer head (Linear)"),
     (["--model", "tiny_networks:stochastic"], "gives another embedding each time: does dropout"),
     (["--model", "tiny_networks:fixed"], "AssertionError: Input height doesn't match model (518)."),
-    (["--model", "tiny_networks:raises"], "fails on a picture (3, 28, 28): KeyError: 'no such key'"),
     (["--model", "tiny_networks:rounded"], "no gradient reaches the pictures"),
     (["--model", "tiny_networks:written_over"], "modified by an inplace operation"),
     (["--against", "nowhere.png"], "--against nowhere.png: pictures lacks 1 of the 1 pictures: nowhere.png"),
@@ -561,6 +561,11 @@ def test_cars_draw_more_than_their_area(renders, tmp_path):
     geometry, maps = about(tmp_path / "maps.json")["preprocessing"], load(tmp_path / "maps.npy")
     masks = [pictures_of.load_mask(renders / "masks" / f"{i:06d}.png", geometry) for i in range(6)]
     assert (maps * masks).sum() / maps.sum() > 1.3 * np.mean(masks)
+
+
+def test_whatever_a_network_raises_ends_in_one_line():
+    with pytest.raises(ValueError, match=r"fails on a picture \(3, 32, 32\): KeyError: 'no such key'"):
+        saliency.prepare(tiny_networks.raises(), torch.rand(1, 3, 32, 32))
 
 
 # ---------------------------------------------------------------- pairs, faithfulness
