@@ -341,15 +341,6 @@ def test_dependent_pairs_are_found_and_independent_ones_are_not():
     labels["e"] = np.where(rng.random(600) < 0.4, labels["a"], rng.integers(0, 6, 600))
     (a, b, v, p), = nrprec.dependent_pairs(labels)
     assert (a, b) == ("a", "e") and 0.3 < v < 0.5 and p < 1e-10
-    many = rng.integers(0, 150, 600)
-    pairs = nrprec.dependent_pairs({"class": many, "super": many // 10, "other": rng.integers(0, 40, 600)})
-    assert [pair[:2] for pair in pairs] == [("class", "super")]
-    same = np.arange(600) % 6
-    assert nrprec.dependent_pairs({"a": same, "b": same * 7})[0][2] == pytest.approx(1)  # Cramér's V
-    a, b = rng.integers(0, 3, 400), rng.integers(0, 4, 400)
-    b[:200], b[200:] = a[:200], -1                        # no value: unrelated, were they not left out
-    (_, _, v, p), = nrprec.dependent_pairs({"a": a, "b": b})
-    assert v == pytest.approx(1) and (v, p) == nrprec.chi_square(a[:200], b[:200])
 
 
 @pytest.mark.parametrize("columns, n, share, repeats, most", (
@@ -360,6 +351,13 @@ def test_few_false_alarms(columns, n, share, repeats, most):
     alarms = [bool(nrprec.dependent_pairs({i: rng.choice(len(share), n, p=share) for i in range(columns)}))
               for _ in range(repeats)]
     assert sum(alarms) <= most
+
+
+def test_many_valued_columns_are_tested_too():
+    rng = np.random.default_rng(13)
+    label = rng.integers(0, 150, 600)
+    pairs = nrprec.dependent_pairs({"class": label, "super": label // 10, "other": rng.integers(0, 40, 600)})
+    assert [pair[:2] for pair in pairs] == [("class", "super")]
 
 
 def test_chi_square_against_its_permutations():
@@ -374,6 +372,11 @@ def test_chi_square_against_its_permutations():
     permuted = np.array([chi2(rng.permutation(b)) for _ in range(4000)])
     p = nrprec.chi_square(a, b)[1]
     assert p == pytest.approx((permuted >= chi2(b)).mean(), abs=0.02)
+
+
+def test_cramers_v_of_identical_columns_is_one():
+    a = np.arange(600) % 6
+    assert nrprec.dependent_pairs({"a": a, "b": a * 7})[0][2] == pytest.approx(1)
 
 
 def test_very_many_properties_are_not_tested_in_pairs(monkeypatch):
@@ -502,6 +505,15 @@ def test_missing_values_and_rows_of_values(embedded, run_main):
     done = run_main("nrprec.py", "emb.npy", "props.csv", "--missing", "?", "--out", "o.csv")
     assert "size: 9 of 60 pictures have no value" in done.stderr
     assert [r["values"] for r in read_rows("o.csv")] == ["3", "3", "60"]       # NA is a value now
+
+
+def test_dependence_of_the_pictures_with_both_values():
+    rng = np.random.default_rng(19)
+    a, b = rng.integers(0, 3, 400), rng.integers(0, 4, 400)
+    b[:200] = a[:200]
+    b[200:] = -1                                          # unrelated, were they not left out
+    (_, _, v, p), = nrprec.dependent_pairs({"a": a, "b": b})
+    assert v == pytest.approx(1) and (v, p) == nrprec.chi_square(a[:200], b[:200])
 
 
 def test_as_published_is_the_released_procedure(embedded, run_main, refused):
