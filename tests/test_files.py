@@ -370,7 +370,7 @@ def test_processes_that_write_one_file_at_once_all_succeed(tmp_path):
 
 def test_a_full_disk_leaves_what_there_was(tmp_path):
     """A file-size limit stands for the full disk: the write fails midway, for real."""
-    for there in (set(), {"x.csv"}):
+    for there in ({}, {"x.csv": "earlier"}):
         code = ("import resource, signal\nfrom dml_common import files\n"
                 "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
                 "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
@@ -378,7 +378,7 @@ def test_a_full_disk_leaves_what_there_was(tmp_path):
                 "except OSError as error: print(error)")
         done = subprocess.run([sys.executable, "-c", code], cwd=files.ROOT, capture_output=True, text=True)
         assert re.search(r"x.csv can't be written \(.*\); free space", done.stdout)
-        assert {path.name for path in tmp_path.iterdir()} == there
+        assert {path.name: path.read_text() for path in tmp_path.iterdir()} == there
         (tmp_path / "x.csv").write_text("earlier")
 
 
