@@ -1,5 +1,9 @@
-"""The scripts lie flat in the checkout; tests import and run them from there."""
+"""The scripts lie flat in the checkout; tests import and run them from there. And what many tests need."""
+import csv
+import importlib
+import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +15,80 @@ SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 
 
+def one_line(done, *words):
+    """A script has refused: exit status 2 and one line on stderr, under its name, that holds the words."""
+    script = next(Path(part).name for part in map(str, done.args) if part.endswith(".py"))
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    assert done.stderr.startswith(f"{script}: ") and done.stderr.count("\n") == 1, done.stderr
+    for word in words:
+        assert str(word) in done.stderr, done.stderr
+
+
+def read_rows(path):
+    """A CSV file's rows, each a dict of texts."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def start(script, *arguments, slow=0.0, before=(), **options):
+    """A script as a process of its own; each pass of tiny_networks' networks takes so many seconds more."""
+    line = [sys.executable, *before, str(ROOT / script), *map(str, arguments)]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "SLOW": str(slow)}
+    return subprocess.Popen(line, env=variables, **{"stderr": subprocess.PIPE, "text": True, **options})
+
+
+def saved(array):
+    """The bytes that numpy.save gives."""
+    import numpy as np
+
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def noise(width, height, seed=0):
+    """A picture (PIL, RGB) of seeded noise."""
+    import numpy as np
+    from PIL import Image
+
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def make_pictures(folder, n, size=(50, 44)):
+    """0.png … of noise in a folder that is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        noise(*size, i).save(folder / f"{i}.png")
+    return folder
+
+
+def embeddings_of(kind, n, m, rng):
+    """Rows (n, m), none of them zero, on which a kernel in float32 must count as float64 does."""
+    import numpy as np
+
+    x = rng.standard_normal((n, m)).astype(np.float32)
+    return {
+        "normal": lambda: x,
+        "integers": lambda: np.round(x) + (np.arange(m) == 0) * np.float32(3),  # many ties, and edges of bins
+        "duplicates": lambda: x[rng.integers(0, max(1, n // 6), n)],            # duplicates of the query
+        "identical": lambda: np.tile(x[:1], (n, 1)),                            # nothing but ties
+        "signs": lambda: np.where(x > 0, np.float32(0.1), np.float32(-0.1)),    # ties not exact in float32
+        "one-hot": lambda: np.eye(m, dtype=np.float32)[rng.integers(0, m, n)],  # 0 and 1: all on edges
+        "tiny": lambda: np.abs(x) * np.float32(1e-38) + np.float32(1e-39),      # denormal
+        "huge": lambda: np.clip(x, -3, 3) * np.float32(1e38),                   # squares overflow float32
+        "narrow": lambda: x + np.float32(300),                                  # all inner products beside 1
+        "far": lambda: x + np.float32(10000),                                   # cancellation
+        "outlier": lambda: np.concatenate([x[:-1], x[-1:] * np.float32(1e6)]),  # wide error bounds
+        "nearly": lambda: (1 + np.arange(n) % 3 * 2.0 ** -23)[:, None] * np.ones((n, m)),          # last bit
+        "lengths": lambda: x * np.exp2(rng.integers(-60, 60, (n, 1))).astype(np.float32),
+    }[kind]().astype(np.float32)
+
+
 @pytest.fixture
 def run_script():
     """run_script("nrprec.py", "emb.npy", …) -> CompletedProcess with text output, never raising."""
@@ -18,6 +96,27 @@ def run_script():
     def run(script, *arguments, **options):
         command = [sys.executable, str(ROOT / script), *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, **options)
+
+    return run
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    """What run_script gives, but in this process: a script's start takes seconds."""
+
+    def run(script, *arguments):
+        from dml_common import command
+
+        monkeypatch.setattr(sys, "argv", [script])
+        capsys.readouterr()
+        try:
+            status = importlib.import_module(Path(script).stem).main(list(map(str, arguments))) or 0
+        except command.Ended as end:
+            status = end.code
+        except (Exception, SystemExit) as error:
+            status, text = command.explain(error)
+            command.say(text)
+        return subprocess.CompletedProcess([script, *arguments], status, *capsys.readouterr())
 
     return run
 
@@ -40,6 +139,20 @@ def refused(capsys):
         return str(caught.value)
 
     return refuse
+
+
+@pytest.fixture
+def embedded(tmp_path, monkeypatch):
+    """The current folder, with emb.npy (60, 5), three properties in props.csv, classes in emb.csv."""
+    import numpy as np
+
+    monkeypatch.chdir(tmp_path)
+    np.save("emb.npy", np.random.default_rng(10).standard_normal((60, 5)).astype(np.float32))
+    rows = [f"{i},{'abc'[i % 3]},{i // 3 % 4},{i * 0.37:.2f}\n" for i in range(60)]
+    Path("props.csv").write_text("frame,shape,size,angle\n" + "".join(rows))
+    rows = [f"{i},{'abcdef'[i % 6]},{i % 2}\n" for i in range(60)]
+    Path("emb.csv").write_text("path,class,super_class\n" + "".join(rows))
+    return tmp_path
 
 
 @pytest.fixture

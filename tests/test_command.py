@@ -56,6 +56,19 @@ def test_commands_end_in_one_line(script, body, status, line):
     assert code == status and err == (f"mine.py: {line}\n" if line else "") and out.startswith("written\n")
 
 
+HELP = {"embed.py": ["torchrun", "--skip-unreadable", "emb.json", "models/README.md"],
+        "saliency.py": ["Input:", "--order"], "compare.py": ["compare.csv"],
+        "nrprec.py": ["python nrprec.py", "--permutations"],
+        "pairs.py": ["python pairs.py", "--permutations"],
+        "tables.py": ["python tables.py results --out tables", "Mann-Whitney"]}
+
+
+@pytest.mark.parametrize("name", HELP)
+def test_help_teaches(run_main, name):
+    done = run_main(name, "--help")
+    assert done.returncode == 0 and all(word in done.stdout for word in HELP[name])
+
+
 def test_a_traceback_on_request(script):
     code, _, err = script("{}['x']", env={**os.environ, "PYTHONPATH": str(ROOT), "DML_TRACEBACK": "1"})
     assert code == 1 and "Traceback" in err and "KeyError" in err

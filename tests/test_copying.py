@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, one_line
 from PIL import Image
 
 HOSTILE = ["data/__init__.py", "models/__init__.py", "results.py", "common.py", "files.py", "pictures.py"]
@@ -54,27 +54,16 @@ assert figures.heat(maps[0, 0]).dtype == np.uint8""",
 COMMANDS = {  # arguments of a tiny run, what is copied besides dml_common/, what it makes
     "nrprec": (["emb.npy", "props.csv", "--out", "o.csv"], [], "o.csv"),
     "pairs": (["emb.npy", "props.csv", "--label", "a", "--out", "o.csv"], [], "o.csv"),
-    "embed": (["--dataset", "p", "--model", "net:make", "--out", "e.npy", "--workers", "1"], [], "e.npy"),
-    "saliency": (["--dataset", "p", "--model", "net:make", "--out", "m.npy", "--samples", "2"], [], "m.npy"),
+    "embed": (["--dataset", "p", "--model", "net:seven", "--out", "e.npy", "--workers", "1"], [], "e.npy"),
+    "saliency": (["--dataset", "p", "--model", "net:seven", "--out", "m.npy", "--samples", "2"], [], "m.npy"),
     "compare": (["maps0.npy", "maps1.npy", "--out", "o.csv"], [], "o.csv"),
-    "train": (["--dataset", "p", "--model", "net:make", "--loss", "Triplet", "--fold", "0", "--epochs", "1",
+    "train": (["--dataset", "p", "--model", "net:seven", "--loss", "Triplet", "--fold", "0", "--epochs", "1",
                "--split", "pictures", "--batch", "8", "--models", "m", "--workers", "1"],
               ["pairs.py", "models/losses.csv"], "m/trained/p@pictures/triplet/fold0/config.json"),
     "render_cars": (["--dry-run", "--frames", "0:3", "--out", "set"], [], "set/props.csv"),
     "tables": (["results/p", "--out", "t"], ["models/losses.csv", "templates"], "t/tables.json"),
     "figures": (["results/p", "--out", "f"], ["models/losses.csv"], "f/figures.json"),
 }
-NET = """
-import torch
-from torch import nn
-def make():
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 3))
-    network.preprocessing = {"resize": 8, "crop": 8}
-    return network
-"""
-
-
 @pytest.fixture
 def folder(tmp_path):
     """Arrays, pictures and results, among neighbours that must never be imported."""
@@ -86,7 +75,7 @@ def folder(tmp_path):
     for number in (0, 1):
         np.save(tmp_path / f"maps{number}.npy", rng.random((5, 4, 4)).astype(np.float16))
     (tmp_path / "props.csv").write_text("a\n" + "x\ny\n" * 20)
-    (tmp_path / "net.py").write_text(NET)
+    shutil.copy(ROOT / "tests/tiny_networks.py", tmp_path / "net.py")
     for i in range(80):
         (tmp_path / "p" / f"{i % 4}").mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(tmp_path / f"p/{i % 4}/{i}.png")
@@ -105,6 +94,14 @@ def folder(tmp_path):
     return tmp_path
 
 
+def copy(folder, *scripts):
+    """Scripts and dml_common/, all that their commands need."""
+    shutil.copytree(ROOT / "dml_common", folder / "dml_common")
+    for script in scripts:
+        if not (folder / f"{script}.py").exists():
+            shutil.copy(ROOT / f"{script}.py", folder)
+
+
 def run(folder, *command):
     """A process as a user starts it in the folder: nothing of the checkout is on its path."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -121,8 +118,8 @@ def test_a_function_needs_its_script_alone(folder, script):
     assert done.returncode == 0, done.stderr
     done = run(folder, f"{script}.py", "--help")
     if script != "render_cars":  # it stands wholly alone
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == ""
-        assert done.stderr.startswith(f"{script}.py: the command needs the folder dml_common/")
+        one_line(done, "the command needs the folder dml_common/")
+        assert done.stdout == ""
 
 
 @pytest.mark.parametrize("script", FUNCTIONS)
@@ -130,30 +127,44 @@ def test_a_command_needs_its_script_and_dml_common(folder, script):
     if script in ("figures", "report"):
         pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
         pytest.importorskip("sklearn", reason="the extra 'report' is not installed")
-    shutil.copy(ROOT / f"{script}.py", folder)
-    if script != "render_cars":
-        shutil.copytree(ROOT / "dml_common", folder / "dml_common")
+    copy(folder, script)
+    if script == "render_cars":
+        shutil.rmtree(folder / "dml_common")
     arguments, more, made = COMMANDS.get(script, (["--help"], [], None))
     for name in more:  # the exceptions: one line says what is missing
         done = run(folder, f"{script}.py", *arguments)
         lines = done.stderr.splitlines()
         assert done.returncode in (0, 2) and name in "".join(lines), (name, lines)
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, folder / name)
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, folder / name)
     done = run(folder, f"{script}.py", *arguments)
     assert done.returncode == 0 and (made is None or (folder / made).is_file()), done.stderr
 
 
-@pytest.mark.parametrize("script, arguments", [
-    ("pairs", ["emb.npy", "props.csv", "--label", "a", "--figure", "f.png"]),
-    ("compare", ["maps0.npy", "maps1.npy", "--out", "o.csv", "--figure", "f.png"])])
+PAIRS = ["pairs", "emb.npy", "props.csv", "--label", "a", "--out", "o.csv", "--figure", "f.png"]
+COMPARE = ["compare", "maps0.npy", "maps1.npy", "--out", "o.csv", "--figure", "f.png"]
+
+
+@pytest.mark.parametrize("script, arguments", [(PAIRS[0], PAIRS[1:]), (COMPARE[0], COMPARE[1:])])
 def test_figures_are_drawn_by_figures(folder, script, arguments):
     pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
-    shutil.copy(ROOT / f"{script}.py", folder)
-    shutil.copytree(ROOT / "dml_common", folder / "dml_common")
+    copy(folder, script)
     (folder / "figures").mkdir()  # a folder of figures is no figures.py
-    done = run(folder, f"{script}.py", *arguments)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "figures.py" in done.stderr
+    one_line(run(folder, f"{script}.py", *arguments), "figures.py")
     shutil.copy(ROOT / "figures.py", folder)
     done = run(folder, f"{script}.py", *arguments)
     assert done.returncode == 0 and (folder / "f.png").read_bytes().startswith(b"\x89PNG"), done.stderr
+
+
+@pytest.mark.parametrize("package, script, arguments", [
+    ("matplotlib", PAIRS[0], PAIRS[1:]), ("matplotlib", COMPARE[0], COMPARE[1:]),
+    *((package, script, ["results/p", "--out", "out.html"]) for package, script in (
+        ("matplotlib", "figures"), ("sklearn", "figures"), ("jinja2", "report")))])
+def test_a_package_of_the_extra_that_is_missing_is_named_before_anything_is_written(
+        folder, package, script, arguments):
+    copy(folder, script, "figures")
+    before = sorted(folder.iterdir())
+    hidden = ("import runpy, sys; sys.modules[sys.argv[1]] = None; sys.argv = sys.argv[2:];"
+              "runpy.run_path(sys.argv[0], run_name='__main__')")
+    done = run(folder, "-B", "-c", hidden, package, f"{script}.py", *arguments)
+    one_line(done, package, "pip install '.[report]'")
+    assert sorted(folder.iterdir()) == before

@@ -8,7 +8,7 @@ import sysconfig
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, embeddings_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -72,22 +72,6 @@ def kernel_hits(x, labels, distance, max_neighbours=None, threads=1, memory_mib=
     finally:
         _knn.use(before)
     return hits
-
-
-def embeddings_of(kind, n, m, rng):
-    x = rng.standard_normal((n, m)).astype(np.float32)
-    return {
-        "normal": lambda: x,
-        "integers": lambda: np.round(x),                                       # many ties
-        "duplicates": lambda: x[rng.integers(0, max(1, n // 6), n)],           # duplicates of the query
-        "identical": lambda: np.tile(x[:1] + 1, (n, 1)),                       # nothing but ties
-        "signs": lambda: np.where(x > 0, np.float32(0.1), np.float32(-0.1)),   # ties not exact in float32
-        "tiny": lambda: x * np.float32(1e-38),                                 # denormal
-        "huge": lambda: np.clip(x, -3, 3) * np.float32(1e38),                  # squares overflow float32
-        "far": lambda: x + np.float32(10000),                                  # cancellation
-        "outlier": lambda: np.concatenate([x[:-1], x[-1:] * np.float32(1e6)]),  # wide error bounds
-        "nearly": lambda: (1 + np.arange(n) % 3 * 2.0 ** -23)[:, None] * np.ones((n, m)),          # last bit
-    }[kind]().astype(np.float32)
 
 
 KINDS = ("normal", "integers", "duplicates", "identical", "signs", "tiny", "huge", "far", "outlier", "nearly")

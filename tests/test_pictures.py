@@ -9,24 +9,20 @@ import zipfile
 
 import numpy as np
 import pytest
+from conftest import ROOT, noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from published_sets import NAMES, annotations, make_cars, make_cub, make_sop, make_stanford
 from scipy.io import savemat
 
 from dml_common import pictures
-from dml_common.files import ROOT
 
 BGR = {"resize": 256, "crop": 227, "channels": "BGR", "scale": 255, "mean": [104, 117, 128], "std": [1, 1, 1]}
 RGB = {"resize": 256, "crop": 224, "channels": "RGB", "scale": 1,
        "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 SQUARE = {**RGB, "resize": [299, 299], "crop": None}
 WHOLE = {**RGB, "resize": None, "crop": None}
-
-
-def noise(width, height, seed=0):
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
 
 
 def load_picture(path, preprocessing):
@@ -228,51 +224,16 @@ def picture(path):
     noise(8, 8).save(path, "jpeg")
 
 
-def annotations(rows, fields):
-    """A MATLAB struct array as in the published files."""
-    array = np.zeros((1, len(rows)), dtype=[(field, object) for field in fields])
-    for i, row in enumerate(rows):
-        array[0, i] = row
-    return array
-
-
-CARS = ["bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class"]
-NAMES = np.array([f"Car {i}" for i in range(1, 197)], dtype=object)[None]
-
-
 @pytest.fixture
 def cars(tmp_path):
-    """cars_annos.mat and car_ims/: 6 pictures of classes 97 … 102."""
-    rows = [(f"car_ims/{i:06d}.jpg", 1, 1, 5, 5, 96 + i, 0) for i in range(1, 7)]
-    for row in rows:
-        picture(tmp_path / "cars196" / row[0])
-    listing = {"annotations": annotations(rows, ["relative_im_path", *CARS, "test"]), "class_names": NAMES}
-    savemat(tmp_path / "cars196" / "cars_annos.mat", listing)
-    return tmp_path
-
-
-@pytest.fixture
-def stanford(tmp_path):
-    """torchvision's layout."""
-    home = tmp_path / "stanford_cars"
-    (home / "devkit").mkdir(parents=True)
-    for part, place in (("train", "devkit/cars_train_annos.mat"), ("test", "cars_test_annos_withlabels.mat")):
-        rows = [(1, 1, 5, 5, label, f"{i:05d}.jpg") for i, label in enumerate((98, 99, 150), 1)]
-        for row in rows:
-            picture(home / f"cars_{part}" / row[-1])
-        savemat(home / place, {"annotations": annotations(rows, [*CARS, "fname"])})
-    savemat(home / "devkit" / "cars_meta.mat", {"class_names": NAMES})
+    make_cars(tmp_path, range(97, 103))
     return tmp_path
 
 
 @pytest.fixture
 def cub(tmp_path):
-    home = tmp_path / "CUB_200_2011"
-    names = ["100.Brown_Pelican/b 1.jpg", "101.White_Pelican/w1.jpg", "200.Common_Yellowthroat/y1.jpg"]
-    for name in names:
-        picture(home / "images" / name)
-    (home / "images.txt").write_text("".join(f"{i} {name}\n" for i, name in enumerate(names, 1)))
-    (home / "image_class_labels.txt").write_text("1 100\n2 101\n3 200\n")
+    make_cub(tmp_path / "CUB_200_2011", ["100.Brown_Pelican/b 1.jpg", "101.White_Pelican/w1.jpg",
+                                         "200.Common_Yellowthroat/y1.jpg"])
     mask = tmp_path / "segmentations" / "101.White_Pelican" / "w1.png"
     mask.parent.mkdir(parents=True)
     Image.new("L", (8, 8), 204).save(mask)
@@ -281,14 +242,8 @@ def cub(tmp_path):
 
 @pytest.fixture
 def sop(tmp_path):
-    home = tmp_path / "sop" / "Stanford_Online_Products"
-    header = "image_id class_id super_class_id path\n"
-    lists = {"train": ["1 1 1 bicycle_final/1_0.JPG"],
-             "test": ["2 11319 1 bicycle_final/2_0.JPG", "3 11320 12 toaster_final/3_0.JPG"]}
-    for split, lines in lists.items():
-        for line in lines:
-            picture(home / line.split()[-1])
-        (home / f"Ebay_{split}.txt").write_text(header + "".join(f"{line}\n" for line in lines))
+    make_sop(tmp_path, train=[(1, 1, "bicycle_final/1_0.JPG")], test=[
+        (11319, 1, "bicycle_final/2_0.JPG"), (11320, 12, "toaster_final/3_0.JPG")])
     return tmp_path
 
 
@@ -304,8 +259,9 @@ def test_cars196(cars, monkeypatch):
     assert len(pictures.open_dataset("cars196").paths) == 4
 
 
-def test_cars196_as_torchvision_has_it(stanford):
-    dataset = pictures.open_dataset("cars196", stanford)
+def test_cars196_as_torchvision_has_it(tmp_path):
+    make_stanford(tmp_path, train=(98, 99, 150), test=(98, 99, 150))
+    dataset = pictures.open_dataset("cars196", tmp_path)
     assert dataset.relative == [f"cars_{part}/{i:05d}.jpg" for part in ("train", "test") for i in (2, 3)]
     assert dataset.labels.tolist() == [98, 149, 98, 149]
 

@@ -1,5 +1,4 @@
 """render_cars.py: sampling, files and bad input need no Blender; small pictures are rendered where bpy is."""
-import csv
 import importlib.util
 import io
 import json
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import one_line, read_rows, write_json
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -36,13 +36,6 @@ def render(run_script):
     return lambda folder, *options: run_script("render_cars.py", "--out", folder, *options)
 
 
-def failed(done, *words):
-    """Exit status 2 and one line on stderr that opens with the script's name and holds the words."""
-    assert done.returncode == 2, done
-    assert done.stderr.startswith("render_cars.py: ") and done.stderr.count("\n") == 1, done.stderr
-    assert all(str(word) in done.stderr for word in words), done.stderr
-
-
 @pytest.fixture
 def refuses(refused, monkeypatch, tmp_path):
     """refuses(option, …) -> why render_cars.py does not begin with them."""
@@ -52,16 +45,6 @@ def refuses(refused, monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     return partial(refused, main, "--out", "set", "--dry-run")
-
-
-def read_props(folder):
-    with open(folder / "props.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write_json(path, content):
-    path.write_text(json.dumps(content))
-    return path
 
 
 # ---------------------------------------------------------------- sampling
@@ -188,7 +171,8 @@ def test_models_and_dependence_through_the_command(render, tmp_path):
     options = ["--frames", "0:40", "--dry-run", "--models", "saloon,van,body060:body063", "--body-seed", "4",
                "--depend", "bg_color_hue=model:0.5", "--depend", "sun_elevation=camera_loc_z:1"]
     assert render(tmp_path / "set", *options).returncode == 0
-    about, rows = json.loads((tmp_path / "set/render.json").read_text()), read_props(tmp_path / "set")
+    rows = read_rows(tmp_path / "set/props.csv")
+    about = json.loads((tmp_path / "set/render.json").read_text())
     names = ["saloon", "van", "body060", "body061", "body062"]
     assert about["properties"]["model"] == names and about["body_seed"] == 4
     assert {row["model"] for row in rows} == set(names)
@@ -196,22 +180,22 @@ def test_models_and_dependence_through_the_command(render, tmp_path):
     rules = render_cars.dependence(PROPERTIES | {"model": names}, 0, wanted)
     assert about["depend"] == rules
     assert len({(row["sun_elevation"], row["camera_loc_z"]) for row in rows}) == 4
-    failed(render(tmp_path / "set", *options[:-2]), "depend: sun_elevation")
-    failed(render(tmp_path / "set", *options[:5], *options[7:]), "body_seed 4, not 0")
+    one_line(render(tmp_path / "set", *options[:-2]), "depend: sun_elevation")
+    one_line(render(tmp_path / "set", *options[:5], *options[7:]), "body_seed 4, not 0")
     plain = ["--frames", "0:40", "--dry-run"]
     assert render(tmp_path / "six", *plain).returncode == 0
     assert not {"body_seed", "depend"} & set(json.loads((tmp_path / "six/render.json").read_text()))
-    failed(render(tmp_path / "six", *plain, "--depend", "bg_color_hue=model:0.5"), "made with depend null")
+    one_line(render(tmp_path / "six", *plain, "--depend", "bg_color_hue=model:0.5"), "made with depend null")
     assert render(tmp_path / "four", *plain, "--bodies", "4").returncode == 0
-    assert {row["model"] for row in read_props(tmp_path / "four")} == set(BODIES[:4])
+    assert {row["model"] for row in read_rows(tmp_path / "four" / "props.csv")} == set(BODIES[:4])
 
 
 # ---------------------------------------------------------------- the command line, without Blender
 
-def test_dry_run(render, tmp_path):
+def test_dry_run(render, run_script, tmp_path):
     done = render(tmp_path / "set", "--frames", "0:30", "--seed", 5, "--dry-run")
     assert done.returncode == 0, done.stderr
-    rows = read_props(tmp_path / "set")
+    rows = read_rows(tmp_path / "set/props.csv")
     assert list(rows[0]) == ["frame", *PROPERTIES]
     for row, drawn in zip(rows, sample(PROPERTIES, 5, range(30)), strict=True):
         assert row == {name: str(value) for name, value in drawn.items()}
@@ -219,6 +203,9 @@ def test_dry_run(render, tmp_path):
     assert sorted(path.name for path in (tmp_path / "set").glob("[!.]*")) == ["props.csv", "render.json"]
     done = render("x", "--help")
     assert done.returncode == 0 and "blender -b -P render_cars.py -- " in done.stdout
+    inside = ["-b", "-P", "render_cars.py", "--", "--out", tmp_path / "in", "--frames", "0:2", "--dry-run"]
+    done = run_script("render_cars.py", *inside)  # what stands before -- is Blender's
+    assert done.returncode == 0 and len(read_rows(tmp_path / "in/props.csv")) == 2
 
 
 def test_ranges_join_and_shards_agree(render, tmp_path):
@@ -233,22 +220,15 @@ def test_processes_that_start_together(tmp_path):
     command = [sys.executable, SCRIPT, "--out", str(tmp_path), "--dry-run", "--frames"]
     processes = [subprocess.Popen([*command, f"{k}000:{k + 1}000"]) for k in range(4)]
     assert [process.wait() for process in processes] == [0] * 4
-    assert [row["frame"] for row in read_props(tmp_path)] == [str(i) for i in range(4000)]
+    assert [row["frame"] for row in read_rows(tmp_path / "props.csv")] == [str(i) for i in range(4000)]
     assert not list(tmp_path.glob(".*.part"))
-
-
-def test_arguments_inside_blender(run_script, tmp_path):
-    """blender -b -P render_cars.py -- …: what stands before -- is Blender's."""
-    options = ["--out", tmp_path, "--frames", "0:2", "--dry-run"]
-    done = run_script("render_cars.py", "-b", "-P", "render_cars.py", "--", *options)
-    assert done.returncode == 0 and len(read_props(tmp_path)) == 2
 
 
 def test_properties_file(render, tmp_path):
     given = {"model": ["van", "suv"], "rotation_z": [0, 30.5], "sun_elevation": 45}
     given = write_json(tmp_path / "p.json", given)
     assert render(tmp_path / "set", "--frames", "0:40", "--properties", given, "--dry-run").returncode == 0
-    rows = read_props(tmp_path / "set")
+    rows = read_rows(tmp_path / "set/props.csv")
     seen = [{row[name] for row in rows} for name in ("model", "rotation_z", "sun_elevation")]
     assert seen == [{"van", "suv"}, {"0", "30.5"}, {"45"}]
 
@@ -290,31 +270,31 @@ def test_an_existing_set_made_otherwise(render, tmp_path):
     assert render(*command).returncode == 0
     before, about = (tmp_path / "set/props.csv").read_bytes(), (tmp_path / "set/render.json").read_bytes()
     given = write_json(tmp_path / "p.json", {"sun_elevation": 90})
-    failed(render(*command, "--seed", 1), "seed 0, not 1")
-    failed(render(*command, "--size", 128), "size 256, not 128")
-    failed(render(*command, "--exposure", "fixed"), 'exposure null, not "fixed"')
-    failed(render(*command, "--properties", given), "properties: sun_elevation [0, 45, 90], not [90]")
+    one_line(render(*command, "--seed", 1), "seed 0, not 1")
+    one_line(render(*command, "--size", 128), "size 256, not 128")
+    one_line(render(*command, "--exposure", "fixed"), 'exposure null, not "fixed"')
+    one_line(render(*command, "--properties", given), "properties: sun_elevation [0, 45, 90], not [90]")
     assert (tmp_path / "set/props.csv").read_bytes() == before
     (tmp_path / "set/render.json").write_text("[]")
-    failed(render(*command), "render.json")
+    one_line(render(*command), "render.json")
     props, good = tmp_path / "set/props.csv", (tmp_path / "set/props.csv").read_text()
     for content in (good.replace(",", "\t"), good.replace("frame", "x"), "frame\n" + "1" * 200_000 + "\n"):
         props.write_text(content)
         (tmp_path / "set/render.json").write_bytes(about)
-        failed(render(*command), "is not a table of this script")
+        one_line(render(*command), "is not a table of this script")
         assert props.read_text() == content
     (tmp_path / "set/render.json").unlink()
-    failed(render(*command), "no render.json")
+    one_line(render(*command), "no render.json")
 
 
 def test_output_not_writable(render, tmp_path):
     (tmp_path / "file").write_text("")
-    failed(render(tmp_path / "file" / "set", "--dry-run"), "can't be written", "--out")
+    one_line(render(tmp_path / "file" / "set", "--dry-run"), "can't be written", "--out")
 
 
 @pytest.mark.skipif(HERE, reason="bpy is here")
 def test_without_blender_both_ways_are_named(render, tmp_path):
-    failed(render(tmp_path / "set"), "pip install", "blender -b -P render_cars.py")
+    one_line(render(tmp_path / "set"), "pip install", "blender -b -P render_cars.py")
     assert not (tmp_path / "set").exists()
 
 
@@ -372,19 +352,22 @@ def rendered(tmp_path_factory):
     return folder / "set", options
 
 
+def car_in_frame(folder, i):
+    """Its mask, of 64 × 64 pixels, which does not touch the picture's edge."""
+    mask = picture(folder, i, "masks", "png")
+    edge = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
+    assert mask.shape == (64, 64) and 0.04 < (mask > 0).mean() < 0.5 and not edge.any(), i
+    return mask
+
+
 @blender
 def test_every_car_is_in_frame_and_settings_are_beside(rendered):
     folder, _ = rendered
-    rows = read_props(folder)
+    rows = read_rows(folder / "props.csv")
     for name in PROPERTIES:
         assert len({row[name] for row in rows}) == {"model": 6, "rotation_z": 3}.get(name, 2)
     for i in range(24):
-        mask = picture(folder, i, "masks", "png")
-        assert mask.shape == (64, 64) and set(np.unique(mask)) == {0, 255}
-        assert 0.04 < (mask > 0).mean() < 0.5, i
-        edge = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
-        assert not edge.any(), f"frame {i} ({rows[i]}): the car touches the picture's edge"
-        assert picture(folder, i).shape == (64, 64, 3)
+        assert set(np.unique(car_in_frame(folder, i))) == {0, 255} and picture(folder, i).shape == (64, 64, 3)
     about = json.loads((folder / "render.json").read_text())
     assert (about["seed"], about["samples"], about["size"], about["engine"]) == (6, 2, 64, "CYCLES")
     assert about["blender"] and sorted(about["meshes"]) == sorted(PROPERTIES["model"])
@@ -400,9 +383,7 @@ def test_drawn_bodies_are_in_frame_and_have_paint(render, tmp_path):
     about = json.loads((tmp_path / "set/render.json").read_text())
     assert len(set(about["meshes"].values())) == 6
     for i in range(16):
-        mask = picture(tmp_path / "set", i, "masks", "png")
-        assert 0.04 < (mask > 0).mean() < 0.5
-        assert not np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]]).any(), i
+        mask = car_in_frame(tmp_path / "set", i)
         red, green, _ = picture(tmp_path / "set", i)[mask > 0].mean(0)
         assert red > 1.2 * green
 
@@ -424,8 +405,8 @@ def two_frames(render, folder, **free):
     done = render(folder, "--frames", "0:6", "--masks", "--properties", given, "--size", 64, "--samples", 16)
     assert done.returncode == 0, done.stderr
     name = next(iter(free))
-    first = read_props(folder)[0][name]
-    other = next(int(row["frame"]) for row in read_props(folder) if row[name] != first)
+    first = read_rows(folder / "props.csv")[0][name]
+    other = next(int(row["frame"]) for row in read_rows(folder / "props.csv") if row[name] != first)
     inside = picture(folder, 0, "masks", "png") > 0
     assert (inside == (picture(folder, other, "masks", "png") > 0)).mean() > 0.98
     change = np.abs(picture(folder, 0) - picture(folder, other)).mean(2)
@@ -522,7 +503,7 @@ def test_a_users_cars(render, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "first.obj: 6 faces; recoloured: CarPaint; left: black" in done.stderr
     assert "second.glb: 12 faces; recoloured: body; left: nothing" in done.stderr
-    assert {row["model"] for row in read_props(folder)} == {"first", "second"}
+    assert {row["model"] for row in read_rows(folder / "props.csv")} == {"first", "second"}
     masks = [picture(folder, i, "masks", "png") > 0 for i in range(8)]
     # a box 6 long and 2 wide becomes 4.5 long, 1.5 wide, 0.75 high, and shows its long side at rotation 0
     wide, high = np.ptp(np.nonzero(masks[0])[1]), np.ptp(np.nonzero(masks[0])[0])
@@ -542,14 +523,14 @@ def test_bad_meshes(render, tmp_path, name, content, words):
         (tmp_path / "cars" / name).write_text(content)
     else:
         write_obj(tmp_path / "cars" / name, paint="grey")
-    failed(render(tmp_path / "set", "--frames", "0:2", "--cars", tmp_path / "cars", *TINY), name, *words)
+    one_line(render(tmp_path / "set", "--frames", "0:2", "--cars", tmp_path / "cars", *TINY), name, *words)
     assert not (tmp_path / "set").exists()
 
 
 @blender
 @pytest.mark.skipif(sys.platform == "darwin", reason="Metal may be here")
 def test_a_device_that_is_not_there(render, tmp_path):
-    failed(render(tmp_path / "set", "--frames", "0:1", "--device", "metal", *TINY), "--device metal", "cpu")
+    one_line(render(tmp_path / "set", "--frames", "0:1", "--device", "metal", *TINY), "--device metal", "cpu")
     assert not (tmp_path / "set").exists()
 
 

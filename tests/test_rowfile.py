@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, saved
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -74,18 +74,10 @@ def test_rows_in_any_order_make_the_array(tmp_path_factory, n, m, dtype, random)
         file.write(rows, expected[rows])
         assert not path.exists()
     assert file.finish() and file.finish()
-    assert path.read_bytes() == saved(expected, path.with_name("plain.npy"))
+    assert path.read_bytes() == saved(expected)
     assert json.loads(path.with_suffix(".json").read_text()) == ABOUT
     assert sorted(os.listdir(path.parent)) == ["emb.json", "emb.npy"]
     assert RowFile(path, expected.shape, dtype, ABOUT).complete
-
-
-def saved(array, path):
-    """The bytes that numpy.save gives."""
-    np.save(path, array)
-    content = path.read_bytes()
-    path.unlink()
-    return content
 
 
 @given(st.integers(1, 500), st.integers(1, 9))

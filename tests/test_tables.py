@@ -1,7 +1,5 @@
 """tables.py: golden tables, the papers' own numbers, findings, special characters, bad input."""
-import contextlib
 import csv
-import io
 import itertools
 import json
 import re
@@ -12,7 +10,7 @@ import warnings
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, one_line
 from scipy import stats
 from test_results import CLASSIFICATION, COMPARE, MASKS, NRPREC, RANKING, add_network, compare_row, nrprec_row
 from test_results import write as write_csv
@@ -43,16 +41,17 @@ def add_training(models, place, history=(), **config):
         write(home, "history", history)
 
 
-def run(run_script, *arguments, status=0):
-    """The command line: in this process where it should succeed (a second saved), else as a command."""
-    if not status:
-        with contextlib.redirect_stdout(io.StringIO()) as output:
-            tables.main([str(argument) for argument in arguments])
-        return output.getvalue()
-    done = run_script("tables.py", *arguments)
-    assert done.returncode == status, done.stderr
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("tables.py: "), done.stderr
-    return done.stderr
+@pytest.fixture
+def run(run_main):
+    """run(results, option, …) -> what is printed; with status 2 the one line that says why not."""
+    def run(*arguments, status=0):
+        done = run_main("tables.py", *arguments)
+        if status:
+            one_line(done)
+        assert done.returncode == status, done.stderr
+        return done.stderr if status else done.stdout
+
+    return run
 
 
 def tabled(out):
@@ -84,8 +83,8 @@ def small(tmp_path):
 # ---------------------------------------------------------------- golden tables
 
 
-def test_golden_nrprec(small, run_script, tmp_path):
-    run(run_script, small.parent, "--out", tmp_path / "out")
+def test_golden_nrprec(small, run, tmp_path):
+    run(small.parent, "--out", tmp_path / "out")
     header, *rows = csv.reader(open(tmp_path / "out" / "nrprec_cars.csv"))
     assert header == ["Loss", "model", "model ±", "model mark", "sun", "sun ±"]
     root = 0.5**0.5
@@ -115,8 +114,8 @@ def test_golden_nrprec(small, run_script, tmp_path):
                             r"{}\textbf{Classification mean} & 2.25\phantom{ *} & 0.00 \\", r"\bottomrule"]
 
 
-def test_golden_correlation(small, run_script, tmp_path):
-    run(run_script, small, "--out", tmp_path / "out")  # one data set's folder
+def test_golden_correlation(small, run, tmp_path):
+    run(small, "--out", tmp_path / "out")  # one data set's folder
     named = tabled(tmp_path / "out")[1]
     matrix, both = named["correlation_cars"], (27**0.5 - 1) / (27**0.5 + 1)  # of 0.5 and 0.8
     assert matrix["kind"] == "matrix"
@@ -137,10 +136,10 @@ def test_golden_correlation(small, run_script, tmp_path):
     assert named["corrected_cars"]["rows"][0][2]["value"] == pytest.approx((0.5 / 0.8 + 0.8 / 0.8) / 2)
 
 
-def test_folds_of_one_loss_stand_in_the_diagonal_and_in_no_group(small, run_script, tmp_path):
+def test_folds_of_one_loss_stand_in_the_diagonal_and_in_no_group(small, run, tmp_path):
     rows = [compare_row("Triplet", "Contrastive", fold, 0.5) for fold in range(2)]
     write(small, "compare", [*rows, compare_row("Triplet", "Triplet", 0, 0.9, fold_b=1)])
-    run(run_script, small, "--out", tmp_path / "out")
+    run(small, "--out", tmp_path / "out")
     named = tabled(tmp_path / "out")[1]
     assert texts(named["correlation_cars"]) == [["Contrastive", "", "50 ± 10"],
                                                 ["Triplet", "50 ± 10", "90 ± 10"]]
@@ -148,7 +147,7 @@ def test_folds_of_one_loss_stand_in_the_diagonal_and_in_no_group(small, run_scri
     assert texts(named["correlation_by_type_cars"])[0][1] == "50 ± 10"
 
 
-def test_scores_of_the_second_paper_and_other_tables(run_script, tmp_path):
+def test_scores_of_the_second_paper_and_other_tables(run, tmp_path):
     folder, models = tmp_path / "cub200", tmp_path / "models"
     rows = [("triplet", 0, 0.5), ("triplet", 1, 0.6), ("arcface", 0, 0.7), ("arcface", 0, 0.1, "test", 50),
             ("arcface", 0, 0.1, "train"), ("arcface", 0, 0.1, "test", 200, 0), ("margin", 0, 0.4),
@@ -170,7 +169,7 @@ def test_scores_of_the_second_paper_and_other_tables(run_script, tmp_path):
     (add_network(folder, "triplet", loss="Triplet") / "props.csv").write_text("frame,model,hue\n" + lines)
     add_training(models, "cub200/triplet/fold0", split={"kind": "random"}, history=[
         [0, "test", 0.1, 0, 0.1, 0.3, 0.05], [7, "test", 0.2, 0, 0.5, 0.75, 0.25]])
-    run(run_script, folder, "--out", tmp_path / "out", "--models", models)
+    run(folder, "--out", tmp_path / "out", "--models", models)
     named = tabled(tmp_path / "out")[1]
     assert named["pairs_cub200"]["header"][:5] == ["Loss", "Recall@1", "MAP@R", "JSD", "JSD, labels permuted"]
     rest = ["0.200", "0.400", "0.010", "0.300", "0.500", "−0.100"]
@@ -193,8 +192,8 @@ def test_scores_of_the_second_paper_and_other_tables(run_script, tmp_path):
                                                 "0.100 → 0.500", "0.100 → 0.200", "0.000 → 0.000"]]
 
 
-def test_contract_of_the_json(small, run_script, tmp_path):
-    run(run_script, small, "--out", tmp_path / "out")
+def test_contract_of_the_json(small, run, tmp_path):
+    run(small, "--out", tmp_path / "out")
     content, named = tabled(tmp_path / "out")
     assert list(content) == ["tables", "findings", "warnings", "missing", "made_with"]
     assert list(content["made_with"]) == ["versions", "options"]
@@ -215,16 +214,16 @@ def test_contract_of_the_json(small, run_script, tmp_path):
     assert (tmp_path / "out" / "missing.csv").read_text().startswith("dataset,table,what\n")
 
 
-def test_same_bytes_twice_and_without_jinja2_all_but_latex(small, run_script, tmp_path, monkeypatch, capsys):
-    run(run_script, small, "--out", tmp_path / "one")
+def test_same_bytes_twice_and_without_jinja2_all_but_latex(
+        small, run_main, run_script, tmp_path, monkeypatch):
+    run_main("tables.py", small, "--out", tmp_path / "one")
     assert run_script("tables.py", small, "--out", tmp_path / "two").returncode == 0
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    run(run_script, small, "--out", tmp_path / "three")
+    assert "no .tex files" in run_main("tables.py", small, "--out", tmp_path / "three").stderr
     one, two, three = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
                        for name in ("one", "two", "three"))
     assert one == two and not [name for name in one if name.endswith(".part")]
     assert three == {name: content for name, content in one.items() if not name.endswith(".tex")}
-    assert "no .tex files" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- the papers' numbers
@@ -238,10 +237,10 @@ def published_results(folder, factor=1.0):
     return folder
 
 
-def test_group_means_of_table_6_and_the_direction_of_every_difference(run_script, tmp_path):
+def test_group_means_of_table_6_and_the_direction_of_every_difference(run, tmp_path):
     published = results.published_nrprec()
     assert published["ProxyNCA"]["sun_rotation"] is None  # missing in our source
-    run(run_script, published_results(tmp_path / "cars"), "--out", tmp_path / "out")
+    run(published_results(tmp_path / "cars"), "--out", tmp_path / "out")
     content, named = tabled(tmp_path / "out")
     header = named["nrprec_cars"]["header"]
     rows = {row[0]["text"]: row for row in named["nrprec_cars"]["rows"]}
@@ -269,8 +268,8 @@ def test_group_means_of_table_6_and_the_direction_of_every_difference(run_script
     assert texts(named["tests_cars"])[0][1] == "+1.000"  # the order of Table 6
 
 
-def test_published_prints_every_number(run_script):
-    printed = run(run_script, "--published")
+def test_published_prints_every_number(run):
+    printed = run("--published")
     lines = printed.splitlines()
     for loss, row in results.published_nrprec().items():
         line = next(line for line in lines if line.startswith(loss.replace(" Mean", " mean")) and "." in line)
@@ -322,10 +321,10 @@ def reproduced(folder, models, distance="euclidean", **options):
             [epoch, "test", 0.2, 0, jsd, recall, map_at_r] for epoch in (0, 7)], **TRAINED)
 
 
-def test_a_perfect_reproduction_shows_a_difference_of_0_everywhere(run_script, tmp_path):
+def test_a_perfect_reproduction_shows_a_difference_of_0_everywhere(run, tmp_path):
     folder, models, out = tmp_path / "results", tmp_path / "models", tmp_path / "out"
     reproduced(folder, models)
-    printed = run(run_script, folder, "--published", "--models", models, "--out", out)
+    printed = run(folder, "--published", "--models", models, "--out", out)
     named = tabled(out)[1]
     differences = {name: one for name, one in named.items() if name.startswith("difference")}
     assert set(differences) == {f"difference_{name}" for name in (
@@ -338,13 +337,13 @@ def test_a_perfect_reproduction_shows_a_difference_of_0_everywhere(run_script, t
     assert "NR-Prec, renders: difference (Table 6)" in printed and not (tmp_path / "tables").exists()
 
 
-def test_settings_that_are_not_the_published_ones_stand_in_place_of_differences(run_script, tmp_path):
+def test_settings_that_are_not_the_published_ones_stand_in_place_of_differences(run, tmp_path):
     folder, models, out = tmp_path / "results", tmp_path / "models", tmp_path / "out"
     reproduced(folder, models, "cosine", samples=20, noise=0.1)
     place = models / "trained" / "cub200" / "normalized_softmax" / "fold0" / "config.json"
     place.write_text(json.dumps({**json.loads(place.read_text()), "dimension": 128}))
     published_results(folder / "renders")
-    run(run_script, folder, "--published", "--models", models, "--out", out)
+    run(folder, "--published", "--models", models, "--out", out)
     named = tabled(out)[1]
     settings = {name: texts(one) for name, one in named.items() if name.startswith("settings")}
     other = [["samples", "20", "50"], ["noise", "0.1", "0.15"], ["distance", "cosine", "the loss's own"]]
@@ -358,7 +357,7 @@ def test_settings_that_are_not_the_published_ones_stand_in_place_of_differences(
         f"difference_training_{name}" for name in ("cars196", "cars196_random", "cub200_random")]
 
 
-def test_both_splittings_of_a_data_set_are_compared_over_seeds(run_script, tmp_path):
+def test_both_splittings_of_a_data_set_are_compared_over_seeds(run, tmp_path):
     folder, models, out = tmp_path / "results", tmp_path / "models", tmp_path / "out"
     scores = {"": (0.5, 0.6, 0.7), "@random": (0.8, 0.9, 0.85)}
     for split, recalls in scores.items():
@@ -368,7 +367,7 @@ def test_both_splittings_of_a_data_set_are_compared_over_seeds(run_script, tmp_p
             add_training(models, f"birds{split}/{place}", split={"kind": split[1:] or "default"},
                          frozen_trunk=True, history=[
                 [0, "test", 0.1, 0, 0.1, 0.3, 0.05], [7, "test", 0.2, 0, 0.5, recall, 0.25]])
-    run(run_script, folder, "--models", models, "--out", out)
+    run(folder, "--models", models, "--out", out)
     content, named = tabled(out)
     assert ["3", "3"] in [row[-2:] for row in texts(named["losses"])]
     assert "fold 0, Normalized Softmax fold 0.seed1, Normalized" in content["warnings"][0]
@@ -397,9 +396,9 @@ def test_what_is_shipped_is_the_reference():
 # ---------------------------------------------------------------- findings
 
 
-def test_that_nothing_was_found_is_said_in_one_sentence(small, run_script, tmp_path):
+def test_that_nothing_was_found_is_said_in_one_sentence(small, run, tmp_path):
     def said():
-        run(run_script, small, "--out", tmp_path / "out")
+        run(small, "--out", tmp_path / "out")
         return tabled(tmp_path / "out")[0]["findings"]
 
     properties, types, pixels = said()
@@ -421,7 +420,7 @@ def test_that_nothing_was_found_is_said_in_one_sentence(small, run_script, tmp_p
     assert pixels["text"] == "cars: no saliency maps were compared."
 
 
-def test_a_clear_difference_permutations_and_masks_are_said(run_script, tmp_path):
+def test_a_clear_difference_permutations_and_masks_are_said(run, tmp_path):
     folder, out, rows = tmp_path / "cars", tmp_path / "out", []
     for (number, loss), fold in itertools.product(enumerate(RANKING + CLASSIFICATION), range(4)):
         rows.append((loss, fold, "model", (loss in CLASSIFICATION) + 1 + 0.01 * number, 0.002))
@@ -430,7 +429,7 @@ def test_a_clear_difference_permutations_and_masks_are_said(run_script, tmp_path
     masks = [["Triplet", 0, name, 6, 0, value, 0.01, value - 0.01, value + 0.01]
              for name, value in (("share", 0.38), ("other", 0.33), ("excess", 0.05))]
     write(folder, "masks", masks)
-    run(run_script, folder, "--out", out)
+    run(folder, "--out", out)
     content, named = tabled(out)
     properties, types, pixels = content["findings"]
     assert properties["text"].endswith("above chance in 14 of 14 losses.") and properties["p_value"] == 0.002
@@ -443,7 +442,7 @@ def test_a_clear_difference_permutations_and_masks_are_said(run_script, tmp_path
     assert "p_holm < 0.01 in every fold" in named["nrprec_cars"]["notes"][0]
     assert texts(named["masks_cars"]) == [["Triplet", "38.0", "33.0", "5.0"]]
     write(folder, "masks", [[*row[:6], 0.1, *row[7:]] for row in masks])
-    run(run_script, folder, "--out", out)
+    run(folder, "--out", out)
     assert tabled(out)[0]["findings"][2]["text"] == f"cars: {said} [−3.8, 13.8] more, which may be chance."
 
 
@@ -451,7 +450,7 @@ def test_a_clear_difference_permutations_and_masks_are_said(run_script, tmp_path
 
 
 @pytest.fixture
-def nasty(tmp_path, run_script):
+def nasty(tmp_path, run):
     """Every name is hostile: data set, losses, properties, values."""
     folder = tmp_path / "results" / "a_|`b &<i>"
     losses = ["Triplet", NASTY, "[x](javascript:1)", "[0pt] Жук \"q\" -- '' ñß~^#|`\\", "* star\nline"]
@@ -462,7 +461,7 @@ def nasty(tmp_path, run_script):
     write(folder, "nrprec", [(f"s{number}", 0, name, 3.0 + number) for number in range(5)
                              for name in (NASTY, "*b*")])
     write(folder, "compare", [compare_row(a, b, 0, 0.5) for a, b in itertools.combinations(losses, 2)])
-    return tmp_path / "out", losses, run(run_script, folder.parent, "--out", tmp_path / "out")
+    return tmp_path / "out", losses, run(folder.parent, "--out", tmp_path / "out")
 
 
 def test_nothing_gets_through_in_markdown_json_and_csv(nasty):
@@ -510,14 +509,14 @@ def test_latex_is_balanced_with_as_many_cells_as_columns(nasty):
         assert text.isascii() or set(re.findall(r"[^\x00-\x7f]", text)) <= set("ñß")
 
 
-def test_pdflatex_compiles(nasty, small, run_script, tmp_path):
+def test_pdflatex_compiles(nasty, small, run, tmp_path):
     """Where pdflatex is on the PATH (Debian: texlive-latex-recommended); the tests above check the structure
     everywhere, because TeX is 150 MB that the tests would install for this alone."""
     if not shutil.which("pdflatex"):
         pytest.skip("pdflatex is not on the PATH: structure, cells and escaping are checked without it")
     published_results(tmp_path / "more" / "cars")
-    run(run_script, tmp_path / "more", "--published", "--out", tmp_path / "papers")
-    run(run_script, small, "--out", tmp_path / "cars_tables")
+    run(tmp_path / "more", "--published", "--out", tmp_path / "papers")
+    run(small, "--out", tmp_path / "cars_tables")
     for out in nasty[0], tmp_path / "papers", tmp_path / "cars_tables":
         command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "-no-shell-escape", "tables.tex"]
         done = subprocess.run(command, cwd=out, capture_output=True, text=True, errors="replace")
@@ -528,28 +527,23 @@ def test_pdflatex_compiles(nasty, small, run_script, tmp_path):
 # ---------------------------------------------------------------- bad input, and results of two kinds
 
 
-def test_no_results_at_all(run_script, tmp_path):
+def test_no_results_at_all(run, run_script, tmp_path):
     (tmp_path / "empty").mkdir()
     for arguments, said in (([tmp_path / "empty"], "no results; expected"), ([], "which results?"),
-                            ([tmp_path / "absent"], "no such folder"),
                             (["x", "--bogus"], "unrecognized arguments")):
-        assert said in run(run_script, *arguments, status=2)
+        assert said in run(*arguments, status=2)
+    one_line(run_script("tables.py", tmp_path / "absent"), "no such folder")
 
 
-@pytest.mark.parametrize("changes, said", [
-    ([("emb", {"pictures": {"number": 6, "sha256": "two"}})], "other lists of pictures"),
-    ([("emb", {"options": {"precision": "bf16"}})], "other options (precision: None, bf16)"),
-    ([("emb", {"checkpoint_sha256": "a"}), ("maps", {"checkpoint_sha256": "b"})],
-     "from different checkpoints")])
-def test_results_that_do_not_belong_together_are_named(small, run_script, tmp_path, changes, said):
-    for kind, change in changes:
-        add_network(small, "cosface", 1, (kind,), **change)
-    error = run(run_script, small, "--out", tmp_path / "out", status=2)
-    assert said in error and "cosface/fold1/emb.npy" in error and not (tmp_path / "out").exists()
-    assert re.search(r"(triplet|contrastive|arcface)/fold\d/emb.npy|cosface/fold1/maps.npy", error)
+def test_results_that_do_not_belong_together_are_named(small, run, tmp_path):
+    for kind, digest in (("emb", "a"), ("maps", "b")):
+        add_network(small, "cosface", 1, (kind,), checkpoint_sha256=digest)
+    error = run(small, "--out", tmp_path / "out", status=2)
+    assert "from different checkpoints" in error and not (tmp_path / "out").exists()
+    assert "cosface/fold1/emb.npy" in error and "cosface/fold1/maps.npy" in error
 
 
-def test_a_half_finished_result_is_left_out_and_what_is_strange_kept(small, run_script, tmp_path):
+def test_a_half_finished_result_is_left_out_and_what_is_strange_kept(small, run, tmp_path):
     place, cut = small / "triplet" / "fold0", small / "arcface" / "fold1" / "emb.npy"
     (place / "emb.npy").rename(place / "emb.npy.part")
     cut.write_bytes(cut.read_bytes()[:-8])
@@ -561,7 +555,7 @@ def test_a_half_finished_result_is_left_out_and_what_is_strange_kept(small, run_
     add_training(tmp_path / "models", "others/cosface/fold0", frozen_trunk=True)  # the checkpoint was moved
     add_training(tmp_path / "models", "cars/cosface/fold0", frozen_trunk=False)
     add_network(small, "fastap", 2, pictures={"number": 6, "sha256": "folds may have pictures of their own"})
-    printed = run(run_script, small, "--models", tmp_path / "models", "--out", tmp_path / "out")
+    printed = run(small, "--models", tmp_path / "models", "--out", tmp_path / "out")
     content, named = tabled(tmp_path / "out")
     missing, losses = "\n".join(one["what"] for one in content["missing"]), texts(named["losses"])
     for said in ("triplet/fold0/emb.npy is half-finished", "arcface/fold1/emb.npy is truncated",
@@ -572,39 +566,39 @@ def test_a_half_finished_result_is_left_out_and_what_is_strange_kept(small, run_
     assert losses[0][4] == "2" and losses[-1][:3] == ["my_new_loss", "", "other"]
 
 
-def test_names_from_paths_of_a_network_without_a_loss(run_script, tmp_path):
+def test_names_from_paths_of_a_network_without_a_loss(run, tmp_path):
     folder, name = tmp_path / "cars", "efficientnet_lite0"
     add_network(folder, name, loss=None, backbone=name, distance="euclidean")
     write(folder, "nrprec", [(name, 0, "model", 4.0)])
-    run(run_script, folder, "--out", tmp_path / "out")
+    run(folder, "--out", tmp_path / "out")
     content, named = tabled(tmp_path / "out")
     assert texts(named["nrprec_cars"]) == [[name, "4.00 *"]]
     assert texts(named["losses"])[-1] == [name, "", "none", "euclidean", "1"]
     assert content["findings"][0]["text"].endswith("in 1 of 1 networks.")
 
 
-def test_outputs_that_would_destroy(small, run_script, tmp_path):
+def test_outputs_that_would_destroy(small, run, tmp_path):
     before = sorted(path.name for path in small.iterdir())
     for name in "models", "published":  # of losses.csv and errata.csv, as tables of ours are called
         with pytest.raises(ValueError, match="a folder of results or of what is read with them"):
             folders.make_folder(ROOT / name, "tables.json")
     for out in small, small.parent:
-        assert "is a folder of results" in run(run_script, small.parent, "--out", out, status=2)
+        assert "is a folder of results" in run(small.parent, "--out", out, status=2)
     (tmp_path / "file").write_text("mine")
-    assert "is a file; give a folder" in run(run_script, small, "--out", tmp_path / "file", status=2)
+    assert "is a file; give a folder" in run(small, "--out", tmp_path / "file", status=2)
     assert before == sorted(path.name for path in small.iterdir())
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_data_sets_whose_tables_would_have_one_name(run_script, tmp_path):
+def test_data_sets_whose_tables_would_have_one_name(run, tmp_path):
     for name in "my cars", "my_cars":
         published_results(tmp_path / "results" / name)
-    error = run(run_script, tmp_path / "results", "--out", tmp_path / "out", status=2)
+    error = run(tmp_path / "results", "--out", tmp_path / "out", status=2)
     assert "two data sets' names give one file name" in error and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_whatever_is_missing_the_rest_comes_out(small, run_script, tmp_path, monkeypatch, seed):
+def test_whatever_is_missing_the_rest_comes_out(small, run, tmp_path, monkeypatch, seed):
     """Tables, rows and cells are removed at random: nothing fails, and nothing is not a number."""
     monkeypatch.setattr(conclusions, "PERMUTATIONS", 20)
     generator, folds = np.random.default_rng(seed), range(2)
@@ -636,15 +630,10 @@ def test_whatever_is_missing_the_rest_comes_out(small, run_script, tmp_path, mon
             path.unlink()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run(run_script, small, "--out", tmp_path / "out", "--models", tmp_path / "models")
+        run(small, "--out", tmp_path / "out", "--models", tmp_path / "models")
     content, named = tabled(tmp_path / "out")
     assert len(content["findings"]) == 3 and len(named["conclusions"]["rows"]) >= 20
     assert "nan" not in re.findall(r"[a-z]+", (tmp_path / "out" / "tables.md").read_text())
-
-
-def test_help_teaches(run_script):
-    done = run_script("tables.py", "--help")
-    assert "python tables.py results --out tables" in done.stdout and "Mann-Whitney" in done.stdout
 
 
 def test_the_errata_of_the_docs_are_those_of_published():
