@@ -71,6 +71,23 @@ def over_losses(values):
     return mean, low, high, float(test.pvalue)
 
 
+def kinds():
+    """{slug: ranking or classification} of the losses."""
+    return {row["slug"]: row["type"] for row in read_rows(ROOT / "models" / "losses.csv")}
+
+
+def of_types(values):
+    """(classification less ranking, low, high, p) of {slug: number}: Welch's interval, Mann-Whitney exactly."""
+    groups = [[value for slug, value in values.items() if kinds()[slug] == kind]
+              for kind in ("classification", "ranking")]
+    if min(map(len, groups)) < 2:
+        return np.nan, np.nan, np.nan, np.nan
+    welch = stats.ttest_ind(*groups, equal_var=False)
+    low, high = welch.confidence_interval()
+    p = stats.mannwhitneyu(*groups, method="exact").pvalue
+    return np.mean(groups[0]) - np.mean(groups[1]), low, high, p
+
+
 def read_rows(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
@@ -112,6 +129,8 @@ def dose(sets, labels, columns):
             rows.append((4, "mean change", share, "", name, *over_losses([c[0] for c in changes[name]]),
                          len(pairs)))
             rows.append(called(4, "called", share, name, changes[name], one_sided=True))
+            rows.append((4, "classification less ranking", share, "", name, *of_types(
+                {key[0]: change[0] for (key, _, _), change in zip(pairs, changes[name])}), len(pairs)))
         others = [name for name in labels if name not in (PLANTED, SEEN)]
         for name in others:
             rows.append((4, "mean change", share, "", name, *over_losses([c[0] for c in changes[name]]),
@@ -297,10 +316,10 @@ def draw(rows, folder, path, picture=0):
 
 def draw_dose(axes, changes):
     """A line a loss: the change of its NR-Prec of the planted property against the share."""
-    kinds = {row["slug"]: row["type"] for row in read_rows(ROOT / "models" / "losses.csv")}
+    of = kinds()
     styles = {"ranking": ("#0072B2", "o", "-"), "classification": ("#D55E00", "s", "--")}
     for slug in sorted({row[3] for row in changes}):
-        colour, marker, dash = styles[kinds[slug]]
+        colour, marker, dash = styles[of[slug]]
         points = [(0, 0), *((row[2], row[5]) for row in changes if row[3] == slug)]
         axes.plot(*zip(*points), dash, color=colour, marker=marker, markersize=3, linewidth=0.8, alpha=0.7)
     for kind, (colour, marker, dash) in styles.items():
