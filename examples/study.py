@@ -77,7 +77,7 @@ def kinds():
 
 
 def of_types(values):
-    """(classification less ranking, low, high, p) of {slug: number}: Welch's interval, Mann-Whitney exactly."""
+    """(classification less ranking, low, high, p) of {slug: number}: Welch's interval, exact Mann-Whitney."""
     groups = [[value for slug, value in values.items() if kinds()[slug] == kind]
               for kind in ("classification", "ranking")]
     if min(map(len, groups)) < 2:
