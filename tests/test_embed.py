@@ -96,7 +96,7 @@ def test_a_rendered_set_is_read_in_the_order_of_its_properties(tmp_path, run):
 @pytest.mark.parametrize("options", [("--batch", 1), ("--batch", 64, "--workers", 1),
                                      ("--workers", 7, "--batch", 33)])
 def test_batch_and_workers_do_not_change_the_embeddings(tmp_path, run, options):
-    make_pictures(tmp_path / "p")
+    make_pictures(tmp_path / "p", 70)
     assert run(*SEVEN, "--out", "a.npy")[0] == run(*SEVEN, "--out", "b.npy", *options)[0] == 0
     np.testing.assert_allclose(np.load("a.npy"), np.load("b.npy"), atol=1e-5, rtol=0)
     assert Path("a.json").read_text() == Path("b.json").read_text()
