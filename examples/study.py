@@ -236,7 +236,7 @@ def answers(folder, number=1000):
     with command.bar(len(work), "study", " networks") as bar:
         for name, slug, fold, path in work:
             extra = own.get(slug, {}) if "hue" in name and fold == "fold0" else {}
-            groups = GROUPS if "hue" in name else 0
+            groups = GROUPS if "hue" in name or name == "seeds" else 0
             scores[name][slug, fold] = jackknife(np.load(path), {**labels, **extra}, groups)
             if name == "hue0" and extra:
                 false += clustered(path, extra)
@@ -244,6 +244,7 @@ def answers(folder, number=1000):
     at = {name: {slug: {key: float(values[0]) for key, values in one.items()}
                  for (slug, fold), one in scores[name].items() if fold == "fold0"} for name in sets}
     hues = {int(name.removeprefix("hue")): one for name, one in scores.items() if name.startswith("hue")}
+    hues[0].update(scores.get("seeds", {}))
     rows = order(at["hue0"], published())
     rows += dose(hues, labels, chance)
     low, high = stats.binomtest(sum(false), len(false)).proportion_ci()

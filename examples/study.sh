@@ -3,7 +3,7 @@
 # them again, from rendering 60 car bodies to every number: hours of two CPU cores, said before each stage.
 #
 #     bash examples/study.sh                        # into study/; stopped anywhere, the same line goes on
-#     STUDY=/data/study SEEDS="1 2 3 4" EPOCHS=20 FROM=network._blocks.5 bash examples/study.sh
+#     STUDY=/data/study SEEDS="2 3 4" EPOCHS=20 FROM=network._blocks.5 bash examples/study.sh
 #     DEVICE=cuda JOBS=1 bash examples/study.sh
 #
 # Needs pip install '.[train,offline,report]', and RENDER, a Python 3.11 with bpy (docs/render.md).
@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 study=${STUDY:-study}
 render=${RENDER:-.venv-render/bin/python}
-seeds=${SEEDS:-1 2}               # networks learn at share 0 from each, at the other shares from the first
+seeds=${SEEDS-2}                  # besides the first: what training alone changes, at share 0
 shares=${SHARES:-25 50 90}        # per cent of the training frames whose bg_color_hue follows from the model
 from=${FROM:-network._blocks.12}  # what is before this block of EfficientNet-Lite0 stays as ImageNet left it
 epochs=${EPOCHS:-8}
@@ -20,7 +20,6 @@ few=${FEW:-Contrastive,Triplet,CosFace,Normalized Softmax}  # for the rate, and 
 frames=${FRAMES:-1900} tests=${TESTS:-1080}
 jobs=${JOBS:-$(nproc)}            # one-thread processes side by side: they share the networks, the pictures
 device=${DEVICE:-cpu}
-first=${seeds%% *}
 all=${LOSSES:-$(cut -d, -f1 models/losses.csv | tail -n +2 | grep -v '^None$' | paste -sd, -)}
 losses=$(tr , '\n' <<< "$all" | wc -l)
 pictures=${PICTURES:-32} samples=${SAMPLES:-50}  # of the saliency maps
@@ -78,9 +77,9 @@ END
     touch "$study/$name.done"
 }
 
-analyse() {  # analyse NAME MODELS TRAINED-ON: embeddings of the test cars, NR-Prec, pairs
+analyse() {  # analyse NAME MODELS DATASET FOLD: embeddings of the test cars, NR-Prec, pairs
     local out=$study/results/$1
-    together python embed.py --dataset "$study/cars_test" --trained-on "$3" --loss all --fold all \
+    together python embed.py --dataset "$study/cars_test" --trained-on "$3@default" --loss all --fold "$4" \
         --models "$study/$2" --device "$device" --out "$out"
     OMP_NUM_THREADS=$jobs python nrprec.py "$out"/cars_test/*/fold*/emb.npy --null hypergeometric \
         --permutations 2000 --out "$out/cars_test/nrprec.csv" > "$study/log/nrprec_$1.txt"
@@ -92,8 +91,8 @@ analyse() {  # analyse NAME MODELS TRAINED-ON: embeddings of the test cars, NR-P
 look() {  # look NAME LOSSES option …: saliency maps of test cars, with their ceiling
     local name=$1 loss=$2
     shift 2
-    together python saliency.py --dataset "$study/cars_test" --trained-on "cars_$name@default" --loss "$loss" \
-        --fold 0 --limit "$pictures" --samples "$samples" --order released --shared-noise --ceiling \
+    together python saliency.py --dataset "$study/cars_test" --trained-on "cars_$name@default" \
+        --loss "$loss" --fold 0 --limit "$pictures" --samples "$samples" --order released --shared-noise --ceiling \
         --map-size 28 --models "$study/models" --device "$device" --out "$study/results/$name" "$@"
 }
 
@@ -133,12 +132,11 @@ rate=$(cat "$study/rate")
 networks=$((losses * (1 + $(wc -w <<< "$shares"))))
 stage train "$networks networks from $from on, learning rate $rate" $((networks * epochs * frames * 7 / 1000))
 for share in 0 $(printf '%s\n' $shares | sort -rn); do
-    learn "cars_hue$share" "$all,None" --train-from "$from" --lr "$rate" --seed "$first" \
-        --models "$study/models"
+    learn "cars_hue$share" "$all,None" --train-from "$from" --lr "$rate" --models "$study/models"
 done
 
 stage frozen "$losses networks on a frozen trunk" 300
-learn cars_hue0 "$all,None" --freeze-trunk --seed "$first" --models "$study/frozen"
+learn cars_hue0 "$all,None" --freeze-trunk --models "$study/frozen"
 
 stage maps "$pictures pictures, $samples copies, twice, of $((losses + 1)) networks at shares 0 and 90" \
     $((2 * (losses + 1) * pictures * 2 * samples * 2 / 100))
@@ -147,18 +145,21 @@ for share in 0 90; do
 done
 look hue0 "$few,None" --faithfulness
 
-networks=$((losses * ($(wc -w <<< "$seeds") - 1)))
+networks=$((losses * $(wc -w <<< "$seeds")))
 stage seeds "$networks networks at share 0 from other seeds" $((networks * epochs * frames * 7 / 1000))
 for seed in $seeds; do
-    learn cars_hue0 "$all,None" --train-from "$from" --lr "$rate" --seed "$seed" --models "$study/models"
+    learn cars_hue0 "$all" --train-from "$from" --lr "$rate" --seed "$seed" --models "$study/models"
 done
 
 stage analysis "embeddings of the test cars, NR-Prec, pairs" \
-    $((losses * ($(wc -w <<< "$seeds $shares") + 1) * tests / 80))
+    $((losses * ($(wc -w <<< "$seeds $shares") + 2) * tests / 80))
 for share in 0 $shares; do
-    analyse "hue$share" models "cars_hue$share@default"
+    analyse "hue$share" models "cars_hue$share" 0
 done
-analyse frozen frozen cars_hue0@default
+analyse frozen frozen cars_hue0 0
+for seed in $seeds; do
+    analyse seeds models cars_hue0 "0.seed$seed"
+done
 for share in 0 90; do
     [[ " 0 $shares " != *" $share "* ]] || python compare.py --dataset "$study/cars_test" \
         --results "$study/results/hue$share" --masks --embeddings
@@ -167,8 +168,8 @@ done
 if [ -n "${WHOLE-yes}" ]; then
     stage whole "whole networks of ${few//,/, } at shares 0 and 90" $((8 * epochs * frames * 33 / 1000))
     for share in 0 90; do
-        learn "cars_hue$share" "$few,None" --crop 1 --lr "$rate" --seed "$first" --models "$study/whole"
-        analyse "whole$share" whole "cars_hue$share@default"
+        learn "cars_hue$share" "$few,None" --crop 1 --lr "$rate" --models "$study/whole"
+        analyse "whole$share" whole "cars_hue$share" 0
     done
 fi
 
