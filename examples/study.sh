@@ -16,7 +16,7 @@ shares=${SHARES:-25 50 90}        # per cent of the training frames whose bg_col
 from=${FROM:-network._blocks.12}  # what is before this block of EfficientNet-Lite0 stays as ImageNet left it
 epochs=${EPOCHS:-8}
 rates=${RATES:-1e-4 3e-4 1e-3 3e-3}
-few=${FEW:-Contrastive,Triplet,CosFace,Normalized Softmax}  # for the rate, and for whole networks
+few=${FEW:-Contrastive,Triplet,CosFace,Normalized Softmax}  # for the rate, other seeds, whole networks
 frames=${FRAMES:-1900} tests=${TESTS:-1080}
 jobs=${JOBS:-$(nproc)}            # one-thread processes side by side: they share the networks, the pictures
 device=${DEVICE:-cpu}
@@ -92,8 +92,8 @@ look() {  # look NAME LOSSES option …: saliency maps of test cars, with their 
     local name=$1 loss=$2
     shift 2
     together python saliency.py --dataset "$study/cars_test" --trained-on "cars_$name@default" \
-        --loss "$loss" --fold 0 --limit "$pictures" --samples "$samples" --order released --shared-noise --ceiling \
-        --map-size 28 --models "$study/models" --device "$device" --out "$study/results/$name" "$@"
+        --loss "$loss" --fold 0 --limit "$pictures" --samples "$samples" --order released --shared-noise \
+        --ceiling --map-size 28 --models "$study/models" --device "$device" --out "$study/results/$name" "$@"
 }
 
 stage pictures "60 bodies, $frames frames at shares 0, $shares; $tests test frames" \
@@ -145,10 +145,10 @@ for share in 0 90; do
 done
 look hue0 "$few,None" --faithfulness
 
-networks=$((losses * $(wc -w <<< "$seeds")))
-stage seeds "$networks networks at share 0 from other seeds" $((networks * epochs * frames * 7 / 1000))
+networks=$((4 * $(wc -w <<< "$seeds")))
+stage seeds "$networks networks (${few//,/, }) at share 0 from other seeds" $((networks * epochs * frames * 7 / 1000))
 for seed in $seeds; do
-    learn cars_hue0 "$all" --train-from "$from" --lr "$rate" --seed "$seed" --models "$study/models"
+    learn cars_hue0 "$few" --train-from "$from" --lr "$rate" --seed "$seed" --models "$study/models"
 done
 
 stage analysis "embeddings of the test cars, NR-Prec, pairs" \
