@@ -276,10 +276,7 @@ def check(folder):
 
 def ship(folder, out):
     """Copy what is worth keeping of study.sh's folder: embeddings as float16, no networks, no disk's path."""
-    for name in ("props.csv", "render.json", "images", "masks"):
-        copy = shutil.copytree if (folder / "cars_test" / name).is_dir() else shutil.copyfile
-        out.joinpath("cars_test").mkdir(parents=True, exist_ok=True)
-        copy(folder / "cars_test" / name, out / "cars_test" / name)
+    shutil.copytree(folder / "cars_test", out / "cars_test", dirs_exist_ok=True)
     arrays, networks = "results/*/cars_test/*/fold*/", "*/trained/*/*/fold*/"
     patterns = (f"{arrays}*.npy", f"{arrays}*.json", "results/*/cars_test/props.csv",
                 "results/hue*/cars_test/masks.csv", f"{networks}*.csv", f"{networks}config.json")
@@ -297,7 +294,7 @@ def ship(folder, out):
         else:
             shutil.copyfile(path, target)
     lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(out).as_posix()}\n"
-             for path in sorted(out.rglob("*.*")) if path.is_file() and path.name != "README.md"]
+             for path in sorted(out.glob("*/**/*")) if path.is_file()]
     (out / "SHA256SUMS").write_text("".join(lines))
 
 
