@@ -279,7 +279,8 @@ def ship(folder, out):
     shutil.copytree(folder / "cars_test", out / "cars_test", dirs_exist_ok=True)
     arrays, networks = "results/*/cars_test/*/fold*/", "*/trained/*/*/fold*/"
     patterns = (f"{arrays}*.npy", f"{arrays}*.json", "results/*/cars_test/props.csv",
-                "results/hue*/cars_test/masks.csv", f"{networks}*.csv", f"{networks}config.json")
+                "results/hue*/cars_test/masks.csv", f"{networks}history.csv", f"{networks}config.json",
+                "models/trained/cars_hue0@default/*/fold0/histograms.csv")
     kept = {path for pattern in patterns for path in folder.glob(pattern)}
     for path in sorted(kept):
         target = out / path.relative_to(folder)
@@ -333,7 +334,7 @@ def draw_means(axes, means):
     top = max(row[2] for row in means)
     means = sorted((row for row in means if row[2] == top), key=lambda row: row[5])
     for i, row in enumerate(means):
-        colour = "#D55E00" if row[4] == PLANTED else "#555555"
+        colour = "#CC79A7" if row[4] == PLANTED else "#555555"
         margin = [[row[5] - row[6]], [row[7] - row[5]]]
         axes.errorbar(row[5], i, xerr=margin, fmt="o", color=colour, capsize=3)
     axes.axvline(0, color="black", linewidth=0.6)
