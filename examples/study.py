@@ -279,7 +279,8 @@ def ship(folder, out):
     shutil.copytree(folder / "cars_test", out / "cars_test", dirs_exist_ok=True)
     arrays, networks = "results/*/cars_test/*/fold*/", "*/trained/*/*/fold*/"
     patterns = (f"{arrays}*.npy", f"{arrays}*.json", "results/*/cars_test/props.csv",
-                "results/hue*/cars_test/masks.csv", f"{networks}history.csv", f"{networks}config.json",
+                "results/hue*/cars_test/masks.csv", "results/hue*/cars_test/faithfulness.csv",
+                f"{networks}history.csv", f"{networks}config.json",
                 "models/trained/cars_hue0@default/*/fold0/histograms.csv")
     kept = {path for pattern in patterns for path in folder.glob(pattern)}
     for path in sorted(kept):
