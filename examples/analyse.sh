@@ -27,7 +27,7 @@ mkdir -p "$results/log"
 export DML_PROGRESS=2     # a step writes how far it is into its log every so many seconds
 
 number=0
-steps=$(($# > 0 ? 10 : 9))
+steps=$(($# > 0 ? 10 : 8))
 ticker=
 trap '[ -z "$ticker" ] || kill "$ticker" 2> /dev/null || true' EXIT
 
@@ -97,9 +97,6 @@ if [ $# -gt 0 ]; then
     step "sanity check: maps of one network with layers randomised" \
         python saliency.py --dataset "$dataset" --loss Triplet --fold "${fold/all/0}" --models "$models" \
         --limit "$pictures" --samples "$samples" --order released --shared-noise --ceiling --out "$out" --randomise 4
-else
-    step "the planted shortcut: dose, response and controls" \
-        python examples/study.py "$study" --out "$results/answers"
 fi
 masks=()
 [ ! -d "$dataset/masks" ] || masks=(--masks)

@@ -56,6 +56,17 @@ def test_from_pictures_to_the_report_and_again(few):
     assert "nothing to do" in (folder / "log/2-embed.txt").read_text()
 
 
+def test_without_a_folder_the_shipped_arrays_are_analysed(tmp_path):
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    settings = {"RESULTS": str(tmp_path), "SAMPLES": "2", "PERMUTATIONS": "40", "PATH": programs}
+    done = subprocess.run(["bash", str(ROOT / "examples/analyse.sh")], text=True, capture_output=True,
+                          env={**os.environ, **settings})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()[:8]] == [f"{k}/8" for k in range(1, 9)]
+    assert (tmp_path / "cars_test/report.html").exists() and (tmp_path / "cars_test/four.png").exists()
+    assert "NR-Prec 13.45 [11.92, 14.97], above chance in" in " ".join(done.stdout.split())
+
+
 def test_a_long_step_shows_how_far_it_is(monkeypatch, capsys):
     """Into its log a step writes a line every DML_PROGRESS seconds; analyse.sh shows the last."""
     monkeypatch.setenv("DML_PROGRESS", "1")
