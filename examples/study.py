@@ -78,7 +78,8 @@ def kinds():
 
 def of_types(values):
     """(classification less ranking, low, high, p) of {slug: number}: Welch's interval, exact Mann-Whitney."""
-    groups = [[value for slug, value in values.items() if kinds()[slug] == kind]
+    of = kinds()
+    groups = [[value for slug, value in values.items() if of.get(slug) == kind]
               for kind in ("classification", "ranking")]
     if min(map(len, groups)) < 2:
         return np.nan, np.nan, np.nan, np.nan

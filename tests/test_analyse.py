@@ -64,7 +64,7 @@ def test_without_a_folder_the_shipped_arrays_are_analysed(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()[:8]] == [f"{k}/8" for k in range(1, 9)]
     assert (tmp_path / "cars_test/report.html").exists() and (tmp_path / "cars_test/four.png").exists()
-    assert "NR-Prec 13.45 [11.92, 14.97], above chance in" in " ".join(done.stdout.split())
+    assert "cluster most by model: NR-Prec 13.45 [11.92, 14.97]" in " ".join(done.stdout.split())
 
 
 def test_a_long_step_shows_how_far_it_is(monkeypatch, capsys):
