@@ -13,7 +13,9 @@ import io
 import os
 import re
 import shutil
+import tarfile
 import warnings
+import zipfile
 from collections import Counter
 from contextlib import contextmanager
 from functools import cache
@@ -691,25 +693,48 @@ def verify(name, root):
 
 
 def unpack(archive, folder):
-    """Unpack a published .tgz or .zip (its md5 is known, so it is safe) into the folder.
+    """Unpack a .tgz or .zip into the folder: whole and plain files alone, or not at all (ValueError)."""
+    archive, folder = Path(archive), Path(folder)
 
-    Whole or not at all: else ValueError.
-    """
+    def plain(member, place):
+        refuse(member.name, member.isreg() or member.isdir())
+        return tarfile.data_filter(member, place)
+
+    def refuse(name, is_plain):
+        if not is_plain or name.startswith("/") or ".." in name.split("/"):
+            raise ValueError(f"{name!r} would leave the folder or is no plain file")
+
+    if not hasattr(tarfile, "data_filter"):
+        raise ValueError(f"{archive}: this Python's tarfile can't refuse what is unsafe; update Python, or "
+                         "unpack by hand")
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     part = folder / f".{archive.name}.part"
     shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
     try:
         part.mkdir(parents=True)
-        shutil.unpack_archive(archive, part)
+        if archive.suffix == ".zip":
+            with zipfile.ZipFile(archive) as opened:
+                for item in opened.infolist():
+                    refuse(item.filename, item.external_attr >> 28 != 0o12)  # a symbolic link
+                opened.extractall(part)
+        else:
+            with tarfile.open(archive) as opened:
+                opened.extractall(part, filter=plain)
         members = list(part.iterdir())
         for path in members:
             if os.path.lexists(folder / path.name):
                 raise ValueError(f"{folder / path.name} is there already; remove it first")
         for path in members:
             path.rename(folder / path.name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{archive}: nothing was unpacked: {error}") from None
+        made = []
+    except Exception as error:  # of a damaged archive nearly everything
+        raise ValueError(f"{archive}: refused, nothing was unpacked: "
+                         f"{error or type(error).__name__}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        for place in made:
+            if place.is_dir():
+                place.rmdir()
 
 
 def main(argv=None):
