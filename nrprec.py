@@ -402,7 +402,10 @@ def null_moments(count, depth, n, null):
 
 
 def holm(p_values):
-    """Holm's correction of m p-values: (m,) -> (m,), nan stays nan and does not count."""
+    """Holm's correction of m p-values: (m,) -> (m,), nan stays nan and does not count.
+
+    dml_common/properties.py has the other copy: this script's functions are copied without that folder.
+    """
     p = np.asarray(p_values, np.float64)
     order = np.argsort(p, kind="stable")[:np.count_nonzero(~np.isnan(p))]                  # nan comes last
     adjusted = np.full(len(p), np.nan)

@@ -13,7 +13,6 @@ Student's t with 19 degrees of freedom): other pictures might have been drawn, t
 training adds is shown by two seeds without any shortcut. The intervals over losses are Student's, their tests
 turn signs.
 """
-import argparse
 import csv
 import hashlib
 import json
@@ -26,7 +25,7 @@ from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from dml_common import command  # noqa: E402
+from dml_common import command, conclusions, files, results  # noqa: E402
 from nrprec import nr_precision  # noqa: E402
 
 GROUPS = 20
@@ -54,26 +53,18 @@ def jackknife(embeddings, labels, groups=GROUPS):
 def interval(values):
     """(value, low, high, p) of a jackknifed number (1 + GROUPS,): Student's t, GROUPS - 1 of freedom."""
     error = np.sqrt((GROUPS - 1) / GROUPS * np.square(values[1:] - values[1:].mean()).sum())
-    return student(values[0], error, GROUPS - 1)
-
-
-def student(value, error, freedom):
-    margin = stats.t.ppf(0.975, freedom) * error
-    p = 2 * stats.t.sf(abs(value) / error, freedom) if error else float(value == 0)
-    return value, value - margin, value + margin, p
+    p = 2 * stats.t.sf(abs(values[0]) / error, GROUPS - 1) if error else float(values[0] == 0)
+    return values[0], *conclusions.student(values[0], error, GROUPS - 1), p
 
 
 def over_losses(values):
     """(mean, low, high, p) of numbers (k,), one a loss: Student's interval, signs turned in all 2^k ways."""
-    values = np.asarray(values, dtype=float)
-    mean, low, high, _ = student(values.mean(), values.std(ddof=1) / np.sqrt(len(values)), len(values) - 1)
-    test = stats.permutation_test((values,), np.mean, permutation_type="samples", n_resamples=2**len(values))
-    return mean, low, high, float(test.pvalue)
+    return conclusions.mean_of(values)[:4]
 
 
 def kinds():
     """{slug: ranking or classification} of the losses."""
-    return {row["slug"]: row["type"] for row in read_rows(ROOT / "models" / "losses.csv")}
+    return {row["slug"]: row["type"] for row in files.losses()}
 
 
 def of_types(values):
@@ -83,10 +74,7 @@ def of_types(values):
               for kind in ("classification", "ranking")]
     if min(map(len, groups)) < 2:
         return np.nan, np.nan, np.nan, np.nan
-    welch = stats.ttest_ind(*groups, equal_var=False)
-    low, high = welch.confidence_interval()
-    p = stats.mannwhitneyu(*groups, method="exact").pvalue
-    return np.mean(groups[0]) - np.mean(groups[1]), low, high, p
+    return conclusions.difference_of(*groups)[:4]
 
 
 def read_rows(path):
@@ -217,18 +205,17 @@ def clustered(path, columns):
 
 def published():
     """Table 6 of the first paper, {slug: {property: NR-Prec}}."""
-    slugs = {row["name"]: row["slug"] for row in read_rows(ROOT / "models" / "losses.csv")}
-    rows = {row.pop("loss"): row for row in read_rows(ROOT / "published" / "kobs_table6_nrprec_cars.csv")}
-    return {slugs[name]: {key: float(value) for key, value in row.items() if value}
-            for name, row in rows.items() if name in slugs}
+    slugs = {row["name"]: row["slug"] for row in files.losses()}
+    return {slugs[name]: {key: value for key, value in row.items() if value is not None}
+            for name, row in results.published_nrprec().items() if name in slugs}
 
 
 def answers(folder, number=1000):
     """All rows of answers.csv; number: of random columns."""
+    if not find(folder, "hue0"):
+        raise ValueError(f"{folder}/results/hue0: no embeddings; bash examples/study.sh makes them")
     labels = read_properties(folder)
-    sets = {name: find(folder, name) for name in sorted(path.name for path in (folder / "results").iterdir())}
-    if not sets.get("hue0"):
-        raise SystemExit(f"study.py: {folder}/results/hue0: no embeddings; bash examples/study.sh makes them")
+    sets = {path.name: find(folder, path.name) for path in sorted((folder / "results").iterdir())}
     slugs = sorted({slug for slug, _ in sets["hue0"]} - {"none"})
     chance = random_columns(labels, number)
     own = {slug: {name: chance[name] for name in list(chance)[i::len(slugs)]} for i, slug in enumerate(slugs)}
@@ -262,8 +249,8 @@ def answers(folder, number=1000):
 
 
 def check(folder):
-    """Raise SystemExit, status 2, naming a shipped file that is missing or was changed."""
-    for line in (folder / "SHA256SUMS").read_text().splitlines():
+    """Raise ValueError naming a shipped file that is missing or was changed."""
+    for line in files.read_text(folder / "SHA256SUMS", "the list of the shipped files").splitlines():
         digest, name = line.split("  ", 1)
         if not (folder / name).is_file():
             problem = "is missing"
@@ -271,8 +258,7 @@ def check(folder):
             problem = "is not the file that SHA256SUMS lists"
         else:
             continue
-        print(f"study.py: {folder / name} {problem}; restore it: git checkout -- {folder}", file=sys.stderr)
-        raise SystemExit(2)
+        raise ValueError(f"{folder / name} {problem}; restore it: git checkout -- {folder}")
 
 
 def ship(folder, out):
@@ -363,13 +349,14 @@ def draw_maps(figure, folder, picture):
 
 
 def main():
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = command.parser(__doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="examples/study, or study.sh's folder")
     parser.add_argument("--out", type=Path, metavar="DIR", help="for answers.csv and study.png")
     parser.add_argument("--ship", type=Path, metavar="DIR", help="copy what is worth keeping there")
     parser.add_argument("--check", action="store_true", help="compare the files with SHA256SUMS first")
     args = parser.parse_args()
+    if not (args.check or args.ship or args.out):
+        raise ValueError("nothing is asked for; give --out DIR, --check or --ship DIR")
     if args.check:
         check(args.folder)
     if args.ship:
@@ -378,12 +365,10 @@ def main():
         return
     rows = answers(args.folder)
     args.out.mkdir(parents=True, exist_ok=True)
-    with open(args.out / "answers.csv", "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows)
+    files.write_table(args.out / "answers.csv", COLUMNS, [
+        [f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows])
     draw(rows, args.folder, args.out / "study.png")
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -13,6 +13,8 @@ study=${STUDY:-study}
 render=${RENDER:-.venv-render/bin/python}
 seeds=${SEEDS-2}                  # besides the first: what training alone changes, at share 0
 shares=${SHARES:-25 50 90}        # per cent of the training frames whose bg_color_hue follows from the model
+ends=0                            # the shares whose maps are made: 0 and, where there is it, 90
+[[ " $shares " != *" 90 "* ]] || ends="0 90"
 from=${FROM:-network._blocks.12}  # what is before this block of EfficientNet-Lite0 stays as ImageNet left it
 epochs=${EPOCHS:-8}
 rates=${RATES:-1e-4 3e-4 1e-3 3e-3}
@@ -140,13 +142,14 @@ learn cars_hue0 "$all,None" --freeze-trunk --models "$study/frozen"
 
 stage maps "$pictures pictures, $samples copies, twice, of $((losses + 1)) networks at shares 0 and 90" \
     $((2 * (losses + 1) * pictures * 2 * samples * 2 / 100))
-for share in 0 90; do
-    [[ " 0 $shares " != *" $share "* ]] || look "hue$share" all
+for share in $ends; do
+    look "hue$share" all
 done
 look hue0 "$few,None" --faithfulness
 
 networks=$((4 * $(wc -w <<< "$seeds")))
-stage seeds "$networks networks (${few//,/, }) at share 0 from other seeds" $((networks * epochs * frames * 7 / 1000))
+stage seeds "$networks networks (${few//,/, }) at share 0 from other seeds" \
+    $((networks * epochs * frames * 7 / 1000))
 for seed in $seeds; do
     learn cars_hue0 "$few" --train-from "$from" --lr "$rate" --seed "$seed" --models "$study/models"
 done
@@ -157,17 +160,14 @@ for share in 0 $shares; do
     analyse "hue$share" models "cars_hue$share" 0
 done
 analyse frozen frozen cars_hue0 0
-for seed in $seeds; do
-    analyse seeds models cars_hue0 "0.seed$seed"
-done
-for share in 0 90; do
-    [[ " 0 $shares " != *" $share "* ]] || python compare.py --dataset "$study/cars_test" \
-        --results "$study/results/hue$share" --masks --embeddings
+[ -z "$seeds" ] || analyse seeds models cars_hue0 "0.seed${seeds// /,0.seed}"
+for share in $ends; do
+    python compare.py --dataset "$study/cars_test" --results "$study/results/hue$share" --masks --embeddings
 done
 
 if [ -n "${WHOLE-yes}" ]; then
     stage whole "whole networks of ${few//,/, } at shares 0 and 90" $((8 * epochs * frames * 33 / 1000))
-    for share in 0 90; do
+    for share in $ends; do
         learn "cars_hue$share" "$few,None" --crop 1 --lr "$rate" --models "$study/whole"
         analyse "whole$share" whole "cars_hue$share" 0
     done
