@@ -47,6 +47,11 @@ cdef extern from *:
     */
     static int isa = 0, has_vbmi2 = 0;
     #define LOOP static inline __attribute__((always_inline))
+    #if defined(__GNUC__)
+    #define PREFETCH(address) __builtin_prefetch(address)
+    #else
+    #define PREFETCH(address)
+    #endif
     #ifdef KNN_X86
     #include <immintrin.h>
     static int has_vpopcnt = 0;
@@ -280,22 +285,65 @@ cdef extern from *:
         for (ptrdiff_t i = 0; i < words; i++) total += __builtin_popcountll(a[i] & b[i]);
         return total;
     }
-    #ifdef KNN_X86
-    AVX2 static int64_t common_bits_popcnt(const uint64_t *a, const uint64_t *b, ptrdiff_t words)
+    /* What is next is fetched while this is counted: masks lie too far apart for the processor to guess. */
+    typedef int64_t counted(const uint64_t *a, const uint64_t *b, ptrdiff_t words);
+    LOOP void common_bits_each(const uint64_t *const *a, const uint64_t *const *b, int32_t *const *total,
+                               ptrdiff_t number, ptrdiff_t words, counted *count)
     {
-        return common_bits_loop(a, b, words);
+        for (ptrdiff_t i = 0; i < number; i++) {
+            for (ptrdiff_t at = 0; at < words && i + 1 < number; at += 8) {
+                PREFETCH(a[i + 1] + at);
+                PREFETCH(b[i + 1] + at);
+            }
+            *total[i] += (int32_t)count(a[i], b[i], words);
+        }
+    }
+    #ifdef KNN_X86
+    AVX2 static int64_t common_bits_by_table(const uint64_t *a, const uint64_t *b, ptrdiff_t words)
+    {
+        const __m256i low = _mm256_set1_epi8(15), zero = _mm256_setzero_si256();
+        const __m256i ones = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,
+                                              0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+        __m256i sum = zero;
+        ptrdiff_t at = 0;
+        while (at + 4 <= words) {           /* 16 times at most 8 fit a byte */
+            const ptrdiff_t stop = at + 64 <= words ? at + 64 : words & ~(ptrdiff_t)3;
+            __m256i bytes = zero;
+            for (; at < stop; at += 4) {
+                const __m256i both = _mm256_and_si256(_mm256_loadu_si256((const __m256i *)(a + at)),
+                                                      _mm256_loadu_si256((const __m256i *)(b + at)));
+                const __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+                bytes = _mm256_add_epi8(bytes, _mm256_shuffle_epi8(ones, _mm256_and_si256(both, low)));
+                bytes = _mm256_add_epi8(bytes, _mm256_shuffle_epi8(ones, high));
+            }
+            sum = _mm256_add_epi64(sum, _mm256_sad_epu8(bytes, zero));
+        }
+        uint64_t four[4];
+        _mm256_storeu_si256((__m256i *)four, sum);
+        return four[0] + four[1] + four[2] + four[3] + common_bits_loop(a + at, b + at, words - at);
+    }
+    AVX2 static void common_bits_avx2(const uint64_t *const *a, const uint64_t *const *b,
+                                      int32_t *const *total, ptrdiff_t number, ptrdiff_t words)
+    {
+        common_bits_each(a, b, total, number, words, common_bits_by_table);
     }
     __attribute__((target("avx512f,avx512vpopcntdq,prefer-vector-width=512")))
-    static int64_t common_bits_vpopcnt(const uint64_t *a, const uint64_t *b, ptrdiff_t words)
+    static void common_bits_vpopcnt(const uint64_t *const *a, const uint64_t *const *b,
+                                    int32_t *const *total, ptrdiff_t number, ptrdiff_t words)
     {
-        return common_bits_loop(a, b, words);
+        common_bits_each(a, b, total, number, words, common_bits_loop);
     }
-    static int64_t common_bits(const uint64_t *a, const uint64_t *b, ptrdiff_t words)
+    static void common_bits(const uint64_t *const *a, const uint64_t *const *b, int32_t *const *total,
+                            ptrdiff_t number, ptrdiff_t words)
     {
-        return has_vpopcnt ? common_bits_vpopcnt(a, b, words) : common_bits_popcnt(a, b, words);
+        (has_vpopcnt ? common_bits_vpopcnt : common_bits_avx2)(a, b, total, number, words);
     }
     #else
-    #define common_bits common_bits_loop
+    static void common_bits(const uint64_t *const *a, const uint64_t *const *b, int32_t *const *total,
+                            ptrdiff_t number, ptrdiff_t words)
+    {
+        common_bits_each(a, b, total, number, words, common_bits_loop);
+    }
     #endif
 
     /* NumPy's order of summation along a contiguous axis: eight lanes in blocks of up to 128, then halves. */
@@ -439,7 +487,8 @@ cdef extern from *:
     int64_t scan(const int16_t *key, const uint8_t *code, const uint64_t *plane, ptrdiff_t n, int16_t low,
                  int16_t high, uint8_t value, int32_t *index, ptrdiff_t *found) noexcept nogil
     void above_bits(const int16_t *key, ptrdiff_t n, int16_t threshold, uint64_t *bits) noexcept nogil
-    int64_t common_bits(const uint64_t *a, const uint64_t *b, ptrdiff_t words) noexcept nogil
+    void common_bits(const uint64_t **a, const uint64_t **b, int32_t **total, ptrdiff_t number,
+                     ptrdiff_t words) noexcept nogil
     int isa
     int best_isa() noexcept nogil
     void set_isa(int level) noexcept nogil
@@ -454,7 +503,7 @@ cdef extern from *:
     bint item_less(item_t a, item_t b) noexcept nogil
     int compare_items(const void *a, const void *b) noexcept nogil
 
-INTERFACE = 5                   # of the functions here: the scripts take no other
+INTERFACE = 6                   # of the functions here: the scripts take no other
 ISAS = ("scalar", "avx2", "avx512")[:best_isa() + 1]               # what this processor has
 ISA = os.environ.get("KNN_ISA") or ISAS[best_isa()]
 
@@ -470,6 +519,7 @@ def use(name):
 
 cdef enum:
     PIECE = 128                 # words of a mask, 8,192 candidates, that stay in the cache
+    GROUP = 128                 # queries, at most, that share them
 
 DISTANCES = ("euclidean", "squared_euclidean", "cosine", "dot_product", "snr")
 
@@ -764,7 +814,8 @@ def count_hits(const float[:, ::1] products, const int64_t[::1] queries, const d
                const uint64_t[:, :, ::1] planes, const int32_t[:, ::1] members, const int32_t[::1] member_row,
                const int32_t[:, ::1] entry, const uint8_t[::1] entry_code, const int32_t[::1] entry_rank,
                const int32_t[::1] entry_start, const int32_t[::1] entry_count, const int64_t[::1] ranks,
-               int32_t[:, :, ::1] hits, bint by_index=False, int threads=1, int period=0):
+               int32_t[:, :, ::1] hits, uint64_t[::1] scratch, bint by_index=False, int threads=1,
+               int period=0):
     """Among each query's R nearest candidates, how many carry its label: for every label column at once.
 
     products   (B, n) float32   working rows · working rows of the queries, any BLAS
@@ -782,17 +833,18 @@ def count_hits(const float[:, ::1] products, const int64_t[::1] queries, const d
       entry_rank  which of `ranks` (int64, 1 … n − 1) is its R, −1: R = 0, no hits
     hits       (4, k, B) int32  the result, zeros before: hits retrieved for sure · tied at the cut ·
                                 hits among these · how many of these are retrieved
+    scratch    (s,) uint64      for masks: ⌈n/64⌉ words for each query and rank, of as many queries as it holds
     by_index                    the smaller indices of these: all hits are sure; ties are told all the same
     period                      the columns are permuted copies of the first so many; 0: they aren't
     """
     cdef Space space = make_space(x, size, rows, lengths, aux, offset, distance)
     cdef ptrdiff_t n = space.n, block = products.shape[0], columns = entry.shape[0], slots = ranks.shape[0]
-    cdef ptrdiff_t words = padded(n) // 64, group = 1, g, t
-    if period and planes.shape[0]:            # masks of 16 MiB for each thread
-        group = max(1, min(32, 2 ** 21 // max(1, slots * words)))
+    cdef ptrdiff_t words = padded(n) // 64, share = scratch.shape[0] // threads, group = 1, g, t
+    if period and planes.shape[0]:
+        group = max(1, min(GROUP, share // max(1, slots * words)))
     threads = max(1, min(threads, (block + group - 1) // group))
     cdef int16_t[:, ::1] key = np.empty((threads, padded(n)), np.int16)
-    cdef uint64_t[:, :, ::1] masks = np.empty((threads, group * slots if group > 1 else 1, words), np.uint64)
+    cdef uint64_t[:, ::1] mask = np.empty((threads, words), np.uint64)
     cdef uint8_t[:, ::1] masked = np.empty((threads, group * slots), np.uint8)
     cdef uint32_t[:, ::1] above = np.empty((threads, BINS), np.uint32)
     cdef int32_t[:, ::1] index = np.empty((threads, n + 64), np.int32)
@@ -804,7 +856,7 @@ def count_hits(const float[:, ::1] products, const int64_t[::1] queries, const d
         t = threadid()
         count_queries(&space, &products[0, 0], &queries[0], &bounds[0], g * group,
                       min((g + 1) * group, block), period if group > 1 else 0, &key[t, 0], &above[t, 0],
-                      &masks[t, 0, 0], &masked[t, 0], &index[t, 0], <item_t *>&item[t, 0], &term[t, 0],
+                      &scratch[t * share] if group > 1 else &mask[t, 0], &masked[t, 0], &index[t, 0], <item_t *>&item[t, 0], &term[t, 0],
                       &first[t, 0], &order[t, 0], codes, planes, members, member_row, entry, entry_code,
                       entry_rank, entry_start, entry_count, ranks, hits, by_index)
 
@@ -822,9 +874,12 @@ cdef void count_queries(const Space *space, const float *products, const int64_t
 
     A piece of the masks and of a column's planes stays in the cache for the group's queries.
     """
-    cdef ptrdiff_t slots = ranks.shape[0], words = padded(space.n) // 64, b, p, k, at, slot, piece
+    cdef ptrdiff_t slots = ranks.shape[0], words = padded(space.n) // 64, b, p, k, at, slot, piece, number
     cdef int32_t e
     cdef uint8_t value
+    cdef const uint64_t *mask[GROUP]
+    cdef const uint64_t *plane[GROUP]
+    cdef int32_t *count[GROUP]
     memset(masked, 0, slots * (end - begin if period else 1))
     for b in range(begin, end):
         at = (b - begin) * slots if period else 0
@@ -840,13 +895,16 @@ cdef void count_queries(const Space *space, const float *products, const int64_t
         for p in range(period):
             k = p
             while k < entry.shape[0]:
+                number = 0
                 for b in range(begin, end):
                     e = entry[k, b]
                     value = entry_code[e]
                     slot = (b - begin) * slots + entry_rank[e]
                     if 0 < value <= planes.shape[0] and entry_rank[e] >= 0 and masked[slot]:
-                        hits[0, k, b] += <int32_t>common_bits(masks + slot * words + at,
-                                                              &planes[value - 1, k, at], piece)
+                        mask[number], plane[number] = masks + slot * words + at, &planes[value - 1, k, at]
+                        count[number] = &hits[0, k, b]
+                        number += 1
+                common_bits(mask, plane, count, number, piece)
                 k += period
         at += piece
 
@@ -864,8 +922,10 @@ cdef void count_row(const Space *space, const float *product, ptrdiff_t query, d
     cdef ptrdiff_t k, i, j, slot, chosen, last
     cdef uint64_t *bits
     cdef const uint64_t *plane
+    cdef const uint64_t *mask
     cdef int64_t found = 0, tied
-    cdef int32_t e
+    cdef int32_t e, in_mask
+    cdef int32_t *count = &in_mask
     cdef uint8_t value
     cdef int16_t threshold = 0
     cdef bint counted, ready
@@ -917,7 +977,9 @@ cdef void count_row(const Space *space, const float *product, ptrdiff_t query, d
                     if not ready:
                         above_bits(key, space.n, threshold, bits)
                         ready = True
-                    found = common_bits(bits, plane, words)
+                    mask, in_mask = bits, 0
+                    common_bits(&mask, &plane, &count, 1, words)
+                    found = in_mask
                 elif not counted:
                     found = count_above(key, &codes[k, 0], space.n, threshold, value)
                 counted = False               # scan() has counted the first column's

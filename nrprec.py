@@ -36,7 +36,7 @@ try:
     import _knn
 except ImportError:
     _knn = None
-if getattr(_knn, "INTERFACE", None) != 5:  # not built, or from another _knn.pyx
+if getattr(_knn, "INTERFACE", None) != 6:  # not built, or from another _knn.pyx
     _knn = None  # the NumPy twin count_hits_numpy() counts instead
 
 DISTANCES = ("euclidean", "squared_euclidean", "cosine", "dot_product", "snr")
@@ -48,6 +48,7 @@ TIES = {"expected": "they count with their expectation", "index": "the order of 
 MANY_TIES = 0.01             # of the queries: then it is said
 PUBLISHED_THRESHOLD = 2.576  # two-sided 1 % of one z-score; the paper marks the mean of n of them by it
 BLOCK_WORK = 4e9             # comparisons in a block at most, a fraction of a second: progress, Ctrl-C
+MASKS, NO_MASKS = 1 / 4, np.empty(0, np.uint64)  # of memory_mib, of what queries retrieve: for permutations
 BLOCK_ROWS = 512             # queries in one matrix product: more does not speed it up (benchmarks/nrprec.py)
 MOST_TESTED = 1e7            # permutations × values, which are kept: more values get no p-value
 SHOWN = (("R-Prec", "r_precision", 4), ("NR-Prec", "nr_precision", 2), ("± s.e.", "nr_precision_se", 2),
@@ -261,7 +262,7 @@ def count_hits_numpy(space, columns, queries, by_index=False):
     return hits
 
 
-def count_hits(space, columns, planes, queries, products, by_index=False, threads=1):
+def count_hits(space, columns, planes, queries, products, by_index=False, threads=1, scratch=NO_MASKS):
     """The kernel's hits (4, k, len(queries)) int32 from products (len(queries), n) float32."""
     entry = values_of(columns, queries)
     period = 0 if columns.copies is None else len(columns.values)
@@ -269,7 +270,7 @@ def count_hits(space, columns, planes, queries, products, by_index=False, thread
     _knn.count_hits(products, queries, space.bounds[queries], *space.source(), space.aux, space.offset,
                     DISTANCES.index(space.distance), columns.codes, planes, columns.members,
                     columns.member_row, entry, columns.entry_code, columns.entry_rank, columns.entry_start,
-                    columns.entry_count, columns.ranks, hits, by_index, threads, period)
+                    columns.entry_count, columns.ranks, hits, scratch, by_index, threads, period)
     return hits
 
 
@@ -289,23 +290,26 @@ def count_blocks(space, columns, queries, threads, memory_mib, by_index=False):
     k = period * (1 if columns.copies is None else len(columns.copies))
     if isinstance(space.x, np.memmap):                    # its pages count as this process's memory, too
         memory_mib = max(memory_mib / 2, memory_mib - space.x.nbytes / 2 ** 20)
-    row_bytes, scratch = 4 * n + 16 * k, 24 * n           # scratch: the kernel's, for each thread
+    # of the kernel for each thread: masks of permuted columns, and the rest
+    masks = int(memory_mib * MASKS * 2 ** 17 / threads) if columns.copies is not None else 0
+    row_bytes, scratch = 4 * n + 16 * k, 24 * n + 8 * masks
     rows = int((memory_mib * 2 ** 20 - threads * scratch) // (threads * row_bytes))
     workers, inner = (threads, 1) if rows >= 16 else (1, threads)
     rows, least = rows * threads if workers == 1 else rows, 128 if has_planes(columns) else 8
     rows = max(1, min(rows, BLOCK_ROWS, -(-len(queries) // workers), max(least, int(BLOCK_WORK / (n * k)))))
     planes = bit_planes(columns)
-    buffers = deque(np.empty((rows, n), np.float32) for _ in range(workers) if _knn)
+    buffers = deque((np.empty((rows, n), np.float32), np.empty(inner * masks, np.uint64))
+                    for _ in range(workers) if _knn)
 
     def count(start):
         part = slice(start, min(start + rows, len(queries)))
         q = queries[part]
         if _knn is None:
             return part, count_hits_numpy(space, columns, q, by_index)
-        products = buffers.pop()[:len(q)]
-        np.matmul(np.ascontiguousarray(space.working[:, q].T), space.working, out=products)
-        hits = count_hits(space, columns, planes, q, products, by_index, inner)
-        buffers.append(products.base)
+        products, own = buffers.pop()
+        np.matmul(np.ascontiguousarray(space.working[:, q].T), space.working, out=products[:len(q)])
+        hits = count_hits(space, columns, planes, q, products[:len(q)], by_index, inner, own)
+        buffers.append((products, own))
         return part, hits
 
     with blas_threads().limit(limits=inner), ThreadPoolExecutor(workers) as pool:

@@ -38,7 +38,7 @@ try:
     import _knn
 except ImportError:
     _knn = None
-if getattr(_knn, "INTERFACE", None) != 5:  # not built, or from another _knn.pyx
+if getattr(_knn, "INTERFACE", None) != 6:  # not built, or from another _knn.pyx
     _knn = None  # the NumPy twins count_pairs_numpy() and rank_queries_numpy() count instead
 
 ROWS, COLUMNS = 512, 2048  # of a tile of products: 4 MiB, which the caches keep until it is counted
@@ -668,8 +668,7 @@ def main(argv=None):
     args = parse_arguments(argv)
     bins, recall = whole_numbers("bins", args.bins, 1), whole_numbers("recall", args.recall, 1)
     numbers = sorted(whole_numbers("classes", args.classes, 2)) if args.classes else []
-    for option, least in (("permutations", 0), ("repeats", 1), ("seed", 0), ("threads", 1)):
-        command.at_least(option, getattr(args, option), least)
+    command.at_least(args, permutations=0, repeats=1, seed=0, threads=1)
     if args.class_figure is not None and not numbers:
         raise ValueError("--class-figure needs --classes: the numbers of classes to compare")
     arrays, tables = files.arrays_and_tables(args.files, args.label)

@@ -3,14 +3,17 @@
     python benchmarks/nrprec.py --n 100000 --dim 128
     python benchmarks/nrprec.py --n 1000000 --dim 256 --queries 500 --mapped   # memory: n · m · 4 B + 1 GiB
     python benchmarks/nrprec.py --n 10000 --plain               # and against what one would write
+    python benchmarks/nrprec.py --properties 1 20 --permutations 1000
 
 Embeddings are random (seeded), labels have Table 5's cardinalities. The floor is the best of several block
-shapes and ways of threading. Asserts nothing.
+shapes and ways of threading. Permutations are extrapolated from 149 orders of 2,048 and 6,144 queries.
+Asserts nothing.
 """
 import argparse
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 from measure import measured, print_header, print_table
@@ -72,6 +75,16 @@ def plain(x, labels, queries):
     return result
 
 
+def permutation_cost(ours, queries, permutations, orders=149):
+    """The cost of all queries in 1 + permutations orders, extrapolated: two numbers of queries tell what all
+    share, such as the permuting, from what each costs."""
+    orders, few = min(orders, 1 + permutations), min(2048, queries)
+    one, three = (ours(queries=q, permutations=orders - 1)[0] for q in (few, min(3 * few, queries)))
+    steps = (queries - few) / max(1, min(3 * few, queries) - few)
+    whole = [a + (b - a) * steps for a, b in zip(one[:2], three[:2])]
+    return one._replace(wall=whole[0], processor=whole[1]).each(orders / (1 + permutations))
+
+
 def mapped(n, m, rng):
     """Random embeddings (n, m) as float16 in a file, memory-mapped; the file goes with the process."""
     with tempfile.NamedTemporaryFile(suffix=".npy") as file:
@@ -88,7 +101,9 @@ def main():
     parser.add_argument("--n", type=int, default=100_000, help="pictures (default: 100,000)")
     parser.add_argument("--dim", type=int, default=128, help="dimension (default: 128)")
     parser.add_argument("--queries", type=int, help="subset of queries (default: all)")
-    parser.add_argument("--properties", type=int, default=11, help="Table 5's, repeated (default: 11)")
+    parser.add_argument("--properties", type=int, nargs="+", default=[11], metavar="K",
+                        help="Table 5's, repeated; a row for each number (default: 11)")
+    parser.add_argument("--permutations", type=int, metavar="N", help="a row more, of so many")
     parser.add_argument("--threads", type=int, default=nrprec.available_threads())
     parser.add_argument("--memory-mib", type=int, default=512)
     parser.add_argument("--mapped", action="store_true", help="embeddings are float16 in a file")
@@ -102,24 +117,37 @@ def main():
         x = rng.standard_normal((arguments.n, arguments.dim), dtype=np.float32)
     cards = list(TABLE_5.items())
     labels = {f"{cards[i % 11][0]}_{i // 11}": rng.integers(0, cards[i % 11][1], arguments.n).astype(np.int32)
-              for i in range(arguments.properties)}
+              for i in range(max(arguments.properties))}
     queries = min(arguments.queries or arguments.n, arguments.n)
 
     print_header(None, f"{arguments.threads} threads",
                  f"kernel {nrprec._knn.ISA if nrprec._knn else 'not built (NumPy twin)'}")
-    ours, scores = measured(lambda: nrprec.nr_precision(
-        x, labels, queries=arguments.queries, threads=arguments.threads, memory_mib=arguments.memory_mib))
+
+    def ours(names, **options):
+        return measured(lambda: nrprec.nr_precision(
+            x, {name: labels[name] for name in names}, threads=arguments.threads,
+            memory_mib=arguments.memory_mib, **options))
+
+    each = {k: ours([*labels][:k], queries=arguments.queries) for k in arguments.properties}
+    permuted = arguments.permutations and permutation_cost(
+        partial(ours, [*labels][:11]), queries, arguments.permutations)
     x = x.astype(np.float32, copy=False)
     floor, shape = best_products(x, queries, arguments.threads)
     rate = 2 * arguments.n * queries * arguments.dim / floor.wall / 1e9
-    cells = {"ours": ours, "floor": floor, "floor's block": shape, "GFLOP/s": f"{rate:,.0f}"}
-    if arguments.plain:
-        with threadpool_limits(arguments.threads):
-            cells["straightforward"], reference = measured(lambda: plain(x, labels, queries))
-        largest = max(abs(reference[name] - scores[name].nr_precision) for name in labels)
-        cells["difference"] = f"{largest:.1e}"  # float32 ties
-    what = f"{arguments.n:,} × {arguments.dim}, {len(labels)} properties, {queries:,} queries"
-    print_table([(what, cells)])
+    rows, size = [], f"{arguments.n:,} × {arguments.dim}, {queries:,} queries"
+    for k, (cost, scores) in each.items():
+        cells = {"ours": cost, "floor": floor, "floor's block": shape, "GFLOP/s": f"{rate:,.0f}"}
+        if arguments.plain:
+            with threadpool_limits(arguments.threads):
+                cells["straightforward"], reference = measured(
+                    partial(plain, x, {name: labels[name] for name in scores}, queries))
+            largest = max(abs(reference[name] - scores[name].nr_precision) for name in scores)
+            cells["difference"] = f"{largest:.1e}"  # float32 ties
+        rows.append((f"{size}, {k} properties", cells))
+    if permuted:
+        rows.append((f"{size}, {min(11, len(labels))} properties, {arguments.permutations:,} permutations",
+                     {"ours": permuted}))
+    print_table(rows)
 
 
 if __name__ == "__main__":
