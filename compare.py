@@ -405,7 +405,10 @@ def mask_rows(networks, paths, number, args):
                              f"the maps {W} × {H}; maps without their JSON need masks of their own size")
         packed.append(np.packbits(mask))
         total += mask
-    pictures.refuse_constant_masks(total / n, args.masks if args.masks != "own" else args.dataset)
+    if not total.any() or (total == n).all():
+        raise ValueError(f"{args.masks if args.masks != 'own' else args.dataset}: every mask is "
+                         f"{'full' if total.any() else 'empty'}; expected the object brighter than its "
+                         "background, or an alpha channel")
 
     def blocks():
         for start, maps in mapfiles.read_blocks(networks, number):
@@ -487,8 +490,7 @@ def parse(argv):
     add("--threads", type=int, default=command.available_cpus(), metavar="N", help="(this process's CPUs)")
     add("--memory-mib", type=int, default=256, metavar="N", help="for the maps read at a time (256)")
     args = command.parse_as_published(parser, argv, {"fold": 0, "all_folds": False})
-    for name in ("seed", "replicates", "threads", "memory_mib"):
-        command.at_least(name.replace("_", "-"), getattr(args, name), int(name != "seed"))
+    command.at_least(args, seed=0, replicates=1, threads=1, memory_mib=1)
     if not args.maps and not args.dataset:
         raise ValueError("which maps? Give two or more files, or --dataset NAME for all of results/NAME")
     if args.masks in ("own", "alpha") and not args.dataset:

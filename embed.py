@@ -141,8 +141,7 @@ def main(argv=None):
     add("--batch", type=int, metavar="N", help="pictures at a time (from the memory)")
     add("--draft", action="store_true", help="let the decoder shrink large JPEGs: faster, other values")
     args = parser.parse_args(argv)
-    command.at_least("batch", args.batch)
-    command.at_least("workers", args.workers)
+    command.at_least(args, batch=1, workers=1)
     device = command.torch_device(args.device, args.precision)
     jobs = arrays.jobs(args, "emb.npy", {"precision": args.precision, "draft": args.draft}, args.seed)
     for group in arrays.incomplete(jobs, lambda job: (job.about["preprocessing"], job.about["pictures"])):

@@ -597,8 +597,7 @@ def main(argv=None):
     only = [name.strip() for name in args.only.split(",")]
     if unknown := [name for name in only if name not in FIGURES]:
         raise ValueError(f"--only {unknown[0]}: expected names among {', '.join(FIGURES)}")
-    for name, least in ("points", 4), ("pictures", 1), ("seed", 0):
-        command.at_least(name, getattr(args, name), least)
+    command.at_least(args, points=4, pictures=1, seed=0)
     everything = results.read_all(args.results, args.models)
     datasets = folders.open_pictures(args.dataset, args.data_root, [one.name for one in everything])
     networks = [network for one in everything for network in one.networks]

@@ -264,8 +264,7 @@ def main(argv=None):
     from dml_common import command, files, folders
 
     args = parse(argv)
-    command.at_least("pictures", args.pictures)
-    command.at_least("size", args.size, 16)
+    command.at_least(args, pictures=1, size=16)
     if args.out.resolve().suffix != ".html":
         raise ValueError(f"--out {args.out}: expected a name ending in .html: nothing else is written over")
     files.check_output(args.out, [TEMPLATES / "report.html"])

@@ -41,7 +41,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
-from scipy.special import stdtrit
 from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, interpolate
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -335,7 +334,6 @@ def prepare(network, example):
     What a network does not bear is left out; where it bears nothing it is itself.
     """
     from dml_common.command import out_of_memory
-
     try:
         network = network.to(example.device).eval()
         with torch.no_grad():
@@ -471,16 +469,6 @@ def faithfulness(network, picture, blurred, orders, distance, *, steps=20, block
     return torch.stack(areas).masked_fill(most - least <= 1e-6, torch.nan)
 
 
-def mean_interval(values, level=0.95):
-    """n, mean, standard deviation, and Student's interval of the mean of what is finite in values (n,)."""
-    values = values[np.isfinite(values)]
-    n = len(values)
-    if n < 2:
-        return [n, *values.tolist(), *[None] * (4 - n)]
-    half = stdtrit(n - 1, (1 + level) / 2) * values.std(ddof=1) / n**0.5
-    return [n, *map(float, (values.mean(), values.std(ddof=1), values.mean() - half, values.mean() + half))]
-
-
 # ---------------------------------------------------------------- the command
 
 # What --as-published sets: how the maps of the published Tables 2-4 were made, each with its loss's distance.
@@ -503,7 +491,6 @@ class Mapper:
     def __call__(self, what, ready, pictures, baselines, distance, seeds):
         """Maps of what prepare gave -> float16 array (b, H, W), or (k, b, H, W) of k distances."""
         from dml_common import command
-
         (network, stem), on_device = ready, (pictures.to(self.device), baselines.to(self.device))
         try:
             maps = smoothgrad(network, *on_device, distance, seeds=seeds, stem=stem, batch=self.batch,
@@ -527,7 +514,6 @@ class Mapper:
 def reader(job, kind, device):
     """load: row -> its picture and baseline (2, 3, H, W); stack: these -> (2, B, 3, H, W); an example."""
     from dml_common import pictures
-
     preprocessing = job.about["preprocessing"]
 
     def pixels_of(row):
@@ -549,7 +535,6 @@ def reader(job, kind, device):
 def make_maps(jobs, mapper, args):
     """The maps of one network, or of several that share their pictures, their trunk and the noise."""
     from dml_common import arrays, command, networks, rowfile
-
     trunks, options, counts = {}, jobs[0].about["options"], Counter()
     loaded = [networks.load(job.spec, trunks) for job in jobs]
     distances = [networks.distance(job.about["distance"]) for job in jobs]
@@ -594,7 +579,6 @@ def make_maps(jobs, mapper, args):
 def sanity(job, mapper, args, most=16):
     """Rows of sanity.csv: how the maps' correlation with the trained one's falls with randomised layers."""
     from dml_common import command, networks
-
     network, distance = networks.load(job.spec), networks.distance(job.about["distance"])
     load, stack, example = reader(job, args.baseline, mapper.device)
     loaded, rows, name = {}, [], job.spec["loss"] or job.spec["name"]
@@ -633,8 +617,7 @@ FAITHFULNESS = ["model", "fold", "measure", "n", "left_out", "mean", "std", "low
 
 def check_faithfulness(job, mapper, args):
     """Rows of faithfulness.csv of a network's maps; each picture's areas are in maps_faithfulness.npy."""
-    from dml_common import arrays, files, networks, rowfile
-
+    from dml_common import arrays, conclusions, files, networks, rowfile
     kept, maps = arrays.kept_rows(job), files.read_array(job.path)
     job = job._replace(numbers=[job.numbers[row] for row in kept],
                        path=job.path.with_stem(f"{job.path.stem}_faithfulness"))
@@ -668,14 +651,13 @@ def check_faithfulness(job, mapper, args):
     for curve, (own, other, by_chance) in zip(("deletion", "insertion"), orders):
         for measure, values in (("", own), ("_random", by_chance), ("_less_random", own - by_chance),
                                 ("_other", other), ("_less_other", own - other)):
-            n, *numbers = mean_interval(values)
+            n, *numbers = conclusions.mean_interval(values)
             rows.append([name, job.spec["fold"], curve + measure, n, len(maps) - n, *numbers])
     return rows
 
 
 def parse(argv):
     from dml_common import arrays, command, networks
-
     parser = command.parser(__doc__)
     add = parser.add_argument_group("pictures and networks, as embed.py names them").add_argument
     arrays.add_options(add, "maps.npy")
@@ -704,8 +686,7 @@ def parse(argv):
     add("--overlay", action="store_true", help="the maps over the grey pictures")
     add("--batch", type=int, metavar="N", help="copies at a time (10, on a GPU 250; fewer if memory ends)")
     args = command.parse_as_published(parser, argv, PUBLISHED)
-    for name in ("limit", "randomise", "workers", "map_size"):
-        command.at_least(name.replace("_", "-"), getattr(args, name))
+    command.at_least(args, limit=1, randomise=1, workers=1, map_size=1)
     if args.against and (args.baseline != "black" or args.randomise or args.faithfulness):
         raise ValueError("--against has the other picture for a baseline, and no --randomise, --faithfulness")
     return args
@@ -713,7 +694,6 @@ def parse(argv):
 
 def main(argv=None):
     from dml_common import arrays, command, files, gallery, pictures
-
     args = parse(argv)
     mapper = Mapper(command.torch_device(args.device, args.precision), args)
     names = ("samples", "noise", "order", "baseline", "percentile", "seed", "shared_noise", "antithetic",

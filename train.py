@@ -43,8 +43,6 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from datetime import timedelta
-from importlib import metadata
 from itertools import groupby, product, repeat
 from pathlib import Path
 
@@ -112,8 +110,7 @@ def split_rows(labels, kind, fold=0, seed=1, test=True):
             of_classes = turn[:train], turn[train:c - tested], turn[c - tested:]
         parts = [np.flatnonzero(np.isin(number, chosen)) for chosen in of_classes]
     for name, rows in zip(("training", "validation", "test")[:2 + test], parts):
-        what = f"split {kind} of {n:,} pictures in {c:,} classes: the {name} part"
-        refuse_without_pairs(labels[rows], what)
+        refuse_without_pairs(labels[rows], f"split {kind} of {n:,} pictures in {c:,} classes: {name}")
     return tuple(np.sort(rows) for rows in parts)
 
 
@@ -205,10 +202,11 @@ def embed(network, feed, rows, size, team=(0, 1), precision="fp32"):
     """
     network.eval()
     mine, parts = np.array_split(np.arange(len(rows)), team[1])[team[0]], []
-    for _, pictures in feed(rows[mine[at:at + size]] for at in range(0, len(mine), size)):
+    own = rows[mine] if len(mine) else rows[:1]  # fewer rows than ranks: the sum needs a width of all
+    for _, pictures in feed(own[at:at + size] for at in range(0, len(own), size)):
         with autocast(pictures, precision):
             parts.append(network(pictures).float())
-    return gather(torch.cat(parts), mine, len(rows))
+    return gather(torch.cat(parts)[:len(mine)], mine, len(rows))
 
 
 @torch.no_grad()
@@ -474,7 +472,6 @@ class Run:
 
     def write_config(self, **more):
         from dml_common.files import write_file
-        self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({**self.config, **more}, indent=2) + "\n"
         write_file(self.folder / "config.json", text.encode())
 
@@ -584,11 +581,8 @@ def parse(argv):
     changed = [f"{name} {getattr(args, name)}" for name in recipe if getattr(args, name) != recipe[name]]
     if args.recipe != "oi" and changed:
         command.say(f"the recipe of {args.recipe}, but {', '.join(changed)}")
-    least = {"epochs": 1, "dim": 1, "per_class": 2, "seed": 0, "steps": 0, "patience": 0, "train_sample": 0,
-             "workers": 1, "input_size": 1,
-             "batch": 2 * (args.per_class or 4)}  # two classes or more: losses and miners compare them
-    for name, number in least.items():
-        command.at_least(name.replace("_", "-"), getattr(args, name), number)
+    command.at_least(args, epochs=1, dim=1, per_class=2, seed=0, steps=0, patience=0, train_sample=0,
+                     workers=1, input_size=1, batch=2 * (args.per_class or 4))  # two classes, to compare
     for name in ("lr", "loss_lr", "scale", "weight_decay", "crop"):
         value = getattr(args, name)
         if value is not None and not (0 < value < math.inf or (name == "weight_decay" and value == 0)):
@@ -602,15 +596,14 @@ def parse(argv):
     return args
 
 
-def add_test(dataset, labels, label, args):
+def add_test(dataset, labels, label, args, notes):
     """A data set and its labels with the pictures and labels of --test behind them."""
-    from dml_common import command, pictures
+    from dml_common import pictures
     other = pictures.open_dataset(args.test, args.data_root)
     if other.folder.resolve() == dataset.folder.resolve():
         raise ValueError(f"--test {args.test} is the data set itself; without it a part of it is held out")
-    more, _ = pictures.labels_of(other, None, label, notes := [*other.notes])
-    for note in notes:
-        command.say(note)
+    more, _ = pictures.labels_of(other, None, label, notes)
+    notes += other.notes
     refuse_without_pairs(more, f"--test {args.test}")
     both = {name: [*getattr(dataset, name), *getattr(other, name)] for name in ("paths", "relative")}
     return dataset._replace(**both), np.concatenate([labels, labels.max() + 1 + more])
@@ -619,12 +612,12 @@ def add_test(dataset, labels, label, args):
 def plan(args, dataset, device):
     """The runs asked for, each with its config.json, the network that they begin with, and all pictures."""
     from dml_common import command, losses, networks, pictures
-    labels, label = pictures.labels_of(dataset, args.labels, args.label, notes := [])
-    for note in [*dataset.notes, *notes]:
-        command.say(note)
+    labels, label = pictures.labels_of(dataset, args.labels, args.label, notes := [*dataset.notes])
     n = len(labels)
     if args.test:
-        dataset, labels = add_test(dataset, labels, label, args)
+        dataset, labels = add_test(dataset, labels, label, args, notes)
+    for note in notes if command.my_share()[0] == 0 else ():
+        command.say(note)
     usual = "default" if label in ("class", "super_class") else "pictures"
     kind = args.split or usual
     home = args.models / "trained" / (dataset.name if kind == usual else f"{dataset.name}@{kind}")
@@ -649,8 +642,7 @@ def plan(args, dataset, device):
         raise ValueError(f"--model {args.model} has a transform of its own, which can't be cut at random; "
                          "give it an attribute preprocessing instead")
     if args.input_size:
-        preprocessing = pictures.resized(network.preprocessing, args.input_size)
-        network = network._replace(preprocessing=preprocessing)
+        network = network._replace(preprocessing=pictures.resized(network.preprocessing, args.input_size))
     options = {name: getattr(args, name) for name in OPTIONS}
     options["lr"], each = args.lr or LR[args.freeze_trunk], {"classification": 1}  # as Musgrave et al.
     if args.dataset in pictures.PUBLISHED:
@@ -665,16 +657,9 @@ def plan(args, dataset, device):
             split["tested_on"] = Path(args.test).name
         elif [dataset.relative[i] for i in test] != published:
             split["test"] = test.tolist()
-        parameters = library = None
-        if row["class"]:
-            classes = len(np.unique(labels[train]))
-            if row["slug"] == "normalized_softmax":
-                row = {**row, "parameters": f"{row['parameters']} temperature={1 / args.scale}"}
-            criterion, _, parameters = losses.make_loss(row, classes, args.dim)
-            if ":" in row["class"]:  # what is wrong with it is said before the work
-                x = torch.randn(8, args.dim, requires_grad=True)
-                criterion(x, torch.arange(8) // 2 % classes).backward()
-            library = metadata.version("pytorch-metric-learning")
+        if row["slug"] == "normalized_softmax":
+            row = {**row, "parameters": f"{row['parameters']} temperature={1 / args.scale}"}
+        parameters, library = losses.tried(row, len(np.unique(labels[train])), args.dim)
         versions = {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__,
                     "pytorch_metric_learning": library, "device": str(device),
                     "threads": torch.get_num_threads()}
@@ -732,14 +717,7 @@ def main(argv=None):
         command.say(f"nothing to do: {len(runs)} of {len(runs)} networks are there")
     together = "RANK" in os.environ and ranks > 1 and todo  # by torchrun: all train the same network
     if together:
-        if device.type == "cuda":
-            here = command.number_of("LOCAL_WORLD_SIZE", 1, 1)
-            gpus = 1 if ":" in args.device else torch.cuda.device_count()
-            if here > gpus:  # NCCL refuses two on one
-                raise ValueError(f"{here} processes, but GPUs for {gpus} with --device {args.device}; give "
-                                 f"torchrun --nproc-per-node {gpus}")
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
+        command.join_ranks(device, args.device)
     if todo:
         trunk, width, start = network.module, networks.features_of(network), time.perf_counter()
         workers = args.workers or min(16, command.available_cpus())

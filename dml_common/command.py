@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -193,10 +194,12 @@ def parse_as_published(parser, argv, settings):
     return args
 
 
-def at_least(name, value, least=1):
-    """Raise ValueError unless the option's value, where it is given, is at least this."""
-    if value is not None and value < least:
-        raise ValueError(f"--{name} {value}: expected at least {least}")
+def at_least(args, **options):
+    """Raise ValueError unless the options' values, where they are given, are at least these."""
+    for name, least in options.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
 
 
 # ---------------------------------------------------------------- what this process may take
@@ -262,6 +265,23 @@ def torch_device(name, precision="fp32"):
         raise ValueError("--precision tf32 is an NVIDIA GPU's; on a CPU give fp32 or bf16")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     return torch.device(name)
+
+
+def join_ranks(device, name):
+    """Begin the process group of torchrun's ranks, NCCL's on GPUs; name: --device.
+
+    Raises ValueError for several on one GPU, which NCCL refuses.
+    """
+    import torch
+
+    if device.type == "cuda":
+        here, gpus = number_of("LOCAL_WORLD_SIZE", 1, 1), 1 if ":" in name else torch.cuda.device_count()
+        if here > gpus:
+            raise ValueError(f"{here} processes, but GPUs for {gpus} with --device {name}; give "
+                             f"torchrun --nproc-per-node {gpus}")
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, timeout=timedelta(days=7))
 
 
 # ---------------------------------------------------------------- for people

@@ -68,6 +68,16 @@ def student(value, error, df):
     return value - half, value + half
 
 
+def mean_interval(values):
+    """n, mean, standard deviation and Student's interval of the mean of what is finite in values (n,)."""
+    values = values[np.isfinite(values)]
+    n = len(values)
+    if n < 2:
+        return [n, *values.tolist(), *[None] * (4 - n)]
+    mean, deviation = float(values.mean()), float(values.std(ddof=1))
+    return [n, mean, deviation, *student(mean, deviation / n**0.5, n - 1)]
+
+
 def equivalence(value, error, df, margin):
     """p that the value is not within ± margin of 0: the larger of two one-sided t tests."""
     return float(stats.t.sf((margin - abs(value)) / error, df)) if error else float(abs(value) >= margin)

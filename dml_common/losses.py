@@ -1,7 +1,9 @@
 """Losses of one's own for train.py: a table like models/losses.csv, or a class package.module:Class."""
 import inspect
 import json
+from importlib import metadata
 
+import torch
 from torch import nn
 
 from dml_common.files import losses, read_table
@@ -74,6 +76,18 @@ def make_loss(row, classes, dimension):
         return criterion, None, parameters
     miner, parameters["miner"] = make(miners, miners.BaseMiner, *row["miner"].split(maxsplit=1))
     return criterion, miner, parameters
+
+
+def tried(row, classes, dimension):
+    """(parameters, pytorch-metric-learning's version) of a row's loss, None of no loss; ValueError where it
+    can't be made or, one of one's own, called: before any work."""
+    if not row["class"]:
+        return None, None
+    criterion, _, parameters = make_loss(row, classes, dimension)
+    if ":" in row["class"]:
+        x = torch.randn(8, dimension, requires_grad=True)
+        criterion(x, torch.arange(8) // 2 % classes).backward()
+    return parameters, metadata.version("pytorch-metric-learning")
 
 
 class OwnLoss(nn.Module):

@@ -95,6 +95,14 @@ def say_parts(networks):
                     "the part that all show, at the pixels of the coarsest")
 
 
+def part_box(part, size):
+    """Where part_shown's part of a picture of size (width, height) is: (left, upper, right, lower)."""
+    units = {"pixels": (1, 1), "shorter side": (min(size), min(size)), "each side": size}[part["of"]]
+    half = part["width"] * units[0] / 2, part["height"] * units[1] / 2
+    x, y = size[0] / 2, size[1] / 2
+    return x - half[0], y - half[1], x + half[0], y + half[1]
+
+
 def parts_of(networks, args):
     """Where on the pictures these networks' maps lie: None where all have the same pixels, else boxes
     (n, K, 4), or (1, K, 4) where all pictures are alike in that."""
@@ -110,7 +118,7 @@ def parts_of(networks, args):
         if None in paths:
             raise ValueError(f"{args.dataset} lacks {names[paths.index(None)]} of {networks[0].path}")
         sizes = [pictures.size_of(path) for path in paths]
-    return np.array([[pictures.part_box(part, size) for part in parts] for size in sizes])
+    return np.array([[part_box(part, size) for part in parts] for size in sizes])
 
 
 def make_groups(networks, all_folds):
@@ -162,13 +170,20 @@ def pictures_of(network, args):
     return names, [paths.get(name) for name in names], [masks.get(name) for name in names]
 
 
+def find_mask(folder, name):
+    """The mask of the picture a/b.jpg: folder/a/b.png, else folder/b.png; None where neither is there."""
+    parts = Path(name).with_suffix(".png").parts
+    places = [Path(folder, *parts[k:]) for k in range(len(parts))]
+    return next((place for place in places if place.is_file()), None)
+
+
 def find_masks(network, args):
     """The mask of each picture of these maps. Raises ValueError where one can't be told."""
     names, paths, masks = pictures_of(network, args)
     if args.masks == "alpha":
         masks = paths
     elif args.masks != "own":
-        masks = [pictures.find_mask(args.masks, name) for name in names]
+        masks = [find_mask(args.masks, name) for name in names]
     missing = [name for name, mask in zip(names, masks) if mask is None]
     if missing:
         raise ValueError(f"masks are missing for {len(missing)} of {len(names)} pictures "

@@ -543,14 +543,6 @@ def part_shown(preprocessing):
     return {"of": of, "height": height, "width": width}
 
 
-def part_box(part, size):
-    """Where part_shown's part of a picture of size (width, height) is: (left, upper, right, lower)."""
-    units = {"pixels": (1, 1), "shorter side": (min(size), min(size)), "each side": size}[part["of"]]
-    half = part["width"] * units[0] / 2, part["height"] * units[1] / 2
-    x, y = size[0] / 2, size[1] / 2
-    return x - half[0], y - half[1], x + half[0], y + half[1]
-
-
 def resized(preprocessing, side):
     """The same for inputs whose shorter side has `side` pixels: resize and crop in proportion."""
     factor = side / min(input_size(preprocessing))
@@ -587,20 +579,6 @@ def load_mask(path, preprocessing=None, size=None, alpha=False):
     if size:
         mask = mask.resize((size, size), Image.Resampling.BOX)
     return np.asarray(mask) > 127
-
-
-def refuse_constant_masks(share, source):
-    """share (H, W): of the masks with their object there. ValueError where all are empty, or all are full."""
-    if not share.any() or (share == 1).all():
-        raise ValueError(f"{source}: every mask is {'full' if share.any() else 'empty'}; expected the object "
-                         "brighter than its background, or an alpha channel")
-
-
-def find_mask(folder, name):
-    """The mask of the picture a/b.jpg: folder/a/b.png, else folder/b.png; None where neither is there."""
-    parts = Path(name).with_suffix(".png").parts
-    places = [Path(folder, *parts[k:]) for k in range(len(parts))]
-    return next((place for place in places if place.is_file()), None)
 
 
 def read_rgb(path, draft=None):

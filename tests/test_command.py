@@ -1,4 +1,5 @@
 """How a command begins and ends: one line, an exit status, nothing else."""
+import argparse
 import os
 import signal
 import subprocess
@@ -163,10 +164,10 @@ def test_cpus_are_shared_among_the_processes_of_a_machine(monkeypatch):
 
 
 def test_options_have_limits(capsys):
-    command.at_least("seed", 0, 0)
-    command.at_least("seed", None)
-    with pytest.raises(ValueError, match="--batch 0: expected at least 1"):
-        command.at_least("batch", 0)
+    args = argparse.Namespace(seed=0, map_size=0, threads=None)
+    command.at_least(args, seed=0, threads=1)
+    with pytest.raises(ValueError, match="--map-size 0: expected at least 1"):
+        command.at_least(args, seed=0, map_size=1)
     parser = command.parser("x")
     parser.add_argument("files", nargs="+")
     for name, kind in (("--out", str), ("--seed", int), ("--threads", int)):

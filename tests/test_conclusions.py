@@ -46,6 +46,15 @@ def test_released_p_is_the_old_default_and_holm_by_hand():
     np.testing.assert_allclose(conclusions.holm([0.5, 0.9]), [1, 1])
 
 
+def test_interval_of_a_mean_against_scipy():
+    values = np.random.default_rng(0).normal(size=30)
+    n, mean, deviation, *interval = conclusions.mean_interval(np.append(values, np.nan))
+    assert (n, mean, deviation) == (30, pytest.approx(values.mean()), pytest.approx(values.std(ddof=1)))
+    np.testing.assert_allclose(interval, stats.t.interval(0.95, 29, mean, deviation / 30**0.5))
+    assert conclusions.mean_interval(np.array([2.0])) == [1, 2.0, None, None, None]
+    assert conclusions.mean_interval(np.array([np.nan])) == [0, None, None, None, None]
+
+
 def test_a_mean_by_hand():
     # signs of 1, 2, 3: |sum| 6, 4, 2, 0, 0, 2, 4, 6: two of eight are at least 6
     one = conclusions.mean_of([1, 2, 3])

@@ -197,10 +197,6 @@ def test_a_pictures_own_alpha_is_its_mask(tmp_path):
     noise(8, 8).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="a.png: .*it is RGB, without an alpha channel"):
         pictures.load_mask(tmp_path / "a.png", WHOLE, alpha=True)
-    for share, word in ((np.zeros((2, 2)), "empty"), (np.ones((2, 2)), "full")):
-        with pytest.raises(ValueError, match=f"masks/: every mask is {word}"):
-            pictures.refuse_constant_masks(share, "masks/")
-    pictures.refuse_constant_masks(np.array([[0, 1]]), "masks/")
 
 
 def test_black_picture_is_a_black_file(tmp_path):

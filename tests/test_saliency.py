@@ -627,16 +627,6 @@ def test_blocks_at_the_edge_and_steps():
     assert there[1].nonzero().tolist() == ((values > 0).nonzero()).tolist()
 
 
-def test_interval_of_a_mean_against_scipy():
-    from scipy import stats
-    values = np.random.default_rng(0).normal(size=30)
-    n, mean, deviation, *interval = saliency.mean_interval(np.append(values, np.nan))
-    assert (n, mean, deviation) == (30, pytest.approx(values.mean()), pytest.approx(values.std(ddof=1)))
-    np.testing.assert_allclose(interval, stats.t.interval(0.95, 29, mean, deviation / 30**0.5))
-    assert saliency.mean_interval(np.array([2.0])) == [1, 2.0, None, None, None]
-    assert saliency.mean_interval(np.array([np.nan])) == [0, None, None, None, None]
-
-
 def test_faithfulness_through_the_command(place, capsys):
     Image.new("RGB", (40, 40), "white").save("pictures/2.png")  # its blur is itself
     run("--out", "maps.npy", "--limit", 5, "--faithfulness")

@@ -657,6 +657,18 @@ def test_two_processes_score_the_network_they_save(p):
     assert rows[list(rows)[-1][0], "train"][1:3] == pytest.approx(scores[:2], abs=1e-6)
 
 
+def test_a_part_may_have_fewer_pictures_than_ranks(monkeypatch):
+    monkeypatch.setattr(train, "gather", lambda values, mine, number: (values, mine))
+    network, rows, table = torch.nn.Linear(4, 3), np.array([5, 2, 7]), torch.randn(9, 4)
+
+    def feed(batches):
+        return ((batch, table[batch]) for batch in batches)
+
+    shares = [train.embed(network, feed, rows, 2, (k, 5)) for k in range(5)]
+    assert [len(mine) for _, mine in shares] == [1, 1, 1, 0, 0]
+    torch.testing.assert_close(torch.cat([values for values, _ in shares]), network(table[rows]).detach())
+
+
 def test_two_processes_share_frozen_runs(p):
     options = ("--loss", "Contrastive,FastAP,CosFace", "--freeze-trunk")
     assert len(torchrun(*options, "--models", "two")) == 5
@@ -769,10 +781,10 @@ def test_labels_that_do_not_fit(p, refused, tmp_path):
 
 
 @pytest.mark.parametrize("pattern, arguments", [
-    ("split default of 80 pictures in 4 classes: the validation part has 0 pictures of 0 classes; .*--split "
+    ("split default of 80 pictures in 4 classes: validation has 0 pictures of 0 classes; .*--split "
      "pictures keeps", ("--split", "default")),
-    ("split folds of .* the validation part has 0 pictures of 0 classes", ("--split", "folds")),
-    ("the validation part has 0 pictures of 0 classes", ("--dataset", "few")),
+    ("split folds of .* validation has 0 pictures of 0 classes", ("--split", "folds")),
+    ("validation has 0 pictures of 0 classes", ("--dataset", "few")),
     ("--batch 4: expected at least 8", ("--batch", 4)),
     ("--per-class 1: expected at least 2", ("--per-class", 1)),
     ("unknown loss 'tripplet': did you mean Triplet", ("--loss", "tripplet")),
