@@ -53,9 +53,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import nn
 
-FOLDS = 4
-BINS = 200
-SEED = 1
+FOLDS, BINS, SEED = 4, 200, 1
 LR = {False: 1e-4, True: 1e-3}  # of the network, without and with --freeze-trunk
 RECIPES = {  # Oi et al. 2022; Musgrave et al., A Metric Learning Reality Check (ECCV 2020): docs/train.md
     "oi": {"model": "inception_v3", "dim": 64, "split": None, "per_class": 4, "crop": 1 / 8, "steps": 0,
@@ -111,7 +109,7 @@ def split_rows(labels, kind, fold=0, seed=1, test=True):
         parts = [np.flatnonzero(np.isin(number, chosen)) for chosen in of_classes]
     for name, rows in zip(("training", "validation", "test")[:2 + test], parts):
         refuse_without_pairs(labels[rows], f"split {kind} of {n:,} pictures in {c:,} classes: {name}")
-    return tuple(np.sort(rows) for rows in parts)
+    return tuple(map(np.sort, parts))
 
 
 def refuse_without_pairs(labels, name):
@@ -300,8 +298,8 @@ class Run:
             proxies = list(criterion.parameters())
             groups += [{"params": proxies, "lr": self.options["loss_lr"]}] if proxies else []
         settings = {"momentum": 0.9} if self.options["optimizer"] == "RMSprop" else {}  # as in Musgrave's
-        optimizer = getattr(torch.optim, self.options["optimizer"])
-        self.optimizer = optimizer(groups, weight_decay=self.options["weight_decay"], **settings)
+        self.optimizer = getattr(torch.optim, self.options["optimizer"])(
+            groups, weight_decay=self.options["weight_decay"], **settings)
 
     def score(self, part):
         """Add a row to the history and, of the test part, histograms of its pairs; on the first rank."""
@@ -472,8 +470,8 @@ class Run:
 
     def write_config(self, **more):
         from dml_common.files import write_file
-        text = json.dumps({**self.config, **more}, indent=2) + "\n"
-        write_file(self.folder / "config.json", text.encode())
+        text = json.dumps({**self.config, **more}, indent=2)
+        write_file(self.folder / "config.json", f"{text}\n".encode())
 
     def write(self, diverged=None):
         """The files of a run that has ended. embedder_best.pth is the last: with it there is a network."""
@@ -682,7 +680,8 @@ def work(mine, trunk, width, feed, device, team, bar):
     for wait, run in product((False, True), mine):
         bar.set_description_str(run.name, refresh=False)
         with run.turn(wait, device, team) as ours:
-            if not ours:
+            if not ours:  # another process's, which ends it
+                bar.update(0 if wait else run.options["epochs"])
                 continue
             if trunk:
                 trunk.load_state_dict(weights)

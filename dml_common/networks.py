@@ -231,7 +231,8 @@ def checkpoint_spec(place, loss, fold):
         row = next((row for row in losses() if {row[name] for name in DATASETS} & set(parts)), None)
     if row is None and parts[-1].startswith("fold") and fold_and_seed(parts[-1])[0] is not None:  # train.py's
         row = next((row for row in losses() if row["slug"] == parts[-2]), foreign_row(parts[-2]))
-    number = re.search("(?:Test50_50_Partitions4_|fold)([0-9]{1,9}([.]seed[0-9]+)?)", str(place.resolve()))
+    number = re.search("(?:Test50_50_Partitions4_|(?<![A-Za-z])fold)([0-9]{1,9}([.]seed[0-9]+)?)",
+                       str(place.resolve()))
     name = str(fold) if re.fullmatch("[0-9]{1,9}", str(fold)) else number and number[1]
     return files_spec(place, files, note, row, int(name) if name and name.isdecimal() else name)
 

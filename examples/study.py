@@ -1,9 +1,10 @@
 """The study's answers that no table of ours has: dose and response of a planted shortcut, and its controls.
 
 Reads:  FOLDER/results/{hue0,hue25,…,frozen,whole0,…}/cars_test/<slug>/fold<k>/emb.npy, …/{masks,compare}.csv,
-        cars_test/props.csv, as examples/study.sh makes them and examples/study/ ships them
+        FOLDER/{models,whole}/trained/<dataset>/<slug>/fold<k>/history.csv, FOLDER/cars_test/props.csv, as
+        examples/study.sh makes them; of whole networks examples/study/ ships jackknife.csv alone
 Writes: OUT/answers.csv, a row a number: question, what, share, loss, property, value, low, high, p, n;
-        OUT/study.png, the picture of docs/study.md
+        OUT/jackknife.csv, NR-Prec of whole networks; OUT/study.png, the picture of docs/study.md
 
     python examples/study.py examples/study --out answers
     python examples/study.py examples/study --check           # are the shipped arrays as they were listed?
@@ -11,7 +12,7 @@ Writes: OUT/answers.csv, a row a number: question, what, share, loss, property, 
 The intervals of one network are delete-a-group jackknives over the test pictures (20 groups of frames,
 Student's t with 19 degrees of freedom): other pictures might have been drawn, the training stays. What
 training adds is shown by two seeds without any shortcut. The intervals over losses are Student's, their tests
-turn signs.
+turn signs; a loss trained from several seeds counts once, with their mean.
 """
 import csv
 import hashlib
@@ -32,6 +33,7 @@ GROUPS = 20
 PLANTED = "bg_color_hue"
 SEEN = "bg_color_hue, seen"  # where saturation and value of the background leave a hue to be seen
 COLUMNS = ("question", "what", "share", "loss", "property", "value", "low", "high", "p", "n")
+KEPT = ("set", "loss", "fold", "property", *map(str, range(1 + GROUPS)))
 
 
 def jackknife(embeddings, labels, groups=GROUPS):
@@ -65,6 +67,10 @@ def over_losses(values):
 def kinds():
     """{slug: ranking or classification} of the losses."""
     return {row["slug"]: row["type"] for row in files.losses()}
+
+
+def slugs_by_name():
+    return {row["name"]: row["slug"] for row in files.losses()}
 
 
 def of_types(values):
@@ -103,6 +109,42 @@ def random_columns(labels, number, seed=0):
     return {f"random {i}": rng.permutation(labels[PLANTED]) for i in range(number)}
 
 
+def by_loss(values):
+    """The mean over seeds of each loss: {(slug, fold): number} -> {slug: number}, without None's."""
+    losses = {}
+    for (slug, _), value in values.items():
+        losses.setdefault(slug, []).append(value)
+    return {slug: float(np.mean(each)) for slug, each in losses.items() if slug != "none"}
+
+
+def training(networks, labels):
+    """Questions 2 and 3: what training changes, how types differ; networks {(slug, fold): jackknife()}."""
+    rows, none = [], networks.get(("none", "fold0"))
+    for name in labels:
+        values = by_loss({key: one[name][0] for key, one in networks.items()})
+        each = list(values.values())
+        if none:
+            before = none[name][0]
+            rows += [(2, "None", 0, "none", name, *interval(none[name])[:3], "", 1),
+                     (2, "trained", 0, "", name, *over_losses(each)[:3], "", len(each)),
+                     (2, "trained less None", 0, "", name, *over_losses(np.array(each) - before), len(each))]
+        rows.append((3, "classification less ranking", 0, "", name, *of_types(values), len(each)))
+        seeds = [[one[name][0] for (slug, _), one in networks.items() if slug == loss] for loss in values]
+        if min(map(len, seeds)) > 1:
+            within = np.sqrt(np.mean([np.var(of_one, ddof=1) for of_one in seeds]))
+            rows.append((3, "deviation between seeds", 0, "", name, within, "", "", "", len(seeds)))
+    return rows
+
+
+def means(networks, labels):
+    """{(slug, fold): jackknife()} -> {slug: {property: the mean over its seeds}}, of these properties."""
+    averaged = {}
+    for slug in dict.fromkeys(slug for slug, _ in networks):
+        seeds = [one for (other, _), one in networks.items() if other == slug]
+        averaged[slug] = {name: float(np.mean([one[name][0] for one in seeds])) for name in labels}
+    return averaged
+
+
 def dose(sets, labels, columns):
     """Question 4. sets: {share: {(slug, fold): jackknife()}} with the columns' names among its keys."""
     rows, shares = [], sorted(set(sets) - {0})
@@ -115,17 +157,16 @@ def dose(sets, labels, columns):
         for name in (PLANTED, SEEN):
             for (key, _, _), change in zip(pairs, changes[name]):
                 rows.append((4, "change", share, key[0], name, *change, 1))
-            rows.append((4, "mean change", share, "", name, *over_losses([c[0] for c in changes[name]]),
-                         len(pairs)))
             rows.append(called(4, "called", share, name, changes[name], one_sided=True))
-            rows.append((4, "classification less ranking", share, "", name, *of_types(
-                {key[0]: change[0] for (key, _, _), change in zip(pairs, changes[name])}), len(pairs)))
+        for name in labels:
+            each = by_loss({key: change[0] for (key, _, _), change in zip(pairs, changes[name])})
+            rows.append((4, "mean change", share, "", name, *over_losses([*each.values()]), len(each)))
+            if name in (PLANTED, SEEN):
+                rows.append((4, "classification less ranking", share, "", name, *of_types(each), len(each)))
         others = [name for name in labels if name not in (PLANTED, SEEN)]
-        for name in others:
-            rows.append((4, "mean change", share, "", name, *over_losses([c[0] for c in changes[name]]),
-                         len(pairs)))
         rows.append(called(4, "called", share, "others", [c for name in others for c in changes[name]]))
-        rows.append(called(4, "called", share, "random", [c for name in columns for c in changes[name]]))
+        if columns:
+            rows.append(called(4, "called", share, "random", [c for name in columns for c in changes[name]]))
     seeds = {fold for _, fold in sets[0]} - {"fold0"}
     for name in labels:
         changes = [interval(sets[0][slug, fold][name] - sets[0][slug, "fold0"][name])
@@ -180,21 +221,45 @@ def spread(trained, frozen, names, seed=0):
     return rows
 
 
-def outside(folder, before, after):
-    """Question 4: the share of saliency outside the car in sets `after` and `before`, one a loss."""
-    shares = {}
+def outside(folder, before, after, share, only):
+    """Question 4: the share of saliency outside the car in sets after and before, one a loss of `only`."""
+    shares, slugs = {}, slugs_by_name()
     for name in (before, after):
         table = folder / "results" / name / "cars_test" / "masks.csv"
         if not table.exists():
             return []
-        shares[name] = {row["model"]: 1 - float(row["mean"]) for row in read_rows(table)
+        shares[name] = {slugs[row["model"]]: 1 - float(row["mean"]) for row in read_rows(table)
                         if row["measure"] == "share" and row["fold"] == "0"}
-    losses = sorted(set(shares[before]) & set(shares[after]) - {"None"})
+    losses = sorted(set(shares[before]) & set(shares[after]) & set(only))
     changes = [shares[after][loss] - shares[before][loss] for loss in losses]
-    share = int(after.removeprefix("hue"))
     return [*((4, "saliency outside", share, loss, "", change, "", "", "", 1)
               for loss, change in zip(losses, changes)),
             (4, "mean saliency outside", share, "", "", *over_losses(changes), len(losses))]
+
+
+def correlations(folder, name, share, only):
+    """Question 3: the mean correlation (Fisher's z) of two networks' maps by types, of `only` and None."""
+    table, of, pairs = folder / "results" / name / "cars_test" / "compare.csv", kinds(), {}
+    slugs = slugs_by_name()
+    for row in read_rows(table) if table.exists() else []:
+        both = [slugs[row[side]] for side in ("model_a", "model_b")]
+        if {*both} <= {*only, "none"}:
+            kind = " with ".join(sorted(of[slug] for slug in both))
+            pairs.setdefault(kind, []).append(np.arctanh(float(row["correlation"])))
+    return [(3, "maps' correlation", share, "", kind, np.tanh(np.mean(z)), "", "", "", len(z))
+            for kind, z in sorted(pairs.items())]
+
+
+def learned(folder):
+    """How well each network learned: the best validation MAP@R of its history."""
+    rows = []
+    for path in sorted(folder.glob("*/trained/cars_hue*@default/*/fold*/history.csv")):
+        where, _, dataset, slug, fold, _ = path.relative_to(folder).parts
+        best = max(float(row["map_at_r"]) for row in read_rows(path) if row["split"] == "validation")
+        if where in ("models", "frozen", "whole"):
+            share = int(dataset.removeprefix("cars_hue").removesuffix("@default"))
+            rows.append((0, f"validation MAP@R, {where}, {fold}", share, slug, "", best, "", "", "", 1))
+    return rows
 
 
 def clustered(path, columns):
@@ -205,16 +270,26 @@ def clustered(path, columns):
 
 def published():
     """Table 6 of the first paper, {slug: {property: NR-Prec}}."""
-    slugs = {row["name"]: row["slug"] for row in files.losses()}
+    slugs = slugs_by_name()
     return {slugs[name]: {key: value for key, value in row.items() if value is not None}
             for name, row in results.published_nrprec().items() if name in slugs}
 
 
+def kept(folder):
+    """jackknife.csv as {set: {(slug, fold): jackknife()}}; {} without it."""
+    scores, path = {}, folder / "jackknife.csv"
+    for row in read_rows(path) if path.exists() else []:
+        values = np.array([float(row[str(k)]) for k in range(1 + GROUPS)])
+        network = scores.setdefault(row["set"], {}).setdefault((row["loss"], row["fold"]), {})
+        network[row["property"]] = values
+    return scores
+
+
 def answers(folder, number=1000):
-    """All rows of answers.csv; number: of random columns."""
+    """All rows of answers.csv, and of jackknife.csv; number: of random columns."""
     if not find(folder, "hue0"):
         raise ValueError(f"{folder}/results/hue0: no embeddings; bash examples/study.sh makes them")
-    labels = read_properties(folder)
+    labels, table6 = read_properties(folder), published()
     sets = {path.name: find(folder, path.name) for path in sorted((folder / "results").iterdir())}
     slugs = sorted({slug for slug, _ in sets["hue0"]} - {"none"})
     chance = random_columns(labels, number)
@@ -224,28 +299,34 @@ def answers(folder, number=1000):
     with command.bar(len(work), "study", " networks") as bar:
         for name, slug, fold, path in work:
             extra = own.get(slug, {}) if "hue" in name and fold == "fold0" else {}
-            groups = GROUPS if "hue" in name or name == "seeds" else 0
+            groups = 0 if name == "frozen" else GROUPS
             scores[name][slug, fold] = jackknife(np.load(path), {**labels, **extra}, groups)
             if name == "hue0" and extra:
                 false += clustered(path, extra)
             bar.update()
-    at = {name: {slug: {key: float(values[0]) for key, values in one.items()}
-                 for (slug, fold), one in scores[name].items() if fold == "fold0"} for name in sets}
-    hues = {int(name.removeprefix("hue")): one for name, one in scores.items() if name.startswith("hue")}
+    scores = {**kept(folder), **{name: networks for name, networks in scores.items() if networks}}
+    hues, wholes = ({int(name.removeprefix(kind)): scores[name] for name in scores if name.startswith(kind)}
+                    for kind in ("hue", "whole"))
+    first = dict(hues[0])
     hues[0].update(scores.get("seeds", {}))
-    rows = order(at["hue0"], published())
-    rows += dose(hues, labels, chance)
+    rows = learned(folder) + order(means(hues[0], labels), table6) + training(hues[0], labels)
+    rows += correlations(folder, "hue0", 0, slugs) + dose(hues, labels, chance)
     low, high = stats.binomtest(sum(false), len(false)).proportion_ci()
     rows.append((4, "clustered at random", 0, "", "random", np.mean(false), low, high, "", len(false)))
-    rows += outside(folder, "hue0", "hue90") if "hue90" in sets else []
-    for name, other in ("frozen", "hue0"), ("whole0", "hue0"), ("whole90", "hue90"):
-        if name in sets and other in sets:
-            rows += spread(at[other], at[name], labels) if name == "frozen" else []
-            rows += [(5, f"NR-Prec, {where}", int(other.removeprefix("hue")), slug, key, at[where][slug][key],
-                      "", "", "", 1)
-                     for where in (name, other) for slug in sorted(set(at[name]) & set(at[other]))
-                     for key in ("model", PLANTED)]
-    return rows
+    rows += outside(folder, "hue0", "hue90", 90, slugs)
+    if "frozen" in scores:
+        rows += spread(means(first, labels), means(scores["frozen"], labels), labels)
+    if 0 in wholes:  # every conclusion beside that of the same losses above
+        same = {share: {key: one for key, one in hues[share].items() if key in networks}
+                for share, networks in wholes.items()}
+        few = {slug for slug, _ in wholes[0]} - {"none"}
+        for kind, name, part in ("whole", "whole", wholes), ("same losses from a block", "hue", same):
+            beside = order(means(part[0], labels), table6) + training(part[0], labels)
+            beside += dose(part, labels, {}) + correlations(folder, f"{name}0", 0, few)
+            beside += outside(folder, f"{name}0", f"{name}90", 90, few)
+            rows += [(question, f"{kind}: {what}", *rest) for question, what, *rest in beside]
+    return rows, [(name, *key, *row) for name, networks in scores.items() if name.startswith("whole")
+                  for key, one in networks.items() for row in ((label, *one[label]) for label in labels)]
 
 
 def check(folder):
@@ -265,12 +346,14 @@ def ship(folder, out):
     """Copy what is worth keeping of study.sh's folder: embeddings as float16, no networks, no disk's path."""
     shutil.copytree(folder / "cars_test", out / "cars_test", dirs_exist_ok=True)
     arrays, networks = "results/*/cars_test/*/fold*/", "*/trained/*/*/fold*/"
-    patterns = (f"{arrays}*.npy", f"{arrays}*.json", "results/*/cars_test/props.csv",
-                "results/hue*/cars_test/masks.csv", "results/hue*/cars_test/faithfulness.csv",
+    patterns = (f"{arrays}*.npy", f"{arrays}*.json", "results/hue0/cars_test/props.csv",
+                *(f"results/*/cars_test/{name}.csv" for name in ("masks", "compare", "faithfulness")),
                 f"{networks}history.csv", f"{networks}config.json",
                 "models/trained/cars_hue0@default/*/fold0/histograms.csv")
     kept = {path for pattern in patterns for path in folder.glob(pattern)}
-    for path in sorted(kept):
+    same = {path for path in kept if "none" in path.parts and "hue0" not in path.parts and path.stem == "emb"}
+    whole = {path for path in kept if path.match("results/whole*/*/*/*/*")}  # 20 MB are the limit
+    for path in sorted(kept - same - whole):
         target = out / path.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         if path.name == "emb.npy":
@@ -282,6 +365,8 @@ def ship(folder, out):
             target.write_text(json.dumps(about) + "\n")
         else:
             shutil.copyfile(path, target)
+    if (folder / "answers/jackknife.csv").exists():
+        shutil.copyfile(folder / "answers/jackknife.csv", out / "jackknife.csv")
     lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(out).as_posix()}\n"
              for path in sorted(out.glob("*/**/*")) if path.is_file()]
     (out / "SHA256SUMS").write_text("".join(lines))
@@ -363,10 +448,11 @@ def main():
         ship(args.folder, args.ship)
     if not args.out:
         return
-    rows = answers(args.folder)
+    rows, values = answers(args.folder)
     args.out.mkdir(parents=True, exist_ok=True)
-    files.write_table(args.out / "answers.csv", COLUMNS, [
-        [f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows])
+    for name, header, table in (("answers", COLUMNS, rows), ("jackknife", KEPT, values)):
+        files.write_table(args.out / f"{name}.csv", header, [
+            [f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in table])
     draw(rows, args.folder, args.out / "study.png")
 
 

@@ -90,12 +90,12 @@ analyse() {  # analyse NAME MODELS DATASET FOLD: embeddings of the test cars, NR
         > "$study/log/pairs_$1.txt"
 }
 
-look() {  # look NAME LOSSES option …: saliency maps of test cars, with their ceiling
-    local name=$1 loss=$2
-    shift 2
-    together python saliency.py --dataset "$study/cars_test" --trained-on "cars_$name@default" \
-        --loss "$loss" --fold 0 --limit "$pictures" --samples "$samples" --order released --shared-noise \
-        --ceiling --map-size 28 --models "$study/models" --device "$device" --out "$study/results/$name" "$@"
+look() {  # look NAME MODELS DATASET LOSSES option …: saliency maps of test cars, with their ceiling
+    local out=$study/results/$1 models=$study/$2 dataset=$3 loss=$4
+    shift 4
+    together python saliency.py --dataset "$study/cars_test" --trained-on "$dataset@default" --loss "$loss" \
+        --fold 0 --limit "$pictures" --samples "$samples" --order released --shared-noise --ceiling \
+        --map-size 28 --models "$models" --device "$device" --out "$out" "$@"
 }
 
 stage pictures "60 bodies, $frames frames at shares 0, $shares; $tests test frames" \
@@ -143,15 +143,15 @@ learn cars_hue0 "$all,None" --freeze-trunk --models "$study/frozen"
 stage maps "$pictures pictures, $samples copies, twice, of $((losses + 1)) networks at shares 0 and 90" \
     $((2 * (losses + 1) * pictures * 2 * samples * 2 / 100))
 for share in $ends; do
-    look "hue$share" all
+    look "hue$share" models "cars_hue$share" all
 done
-look hue0 "$few,None" --faithfulness
+look hue0 models cars_hue0 "$few,None" --faithfulness
 
-networks=$((4 * $(wc -w <<< "$seeds")))
-stage seeds "$networks networks (${few//,/, }) at share 0 from other seeds" \
+networks=$((losses * $(wc -w <<< "$seeds")))
+stage seeds "$networks networks at share 0 from other seeds" \
     $((networks * epochs * frames * 7 / 1000))
 for seed in $seeds; do
-    learn cars_hue0 "$few" --train-from "$from" --lr "$rate" --seed "$seed" --models "$study/models"
+    learn cars_hue0 "$all" --train-from "$from" --lr "$rate" --seed "$seed" --models "$study/models"
 done
 
 stage analysis "embeddings of the test cars, NR-Prec, pairs" \
@@ -160,16 +160,24 @@ for share in 0 $shares; do
     analyse "hue$share" models "cars_hue$share" 0
 done
 analyse frozen frozen cars_hue0 0
-[ -z "$seeds" ] || analyse seeds models cars_hue0 "0.seed${seeds// /,0.seed}"
+folds=${seeds:+0.seed${seeds// /,0.seed}}
+[ -z "$folds" ] || analyse seeds models cars_hue0 "$folds"
 for share in $ends; do
     python compare.py --dataset "$study/cars_test" --results "$study/results/hue$share" --masks --embeddings
 done
 
 if [ -n "${WHOLE-yes}" ]; then
-    stage whole "whole networks of ${few//,/, } at shares 0 and 90" $((8 * epochs * frames * 33 / 1000))
+    networks=$((4 * (1 + $(wc -w <<< "$seeds")) * $(wc -w <<< "$ends")))
+    stage whole "$networks whole networks of ${few//,/, } at shares $ends, their maps" \
+        $((networks * (epochs * frames * 33 / 1000 + pictures * 2 * samples * 2 / 100)))
     for share in $ends; do
         learn "cars_hue$share" "$few,None" --crop 1 --lr "$rate" --models "$study/whole"
-        analyse "whole$share" whole "cars_hue$share" 0
+        for seed in $seeds; do
+            learn "cars_hue$share" "$few" --crop 1 --lr "$rate" --seed "$seed" --models "$study/whole"
+        done
+        analyse "whole$share" whole "cars_hue$share" "0${folds:+,$folds}"
+        look "whole$share" whole "cars_hue$share" "$few,None"
+        python compare.py --dataset "$study/cars_test" --results "$study/results/whole$share" --masks --embeddings
     done
 fi
 

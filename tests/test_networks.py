@@ -106,6 +106,8 @@ def test_own_networks_come_first_and_a_folder_can_be_named(tmp_path, trunk, embe
     for name in ("foldX", "fold²", "fold" + "9" * 200):
         (new.parent / name).mkdir()
     assert networks.find("cars196", "my_loss", folder=tmp_path)[0]["fold"] == 5
+    new.rename(tmp_path / "manifold3")
+    assert networks.find(checkpoint=tmp_path / "manifold3")[0]["fold"] is None
 
 
 def test_unknown_names_and_missing_files_teach(tmp_path, monkeypatch):
