@@ -169,7 +169,7 @@ done
 if [ -n "${WHOLE-yes}" ]; then
     networks=$((4 * (1 + $(wc -w <<< "$seeds")) * $(wc -w <<< "$ends")))
     stage whole "$networks whole networks of ${few//,/, } at shares $ends, their maps" \
-        $((networks * (epochs * frames * 33 / 1000 + pictures * 2 * samples * 2 / 100)))
+        $((networks * (epochs * frames * 38 / 1000 + pictures * 2 * samples * 2 / 100)))
     for share in $ends; do
         learn "cars_hue$share" "$few,None" --crop 1 --lr "$rate" --models "$study/whole"
         for seed in $seeds; do

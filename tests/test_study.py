@@ -58,7 +58,9 @@ def test_from_pictures_to_answers(tmp_path):
     rows = study.read_rows(tmp_path / "answers/answers.csv")
     assert {row["what"] for row in rows} >= {
         "tau with Table 6", "change", "mean change", "called", "called between seeds", "clustered at random",
-        "mean saliency outside", "ratio of deviations", "NR-Prec, whole90"}
+        "mean saliency outside", "ratio of deviations", "trained less None", "deviation between seeds",
+        "maps' correlation", "whole: mean change", "whole: mean saliency outside", "whole: maps' correlation",
+        "same losses from a block: mean change", "validation MAP@R, whole, fold0.seed2"}
     assert (tmp_path / "report.html").exists() and (tmp_path / "answers/study.png").exists()
 
     out = tmp_path / "shipped"
@@ -67,6 +69,10 @@ def test_from_pictures_to_answers(tmp_path):
     assert str(tmp_path) not in text
     assert '"checkpoint": "models/trained/cars_hue0@default/triplet/fold0"' in text
     assert not list(out.rglob("*.pth")) and command(out, "--check").returncode == 0
+    kept = study.kept(out)  # of whole networks what their answers follow from, no arrays
+    assert set(kept) == {"whole0", "whole90"} and not list(out.glob("results/whole*/**/*.npy"))
+    assert set(kept["whole0"]) == {("none", "fold0"), *product(("triplet", "normalized_softmax"),
+                                                               ("fold0", "fold0.seed2"))}
     again = command(out, "--out", tmp_path / "again")  # float16 moves nothing that is called
     assert again.returncode == 0, again.stderr
     for old, new in zip(rows, study.read_rows(tmp_path / "again/answers.csv"), strict=True):
@@ -90,6 +96,26 @@ def test_a_jackknife_is_that_of_efron_and_tukey():
     error = groups.std(ddof=1) / np.sqrt(study.GROUPS)
     assert value == x.mean() and high - value == pytest.approx(stats.t.ppf(0.975, 19) * error)
     assert p == pytest.approx(stats.ttest_1samp(groups, 0).pvalue)
+
+
+def test_a_loss_of_several_seeds_counts_once():
+    """Of both: what training changes is the mean over losses, and seeds differ by their own deviation."""
+    labels = dict.fromkeys(["x", study.PLANTED, study.SEEN])
+
+    def network(value):
+        return dict.fromkeys(labels, np.full(1 + study.GROUPS, value))
+
+    networks = {("none", "fold0"): network(1.0), ("triplet", "fold0"): network(2.0),
+                ("triplet", "fold0.seed2"): network(4.0), ("cosface", "fold0"): network(5.0),
+                ("cosface", "fold0.seed2"): network(7.0)}
+    rows = {row[1]: row for row in study.training(networks, ["x"])}
+    assert rows["trained less None"][5] == 3.5 and rows["trained less None"][-1] == 2  # (3 + 6) / 2 − 1
+    assert rows["deviation between seeds"][5] == pytest.approx(2**0.5)
+    assert study.means(networks, ["x"]) == {"none": {"x": 1}, "triplet": {"x": 3}, "cosface": {"x": 6}}
+    later = {key: network(one["x"][0] + (key[1] == "fold0")) for key, one in networks.items()}
+    rows = {row[1:5]: row for row in study.dose({0: networks, 90: later}, labels, {})}
+    mean = rows["mean change", 90, "", study.PLANTED]
+    assert mean[5] == 0.5 and mean[-1] == 2
 
 
 def test_signs_are_turned_in_all_ways():
