@@ -46,11 +46,14 @@ cdef extern from *:
        `isa` chooses: 0 the plain loops, 1 AVX2, 2 AVX-512. Elsewhere there is one version, arm64's with NEON.
     */
     static int isa = 0, has_vbmi2 = 0;
+    #ifdef __GNUC__
     #define LOOP static inline __attribute__((always_inline))
-    #if defined(__GNUC__)
     #define PREFETCH(address) __builtin_prefetch(address)
     #else
-    #define PREFETCH(address)
+    #include <intrin.h>        /* MSVC's: the plain loops alone */
+    #define LOOP static __forceinline
+    #define PREFETCH(address) ((void)(address))
+    #define __builtin_popcountll(bits) ((int)__popcnt64(bits))
     #endif
     #ifdef KNN_X86
     #include <immintrin.h>
@@ -83,11 +86,6 @@ cdef extern from *:
         static type name parameters { return name##_loop arguments; }
     static int best_isa(void) { return 0; }
     static void set_isa(int level) { isa = level; }
-    #endif
-    #ifdef __GNUC__
-    #define PREFETCH(address) __builtin_prefetch(address)
-    #else
-    #define PREFETCH(address) ((void)(address))
     #endif
 
     #define BINS 16384         /* of the histogram: 64 KiB of counts; a row's bulk touches about half */
@@ -833,16 +831,17 @@ def count_hits(const float[:, ::1] products, const int64_t[::1] queries, const d
       entry_rank  which of `ranks` (int64, 1 … n − 1) is its R, −1: R = 0, no hits
     hits       (4, k, B) int32  the result, zeros before: hits retrieved for sure · tied at the cut ·
                                 hits among these · how many of these are retrieved
-    scratch    (s,) uint64      for masks: ⌈n/64⌉ words for each query and rank, of as many queries as it holds
+    scratch    (s,) uint64      for masks, ⌈n/64⌉ words for each query and rank: of as many as it holds
     by_index                    the smaller indices of these: all hits are sure; ties are told all the same
     period                      the columns are permuted copies of the first so many; 0: they aren't
     """
     cdef Space space = make_space(x, size, rows, lengths, aux, offset, distance)
     cdef ptrdiff_t n = space.n, block = products.shape[0], columns = entry.shape[0], slots = ranks.shape[0]
-    cdef ptrdiff_t words = padded(n) // 64, share = scratch.shape[0] // threads, group = 1, g, t
-    if period and planes.shape[0]:
-        group = max(1, min(GROUP, share // max(1, slots * words)))
-    threads = max(1, min(threads, (block + group - 1) // group))
+    cdef ptrdiff_t words = padded(n) // 64, share, group = 1, g, t
+    threads = max(1, min(threads, block))
+    share = scratch.shape[0] // threads
+    if period and planes.shape[0]:            # every thread has queries
+        group = max(1, min(GROUP, share // max(1, slots * words), (block + threads - 1) // threads))
     cdef int16_t[:, ::1] key = np.empty((threads, padded(n)), np.int16)
     cdef uint64_t[:, ::1] mask = np.empty((threads, words), np.uint64)
     cdef uint8_t[:, ::1] masked = np.empty((threads, group * slots), np.uint8)
@@ -856,8 +855,8 @@ def count_hits(const float[:, ::1] products, const int64_t[::1] queries, const d
         t = threadid()
         count_queries(&space, &products[0, 0], &queries[0], &bounds[0], g * group,
                       min((g + 1) * group, block), period if group > 1 else 0, &key[t, 0], &above[t, 0],
-                      &scratch[t * share] if group > 1 else &mask[t, 0], &masked[t, 0], &index[t, 0], <item_t *>&item[t, 0], &term[t, 0],
-                      &first[t, 0], &order[t, 0], codes, planes, members, member_row, entry, entry_code,
+                      &scratch[t * share] if group > 1 else &mask[t, 0], &masked[t, 0], &index[t, 0],
+                      <item_t *>&item[t, 0], &term[t, 0], &first[t, 0], &order[t, 0], codes, planes, members, member_row, entry, entry_code,
                       entry_rank, entry_start, entry_count, ranks, hits, by_index)
 
 

@@ -290,10 +290,12 @@ def count_blocks(space, columns, queries, threads, memory_mib, by_index=False):
     k = period * (1 if columns.copies is None else len(columns.copies))
     if isinstance(space.x, np.memmap):                    # its pages count as this process's memory, too
         memory_mib = max(memory_mib / 2, memory_mib - space.x.nbytes / 2 ** 20)
-    # of the kernel for each thread: masks of permuted columns, and the rest
-    masks = int(memory_mib * MASKS * 2 ** 17 / threads) if columns.copies is not None else 0
-    row_bytes, scratch = 4 * n + 16 * k, 24 * n + 8 * masks
-    rows = int((memory_mib * 2 ** 20 - threads * scratch) // (threads * row_bytes))
+    row_bytes = 4 * n + 16 * k
+    for masks in (int(memory_mib * MASKS * 2 ** 17 / threads) if k > period else 0, 0):  # not for few rows
+        scratch = 24 * n + 8 * masks                      # the kernel's, for each thread
+        rows = int((memory_mib * 2 ** 20 - threads * scratch) // (threads * row_bytes))
+        if rows >= 16:
+            break
     workers, inner = (threads, 1) if rows >= 16 else (1, threads)
     rows, least = rows * threads if workers == 1 else rows, 128 if has_planes(columns) else 8
     rows = max(1, min(rows, BLOCK_ROWS, -(-len(queries) // workers), max(least, int(BLOCK_WORK / (n * k)))))

@@ -86,7 +86,8 @@ def precisions(device):
     """Those in which this device is fast."""
     if device.type == "cuda":
         return ["fp32", "tf32", "bf16"]
-    return ["fp32"] + ["bf16"] * bool({"avx512_bf16", "amx_bf16", "bf16"} & {*instruction_sets()})
+    has_bf16 = {"avx512_bf16", "amx_bf16", "bf16"} & {*instruction_sets()}
+    return ["fp32", "bf16"] if has_bf16 else ["fp32"]
 
 
 def floor(ready, given, samples, device, kind):

@@ -105,7 +105,7 @@ cars cars_test --frames "0:$tests" --seed 1 --masks \
     --models saloon,coupe,hatchback,suv,pickup,van,body060:body066
 for share in $(printf '%s\n' $shares | sort -rn); do
     cars "cars_hue$share" --frames "0:$frames" --bodies 60 \
-        --depend "bg_color_hue=model:$(printf '0.%02d' "$share")"
+        --depend "bg_color_hue=model:$(printf '%d.%02d' $((share / 100)) $((share % 100)))"
 done
 
 stage rate "the learning rate, by validation MAP@R of ${few//,/, }" \
@@ -177,7 +177,8 @@ if [ -n "${WHOLE-yes}" ]; then
         done
         analyse "whole$share" whole "cars_hue$share" "0${folds:+,$folds}"
         look "whole$share" whole "cars_hue$share" "$few,None"
-        python compare.py --dataset "$study/cars_test" --results "$study/results/whole$share" --masks --embeddings
+        python compare.py --dataset "$study/cars_test" --results "$study/results/whole$share" --masks \
+            --embeddings
     done
 fi
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from itertools import product
 
 import numpy as np
 import pytest
@@ -207,6 +208,30 @@ def test_kernel_threads_of_its_own():
     results = [nrprec.count_hits(space, columns, planes, np.arange(300), products, threads=threads)
                for threads in (1, 3)]
     np.testing.assert_array_equal(*results)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("by_index", [False, True])
+def test_permuted_columns_by_masks_are_the_twin(isa, by_index):
+    """Whatever the masks' memory holds, on any number of threads: hits, ties and places of every copy."""
+    rng, n, before = np.random.default_rng(0), 300, _knn.ISA
+    x = np.round(rng.standard_normal((n, 4)) * 3).astype(np.float32)  # many ties
+    space = nrprec.prepare(x, "euclidean")
+    columns = nrprec.make_columns([rng.integers(0, values, n) for values in (2, 3, 10)])
+    drawn = [np.arange(n), *(rng.permutation(n) for _ in range(6))]
+    products, queries = np.ascontiguousarray(space.working.T) @ space.working, np.arange(n)
+    _knn.use(isa)
+    try:
+        columns = nrprec.permute_columns(columns, drawn)
+        expected = nrprec.count_hits_numpy(space, columns, queries, by_index)
+        planes = nrprec.bit_planes(columns)
+        for threads, words in product((0, 1, 3), (0, 50, 3000, 100_000)):
+            hits = nrprec.count_hits(space, columns, planes, queries, products, by_index, threads,
+                                     np.empty(words, np.uint64))
+            np.testing.assert_array_equal(hits, expected, err_msg=f"{threads} threads, {words} words")
+    finally:
+        _knn.use(before)
+
 
 
 def test_products_may_be_as_wrong_as_their_bound():
