@@ -9,6 +9,10 @@
 # Every step is one command that can be copied. Stopped anywhere, the same line goes on where it was.
 # What the steps print is in results/<dataset>/log/; while one runs, the newest line of it is shown.
 set -euo pipefail
+if [ $# -gt 0 ] && [ ! -d "$1" ]; then
+    echo "analyse.sh: '$1' is no folder; give one of pictures, or none for the shipped arrays" >&2
+    exit 2
+fi
 dataset=${1:+$(cd "$1" && pwd)}
 cd "$(dirname "$0")/.."
 study=examples/study      # without a folder: the arrays that it ships, nothing is trained
@@ -27,7 +31,7 @@ mkdir -p "$results/log"
 export DML_PROGRESS=2     # a step writes how far it is into its log every so many seconds
 
 number=0
-steps=$(($# > 0 ? 10 : 8))
+steps=$(($# > 0 ? 10 : 7))
 ticker=
 trap '[ -z "$ticker" ] || kill "$ticker" 2> /dev/null || true' EXIT
 
@@ -77,8 +81,7 @@ if [ $# -gt 0 ]; then
     step "embeddings of the held-out pictures" \
         python embed.py --dataset "$dataset" --loss all --fold "$fold" --models "$models" --out "$out"
 else
-    step "the shipped arrays are those that SHA256SUMS lists" \
-        python examples/study.py "$study" --check
+    python examples/study.py "$study" --check || exit
     cp -R "$study/results/hue0/cars_test/." "$results"
     step "saliency maps of four of its pictures, made now" \
         python saliency.py --dataset "$dataset" --model efficientnet_lite0 --limit 4 --samples "$samples" \

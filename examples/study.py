@@ -128,6 +128,9 @@ def training(networks, labels):
             rows += [(2, "None", 0, "none", name, *interval(none[name])[:3], "", 1),
                      (2, "trained", 0, "", name, *over_losses(each)[:3], "", len(each)),
                      (2, "trained less None", 0, "", name, *over_losses(np.array(each) - before), len(each))]
+            if name == "model":
+                rows += [(2, "loss less None", 0, slug, name, *interval(one[name] - none[name]), 1)
+                         for (slug, _), one in networks.items() if slug != "none"]
         rows.append((3, "classification less ranking", 0, "", name, *of_types(values), len(each)))
         seeds = [[one[name][0] for (slug, _), one in networks.items() if slug == loss] for loss in values]
         if min(map(len, seeds)) > 1:
@@ -157,7 +160,7 @@ def dose(sets, labels, columns):
         for name in (PLANTED, SEEN):
             for (key, _, _), change in zip(pairs, changes[name]):
                 rows.append((4, "change", share, key[0], name, *change, 1))
-            rows.append(called(4, "called", share, name, changes[name], one_sided=True))
+            rows.append(called(4, "called", share, name, changes[name]))
         for name in labels:
             each = by_loss({key: change[0] for (key, _, _), change in zip(pairs, changes[name])})
             rows.append((4, "mean change", share, "", name, *over_losses([*each.values()]), len(each)))
@@ -171,16 +174,29 @@ def dose(sets, labels, columns):
     for name in labels:
         changes = [interval(sets[0][slug, fold][name] - sets[0][slug, "fold0"][name])
                    for slug, fold in sorted(sets[0]) if fold in seeds and slug != "none"]
-        if changes:
-            rows.append(called(4, "called between seeds", 0, name, changes))
+        if changes:  # up or down, nominally 5 %
+            up = [(v, low, high, p) if v > 0 else (-v, -high, -low, p) for v, low, high, p in changes]
+            rows.append(called(4, "called between seeds", 0, name, up))
     return rows
 
 
-def called(question, what, share, name, changes, one_sided=False):
-    """How often a change's interval leaves 0 out (one_sided: above it), with Clopper-Pearson's interval."""
-    hits = sum(low > 0 or (high < 0 and not one_sided) for _, low, high, _ in changes)
+def called(question, what, share, name, changes):
+    """How often a change's interval lies above 0 (nominally 2.5 %), with Clopper-Pearson's interval."""
+    hits = sum(low > 0 for _, low, _, _ in changes)
     test = stats.binomtest(hits, len(changes))
     return (question, what, share, "", name, hits / len(changes), *test.proportion_ci(), "", len(changes))
+
+
+def taken(rows):
+    """Question 4: do ranking losses that learned more take more of what is planted, at the top share?"""
+    changes = {(row[2], row[3]): row[5] for row in rows if row[1] == "change" and row[4] == PLANTED}
+    top, of = max(share for share, _ in changes), kinds()
+    score = {row[3]: row[5] for row in rows if row[1] == "validation MAP@R, models, fold0" and row[2] == 0}
+    both = [(score[slug], value) for (share, slug), value in changes.items()
+            if share == top and of.get(slug) == "ranking" and slug in score]
+    test = stats.kendalltau(*zip(*both)) if len(both) > 1 else None
+    return [(4, "tau of what is taken with MAP@R", top, "", PLANTED, test.statistic, "", "", test.pvalue,
+             len(both))] if test else []
 
 
 def order(scores, published):
@@ -263,9 +279,9 @@ def learned(folder):
 
 
 def clustered(path, columns):
-    """Question 4: is a column that is in no picture called one that the embedding clusters by (p < 0.05)?"""
+    """Question 4: is a column that is in no picture called one that the embedding clusters by (p <= 0.05)?"""
     scores = nr_precision(np.load(path), columns, null="hypergeometric", permutations=99)
-    return [score.p_value < 0.05 for score in scores.values()]
+    return [score.p_value <= 0.05 for score in scores.values()]
 
 
 def published():
@@ -313,7 +329,7 @@ def answers(folder, number=1000):
     rows += correlations(folder, "hue0", 0, slugs) + dose(hues, labels, chance)
     low, high = stats.binomtest(sum(false), len(false)).proportion_ci()
     rows.append((4, "clustered at random", 0, "", "random", np.mean(false), low, high, "", len(false)))
-    rows += outside(folder, "hue0", "hue90", 90, slugs)
+    rows += outside(folder, "hue0", "hue90", 90, slugs) + taken(rows)
     if "frozen" in scores:
         rows += spread(means(first, labels), means(scores["frozen"], labels), labels)
     if 0 in wholes:  # every conclusion beside that of the same losses above
@@ -332,7 +348,7 @@ def answers(folder, number=1000):
 def check(folder):
     """Raise ValueError naming a shipped file that is missing or was changed."""
     for line in files.read_text(folder / "SHA256SUMS", "the list of the shipped files").splitlines():
-        digest, name = line.split("  ", 1)
+        digest, _, name = line.partition("  ")
         if not (folder / name).is_file():
             problem = "is missing"
         elif hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
@@ -367,8 +383,9 @@ def ship(folder, out):
             shutil.copyfile(path, target)
     if (folder / "answers/jackknife.csv").exists():
         shutil.copyfile(folder / "answers/jackknife.csv", out / "jackknife.csv")
+    made = {"SHA256SUMS", "README.md", "answers.csv", "study.png"}
     lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(out).as_posix()}\n"
-             for path in sorted(out.glob("*/**/*")) if path.is_file()]
+             for path in sorted(out.rglob("*")) if path.is_file() and path.name not in made]
     (out / "SHA256SUMS").write_text("".join(lines))
 
 
@@ -438,11 +455,11 @@ def main():
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="examples/study, or study.sh's folder")
     parser.add_argument("--out", type=Path, metavar="DIR", help="for answers.csv and study.png")
     parser.add_argument("--ship", type=Path, metavar="DIR", help="copy what is worth keeping there")
-    parser.add_argument("--check", action="store_true", help="compare the files with SHA256SUMS first")
+    parser.add_argument("--check", action="store_true", help="compare with SHA256SUMS, as --out does")
     args = parser.parse_args()
     if not (args.check or args.ship or args.out):
         raise ValueError("nothing is asked for; give --out DIR, --check or --ship DIR")
-    if args.check:
+    if args.check or (args.folder / "SHA256SUMS").exists():
         check(args.folder)
     if args.ship:
         ship(args.folder, args.ship)

@@ -56,6 +56,13 @@ def test_from_pictures_to_the_report_and_again(few):
     assert "nothing to do" in (folder / "log/2-embed.txt").read_text()
 
 
+@pytest.mark.parametrize("folder", ["", "nowhere"])
+def test_no_folder_is_one_line(folder):
+    done = subprocess.run(["bash", str(ROOT / "examples/analyse.sh"), folder], text=True, capture_output=True)
+    assert done.returncode == 2 and not done.stdout and len(done.stderr.splitlines()) == 1
+    assert f"'{folder}' is no folder" in done.stderr
+
+
 def test_without_a_folder_the_shipped_arrays_are_analysed(tmp_path):
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     settings = {"RESULTS": str(tmp_path), "SAMPLES": "2", "PERMUTATIONS": "40", "PATH": programs}

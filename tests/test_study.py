@@ -76,7 +76,9 @@ def test_from_pictures_to_answers(tmp_path):
     again = command(out, "--out", tmp_path / "again")  # float16 moves nothing that is called
     assert again.returncode == 0, again.stderr
     for old, new in zip(rows, study.read_rows(tmp_path / "again/answers.csv"), strict=True):
-        assert old["what"] == new["what"] and old["loss"] == new["loss"]
+        assert [old[name] for name in ("what", "share", "loss", "property")] == [
+            new[name] for name in ("what", "share", "loss", "property")]
+        assert float(old["value"]) == pytest.approx(float(new["value"]), abs=0.1, nan_ok=True), (old, new)
     path = next(out.rglob("emb.npy"))
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     wrong = command(out, "--check")
@@ -163,9 +165,9 @@ def shipped():
     return study.read_rows(SHIPPED / "answers.csv"), study.read_rows(SHIPPED / "cars_test/props.csv")
 
 
-def nr_prec(name, slug, values, rows):
+def nr_prec(name, slug, values, rows, fold="fold0"):
     """NR-Prec by Eq. 4 and 5 with drawing without replacement, float64, one picture after the other."""
-    x, values = np.load(SHIPPED / f"results/{name}/cars_test/{slug}/fold0/emb.npy")[rows], values[rows]
+    x, values = np.load(SHIPPED / f"results/{name}/cars_test/{slug}/{fold}/emb.npy")[rows], values[rows]
     x, n, scores = x.astype(np.float64), len(rows), []
     distances = (x**2).sum(1)[:, None] + (x**2).sum(1) - 2 * x @ x.T
     np.fill_diagonal(distances, np.inf)
@@ -207,6 +209,47 @@ def test_how_often_it_is_called_and_the_mean_are_made_again(shipped):
         low, high = stats.t.interval(0.95, 13, np.mean(each), stats.sem(each))
         assert value == pytest.approx(np.mean(each), abs=1e-4)
         assert (float(row["low"]), float(row["high"])) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_what_training_changes_is_made_again(shipped):
+    answers, cars = shipped
+    models, every = np.array([row["model"] for row in cars]), np.arange(len(cars))
+    slugs = sorted({row["loss"] for row in answers if row["what"] == "change"})
+    each = {slug: [nr_prec("hue0", slug, models, every), nr_prec("seeds", slug, models, every, "fold0.seed2")]
+            for slug in slugs}
+    none, means = nr_prec("hue0", "none", models, every), {slug: np.mean(two) for slug, two in each.items()}
+    value, _ = cell(answers, what="trained less None", property="model")
+    assert value == pytest.approx(np.mean([*means.values()]) - none, abs=1e-4)
+    value, row = cell(answers, question=3, what="classification less ranking", property="model")
+    a, b = ([mean for slug, mean in means.items() if study.kinds()[slug] == kind]
+            for kind in ("classification", "ranking"))
+    assert value == pytest.approx(np.mean(a) - np.mean(b), abs=1e-4)
+    assert float(row["p"]) == pytest.approx(stats.mannwhitneyu(a, b).pvalue, abs=1e-5)
+    value, _ = cell(answers, what="deviation between seeds", property="model")
+    variances = [np.var(two, ddof=1) for two in each.values()]
+    assert value == pytest.approx(np.sqrt(np.mean(variances)), abs=1e-4)
+    beats = [row for row in answers if row["what"] == "loss less None"]
+    assert len(beats) == 28 and all(float(row["low"]) > 0 for row in beats)  # each learned, in both seeds
+
+
+def test_what_networks_scored_and_how_maps_agree_is_made_again(shipped):
+    answers, _ = shipped
+    history = study.read_rows(SHIPPED / "models/trained/cars_hue0@default/triplet/fold0/history.csv")
+    best = max(float(row["map_at_r"]) for row in history if row["split"] == "validation")
+    value, _ = cell(answers, what="validation MAP@R, models, fold0", share=0, loss="triplet")
+    assert value == pytest.approx(best, abs=1e-5)
+    of, slugs = study.kinds(), study.slugs_by_name()
+    z = [np.arctanh(float(row["correlation"]))
+         for row in study.read_rows(SHIPPED / "results/hue0/cars_test/compare.csv")
+         if {of[slugs[row["model_a"]]], of[slugs[row["model_b"]]]} == {"ranking", "classification"}]
+    value, row = cell(answers, what="maps' correlation", property="classification with ranking")
+    assert (value, int(row["n"])) == (pytest.approx(np.tanh(np.mean(z)), abs=1e-5), 45)
+    whole = [row for row in answers if row["what"] == "whole: change" and row["property"] == "bg_color_hue"]
+    kept = study.kept(SHIPPED)
+    assert len(whole) == 8
+    for row, key in zip(whole, sorted(set(kept["whole90"]) - {("none", "fold0")})):
+        change = kept["whole90"][key]["bg_color_hue"] - kept["whole0"][key]["bg_color_hue"]
+        assert row["loss"] == key[0] and float(row["value"]) == pytest.approx(change[0], abs=1e-4)
 
 
 def test_orders_and_spreads_are_made_again(shipped):
