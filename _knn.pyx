@@ -856,8 +856,9 @@ def count_hits(const float[:, ::1] products, const int64_t[::1] queries, const d
         count_queries(&space, &products[0, 0], &queries[0], &bounds[0], g * group,
                       min((g + 1) * group, block), period if group > 1 else 0, &key[t, 0], &above[t, 0],
                       &scratch[t * share] if group > 1 else &mask[t, 0], &masked[t, 0], &index[t, 0],
-                      <item_t *>&item[t, 0], &term[t, 0], &first[t, 0], &order[t, 0], codes, planes, members, member_row, entry, entry_code,
-                      entry_rank, entry_start, entry_count, ranks, hits, by_index)
+                      <item_t *>&item[t, 0], &term[t, 0], &first[t, 0], &order[t, 0], codes, planes, members,
+                      member_row, entry, entry_code, entry_rank, entry_start, entry_count, ranks, hits,
+                      by_index)
 
 
 cdef void count_queries(const Space *space, const float *products, const int64_t *queries,

@@ -108,7 +108,8 @@ def split_rows(labels, kind, fold=0, seed=1, test=True):
             of_classes = turn[:train], turn[train:c - tested], turn[c - tested:]
         parts = [np.flatnonzero(np.isin(number, chosen)) for chosen in of_classes]
     for name, rows in zip(("training", "validation", "test")[:2 + test], parts):
-        refuse_without_pairs(labels[rows], f"split {kind} of {n:,} pictures in {c:,} classes: {name}")
+        what = f"split {kind} of {n:,} pictures in {c:,} classes: the {name} part"
+        refuse_without_pairs(labels[rows], what)
     return tuple(map(np.sort, parts))
 
 

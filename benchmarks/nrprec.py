@@ -79,9 +79,10 @@ def permutation_cost(ours, queries, permutations, orders=149):
     """The cost of all queries in 1 + permutations orders, extrapolated: two numbers of queries tell what all
     share, such as the permuting, from what each costs."""
     orders, few = min(orders, 1 + permutations), min(2048, queries)
-    one, three = (ours(queries=q, permutations=orders - 1)[0] for q in (few, min(3 * few, queries)))
-    steps = (queries - few) / max(1, min(3 * few, queries) - few)
-    whole = [a + (b - a) * steps for a, b in zip(one[:2], three[:2])]
+    more = min(3 * few, queries)
+    one, two = (ours(queries=q, permutations=orders - 1)[0] for q in (few, more))
+    steps = (queries - few) / max(1, more - few)
+    whole = [a + (b - a) * steps for a, b in zip(one[:2], two[:2])]
     return one._replace(wall=whole[0], processor=whole[1]).each(orders / (1 + permutations))
 
 

@@ -781,10 +781,10 @@ def test_labels_that_do_not_fit(p, refused, tmp_path):
 
 
 @pytest.mark.parametrize("pattern, arguments", [
-    ("split default of 80 pictures in 4 classes: validation has 0 pictures of 0 classes; .*--split "
+    ("split default of 80 pictures in 4 classes: the validation part has 0 pictures of 0 classes; .*--split "
      "pictures keeps", ("--split", "default")),
-    ("split folds of .* validation has 0 pictures of 0 classes", ("--split", "folds")),
-    ("validation has 0 pictures of 0 classes", ("--dataset", "few")),
+    ("split folds of .* the validation part has 0 pictures of 0 classes", ("--split", "folds")),
+    ("the validation part has 0 pictures of 0 classes", ("--dataset", "few")),
     ("--batch 4: expected at least 8", ("--batch", 4)),
     ("--per-class 1: expected at least 2", ("--per-class", 1)),
     ("unknown loss 'tripplet': did you mean Triplet", ("--loss", "tripplet")),
