@@ -1,15 +1,17 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""Exact neighbour counting on the CPU: blocked similarity rows in, hit counts out.
+"""Exact neighbour counting on the CPU: blocked similarities in, hit counts out.
 
-The caller multiplies a block of queries with all candidates in float32 (BLAS) and hands the rows over.
-For each query the kernel
+The caller multiplies a block of queries with a tile of candidates in float32 (BLAS) and hands the products
+over while they are in the cache. For each query the kernel
 
-1. maps similarities to 16-bit keys, in an order-preserving way, and makes one histogram of them;
-2. reads the bin of every needed rank R off the cumulative sum;
-3. counts ``key > threshold and label == value`` in straight loops that vectorise, or walks the members of
-   the query's class where that is shorter;
-4. resolves what lies near the threshold exactly: by the float32 values as far as their error bound allows,
-   then by float64 distances. No row is sorted, no list of R neighbours is kept.
+1. maps similarities to 16-bit keys, in an order-preserving way, and keeps those that a sample tells to be
+   near enough (or all, where that was not enough);
+2. makes one histogram of the keys and reads the bin of every needed rank R off the cumulative sum;
+3. finds in one pass above how many of these thresholds each key lies: its level;
+4. counts ``level >= that of R and label == value``, in bit planes or straight loops that vectorise, or walks
+   the members of the query's class where that is shorter;
+5. resolves what lies near a threshold exactly: by the keys as far as their error bound allows, then by
+   float64 distances. No row is sorted, no list of R neighbours is kept.
 
 Candidates at the same distance from the query are tied. Where the cut at R goes through a tied group, each of
 it is retrieved with the probability (places left) / (number tied): the mean over all orders of the rows. Or,
@@ -26,7 +28,6 @@ equal this brute force, for every input:
 
 Python validates and allocates (nrprec.py); everything here trusts its arguments.
 """
-from cython.parallel cimport prange, threadid
 from libc.math cimport sqrt
 from libc.stdint cimport int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport qsort
@@ -45,19 +46,28 @@ cdef extern from *:
     /* Plain loops are compiled for three levels of x86-64 where the compiler can do it (setup.py tries);
        `isa` chooses: 0 the plain loops, 1 AVX2, 2 AVX-512. Elsewhere there is one version, arm64's with NEON.
     */
-    static int isa = 0, has_vbmi2 = 0;
+    static int isa = 0;
     #ifdef __GNUC__
     #define LOOP static inline __attribute__((always_inline))
     #define PREFETCH(address) __builtin_prefetch(address)
+    #define PREFETCHW(address) __builtin_prefetch(address, 1)
+    #define LOWEST_BIT(bits) __builtin_ctzll(bits)
     #else
     #include <intrin.h>        /* MSVC's: the plain loops alone */
     #define LOOP static __forceinline
     #define PREFETCH(address) ((void)(address))
+    #define PREFETCHW(address) ((void)(address))
     #define __builtin_popcountll(bits) ((int)__popcnt64(bits))
+    static __forceinline int LOWEST_BIT(uint64_t bits)
+    {
+        unsigned long at;
+        _BitScanForward64(&at, bits);
+        return (int)at;
+    }
     #endif
     #ifdef KNN_X86
     #include <immintrin.h>
-    static int has_vpopcnt = 0;
+    static int has_vbmi2 = 0, has_vpopcnt = 0;
     #define AVX2 __attribute__((target("avx2,bmi,bmi2,popcnt")))
     #define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,bmi,bmi2,popcnt")))
     #define EACH_ISA(type, name, parameters, arguments) \
@@ -75,8 +85,22 @@ cdef extern from *:
             && __builtin_cpu_supports("avx512vl")) return 2;
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
     }
+    /* By the bits of a byte: where in eight keys those with a bit stand, as bytes; and of each of eight which
+       of those with a bit it is. 128: none. */
+    static uint8_t together[256][16], apart[256][8];
     static void set_isa(int level)
     {
+        for (int bits = 0; bits < 256 && !together[255][15]; bits++) {
+            int count = 0;
+            memset(together[bits], 128, 16);
+            memset(apart[bits], 128, 8);
+            for (int i = 0; i < 8; i++)
+                if (bits >> i & 1) {
+                    together[bits][2 * count] = (uint8_t)(2 * i);
+                    together[bits][2 * count + 1] = (uint8_t)(2 * i + 1);
+                    apart[bits][i] = (uint8_t)count++;
+                }
+        }
         isa = level;
         has_vbmi2 = level == 2 && __builtin_cpu_supports("avx512vbmi2");
         has_vpopcnt = level == 2 && __builtin_cpu_supports("avx512vpopcntdq");
@@ -112,6 +136,7 @@ cdef extern from *:
         ptrdiff_t i = 0;
         for (; i + 4 <= n; i += 4) {                          /* four keys a load: 1.6 x one by one */
             uint64_t four;
+            if (i % 32 == 0) PREFETCH(key + i + 1024);
             memcpy(&four, key + i, 8);
             four ^= 0x8000800080008000u;
             histogram[(four & 0xffff) >> BIN_SHIFT]++;
@@ -123,27 +148,129 @@ cdef extern from *:
             histogram[(uint16_t)(key[i] ^ (int16_t)0x8000) >> BIN_SHIFT]++;
     }
 
-    /* The same for keys >= least alone, which AVX-512's compression puts side by side first; chunks of up to
-       CHUNK. */
+    /* Most candidates are farther than the deepest threshold: their keys would be -32767, and are left out.
+       The others' stand side by side, `kept` has a bit for each candidate. n is a multiple of 64; 64 keys, or
+       levels, are written, or read, beyond the last. */
     #define CHUNK 4096
+    #define WORDS (CHUNK / 64)
     #ifdef KNN_X86
-    __attribute__((target("avx512bw,avx512vl,avx512vbmi2,popcnt")))
-    static void add_histogram_above(const int16_t *key, ptrdiff_t n, int16_t least, uint32_t *histogram)
+    AVX2 static inline __m256i numbers_avx2(const float *product, const float *offset, __m256 low,
+                                            __m256 scale)
     {
-        int16_t kept[CHUNK + 32];
-        ptrdiff_t count = 0;
-        for (ptrdiff_t i = 0; i < n; i += 32) {
-            const __mmask32 valid = n - i < 32 ? ((uint32_t)1 << (n - i)) - 1 : ~(uint32_t)0;
-            const __m512i keys = _mm512_maskz_loadu_epi16(valid, key + i);
-            const __mmask32 high = _mm512_mask_cmpge_epi16_mask(valid, keys, _mm512_set1_epi16(least));
-            _mm512_storeu_si512(kept + count, _mm512_maskz_compress_epi16(high, keys));
-            count += __builtin_popcount(high);
-        }
-        add_histogram(kept, count, histogram);
+        const __m256 sum = _mm256_add_ps(_mm256_loadu_ps(product), _mm256_loadu_ps(offset));
+        const __m256 x = _mm256_mul_ps(_mm256_sub_ps(sum, low), scale);
+        return _mm256_cvttps_epi32(_mm256_min_ps(x, _mm256_set1_ps(65534.0f)));
     }
-    #else
-    #define add_histogram_above(key, n, least, histogram) add_histogram(key, n, histogram)
+    AVX2 static ptrdiff_t keep_avx2(const float *product, const float *offset, ptrdiff_t n, float low,
+                                    float scale, int16_t *key, uint64_t *kept)
+    {
+        const __m256 lows = _mm256_set1_ps(low), scales = _mm256_set1_ps(scale);
+        const __m256i lowest = _mm256_set1_epi16(-32767), flip = _mm256_set1_epi16(-32768);
+        ptrdiff_t count = 0;
+        for (ptrdiff_t i = 0; i < n; i += 64) {
+            uint64_t all = 0;
+            for (ptrdiff_t j = i; j < i + 64; j += 16) PREFETCH(product + j + 512);
+            for (ptrdiff_t j = i; j < i + 64; j += 16) {
+                const __m256i a = numbers_avx2(product + j, offset + j, lows, scales);
+                const __m256i b = numbers_avx2(product + j + 8, offset + j + 8, lows, scales);
+                /* The packing interleaves the halves of 128 bits: they are put right. */
+                const __m256i both = _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8);
+                const __m256i keys = _mm256_xor_si256(both, flip), high = _mm256_cmpgt_epi16(keys, lowest);
+                const __m128i first = _mm256_castsi256_si128(keys);
+                const __m128i second = _mm256_extracti128_si256(keys, 1);
+                const int bits = _mm_movemask_epi8(_mm_packs_epi16(_mm256_castsi256_si128(high),
+                                                                   _mm256_extracti128_si256(high, 1)));
+                const __m128i *order = (const __m128i *)together[bits & 255];
+                _mm_storeu_si128((void *)(key + count), _mm_shuffle_epi8(first, _mm_loadu_si128(order)));
+                count += __builtin_popcount(bits & 255);
+                order = (const __m128i *)together[bits >> 8];
+                _mm_storeu_si128((void *)(key + count), _mm_shuffle_epi8(second, _mm_loadu_si128(order)));
+                count += __builtin_popcount(bits >> 8);
+                all |= (uint64_t)bits << (j - i);
+            }
+            kept[i / 64] = all;
+        }
+        return count;
+    }
+    AVX2 static void expand_avx2(const uint8_t *level, ptrdiff_t words, const uint64_t *kept, uint8_t *out)
+    {
+        for (ptrdiff_t word = 0; word < words; word++)
+            for (int j = 0; j < 64; j += 8) {
+                const int bits = kept[word] >> j & 255;
+                const __m128i order = _mm_loadl_epi64((const void *)apart[bits]);
+                const __m128i levels = _mm_loadl_epi64((const void *)level);
+                _mm_storel_epi64((void *)(out + word * 64 + j), _mm_shuffle_epi8(levels, order));
+                level += __builtin_popcount(bits);
+            }
+    }
+    #define VBMI2 __attribute__((target("avx512bw,avx512vl,avx512vbmi2,popcnt")))
+    VBMI2 static inline __m512i numbers_vbmi2(const float *product, const float *offset, __m512 low,
+                                              __m512 scale)
+    {
+        const __m512 sum = _mm512_add_ps(_mm512_loadu_ps(product), _mm512_loadu_ps(offset));
+        const __m512 x = _mm512_mul_ps(_mm512_sub_ps(sum, low), scale);
+        return _mm512_cvttps_epi32(_mm512_min_ps(x, _mm512_set1_ps(65534.0f)));
+    }
+    VBMI2 static ptrdiff_t keep_vbmi2(const float *product, const float *offset, ptrdiff_t n, float low,
+                                      float scale, int16_t *key, uint64_t *kept)
+    {
+        const __m512 lows = _mm512_set1_ps(low), scales = _mm512_set1_ps(scale);
+        const __m512i lowest = _mm512_set1_epi16(-32767), flip = _mm512_set1_epi16(-32768);
+        const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+        ptrdiff_t count = 0;
+        for (ptrdiff_t i = 0; i < n; i += 64) {
+            uint64_t all = 0;
+            for (ptrdiff_t j = i; j < i + 64; j += 16) PREFETCH(product + j + 512);
+            for (ptrdiff_t j = i; j < i + 64; j += 32) {
+                const __m512i a = numbers_vbmi2(product + j, offset + j, lows, scales);
+                const __m512i b = numbers_vbmi2(product + j + 16, offset + j + 16, lows, scales);
+                const __m512i both = _mm512_permutexvar_epi64(order, _mm512_packus_epi32(a, b));
+                const __m512i keys = _mm512_xor_si512(both, flip);
+                const __mmask32 high = _mm512_cmpgt_epi16_mask(keys, lowest);
+                _mm512_storeu_si512(key + count, _mm512_maskz_compress_epi16(high, keys));
+                count += __builtin_popcount(high);
+                all |= (uint64_t)high << (j - i);
+            }
+            kept[i / 64] = all;
+        }
+        return count;
+    }
+    VBMI2 static void expand_vbmi2(const uint8_t *level, ptrdiff_t words, const uint64_t *kept, uint8_t *out)
+    {
+        for (ptrdiff_t word = 0; word < words; word++) {
+            const __m512i levels = _mm512_maskz_expand_epi8(kept[word], _mm512_loadu_si512(level));
+            _mm512_storeu_si512(out + word * 64, levels);
+            level += __builtin_popcountll(kept[word]);
+        }
+    }
+    static ptrdiff_t keep(const float *product, const float *offset, ptrdiff_t n, float low, float scale,
+                          int16_t *key, uint64_t *kept)
+    {
+        return (has_vbmi2 ? keep_vbmi2 : keep_avx2)(product, offset, n, low, scale, key, kept);
+    }
+    static void expand(const uint8_t *level, ptrdiff_t words, const uint64_t *kept, uint8_t *out)
+    {
+        (has_vbmi2 ? expand_vbmi2 : expand_avx2)(level, words, kept, out);
+    }
+    #else                                       /* nothing is left out */
+    static ptrdiff_t keep(const float *product, const float *offset, ptrdiff_t n, float low, float scale,
+                          int16_t *key, uint64_t *kept)
+    {
+        return 0;
+    }
+    #define expand(level, words, kept, out) ((void)0)
     #endif
+    LOOP void sum_bits_loop(const uint64_t *bits, ptrdiff_t words, int32_t *before)
+    {
+        int32_t total = 0;
+        for (ptrdiff_t i = 0; i < words; i++) {
+            before[i] = total;
+            total += __builtin_popcountll(bits[i]);
+        }
+        before[words] = total;
+    }
+    EACH_ISA(void, sum_bits, (const uint64_t *bits, ptrdiff_t words, int32_t *before),
+             (bits, words, before))
 
     /* Counts become numbers of items in higher bins, as far down as `deepest` items: the lowest such bin, −1
        where there are fewer. Lower ones are never read. */
@@ -164,118 +291,177 @@ cdef extern from *:
         return -1;
     }
 
-    LOOP int64_t count_above_loop(const int16_t *key, const uint8_t *code, ptrdiff_t n, int16_t threshold,
+    /* The level of a key: above how many of up to CUTS thresholds it lies, all found in one pass. below and
+       high (CUTS + 1,) ascend; below[j] < key <= high[j] is near threshold j; behind the last: 32,767.
+       near: 64 keys' bits a word. n is a multiple of 64: −32768, with which keys are padded, is neither. */
+    #define CUTS 31
+    LOOP void levels_loop(const int16_t *key, ptrdiff_t n, const int16_t *below, const int16_t *high,
+                          int cuts, uint8_t *level, uint64_t *near)
+    {
+        for (ptrdiff_t i = 0; i < n; i += 64) {
+            uint16_t at[64] = {0}, reached[64] = {0}, any = 0;
+            uint64_t bits = 0;
+            for (int j = 0; j < cuts; j++)
+                for (int q = 0; q < 64; q++) {
+                    at[q] += (uint16_t)(key[i + q] > high[j]);
+                    reached[q] += (uint16_t)(key[i + q] > below[j]);
+                }
+            for (int q = 0; q < 64; q++) {
+                level[i + q] = (uint8_t)at[q];
+                any |= (uint16_t)(at[q] ^ reached[q]);
+            }
+            for (int q = 0; any && q < 64; q++) bits |= (uint64_t)(at[q] != reached[q]) << q;
+            near[i / 64] = bits;
+        }
+    }
+    /* Items of at least this level with the given code. At most 32,768 items: 16-bit sums. */
+    LOOP int32_t count_codes_loop(const uint8_t *level, const uint8_t *code, ptrdiff_t n, uint8_t least,
                                   uint8_t value)
     {
-        int64_t total = 0;
-        while (n > 0) {
-            ptrdiff_t part = n < 32768 ? n : 32768;
-            uint16_t hits = 0;                                /* 16-bit lanes like the keys; at most 32,768 */
-            for (ptrdiff_t i = 0; i < part; i++)
-                hits += (uint16_t)((key[i] > threshold) & (code[i] == value));
-            total += hits;
-            key += part; code += part; n -= part;
-        }
-        return total;
+        uint16_t hits = 0;
+        for (ptrdiff_t i = 0; i < n; i++) hits += (uint16_t)((level[i] >= least) & (code[i] == value));
+        return hits;
     }
-    EACH_ISA(int64_t, count_above, (const int16_t *key, const uint8_t *code, ptrdiff_t n, int16_t threshold,
+    EACH_ISA(int32_t, count_codes, (const uint8_t *level, const uint8_t *code, ptrdiff_t n, uint8_t least,
               uint8_t value),
-             (key, code, n, threshold, value))
+             (level, code, n, least, value))
 
-    /* Indices of low <= key <= high, in ascending order. Few items are: whole blocks are tested first. */
-    LOOP ptrdiff_t collect_loop(const int16_t *key, ptrdiff_t n, int16_t low, int16_t high, int32_t *index)
+    /* A frequent value has its pictures as a bit plane too, an eighth of the bytes of the codes: levels
+       become bits, so that a count is AND and popcount. */
+    #ifdef KNN_X86
+    AVX2 static void levels_avx2(const int16_t *key, ptrdiff_t n, const int16_t *below, const int16_t *high,
+                                 int cuts, uint8_t *level, uint64_t *near)
     {
-        const uint16_t width = (uint16_t)(high - low);
-        ptrdiff_t found = 0, i = 0;
-        for (; i + 512 <= n; i += 512) {
-            uint16_t inside = 0;
-            for (int j = 0; j < 512; j++)
-                inside += (uint16_t)((uint16_t)(key[i + j] - low) <= width);
-            if (!inside) continue;
-            for (int k = 0; k < 512; k += 64) {
-                uint16_t here = 0;
-                for (int j = 0; j < 64; j++)
-                    here |= (uint16_t)((uint16_t)(key[i + k + j] - low) <= width);
-                if (!here) continue;
-                for (int j = 0; j < 64; j++) {                /* branchless: always written, rarely kept */
-                    index[found] = (int32_t)(i + k + j);
-                    found += (uint16_t)(key[i + k + j] - low) <= width;
+        for (ptrdiff_t i = 0; i < n; i += 64) {
+            uint64_t bits = 0;
+            for (int half = 0; half < 64; half += 32) {
+                const __m256i a = _mm256_loadu_si256((const void *)(key + i + half));
+                const __m256i b = _mm256_loadu_si256((const void *)(key + i + half + 16));
+                __m256i at_a = _mm256_setzero_si256(), at_b = at_a, reached_a = at_a, reached_b = at_a;
+                for (int j = 0; j < cuts; j++) {
+                    const __m256i least = _mm256_set1_epi16(below[j]), most = _mm256_set1_epi16(high[j]);
+                    at_a = _mm256_sub_epi16(at_a, _mm256_cmpgt_epi16(a, most));
+                    at_b = _mm256_sub_epi16(at_b, _mm256_cmpgt_epi16(b, most));
+                    reached_a = _mm256_sub_epi16(reached_a, _mm256_cmpgt_epi16(a, least));
+                    reached_b = _mm256_sub_epi16(reached_b, _mm256_cmpgt_epi16(b, least));
                 }
+                /* The packing interleaves the halves of 128 bits: they are put right. */
+                const __m256i at = _mm256_permute4x64_epi64(_mm256_packs_epi16(at_a, at_b), 0xd8);
+                const __m256i reached = _mm256_packs_epi16(reached_a, reached_b);
+                const __m256i far = _mm256_cmpeq_epi8(at, _mm256_permute4x64_epi64(reached, 0xd8));
+                _mm256_storeu_si256((void *)(level + i + half), at);
+                bits |= (uint64_t)(uint32_t)~_mm256_movemask_epi8(far) << half;
             }
+            near[i / 64] = bits;
         }
-        for (; i < n; i++)
-            if ((uint16_t)(key[i] - low) <= width) index[found++] = (int32_t)i;
+    }
+    AVX512 static void levels_avx512(const int16_t *key, ptrdiff_t n, const int16_t *below,
+                                     const int16_t *high, int cuts, uint8_t *level, uint64_t *near)
+    {
+        const __m512i belows = _mm512_loadu_si512(below), highs = _mm512_loadu_si512(high);
+        const int first = 1 << (31 - __builtin_clz(cuts));
+        for (ptrdiff_t i = 0; i < n; i += 64) {
+            const __m512i a = _mm512_loadu_si512(key + i), b = _mm512_loadu_si512(key + i + 32);
+            __m512i at_a = _mm512_setzero_si512(), at_b = at_a;
+            for (int step = first; step; step >>= 1) {                     /* a binary search in registers */
+                const __m512i by = _mm512_set1_epi16(step), last = _mm512_set1_epi16(step - 1);
+                const __m512i of_a = _mm512_permutexvar_epi16(_mm512_add_epi16(at_a, last), highs);
+                const __m512i of_b = _mm512_permutexvar_epi16(_mm512_add_epi16(at_b, last), highs);
+                at_a = _mm512_mask_add_epi16(at_a, _mm512_cmpgt_epi16_mask(a, of_a), at_a, by);
+                at_b = _mm512_mask_add_epi16(at_b, _mm512_cmpgt_epi16_mask(b, of_b), at_b, by);
+            }
+            const __mmask32 near_a = _mm512_cmpgt_epi16_mask(a, _mm512_permutexvar_epi16(at_a, belows));
+            const __mmask32 near_b = _mm512_cmpgt_epi16_mask(b, _mm512_permutexvar_epi16(at_b, belows));
+            _mm256_storeu_si256((void *)(level + i), _mm512_cvtepi16_epi8(at_a));
+            _mm256_storeu_si256((void *)(level + i + 32), _mm512_cvtepi16_epi8(at_b));
+            near[i / 64] = _mm512_kunpackd(near_b, near_a);
+        }
+    }
+    AVX2 static void level_bits_avx2(const uint8_t *level, ptrdiff_t n, uint8_t least, uint64_t *bits)
+    {
+        const __m256i below = _mm256_set1_epi8((char)(least - 1));
+        for (ptrdiff_t i = 0; i < n; i += 64) {
+            const __m256i a = _mm256_cmpgt_epi8(_mm256_loadu_si256((const void *)(level + i)), below);
+            const __m256i b = _mm256_cmpgt_epi8(_mm256_loadu_si256((const void *)(level + i + 32)), below);
+            bits[i / 64] = (uint64_t)(uint32_t)_mm256_movemask_epi8(b) << 32
+                         | (uint32_t)_mm256_movemask_epi8(a);
+        }
+    }
+    AVX512 static void level_bits_avx512(const uint8_t *level, ptrdiff_t n, uint8_t least, uint64_t *bits)
+    {
+        const __m512i from = _mm512_set1_epi8((char)least);
+        for (ptrdiff_t i = 0; i < n; i += 64)
+            bits[i / 64] = _mm512_cmpge_epu8_mask(_mm512_loadu_si512(level + i), from);
+    }
+    #endif
+    static void levels(const int16_t *key, ptrdiff_t n, const int16_t *below, const int16_t *high, int cuts,
+                       uint8_t *level, uint64_t *near)
+    {
+    #ifdef KNN_X86
+        if (isa == 2) levels_avx512(key, n, below, high, cuts, level, near);
+        else if (isa == 1) levels_avx2(key, n, below, high, cuts, level, near);
+        else
+    #endif
+        levels_loop(key, n, below, high, cuts, level, near);
+    }
+    static void level_bits(const uint8_t *level, ptrdiff_t n, uint8_t least, uint64_t *bits)
+    {
+    #ifdef KNN_X86
+        if (isa == 2) level_bits_avx512(level, n, least, bits);
+        else level_bits_avx2(level, n, least, bits);
+    #endif
+    }
+    /* Where low <= key <= high, in ascending order; keys are padded as levels() needs them. */
+    static ptrdiff_t collect(const int16_t *key, ptrdiff_t n, int16_t low, int16_t high, int32_t *index)
+    {
+        int16_t below[CUTS + 1], highs[CUTS + 1];
+        uint8_t level[CHUNK];
+        uint64_t near[WORDS];
+        ptrdiff_t found = 0;
+        for (int j = 0; j <= CUTS; j++) {
+            below[j] = j ? 32767 : (int16_t)(low - 1);
+            highs[j] = j ? 32767 : high;
+        }
+        for (ptrdiff_t i = 0; i < n; i += CHUNK) {
+            const ptrdiff_t words = ((n - i < CHUNK ? n - i : CHUNK) + 63) / 64;
+            levels(key + i, words * 64, below, highs, 1, level, near);
+            for (ptrdiff_t word = 0; word < words; word++)
+                for (uint64_t bits = near[word]; bits; bits &= bits - 1)
+                    index[found++] = (int32_t)(i + word * 64 + LOWEST_BIT(bits));
+        }
         return found;
     }
-    EACH_ISA(ptrdiff_t, collect, (const int16_t *key, ptrdiff_t n, int16_t low, int16_t high, int32_t *index),
-             (key, n, low, high, index))
-
-    /* 64 keys > threshold as bits. A frequent value has its pictures as a bit plane too, an eighth of the
-       bytes of the codes, so that a count is AND and popcount. Rows of keys are padded to a multiple of 64
-       with keys that no threshold lets through. */
+    /* The candidate whose key stands at `place`; *word, where it was sought last, goes on to its bit's. */
     #ifdef KNN_X86
-    AVX2 static inline uint64_t above64_avx2(const int16_t *key, int16_t threshold)
+    AVX2 static int32_t candidate_at(const uint64_t *kept, const int32_t *before, int32_t place,
+                                     ptrdiff_t *word)
     {
-        const __m256i least = _mm256_set1_epi16(threshold);
-        uint64_t bits = 0;
-        for (int half = 0; half < 64; half += 32) {
-            const __m256i a = _mm256_cmpgt_epi16(_mm256_loadu_si256((const void *)(key + half)), least);
-            const __m256i b = _mm256_cmpgt_epi16(_mm256_loadu_si256((const void *)(key + half + 16)), least);
-            const __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi16(a, b), 0xd8);
-            bits |= (uint64_t)(uint32_t)_mm256_movemask_epi8(both) << half;
-        }
-        return bits;
+        if (!kept) return place;
+        while (before[*word + 1] <= place) ++*word;
+        const uint64_t bit = _pdep_u64((uint64_t)1 << (place - before[*word]), kept[*word]);
+        return (int32_t)*word * 64 + LOWEST_BIT(bit);
     }
-    AVX512 static inline uint64_t above64_avx512(const int16_t *key, int16_t threshold)
-    {
-        const __m512i least = _mm512_set1_epi16(threshold);
-        const __mmask32 a = _mm512_cmpgt_epi16_mask(_mm512_loadu_si512(key), least);
-        const __mmask32 b = _mm512_cmpgt_epi16_mask(_mm512_loadu_si512(key + 32), least);
-        return _mm512_kunpackd(b, a);
-    }
-    #define VECTOR_LOOPS(TARGET, above64, scan_vector, above_vector) \
-        TARGET static int64_t scan_vector(const int16_t *key, const uint64_t *plane, ptrdiff_t n, \
-                                          int16_t low, int16_t high, int32_t *index, ptrdiff_t *found) \
-        { \
-            int64_t hits = 0; \
-            ptrdiff_t kept = 0; \
-            for (ptrdiff_t i = 0, word = 0; i < n; i += 64, word++) { \
-                const uint64_t above = above64(key + i, high); \
-                uint64_t near = above64(key + i, low - 1) & ~above; \
-                hits += __builtin_popcountll(above & (plane ? plane[word] : 0)); \
-                for (; near; near &= near - 1) index[kept++] = (int32_t)(i + __builtin_ctzll(near)); \
-            } \
-            *found = kept; \
-            return hits; \
-        } \
-        TARGET static void above_vector(const int16_t *key, ptrdiff_t n, int16_t threshold, uint64_t *bits) \
-        { \
-            for (ptrdiff_t i = 0; i < n; i += 64) bits[i / 64] = above64(key + i, threshold); \
-        }
-    VECTOR_LOOPS(AVX2, above64_avx2, scan_avx2, above_avx2)
-    VECTOR_LOOPS(AVX512, above64_avx512, scan_avx512, above_avx512)
     #else
-    #define scan_avx2(key, plane, n, low, high, index, found) 0
-    #define scan_avx512(key, plane, n, low, high, index, found) 0
-    #define above_avx2(key, n, threshold, bits) ((void)0)
-    #define above_avx512(key, n, threshold, bits) ((void)0)
+    #define candidate_at(kept, before, place, word) (place)
     #endif
-
-    /* Number of items with key > high and the given code (none counted without codes), and the indices of
-       low <= key <= high in ascending order. */
-    static int64_t scan(const int16_t *key, const uint8_t *code, const uint64_t *plane, ptrdiff_t n,
-                        int16_t low, int16_t high, uint8_t value, int32_t *index, ptrdiff_t *found)
+    /* Key first + i goes to the list of each threshold j that it is near: number[j] of them, NEAR kept. */
+    #define NEAR 128
+    static void add_near(const int16_t *key, const uint64_t *near, ptrdiff_t words, const uint8_t *level,
+                         const int16_t *below, const uint64_t *kept, const int32_t *before, int32_t first,
+                         ptrdiff_t *at, int32_t *index, int16_t *value, int32_t *number)
     {
-        int64_t hits = 0;
-        if (isa == 2) hits = scan_avx512(key, plane, n, low, high, index, found);
-        else if (isa == 1) hits = scan_avx2(key, plane, n, low, high, index, found);
-        else *found = collect(key, n, low, high, index);
-        return code && !(isa && plane) ? count_above(key, code, n, high, value) : hits;
-    }
-    static void above_bits(const int16_t *key, ptrdiff_t n, int16_t threshold, uint64_t *bits)
-    {
-        if (isa == 2) above_avx512(key, n, threshold, bits);
-        else above_avx2(key, n, threshold, bits);
+        for (ptrdiff_t word = 0; word < words; word++)
+            for (uint64_t bits = near[word]; bits; bits &= bits - 1) {
+                const int32_t i = (int32_t)word * 64 + LOWEST_BIT(bits);
+                const int32_t candidate = candidate_at(kept, before, first + i, at);
+                for (int j = level[i]; key[i] > below[j]; j++) {
+                    if (number[j] < NEAR) {
+                        index[j * NEAR + number[j]] = candidate;
+                        value[j * NEAR + number[j]] = key[i];
+                    }
+                    number[j]++;
+                }
+            }
     }
     LOOP int64_t common_bits_loop(const uint64_t *a, const uint64_t *b, ptrdiff_t words)
     {
@@ -469,22 +655,36 @@ cdef extern from *:
     ctypedef struct item_t:
         double distance
         int64_t index
-    const int BINS
-    const int BIN_SHIFT
+    enum:
+        BINS
+        BIN_SHIFT
+        CHUNK
+        WORDS
+        CUTS
+        NEAR
+    void PREFETCHW(const void *address) noexcept nogil
     void PREFETCH(const void *address) noexcept nogil
     void to_keys(const float *product, const float *offset, ptrdiff_t n, float low, float scale,
                  int16_t *key) noexcept nogil
     void add_histogram(const int16_t *key, ptrdiff_t n, uint32_t *histogram) noexcept nogil
-    void add_histogram_above(const int16_t *key, ptrdiff_t n, int16_t least,
-                             uint32_t *histogram) noexcept nogil
-    int has_vbmi2
-    const int CHUNK
+    ptrdiff_t keep(const float *product, const float *offset, ptrdiff_t n, float low, float scale,
+                   int16_t *key, uint64_t *kept) noexcept nogil
+    void expand(const uint8_t *level, ptrdiff_t words, const uint64_t *kept, uint8_t *out) noexcept nogil
+    void sum_bits(const uint64_t *bits, ptrdiff_t words, int32_t *before) noexcept nogil
+    int LOWEST_BIT(uint64_t bits) noexcept nogil
     ptrdiff_t sum_from_top(uint32_t *histogram, uint32_t deepest) noexcept nogil
-    int64_t count_above(const int16_t *key, const uint8_t *code, ptrdiff_t n, int16_t threshold,
+    ptrdiff_t collect(const int16_t *key, ptrdiff_t n, int16_t low, int16_t high,
+                      int32_t *index) noexcept nogil
+    void levels(const int16_t *key, ptrdiff_t n, const int16_t *below, const int16_t *high, int cuts,
+                uint8_t *level, uint64_t *near) noexcept nogil
+    void level_bits(const uint8_t *level, ptrdiff_t n, uint8_t least, uint64_t *bits) noexcept nogil
+    int32_t count_codes(const uint8_t *level, const uint8_t *code, ptrdiff_t n, uint8_t least,
                         uint8_t value) noexcept nogil
-    int64_t scan(const int16_t *key, const uint8_t *code, const uint64_t *plane, ptrdiff_t n, int16_t low,
-                 int16_t high, uint8_t value, int32_t *index, ptrdiff_t *found) noexcept nogil
-    void above_bits(const int16_t *key, ptrdiff_t n, int16_t threshold, uint64_t *bits) noexcept nogil
+    void add_near(const int16_t *key, const uint64_t *near, ptrdiff_t words, const uint8_t *level,
+                  const int16_t *below, const uint64_t *kept, const int32_t *before, int32_t first,
+                  ptrdiff_t *at, int32_t *index, int16_t *value, int32_t *number) noexcept nogil
+    int32_t candidate_at(const uint64_t *kept, const int32_t *before, int32_t place,
+                         ptrdiff_t *word) noexcept nogil
     void common_bits(const uint64_t **a, const uint64_t **b, int32_t **total, ptrdiff_t number,
                      ptrdiff_t words) noexcept nogil
     int isa
@@ -501,7 +701,7 @@ cdef extern from *:
     bint item_less(item_t a, item_t b) noexcept nogil
     int compare_items(const void *a, const void *b) noexcept nogil
 
-INTERFACE = 6                   # of the functions here: the scripts take no other
+INTERFACE = 7                   # of the functions here: the scripts take no other
 ISAS = ("scalar", "avx2", "avx512")[:best_isa() + 1]               # what this processor has
 ISA = os.environ.get("KNN_ISA") or ISAS[best_isa()]
 
@@ -533,12 +733,14 @@ cdef struct Space:              # what a distance needs, the same for every quer
     int distance                # index into DISTANCES
 
 cdef struct Row:                # one query at work: its thread's scratch and what is known so far
-    const float *product        # (n,) float32 products with every candidate
+    const float *product        # (n,) float32 products with every candidate: for rank_row()
     ptrdiff_t query
     double bound                # |computed − true similarity| is at most this
-    float low                   # a similarity's key is (similarity − low) · scale
-    float scale
-    int16_t *key                # (n,), and behind them −32768 up to a multiple of 64
+    double scale                # of the keys
+    int16_t *key                # (keys,), and behind them −32768 up to a multiple of 64
+    ptrdiff_t keys              # n, or fewer where those of the farthest are left out
+    const uint64_t *kept        # (⌈n/64⌉,) then a bit for each candidate that has a key, and
+    int32_t *before             # (⌈n/64⌉ + 1,) how many have one before each 64
     uint32_t *above             # (BINS,) histogram, then the number of items in higher bins
     ptrdiff_t lowest            # bin from which on `above` is known
     int32_t *index              # (n,) items near a threshold; after resolve() the chosen ones, then the tied
@@ -624,116 +826,131 @@ cdef void select(item_t *item, ptrdiff_t n, ptrdiff_t k) noexcept nogil:
             return
 
 
-cdef int16_t choose_keys(const Space *space, Row *row, uint32_t deepest) noexcept nogil:
-    """The keys' range, from about 1,000 items; what lies beyond shares an edge bin (slower, not wrong).
+cdef void choose_keys(const float *sample, ptrdiff_t count, double share, double bound,
+                      float *place) noexcept nogil:
+    """The keys' range from about 1,000 similarities: one's key is (similarity − place[0]) · place[1] − 32768.
 
-    Returns a key that more than `deepest` items are very likely to reach, by the same sample.
+    place[2] is 1 where what is not among this share of the nearest is left out, by keys of −32767, else 0.
+    What lies beyond the range shares an edge's key (slower, not wrong).
     """
-    cdef ptrdiff_t n = space.n, i, j, step = max(16, n // 64), count = 0     # runs of 16: a cache line each
-    cdef float[1280] sample
     cdef uint16_t[256] coarse
-    cdef float low, high, width
-    cdef double share = <double>deepest / n, needed
-    sample[0] = 0                             # n > 1: never alone
-    for i in range((n + step - 1) // step):
-        for j in range(i * step, min(i * step + 16, n)):
-            if j != row.query:
-                sample[count] = row.product[j] + space.offset[j]
-                count += 1
-    low = high = sample[0]
+    cdef ptrdiff_t i = 256
+    cdef float lowest = sample[0], highest = sample[0], width, low
+    cdef double needed = count * share + 5.0 * sqrt(count * share * (1.0 - share)) + 2.0
     for i in range(1, count):
-        low, high = min(low, sample[i]), max(high, sample[i])
-    width = max(high - low, <float>1e-30)
-    row.low, row.scale = low - width * <float>0.03, <float>65534.0 / (width * <float>1.25)
-    needed = count * share + 5.0 * sqrt(count * share * (1.0 - share)) + 2.0
-    if not has_vbmi2 or needed > 0.7 * count:
-        return -32768
+        lowest, highest = min(lowest, sample[i]), max(highest, sample[i])
+    width = max(highest - lowest, <float>1e-30)
+    place[0], place[1], place[2] = lowest - width * <float>0.03, <float>65534.0 / (width * <float>1.25), 0
+    if isa == 0 or needed > 0.7 * count:
+        return
     memset(coarse, 0, sizeof(coarse))
     for i in range(count):
-        coarse[<ptrdiff_t>min((sample[i] - row.low) * row.scale, <float>65534.0) >> 8] += 1
+        coarse[<ptrdiff_t>((sample[i] - lowest) * (<float>255.0 / width))] += 1
     i = 256
     while i > 0 and needed > 0:
         i -= 1
         needed -= coarse[i]
-    return <int16_t>((i << 8) - 32768)
+    low = lowest + i * (width / <float>255.0)
+    low = low - <float>(2.0 * bound + 1e-4 * (highest - low))    # a bin and a margin of keys below
+    if low > lowest and low < highest:
+        place[0], place[1], place[2] = low, <float>65534.0 / (<float>1.5 * (highest - low)), 1
 
 
-cdef void start(const Space *space, Row *row, uint32_t deepest) noexcept nogil:
-    """Keys and, down to the rank `deepest`, the number of items above each bin; the query itself is left out.
+cdef bint count_keys(Row *row, ptrdiff_t n, uint32_t deepest) noexcept nogil:
+    """Down to the rank `deepest`, the number of items above each bin; the query itself is left out.
+
+    False where items without keys may be among the nearest.
     """
-    cdef ptrdiff_t n = space.n, i = 0, part
-    cdef int16_t least = choose_keys(space, row, deepest)
-    row.own = numbers(space, row.query, <float *>(row.term + space.m))
     memset(row.above, 0, BINS * sizeof(uint32_t))
-    while i < n:                              # a chunk's keys are still in the first-level cache when counted
-        part = min(CHUNK, n - i)
-        to_keys(row.product + i, space.offset + i, part, row.low, row.scale, row.key + i)
-        if least > -32768:
-            add_histogram_above(row.key + i, part, least, row.above)
-        else:
-            add_histogram(row.key + i, part, row.above)
-        i += part
-    for i in range(n, padded(n)):
-        row.key[i] = -32768
-    if row.key[row.query] >= least:
-        row.above[(row.key[row.query] + 32768) >> BIN_SHIFT] -= 1
-    row.key[row.query] = -32768
+    add_histogram(row.key, row.keys, row.above)
+    row.lowest = place_of(row, row.query)
+    if row.lowest >= 0:
+        row.above[(row.key[row.lowest] + 32768) >> BIN_SHIFT] -= 1
+        row.key[row.lowest] = -32768
     row.lowest = sum_from_top(row.above, deepest)
-    if row.lowest < 0:                                            # an unlucky sample: again, with every key
-        memset(row.above, 0, BINS * sizeof(uint32_t))
-        add_histogram(row.key, n, row.above)
-        row.above[0] -= 1                                         # the query
-        row.lowest = sum_from_top(row.above, deepest)
+    return row.keys == n or row.lowest << BIN_SHIFT > margin_of_keys(row) + 1
+
+
+cdef ptrdiff_t place_of(const Row *row, ptrdiff_t i) noexcept nogil:
+    """Where candidate i's key stands, −1: it has none."""
+    cdef uint64_t bits
+    cdef ptrdiff_t place
+    if not row.kept:
+        return i
+    bits = row.kept[i >> 6]
+    if not bits >> (i & 63) & 1:
+        return -1
+    place = row.before[i >> 6]
+    bits &= (<uint64_t>1 << (i & 63)) - 1
+    while bits:
+        bits &= bits - 1
+        place += 1
+    return place
 
 
 cdef ptrdiff_t padded(ptrdiff_t n) noexcept nogil:
     return (n + 63) // 64 * 64
 
 
-cdef ptrdiff_t resolve(const Space *space, Row *row, int64_t rank, const uint8_t *code,
-                       const uint64_t *plane, uint8_t value, int16_t *threshold,
-                       int64_t *hits) noexcept nogil:
-    """The `rank` nearest candidates: those with key > threshold, row.index[:returned] and row.places of the
+cdef ptrdiff_t find_bin(const Row *row, int64_t rank, int16_t *low, int16_t *high) noexcept nogil:
+    """The bin of the rank-th: low <= key <= high may be among the `rank` nearest or not, by their keys."""
+    cdef ptrdiff_t bin = row.lowest, last = BINS - 1, middle
+    cdef int32_t margin = margin_of_keys(row), bottom
+    while bin < last:                         # the lowest with fewer than `rank` above it
+        middle = (bin + last) // 2
+        if <int64_t>row.above[middle] < rank:
+            last = middle
+        else:
+            bin = middle + 1
+    bottom = (<int32_t>bin << BIN_SHIFT) - 32768
+    low[0] = <int16_t>max(bottom - margin, -32767)
+    high[0] = <int16_t>min(top_key(bin) + margin, 32766)
+    return bin
+
+
+cdef int32_t top_key(ptrdiff_t bin) noexcept nogil:
+    return (<int32_t>bin << BIN_SHIFT) + (1 << BIN_SHIFT) - 1 - 32768
+
+
+cdef int32_t margin_of_keys(const Row *row) noexcept nogil:
+    """Keys farther apart than this are of similarities more than twice the bound apart."""
+    return <int32_t>min(2.0 * row.bound * row.scale + 0.05, 65535.0) + 1
+
+
+cdef double nearest_keys(const item_t *item, ptrdiff_t n, ptrdiff_t k, int16_t low,
+                         int16_t high) noexcept nogil:
+    """The k-th smallest of distances that are minus keys of low < key <= high."""
+    cdef ptrdiff_t i, count
+    cdef int32_t first = -high, last = -low - 1, middle
+    while first < last:
+        middle = first + last >> 1
+        count = 0
+        for i in range(n):
+            count += item[i].distance <= middle
+        if count >= k:
+            last = middle
+        else:
+            first = middle + 1
+    return first
+
+
+cdef ptrdiff_t resolve(const Space *space, Row *row, ptrdiff_t need, ptrdiff_t near, double cut,
+                       double tolerance) noexcept nogil:
+    """The nearest candidates: those with keys above find_bin()'s, row.index[:returned] and row.places of the
     row.tied ones that follow there, which by index are among those returned.
 
-    In the same pass, `hits` becomes the number of the first that have the code (where codes are given).
+    row.item[:near] has the candidates between find_bin()'s keys before, with distances that order those
+    more than the tolerance apart for sure; `need` of them are among the nearest, the last of these at `cut`.
     """
-    cdef ptrdiff_t low = row.lowest, high = BINS - 1, middle, near, i, j, certain, unsure, need, nearer = 0
-    cdef int32_t margin, key_low, key_high, top
-    cdef double cut
-    while low < high:                         # the rank-th's bin: the lowest with fewer than `rank` above it
-        middle = (low + high) // 2
-        if <int64_t>row.above[middle] < rank:
-            high = middle
-        else:
-            low = middle + 1
-    # Items whose similarity is within twice the bound of the rank-th can't be told apart in float32.
-    margin = <int32_t>min(2.0 * row.bound * row.scale + 0.05, 65535.0) + 1
-    top = (<int32_t>low << BIN_SHIFT) + (1 << BIN_SHIFT) - 1 - 32768
-    key_low = max((<int32_t>low << BIN_SHIFT) - margin - 32768, -32767)
-    key_high = min(top + margin, 32766)
-    near = 0
-    hits[0] = scan(row.key, code, plane, space.n, <int16_t>key_low, <int16_t>key_high, value, row.index,
-                   &near)
-    need = rank - row.above[low]
-    for i in range(near):
-        PREFETCH(row.product + row.index[i])
-    for i in range(near):
-        j = row.index[i]
-        row.item[i].index = j
-        row.item[i].distance = -<double>(row.product[j] + space.offset[j])
-        need += row.key[j] > top
-    threshold[0] = <int16_t>key_high
+    cdef ptrdiff_t i, j, certain = 0, unsure, nearer = 0
     row.tied = row.places = 0
     if need < near:
-        select(row.item, near, need)
-        cut = row.item[need - 1].distance
-        certain = unsure = 0
+        unsure = 0
         for i in range(near):                 # surely nearer stay in front, the unsure follow, the farther go
-            if row.item[i].distance < cut - 2.0 * row.bound:
+            if row.item[i].distance < cut - tolerance:
                 row.index[certain] = <int32_t>row.item[i].index
                 certain += 1
-            elif row.item[i].distance <= cut + 2.0 * row.bound:
+            elif row.item[i].distance <= cut + tolerance:
                 row.item[unsure] = row.item[i]
                 unsure += 1
         need -= certain
@@ -762,10 +979,9 @@ cdef ptrdiff_t resolve(const Space *space, Row *row, int64_t rank, const uint8_t
                         row.index[j] = <int32_t>row.item[i].index
                         j += 1
                 return certain + nearer
-        for i in range(need):
-            row.index[certain + i] = <int32_t>row.item[i].index
-        return certain + need
-    return need
+    for i in range(need):
+        row.index[certain + i] = <int32_t>row.item[i].index
+    return certain + need
 
 
 cdef int64_t hits_chosen(const Row *row, const uint8_t *code, const uint64_t *plane, uint8_t value,
@@ -784,15 +1000,15 @@ cdef int64_t hits_walked(const Row *row, const int32_t *member, ptrdiff_t member
                          ptrdiff_t chosen) noexcept nogil:
     """Walk the members of the query's class; the chosen items are promoted above the threshold meanwhile."""
     cdef int64_t hits = 0
-    cdef ptrdiff_t i
+    cdef ptrdiff_t i, place
     for i in range(chosen):
-        row.item[i].index = row.key[row.index[i]]
-    for i in range(chosen):
-        row.key[row.index[i]] = 32767
+        place = place_of(row, row.index[i])
+        row.item[i].index, row.key[place] = row.key[place], 32767
     for i in range(members):
-        hits += row.key[member[i]] > threshold
+        place = place_of(row, member[i])
+        hits += place >= 0 and row.key[place] > threshold
     for i in range(chosen):
-        row.key[row.index[i]] = <int16_t>row.item[i].index
+        row.key[place_of(row, row.index[i])] = <int16_t>row.item[i].index
     return hits
 
 
@@ -806,131 +1022,186 @@ cdef Space make_space(const uint8_t[:, ::1] x, int size, const int64_t[::1] rows
     return space
 
 
-def count_hits(const float[:, ::1] products, const int64_t[::1] queries, const double[::1] bounds,
+def choose_ranges(const float[:, ::1] sample, const int64_t[::1] depth, const double[::1] bounds,
+                  ptrdiff_t n, float[:, ::1] ranges):
+    """ranges (B, 3) float32 for make_keys(), from similarities (B, c) of queries with some of n candidates.
+
+    depth (B,) int64: so many nearest are needed; bounds (B,) float64: as count_hits() has them. Another
+    sample changes no count.
+    """
+    cdef ptrdiff_t b
+    with nogil:
+        for b in range(sample.shape[0]):
+            choose_keys(&sample[b, 0], sample.shape[1], <double>depth[b] / n, bounds[b], &ranges[b, 0])
+
+
+def make_keys(const float[:, ::1] products, const float[::1] offset, const float[:, ::1] ranges,
+              ptrdiff_t first, int16_t[:, ::1] keys, uint64_t[:, ::1] kept, int32_t[::1] number):
+    """Add the keys of candidates first … first + t, from products (B, t) float32 while they are in the cache.
+
+    offset     (n,)   float32   similarity = product + offset
+    keys       (B, ⌈n/64⌉ · 64 + 64) int16, the result, of which number (B,) int32 are there; kept (B, ⌈n/64⌉)
+                                uint64: their candidates' bits. first is a multiple of 64
+    """
+    cdef ptrdiff_t b
+    use(ISA)
+    with nogil:
+        for b in range(products.shape[0]):
+            if b + 1 < products.shape[0]:
+                prefetch_row(&keys[b + 1, number[b + 1]])
+            number[b] += add_keys(&products[b, 0], &offset[first], products.shape[1], &ranges[b, 0],
+                                  &keys[b, number[b]], &kept[b, first // 64])
+
+
+cdef void prefetch_row(const int16_t *key) noexcept nogil:
+    cdef ptrdiff_t i
+    for i in range(0, 256, 32):
+        PREFETCHW(key + i)
+
+
+cdef int32_t add_keys(const float *product, const float *offset, ptrdiff_t n, const float *place,
+                      int16_t *key, uint64_t *kept) noexcept nogil:
+    """Keys of n candidates -> how many. What lacks to a multiple of 64 is taken as infinitely far."""
+    cdef float[64] last, zero
+    cdef ptrdiff_t i, whole = n // 64 * 64, count
+    if place[2] == 0:
+        to_keys(product, offset, n, place[0], place[1], key)
+        return <int32_t>n
+    count = keep(product, offset, whole, place[0], place[1], key, kept)
+    if whole < n:
+        for i in range(64):
+            last[i], zero[i] = product[whole + i] + offset[whole + i] if whole + i < n else -3e38, 0
+        count += keep(last, zero, 64, place[0], place[1], key + count, kept + whole // 64)
+    return <int32_t>count
+
+
+def count_hits(int16_t[:, ::1] keys, const uint64_t[:, ::1] kept, const int32_t[::1] number,
+               const float[:, ::1] ranges, const int64_t[::1] queries, const double[::1] bounds,
                const uint8_t[:, ::1] x, int size, const int64_t[::1] rows, const double[::1] lengths,
-               const double[::1] aux, const float[::1] offset, int distance, const uint8_t[:, ::1] codes,
-               const uint64_t[:, :, ::1] planes, const int32_t[:, ::1] members, const int32_t[::1] member_row,
-               const int32_t[:, ::1] entry, const uint8_t[::1] entry_code, const int32_t[::1] entry_rank,
-               const int32_t[::1] entry_start, const int32_t[::1] entry_count, const int64_t[::1] ranks,
-               int32_t[:, :, ::1] hits, uint64_t[::1] scratch, bint by_index=False, int threads=1,
+               const double[::1] aux, const float[::1] offset, int distance,
+               const uint64_t[:, :, ::1] planes, const int32_t[:, ::1] entry, const uint8_t[:, ::1] codes,
+               const int32_t[:, ::1] members, const int32_t[::1] member_row, const uint8_t[::1] entry_code,
+               const int32_t[::1] entry_rank, const int32_t[::1] entry_start, const int32_t[::1] entry_count,
+               const int64_t[::1] ranks,
+               int32_t[:, :, ::1] hits, uint8_t[::1] short, uint64_t[::1] scratch, bint by_index=False,
                int period=0):
     """Among each query's R nearest candidates, how many carry its label: for every label column at once.
 
-    products   (B, n) float32   working rows · working rows of the queries, any BLAS
+    keys, kept, number, ranges  make_keys()'s, of products of the working rows by any BLAS; keys are changed
     queries    (B,)   int64     the queries' own indices
     bounds     (B,)   float64   bound of |products + offset − true similarity|
     x          (N, m · size)    embeddings as they came, as bytes: numbers of size bytes (2, 4, 8)
     rows       (n,)   int64     where in x the candidates stand; lengths (n,) float64: they are divided by
                                 these, or (0,); aux (n,) float64, offset (n,) float32: nrprec.prepare()
+    planes     (p, k, ⌈n/64⌉) uint64  bit i of planes[c − 1, k]: codes[k, i] == c, for c <= p; p may be 0
+    entry      (k, B) int32     the queries' values as rows of the table entry_*
     codes      (k, n) uint8     labels of the columns' frequent values (1 … 255; 0: any other value); not read
                                 of values that have planes
-    planes     (p, k, ⌈n/64⌉) uint64  bit i of planes[c − 1, k]: codes[k, i] == c, for c <= p; p may be 0
     members    (w, n) int32     indices sorted by value; member_row (k,) int32 gives a column's row (−1: none)
-    entry      (k, B) int32     the queries' values as rows of the table entry_*:
       entry_code  its code, 0: walk the members · entry_start, entry_count: where they stand
       entry_rank  which of `ranks` (int64, 1 … n − 1) is its R, −1: R = 0, no hits
     hits       (4, k, B) int32  the result, zeros before: hits retrieved for sure · tied at the cut ·
                                 hits among these · how many of these are retrieved
+    short      (B,) uint8       1 for a query with too few keys, not counted: make all (ranges[:, 2] = 0)
     scratch    (s,) uint64      for masks, ⌈n/64⌉ words for each query and rank: of as many as it holds
     by_index                    the smaller indices of these: all hits are sure; ties are told all the same
     period                      the columns are permuted copies of the first so many; 0: they aren't
     """
     cdef Space space = make_space(x, size, rows, lengths, aux, offset, distance)
-    cdef ptrdiff_t n = space.n, block = products.shape[0], columns = entry.shape[0], slots = ranks.shape[0]
-    cdef ptrdiff_t words = padded(n) // 64, share, group = 1, g, t
-    threads = max(1, min(threads, block))
-    share = scratch.shape[0] // threads
-    if period and planes.shape[0]:            # every thread has queries
-        group = max(1, min(GROUP, share // max(1, slots * words), (block + threads - 1) // threads))
-    cdef int16_t[:, ::1] key = np.empty((threads, padded(n)), np.int16)
-    cdef uint64_t[:, ::1] mask = np.empty((threads, words), np.uint64)
-    cdef uint8_t[:, ::1] masked = np.empty((threads, group * slots), np.uint8)
-    cdef uint32_t[:, ::1] above = np.empty((threads, BINS), np.uint32)
-    cdef int32_t[:, ::1] index = np.empty((threads, n + 64), np.int32)
-    cdef double[:, ::1] item = np.empty((threads, 2 * n), np.float64)     # item_t is two words of eight bytes
-    cdef double[:, ::1] term = np.empty((threads, 2 * space.m), np.float64)
-    cdef int32_t[:, ::1] first = np.empty((threads, slots + 1), np.int32)
-    cdef int32_t[:, ::1] order = np.empty((threads, columns), np.int32)
-    for g in prange((block + group - 1) // group, nogil=True, num_threads=threads, schedule="dynamic"):
-        t = threadid()
-        count_queries(&space, &products[0, 0], &queries[0], &bounds[0], g * group,
-                      min((g + 1) * group, block), period if group > 1 else 0, &key[t, 0], &above[t, 0],
-                      &scratch[t * share] if group > 1 else &mask[t, 0], &masked[t, 0], &index[t, 0],
-                      <item_t *>&item[t, 0], &term[t, 0], &first[t, 0], &order[t, 0], codes, planes, members,
-                      member_row, entry, entry_code, entry_rank, entry_start, entry_count, ranks, hits,
-                      by_index)
+    cdef ptrdiff_t n = space.n, block = queries.shape[0], columns = entry.shape[0], slots = ranks.shape[0]
+    cdef ptrdiff_t words = padded(n) // 64, group = 1, g, begin, end, b, at
+    if period and planes.shape[0]:
+        group = max(1, min(GROUP, scratch.shape[0] // max(1, slots * words)))
+    if group == 1:
+        scratch, period = np.empty(words, np.uint64), 0
+    cdef uint8_t[::1] masked = np.empty(max(1, group * slots), np.uint8)
+    cdef uint32_t[::1] above = np.empty(BINS, np.uint32)
+    cdef int32_t[::1] before = np.empty(words + 1, np.int32), index = np.empty(n, np.int32)
+    cdef uint8_t[::1] level = np.empty(padded(n) + 64, np.uint8)
+    cdef double[::1] item = np.empty(2 * n), term = np.empty(2 * space.m)   # item_t: two words of eight bytes
+    cdef int32_t[::1] first = np.empty(slots + 1, np.int32), order = np.empty(columns, np.int32)
+    cdef Row row
+    row.product, row.by_index, row.above, row.before = NULL, by_index, &above[0], &before[0]
+    row.index, row.item, row.term = &index[0], <item_t *>&item[0], &term[0]
+    with nogil:
+        for g in range((block + group - 1) // group):
+            begin, end = g * group, min((g + 1) * group, block)
+            for b in range(begin, end):
+                row.key, row.keys, row.scale = &keys[b, 0], number[b], ranges[b, 1]
+                row.query, row.bound = queries[b], bounds[b]
+                row.kept = &kept[b, 0] if row.keys < n else NULL
+                at = (b - begin) * slots
+                short[b] = not count_row(&space, &row, &scratch[at * words], &masked[at] if period else NULL,
+                                         &level[0], &first[0], &order[0], codes, planes, members, member_row,
+                                         entry, entry_code, entry_rank, entry_start, entry_count, ranks, hits,
+                                         b)
+            if period:
+                count_masks(begin, end, period, words, &scratch[0], &masked[0], planes, entry, entry_code,
+                            entry_rank, slots, hits)
 
 
-cdef void count_queries(const Space *space, const float *products, const int64_t *queries,
-                        const double *bounds, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t period, int16_t *key,
-                        uint32_t *above, uint64_t *masks, uint8_t *masked, int32_t *index, item_t *item,
-                        double *term, int32_t *first, int32_t *order, const uint8_t[:, ::1] codes,
-                        const uint64_t[:, :, ::1] planes, const int32_t[:, ::1] members,
-                        const int32_t[::1] member_row, const int32_t[:, ::1] entry,
-                        const uint8_t[::1] entry_code, const int32_t[::1] entry_rank,
-                        const int32_t[::1] entry_start, const int32_t[::1] entry_count,
-                        const int64_t[::1] ranks, int32_t[:, :, ::1] hits, bint by_index) noexcept nogil:
-    """Queries begin … end. With a period what each threshold retrieves is a mask, which serves all columns.
+cdef void count_masks(ptrdiff_t begin, ptrdiff_t end, ptrdiff_t period, ptrdiff_t words,
+                      const uint64_t *masks, const uint8_t *masked, const uint64_t[:, :, ::1] planes,
+                      const int32_t[:, ::1] entry, const uint8_t[::1] entry_code,
+                      const int32_t[::1] entry_rank, ptrdiff_t slots, int32_t[:, :, ::1] hits) noexcept nogil:
+    """What each threshold of the queries begin … end retrieves is a mask, which serves all permuted columns.
 
-    A piece of the masks and of a column's planes stays in the cache for the group's queries.
+    A piece of the masks and of a column's planes stays in the cache for all these queries.
     """
-    cdef ptrdiff_t slots = ranks.shape[0], words = padded(space.n) // 64, b, p, k, at, slot, piece, number
+    cdef ptrdiff_t b, p, k, at = 0, slot, piece, some
     cdef int32_t e
     cdef uint8_t value
     cdef const uint64_t *mask[GROUP]
     cdef const uint64_t *plane[GROUP]
     cdef int32_t *count[GROUP]
-    memset(masked, 0, slots * (end - begin if period else 1))
-    for b in range(begin, end):
-        at = (b - begin) * slots if period else 0
-        count_row(space, products + b * space.n, queries[b], bounds[b], key, above, masks + at * words,
-                  masked + at if period else NULL, index, item, term, first, order, codes, planes, members,
-                  member_row, entry, entry_code, entry_rank, entry_start, entry_count, ranks, hits,
-                  by_index, b)
-    if not period:
-        return
-    at = 0
     while at < words:
         piece = min(PIECE, words - at)
         for p in range(period):
             k = p
             while k < entry.shape[0]:
-                number = 0
+                some = 0
                 for b in range(begin, end):
                     e = entry[k, b]
                     value = entry_code[e]
                     slot = (b - begin) * slots + entry_rank[e]
                     if 0 < value <= planes.shape[0] and entry_rank[e] >= 0 and masked[slot]:
-                        mask[number], plane[number] = masks + slot * words + at, &planes[value - 1, k, at]
-                        count[number] = &hits[0, k, b]
-                        number += 1
-                common_bits(mask, plane, count, number, piece)
+                        mask[some], plane[some] = masks + slot * words + at, &planes[value - 1, k, at]
+                        count[some] = &hits[0, k, b]
+                        some += 1
+                common_bits(mask, plane, count, some, piece)
                 k += period
         at += piece
 
 
-cdef void count_row(const Space *space, const float *product, ptrdiff_t query, double bound, int16_t *key,
-                    uint32_t *above, uint64_t *masks, uint8_t *masked, int32_t *index, item_t *item,
-                    double *term, int32_t *first, int32_t *order, const uint8_t[:, ::1] codes,
+cdef bint count_row(const Space *space, Row *row, uint64_t *masks, uint8_t *masked, uint8_t *levels_of_keys,
+                    int32_t *first, int32_t *order, const uint8_t[:, ::1] codes,
                     const uint64_t[:, :, ::1] planes,
                     const int32_t[:, ::1] members, const int32_t[::1] member_row,
                     const int32_t[:, ::1] entry, const uint8_t[::1] entry_code, const int32_t[::1] entry_rank,
                     const int32_t[::1] entry_start, const int32_t[::1] entry_count, const int64_t[::1] ranks,
-                    int32_t[:, :, ::1] hits, bint by_index, ptrdiff_t b) noexcept nogil:
-    cdef Row row
-    cdef ptrdiff_t columns = entry.shape[0], slots = ranks.shape[0], words = padded(space.n) // 64
-    cdef ptrdiff_t k, i, j, slot, chosen, last
-    cdef uint64_t *bits
+                    int32_t[:, :, ::1] hits, ptrdiff_t b) noexcept nogil:
+    cdef ptrdiff_t n = space.n, columns = entry.shape[0], slots = ranks.shape[0], words = padded(n) // 64
+    cdef ptrdiff_t k, i, j, c, slot, part, found, need, chosen, last, cuts, word, coded = 0
+    cdef int16_t low = 0
+    cdef int16_t[CUTS + 1] below
+    cdef int16_t[CUTS + 1] high               # of each threshold, with
+    cdef int32_t[CUTS] at                     # its rank's place in ranks,
+    cdef int32_t[CUTS] begin                  # its first column's in order,
+    cdef ptrdiff_t[CUTS] bin
+    cdef int32_t[CUTS] number                 # how many candidates are near and
+    cdef int32_t[CUTS * NEAR] near            # which,
+    cdef int16_t[CUTS * NEAR] near_key        # with these keys
+    cdef uint8_t[CHUNK] expanded
+    cdef uint8_t *level
+    cdef uint64_t[WORDS] bits
+    cdef uint64_t *mask
     cdef const uint64_t *plane
-    cdef const uint64_t *mask
-    cdef int64_t found = 0, tied
-    cdef int32_t e, in_mask
-    cdef int32_t *count = &in_mask
+    cdef const int32_t *member
+    cdef int32_t *count
+    cdef int32_t e, tied
     cdef uint8_t value
-    cdef int16_t threshold = 0
-    cdef bint counted, ready
-    row.product, row.query, row.bound, row.by_index = product, query, bound, by_index
-    row.key, row.above, row.index, row.item, row.term = key, above, index, item, term
+    if masked:
+        memset(masked, 0, slots)
     # Columns in the order of their rank, so that each threshold is resolved once (counting sort).
     for slot in range(slots + 1):
         first[slot] = 0
@@ -945,58 +1216,102 @@ cdef void count_row(const Space *space, const float *product, ptrdiff_t query, d
         if slot >= 0:
             order[first[slot]] = <int32_t>k
             first[slot] += 1
+            coded += entry_code[entry[k, b]] > planes.shape[0]
     if first[slots] == 0:
-        return
-    slot = order[first[slots] - 1]
-    start(space, &row, <uint32_t>ranks[entry_rank[entry[slot, b]]])
-    i = 0
-    for slot in range(slots):                 # first[slot] is now where the slot's columns end
-        if i == first[slot]:
-            continue
-        k = order[i]
-        value = 0 if masked else entry_code[entry[k, b]]
-        counted, ready, bits = value > 0, False, masks + (slot * words if masked else 0)
-        chosen = resolve(space, &row, ranks[slot], &codes[k, 0] if value else NULL,
-                         &planes[value - 1, k, 0] if 0 < value <= planes.shape[0] else NULL, value,
-                         &threshold, &found)
-        last = chosen if by_index else chosen + row.tied
-        if masked and not row.tied:           # all that is retrieved; count_queries() counts in it
-            above_bits(key, space.n, threshold, bits)
-            for j in range(chosen):
-                bits[index[j] >> 6] |= <uint64_t>1 << (index[j] & 63)
-            masked[slot] = True
-        while i < first[slot]:                # the columns with this R
-            k = order[i]
-            i += 1
-            value = entry_code[entry[k, b]]
-            plane = &planes[value - 1, k, 0] if 0 < value <= planes.shape[0] else NULL
-            if masked and masked[slot] and plane:
-                continue
-            if value:
-                if plane and not counted:
-                    if not ready:
-                        above_bits(key, space.n, threshold, bits)
-                        ready = True
-                    mask, in_mask = bits, 0
-                    common_bits(&mask, &plane, &count, 1, words)
-                    found = in_mask
-                elif not counted:
-                    found = count_above(key, &codes[k, 0], space.n, threshold, value)
-                counted = False               # scan() has counted the first column's
-                found += hits_chosen(&row, &codes[k, 0], plane, value, 0, chosen)
-                tied = hits_chosen(&row, &codes[k, 0], plane, value, chosen, last)
+        return True
+    row.own = numbers(space, row.query, <float *>(row.term + space.m))
+    slot = entry_rank[entry[order[first[slots] - 1], b]]
+    if row.kept:
+        sum_bits(row.kept, words, row.before)
+    if not count_keys(row, n, <uint32_t>ranks[slot]):
+        return False
+    for i in range(row.keys, padded(row.keys)):
+        row.key[i] = -32768
+    slot = slots
+    while slot > 0:                           # up to CUTS thresholds at a time, the deepest rank first
+        cuts = 0
+        while slot > 0 and cuts < CUTS:
+            slot -= 1
+            begin[cuts] = first[slot - 1] if slot else 0
+            if first[slot] > begin[cuts]:
+                at[cuts], number[cuts] = slot, 0
+                bin[cuts] = find_bin(row, ranks[slot], &low, &high[cuts])
+                below[cuts] = low - 1
+                cuts += 1
+        for j in range(cuts, CUTS + 1):
+            below[j] = high[j] = 32767
+        i = word = 0
+        while cuts and i < row.keys:
+            part = padded(min(CHUNK, row.keys - i))
+            levels(row.key + i, part, below, high, cuts, levels_of_keys + i, bits)
+            add_near(row.key + i, bits, part // 64, levels_of_keys + i, below, row.kept, row.before, i, &word,
+                     near, near_key, number)
+            i += part
+        i = 0
+        while cuts and i < n:                 # a chunk's levels stay in the first-level cache for all columns
+            part = padded(min(CHUNK, n - i))
+            level = levels_of_keys + i
+            if row.kept:
+                expand(levels_of_keys + row.before[i // 64], part // 64, row.kept + i // 64, expanded)
+                level = expanded
+            for j in range(cuts):
+                mask = masks + (at[j] * words + i // 64 if masked else 0)
+                if planes.shape[0]:
+                    level_bits(level, part, j + 1, mask)
+                if masked and not coded:      # count_queries() counts in masks
+                    continue
+                for c in range(begin[j], first[at[j]]):
+                    k = order[c]
+                    value, count = entry_code[entry[k, b]], &hits[0, k, b]
+                    if value > planes.shape[0]:
+                        count[0] += count_codes(level, &codes[k, i], min(part, n - i), j + 1, value)
+                    elif value and not masked:
+                        plane = &planes[value - 1, k, i // 64]
+                        common_bits(<const uint64_t **>&mask, &plane, &count, 1, part // 64)
+            i += part
+        for j in range(cuts):
+            need = ranks[at[j]] - row.above[bin[j]]
+            if number[j] > NEAR:              # these all together again
+                found, word = collect(row.key, row.keys, below[j] + 1, high[j], row.index), 0
+                for i in range(found):
+                    row.item[i].distance = -<double>row.key[row.index[i]]
+                    row.item[i].index = candidate_at(row.kept, row.before, row.index[i], &word)
             else:
+                found = number[j]
+                for i in range(found):
+                    row.item[i].index = near[j * NEAR + i]
+                    row.item[i].distance = -<double>near_key[j * NEAR + i]
+            for i in range(found):
+                need += row.item[i].distance < -top_key(bin[j])
+            chosen = resolve(space, row, need, found, nearest_keys(row.item, found, need, below[j], high[j]),
+                             margin_of_keys(row))
+            last = chosen if row.by_index else chosen + row.tied
+            mask = masks + (at[j] * words if masked else 0)
+            if masked and not row.tied:       # all that is retrieved
+                for i in range(chosen):
+                    mask[row.index[i] >> 6] |= <uint64_t>1 << (row.index[i] & 63)
+                masked[at[j]] = True
+            for c in range(begin[j], first[at[j]]):
+                k = order[c]
                 e = entry[k, b]
-                found = hits_walked(&row, &members[member_row[k], entry_start[e]], entry_count[e], threshold,
-                                    chosen)
-                tied = 0
-                if last > chosen:
-                    tied = hits_walked(&row, &members[member_row[k], entry_start[e]], entry_count[e],
-                                       threshold, last) - found
-            hits[0, k, b] = <int32_t>found
-            if row.tied:
-                hits[1, k, b], hits[2, k, b] = <int32_t>row.tied, <int32_t>tied
-                hits[3, k, b] = <int32_t>row.places
+                value, count = entry_code[e], &hits[0, k, b]
+                plane = &planes[value - 1, k, 0] if 0 < value <= planes.shape[0] else NULL
+                if masked and masked[at[j]] and plane:
+                    continue
+                if masked and plane:
+                    common_bits(<const uint64_t **>&mask, &plane, &count, 1, words)
+                if value:
+                    count[0] += hits_chosen(row, &codes[k, 0], plane, value, 0, chosen)
+                    tied = hits_chosen(row, &codes[k, 0], plane, value, chosen, last)
+                else:
+                    member = &members[member_row[k], entry_start[e]]
+                    count[0] = hits_walked(row, member, entry_count[e], high[j], chosen)
+                    tied = 0
+                    if last > chosen:
+                        tied = hits_walked(row, member, entry_count[e], high[j], last) - count[0]
+                if row.tied:
+                    hits[1, k, b], hits[2, k, b], hits[3, k, b] = row.tied, tied, row.places
+    return True
 
 
 # ---------------------------------------------------------------- pairs: histograms and rankings (pairs.py)
@@ -1054,8 +1369,7 @@ def pair_histogram(const float[:, ::1] products, ptrdiff_t first_row, ptrdiff_t 
                 add_bins(&key[split - low], high - split, &histogram[1, 0, at], slots)
                 for i in range(high - low, padded(high - low)):
                     key[i] = -32768
-                scan(&key[0], NULL, NULL, high - low, <int16_t>bins[k], <int16_t>bins[k], 0, &index[0],
-                     &found)
+                found = collect(&key[0], high - low, <int16_t>bins[k], <int16_t>bins[k], &index[0])
                 for i in range(found):
                     for j in range(0, m * size, 64):
                         PREFETCH(address(&space, order[first_column + low + index[i]]) + j)
@@ -1131,13 +1445,38 @@ def rank_hits(const float[:, ::1] products, const int64_t[::1] queries, const do
 
 cdef void rank_row(const Space *space, Row *row, int64_t depth, int64_t relevant, const int32_t *values,
                    double *unit, int64_t *counts, double *precision) noexcept nogil:
-    cdef ptrdiff_t certain, near, total, found = 0, i, j, begin, end, m = space.m
-    cdef int64_t unused = 0, right, before = 0
-    cdef int16_t threshold = 0
+    cdef ptrdiff_t certain, near, total, found = 0, i, j, begin, end, bin, need, n = space.n, m = space.m
+    cdef ptrdiff_t step = max(16, n // 64), count = 0             # runs of 16: a cache line each
+    cdef int64_t right, before = 0
+    cdef int16_t low = 0, high = 0
+    cdef float[1280] sample
+    cdef float[3] keyed
     cdef bint mixed, ready = False
     cdef int32_t value = values[row.query]
-    start(space, row, <uint32_t>depth)
-    near = resolve(space, row, depth, NULL, NULL, 0, &threshold, &unused)
+    for i in range((n + step - 1) // step):
+        for j in range(i * step, min(i * step + 16, n)):
+            if j != row.query:
+                sample[count] = row.product[j] + space.offset[j]
+                count += 1
+    choose_keys(sample, count, 1.0, row.bound, keyed)
+    to_keys(row.product, space.offset, n, keyed[0], keyed[1], row.key)
+    for i in range(n, padded(n)):
+        row.key[i] = -32768
+    row.scale, row.keys, row.kept = keyed[1], n, NULL
+    count_keys(row, n, <uint32_t>depth)
+    row.own = numbers(space, row.query, <float *>(row.term + m))
+    bin = find_bin(row, depth, &low, &high)
+    near, need = collect(row.key, n, low, high, row.index), depth - row.above[bin]
+    for i in range(near):
+        PREFETCH(row.product + row.index[i])
+    for i in range(near):
+        j = row.index[i]
+        row.item[i].index = j
+        row.item[i].distance = -<double>(row.product[j] + space.offset[j])
+        need += row.key[j] > top_key(bin)
+    if need < near:
+        select(row.item, near, need)
+    near = resolve(space, row, need, near, row.item[need - 1].distance, 2.0 * row.bound)
     certain = depth - near
     if row.tied and not row.by_index:         # the whole group is looked at
         certain -= row.places
@@ -1148,7 +1487,7 @@ cdef void rank_row(const Space *space, Row *row, int64_t depth, int64_t relevant
         row.item[certain + i].index = j
         row.item[certain + i].distance = -<double>(row.product[j] + space.offset[j])
     if certain:                               # a counting sort: `above` says where a bin's items begin
-        scan(row.key, NULL, NULL, space.n, <int16_t>(threshold + 1), 32766, 0, row.index, &found)
+        found = collect(row.key, n, high + 1, 32766, row.index)
         for i in range(found):
             j = row.index[i]
             begin = row.above[(row.key[j] + 32768) >> BIN_SHIFT]

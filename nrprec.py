@@ -10,7 +10,7 @@ every property, exact at any size (Kobs et al., ICCV 2021, section 4).
 Reads: embeddings as .npy, (n, m); properties as .csv, a header and a row a picture, matched
 by name where both sides have names, else in order; or labels as .npy, (n,).
 Writes: a table on stdout and, with --out, one CSV row for each embedding file and property.
-In Python: nr_precision(embeddings, labels): arrays in, and only numpy, scipy and threadpoolctl are needed
+In Python: nr_precision(embeddings, labels): arrays in, and only numpy and threadpoolctl are needed
 (with the extension _knn: fast; without: the same numbers, slowly).
 """
 if __name__ == "__main__":  # Ctrl-C ends in one line from here on
@@ -36,7 +36,7 @@ try:
     import _knn
 except ImportError:
     _knn = None
-if getattr(_knn, "INTERFACE", None) != 6:  # not built, or from another _knn.pyx
+if getattr(_knn, "INTERFACE", None) != 7:  # not built, or from another _knn.pyx
     _knn = None  # the NumPy twin count_hits_numpy() counts instead
 
 DISTANCES = ("euclidean", "squared_euclidean", "cosine", "dot_product", "snr")
@@ -48,8 +48,9 @@ TIES = {"expected": "they count with their expectation", "index": "the order of 
 MANY_TIES = 0.01             # of the queries: then it is said
 PUBLISHED_THRESHOLD = 2.576  # two-sided 1 % of one z-score; the paper marks the mean of n of them by it
 BLOCK_WORK = 4e9             # comparisons in a block at most, a fraction of a second: progress, Ctrl-C
-MASKS, NO_MASKS = 1 / 4, np.empty(0, np.uint64)  # of memory_mib, of what queries retrieve: for permutations
-BLOCK_ROWS = 512             # queries in one matrix product: more does not speed it up (benchmarks/nrprec.py)
+SAMPLE, TILE = 1024, 1 << 19  # candidates that tell the keys' ranges; products, which the cache keeps
+MASKS = 1 / 4                # of memory_mib, of what queries retrieve: for permutations
+BLOCK_ROWS = 1024            # queries in one matrix product: more does not speed it up (benchmarks/nrprec.py)
 MOST_TESTED = 1e7            # permutations × values, which are kept: more values get no p-value
 SHOWN = (("R-Prec", "r_precision", 4), ("NR-Prec", "nr_precision", 2), ("± s.e.", "nr_precision_se", 2),
          ("p_holm", "p_holm", 4))
@@ -161,9 +162,9 @@ class Columns(NamedTuple):
     entry_rank: np.ndarray   # (t,) int32: which of `ranks` is R, −1: R = 0
     entry_start: np.ndarray  # (t,) int32: first member
     entry_count: np.ndarray  # (t,) int32: c, the pictures with this value
+    ranks: np.ndarray        # (s,) int64: the distinct R
     entry_depth: np.ndarray  # (t,) int64: R
     entry_owner: np.ndarray  # (t,) int64: the property
-    ranks: np.ndarray        # (s,) int64: the distinct R
     copies: np.ndarray = None  # (p, n) int32: the permutations that all columns are taken under
 
 
@@ -189,7 +190,7 @@ def make_columns(labels, max_neighbours=None):
     rank = np.where(depth > 0, np.searchsorted(ranks, depth), -1)
     return Columns(np.array(values), np.array(codes), np.array(members, np.int32).reshape(len(members), n),
                    np.array(member_row, np.int32), code, rank.astype(np.int32), start.astype(np.int32),
-                   count.astype(np.int32), depth, owner, ranks)
+                   count.astype(np.int32), ranks, depth, owner)
 
 
 def values_of(columns, queries):
@@ -262,60 +263,69 @@ def count_hits_numpy(space, columns, queries, by_index=False):
     return hits
 
 
-def count_hits(space, columns, planes, queries, products, by_index=False, threads=1, scratch=NO_MASKS):
-    """The kernel's hits (4, k, len(queries)) int32 from products (len(queries), n) float32."""
-    entry = values_of(columns, queries)
-    period = 0 if columns.copies is None else len(columns.values)
-    hits = np.zeros((4, len(entry), len(queries)), np.int32)
-    _knn.count_hits(products, queries, space.bounds[queries], *space.source(), space.aux, space.offset,
-                    DISTANCES.index(space.distance), columns.codes, planes, columns.members,
-                    columns.member_row, entry, columns.entry_code, columns.entry_rank, columns.entry_start,
-                    columns.entry_count, columns.ranks, hits, scratch, by_index, threads, period)
+def count_hits(space, columns, planes, queries, buffers, by_index=False, everything=False):
+    """The kernel's hits (4, k, len(queries)) int32.
+
+    Products with all candidates are made a tile at a time and, while they are in the cache, 16-bit keys: of
+    everything, or of what is near enough by a sample. buffers: count_blocks()'s.
+    """
+    n, b, (chosen, sample, tile, keys, kept, masks) = len(space.rows), len(queries), buffers
+    entry, vectors = values_of(columns, queries), np.ascontiguousarray(space.working[:, queries].T)
+    ranges, number, short = np.empty((b, 3), np.float32), np.zeros(b, np.int32), np.zeros(b, bool)
+    depth = np.full(b, n) if everything else columns.entry_depth[entry].max(0)
+    bounds, width = space.bounds[queries], len(tile) // b // 64 * 64
+    _knn.choose_ranges(vectors @ sample + space.offset[chosen], depth, bounds, n, ranges)
+    for start in range(0, n, width):
+        part = space.working[:, start:start + width]
+        products = tile[:b * part.shape[1]].reshape(b, -1)
+        np.matmul(vectors, part, out=products)
+        _knn.make_keys(products, space.offset, ranges, start, keys, kept, number)
+    hits, period = np.zeros((4, *entry.shape), np.int32), 0 if columns.copies is None else len(columns.values)
+    _knn.count_hits(keys, kept, number, ranges, queries, bounds, *space.source(), space.aux, space.offset,
+                    DISTANCES.index(space.distance), planes, entry, *columns[1:9], hits,  # codes … ranks
+                    short.view(np.uint8), masks, by_index, period)
+    if short.any():                                       # the sample misled
+        hits[..., short] = count_hits(space, columns, planes, queries[short], buffers, by_index, True)
     return hits
 
 
-@cache
-def blas_threads():
-    """The BLAS libraries' thread pools, looked up once: Ctrl-C is lost while they are listed."""
-    return ThreadpoolController()
+blas_threads = cache(ThreadpoolController)                # once: Ctrl-C is lost while it lists the libraries
 
 
 def count_blocks(space, columns, queries, threads, memory_mib, by_index=False):
     """Yield (slice of queries, the kernel's hits (4, k, block) int32), exact, in the order of the queries.
 
     Each thread multiplies a block of queries by all candidates and counts in it. Where memory allows few rows
-    for each thread, one block at a time is shared by all.
+    for each, fewer count and their products have several threads.
     """
     n, period = columns.values.shape[::-1]
     k = period * (1 if columns.copies is None else len(columns.copies))
     if isinstance(space.x, np.memmap):                    # its pages count as this process's memory, too
         memory_mib = max(memory_mib / 2, memory_mib - space.x.nbytes / 2 ** 20)
-    row_bytes = 4 * n + 16 * k
-    for masks in (int(memory_mib * MASKS * 2 ** 17 / threads) if k > period else 0, 0):  # not for few rows
-        scratch = 24 * n + 8 * masks                      # the kernel's, for each thread
-        rows = int((memory_mib * 2 ** 20 - threads * scratch) // (threads * row_bytes))
-        if rows >= 16:
-            break
-    workers, inner = (threads, 1) if rows >= 16 else (1, threads)
-    rows, least = rows * threads if workers == 1 else rows, 128 if has_planes(columns) else 8
+    memory, row_bytes = memory_mib * 2 ** 20, 2 * n + n // 8 + 20 * k
+    masks = int(memory * MASKS / 8 / threads) if k > period else 0
+    scratch = 4 * TILE + 23 * n + 8 * masks               # beside its rows, for each
+    workers = int(max(1, min(threads, memory // (scratch + 16 * row_bytes))))
+    rows, least = int(memory / workers - scratch) // row_bytes, 128 if has_planes(columns) else 8
     rows = max(1, min(rows, BLOCK_ROWS, -(-len(queries) // workers), max(least, int(BLOCK_WORK / (n * k)))))
     planes = bit_planes(columns)
-    buffers = deque((np.empty((rows, n), np.float32), np.empty(inner * masks, np.uint64))
+    chosen, words = np.random.default_rng(0).choice(n, min(n, SAMPLE), replace=False), -(-n // 64)
+    sample = chosen, space.working[:, chosen]
+    buffers = deque((*sample, np.empty(TILE, np.float32), np.empty((rows, 64 * words + 64), np.int16),
+                     np.empty((rows, words), np.uint64), np.empty(masks, np.uint64))
                     for _ in range(workers) if _knn)
 
     def count(start):
         part = slice(start, min(start + rows, len(queries)))
-        q = queries[part]
         if _knn is None:
-            return part, count_hits_numpy(space, columns, q, by_index)
-        products, own = buffers.pop()
-        np.matmul(np.ascontiguousarray(space.working[:, q].T), space.working, out=products[:len(q)])
-        hits = count_hits(space, columns, planes, q, products[:len(q)], by_index, inner, own)
-        buffers.append((products, own))
+            return part, count_hits_numpy(space, columns, queries[part], by_index)
+        own = buffers.pop()
+        hits = count_hits(space, columns, planes, queries[part], own, by_index)
+        buffers.append(own)
         return part, hits
 
-    with blas_threads().limit(limits=inner), ThreadPoolExecutor(workers) as pool:
-        waiting = deque()
+    with blas_threads().limit(limits=threads // workers):
+        pool, waiting = ThreadPoolExecutor(workers), deque()
         try:
             for start in range(0, len(queries), rows):
                 waiting.append(pool.submit(count, start))
@@ -324,8 +334,7 @@ def count_blocks(space, columns, queries, threads, memory_mib, by_index=False):
             while waiting:
                 yield waiting.popleft().result()
         finally:
-            for future in waiting:
-                future.cancel()                           # Ctrl-C: what has begun ends, nothing else begins
+            pool.shutdown(cancel_futures=True)            # Ctrl-C: what has begun ends, nothing else begins
 
 
 def as_embeddings(embeddings, distance, normalise=False):
@@ -467,8 +476,7 @@ def nr_precision(embeddings, labels, *, distance="euclidean", normalise=False, n
         lone = Score(len(rows), 0, len(rows), np.nan, np.nan, p_value=np.nan if permutations else None)
         some = parts = [lone] * len(names)                # of fewer than two pictures: no neighbours
         if len(rows) > 1:
-            columns = [named[name][1] for name in names]
-            columns = columns if len(rows) == len(x) else [codes[rows] for codes in columns]
+            columns = [named[name][1][rows] for name in names]
             some, parts = score_columns(prepare(x, distance, rows, normalise), columns, null, max_neighbours,
                                         ties, permutations, queries, seed, per_value, threads, memory_mib,
                                         tick)
@@ -633,19 +641,17 @@ def parse_arguments(argv):
     return command.parse_as_published(parser, argv, PUBLISHED)
 
 
-def rounded(value, digits):
-    return f"{round(value, digits) + 0.0:.{digits}f}"        # never −0.00
-
-
 def print_results(names, results, permutations):
     """Of one embedding its properties in rows; of several NR-Prec alone, one in a row."""
     from dml_common import command, properties
 
+    def rounded(value, digits):
+        return f"{round(value, digits) + 0.0:.{digits}f}"    # never −0.00
+
     lines = [["NR-Prec", *(" ".join(name.split()) for name in results[0])]]
     for name, scores in zip(names, (list(r.values()) for r in results)):
-        marks = ["*" if s.nr_precision > PUBLISHED_THRESHOLD else "" for s in scores]
-        if permutations:
-            marks = ["*" if s.p_holm < properties.SIGNIFICANCE else "" for s in scores]
+        marks = ["*" if (s.p_holm < properties.SIGNIFICANCE if permutations
+                         else s.nr_precision > PUBLISHED_THRESHOLD) else "" for s in scores]
         lines.append([name, *(rounded(s.nr_precision, 2) + (mark or " ") for s, mark in zip(scores, marks))])
     if len(results) == 1:
         columns = [["property", *lines[0][1:]], ["values", *(f"{s.values:,}" for s in scores)],
@@ -655,12 +661,10 @@ def print_results(names, results, permutations):
                 columns.append([heading, *(rounded(getattr(s, field), digits) for s in scores)])
         lines = list(zip(*columns, ["", *marks]))
     command.print_aligned(lines)
-    mark = (f"NR-Prec > {PUBLISHED_THRESHOLD}: the published mark, one z-score's 1 % threshold applied to a "
-            "mean of many; --permutations N tests the mean")
-    if permutations:
-        mark = (f"p_holm < {properties.SIGNIFICANCE}: {permutations:,} permutations of each property, "
-                f"Holm-corrected over {len(results[0])} properties")
-    print(f"\n* {mark}")
+    print(f"\n* p_holm < {properties.SIGNIFICANCE}: {permutations:,} permutations of each property, "
+          f"Holm-corrected over {len(results[0])} properties" if permutations else
+          f"\n* NR-Prec > {PUBLISHED_THRESHOLD}: the published mark, one z-score's 1 % threshold applied to "
+          "a mean of many; --permutations N tests the mean")
 
 
 def rows_of(array, distance, normalise, scores, args):
@@ -707,8 +711,7 @@ def main(argv=None):
         if results and list(labels) != list(results[0]):
             raise ValueError(f"{tables[0]} and {table} have different properties; give networks of one data "
                              "set, or --properties")
-        n = len(next(iter(labels.values())))
-        x = files.open_embeddings(array, table, n)
+        x = files.open_embeddings(array, table, len(next(iter(labels.values()))))
         try:
             x = as_embeddings(x, distance, normalise)
         except ValueError as error:
@@ -720,7 +723,7 @@ def main(argv=None):
             command.say(f"warning: {line}" if len(set(tables)) == 1 else f"warning: {table}: {line}")
         collapsed = all((x[part] == x[0]).all() for part in slices(*x.shape))
         if collapsed:
-            command.say(f"warning: {array}: all {n:,} embeddings are equal: none is nearer than another")
+            command.say(f"warning: {array}: all {len(x):,} embeddings are equal: none is nearer than another")
         with command.bar(1.0, name) as bar:
             scores = nr_precision(x, labels, distance=distance, normalise=normalise, **options,
                                   per_value=args.per_value,

@@ -1,11 +1,10 @@
-"""Build the Cython extension _knn: OpenMP and run-time choice of AVX2/AVX-512 where the compiler has them.
+"""Build the Cython extension _knn: run-time choice of AVX2 and AVX-512 where the compiler has them.
 
     pip install .                       the portable build: runs on any x86-64 or arm64 machine
     python setup.py build_ext --inplace for working on the kernel itself
 """
 import os
 import subprocess
-import sys
 import tempfile
 
 from Cython.Build import cythonize
@@ -13,7 +12,6 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 # What the kernel asks of the compiler, tried before it is used.
-OPENMP = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
 X86 = """
 #include <immintrin.h>
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,popcnt,bmi,bmi2")))
@@ -30,14 +28,14 @@ class BuildKnn(build_ext):
         super().finalize_options()
         self.force = True  # an object file of other flags would be taken as up to date
 
-    def works(self, source, flags=()):
-        """Does this C program compile and link with these flags?"""
+    def works(self, source):
+        """Does this C program compile and link?"""
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "try.c")
             with open(path, "w") as file:
                 file.write(source)
             compiler = list(getattr(self.compiler, "compiler_so", ["cc"]))
-            command = [*compiler, *flags, path, "-o", os.path.join(folder, "try")]
+            command = [*compiler, path, "-o", os.path.join(folder, "try")]
             try:
                 return subprocess.run(command, capture_output=True).returncode == 0
             except OSError:
@@ -45,15 +43,10 @@ class BuildKnn(build_ext):
 
     def build_extension(self, extension):
         if self.compiler.compiler_type == "msvc":
-            extension.extra_compile_args += ["/O2", "/openmp", "/fp:precise"]
+            extension.extra_compile_args += ["/O2", "/fp:precise"]
         else:
             # No contraction to fused multiply-add: float64 distances must be NumPy's to the last bit.
             extension.extra_compile_args += ["-O3", "-ffp-contract=off"]
-            if self.works(OPENMP, ["-fopenmp"]):
-                extension.extra_compile_args.append("-fopenmp")
-                extension.extra_link_args.append("-fopenmp")
-            else:
-                print("_knn: this compiler has no OpenMP; the kernel will use one thread", file=sys.stderr)
             if self.works(X86):
                 extension.define_macros.append(("KNN_X86", None))
         super().build_extension(extension)

@@ -95,9 +95,9 @@ def test_counts_equal_brute_force(kind, distance):
         for by_index in (False, True):
             twin = nrprec.count_hits_numpy(space, columns, np.arange(n), by_index)
             np.testing.assert_array_equal(twin, brute_force_hits(d, labels, by_index=by_index))
-            for isa in ISAS:
-                ours = kernel_hits(x, labels, distance, isa=isa, by_index=by_index)
-                np.testing.assert_array_equal(ours, twin)
+            for isa, first in product(ISAS, (0, 3)):            # from 3 on far candidates can be left out
+                ours = kernel_hits(x, labels[first:], distance, isa=isa, by_index=by_index)
+                np.testing.assert_array_equal(ours, twin[:, first:])
             np.testing.assert_array_equal(kernel_hits(x, labels, distance, 5, by_index=by_index),
                                           brute_force_hits(d, labels, 5, by_index))
 
@@ -174,19 +174,43 @@ def test_many_candidates_and_a_class_column():
             _knn.use(before)
 
 
-def test_a_sample_that_misleads():
-    """The kernel looks at runs of 16 items, n // 64 apart, to choose the keys' range: just these are near."""
-    rng = np.random.default_rng(11)
-    n = 20_000
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("near", (True, False))
+def test_a_sample_that_misleads(isa, near, monkeypatch):
+    """The candidates that tell the keys' range are near one another, or the others are: where too few have
+    keys then, all get one."""
+    rng, n, before = np.random.default_rng(11), 20_000, _knn.ISA
     x = rng.standard_normal((n, 4)).astype(np.float32) + 50
-    sampled = np.arange(n) % (n // 64) < 16
-    x[sampled] -= 50
-    labels = [rng.integers(0, 2, n), rng.integers(0, 12, n)]
+    labels = [rng.integers(0, 6, n), rng.integers(0, 12, n)]
+    space = nrprec.prepare(x, "euclidean")
+    sampled = np.isin(np.arange(n), np.random.default_rng(0).choice(n, nrprec.SAMPLE, replace=False))
+    x[sampled == near] -= 50
     space, columns = nrprec.prepare(x, "euclidean"), nrprec.make_columns(labels)
     queries = np.concatenate([np.flatnonzero(sampled)[:10], np.flatnonzero(~sampled)[:10]])
-    expected = nrprec.count_hits_numpy(space, columns, queries)
-    for part, hits in nrprec.count_blocks(space, columns, queries, 1, 64):
-        np.testing.assert_array_equal(hits, expected[..., part])
+    expected, once, again = nrprec.count_hits_numpy(space, columns, queries), nrprec.count_hits, []
+
+    def count_hits(*args):
+        again.append(args[-1] is True)
+        return once(*args)
+
+    monkeypatch.setattr(nrprec, "count_hits", count_hits)
+    _knn.use(isa)
+    try:
+        for part, hits in nrprec.count_blocks(space, columns, queries, 1, 64):
+            np.testing.assert_array_equal(hits, expected[..., part])
+    finally:
+        _knn.use(before)
+    assert any(again) == (isa != "scalar")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_more_thresholds_than_one_pass_takes(isa):
+    """100 columns, each value of each with an R of its own: some 80 thresholds for a query."""
+    rng, n = np.random.default_rng(13), 400
+    labels = [rng.random(n) < rng.uniform(0.05, 0.3) for _ in range(100)]
+    x = np.round(rng.standard_normal((n, 3)) * 4).astype(np.float32)                 # many ties
+    hits = brute_force_hits(brute_force_distances(x, "euclidean"), labels)
+    np.testing.assert_array_equal(kernel_hits(x, labels, "euclidean", isa=isa), hits)
 
 
 @pytest.mark.parametrize("threads", (1, 2, 5))
@@ -199,42 +223,28 @@ def test_blocks_and_threads_change_nothing(threads, memory_mib):
                                   kernel_hits(x, labels, "cosine"))
 
 
-def test_kernel_threads_of_its_own():
-    """count_hits(threads=…) shares the queries of one block by OpenMP where it was built with it."""
-    rng = np.random.default_rng(7)
-    x = rng.standard_normal((300, 5)).astype(np.float32)
-    space, columns = nrprec.prepare(x, "euclidean"), nrprec.make_columns([rng.integers(0, 7, 300)])
-    products, planes = np.ascontiguousarray(space.working.T) @ space.working, nrprec.bit_planes(columns)
-    results = [nrprec.count_hits(space, columns, planes, np.arange(300), products, threads=threads)
-               for threads in (1, 3)]
-    np.testing.assert_array_equal(*results)
-
-
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("by_index", [False, True])
-def test_permuted_columns_by_masks_are_the_twin(isa, by_index):
-    """Whatever the masks' memory holds, on any number of threads: hits, ties and places of every copy."""
+def test_permuted_columns_by_masks_are_the_twin(isa, by_index, monkeypatch):
+    """Whatever the masks' memory holds: hits, ties and places of every copy."""
     rng, n, before = np.random.default_rng(0), 300, _knn.ISA
     x = np.round(rng.standard_normal((n, 4)) * 3).astype(np.float32)  # many ties
     space = nrprec.prepare(x, "euclidean")
     columns = nrprec.make_columns([rng.integers(0, values, n) for values in (2, 3, 10)])
     drawn = [np.arange(n), *(rng.permutation(n) for _ in range(6))]
-    products, queries = np.ascontiguousarray(space.working.T) @ space.working, np.arange(n)
     _knn.use(isa)
     try:
         columns = nrprec.permute_columns(columns, drawn)
-        expected = nrprec.count_hits_numpy(space, columns, queries, by_index)
-        planes = nrprec.bit_planes(columns)
-        for threads, words in product((0, 1, 3), (0, 50, 3000, 100_000)):
-            hits = nrprec.count_hits(space, columns, planes, queries, products, by_index, threads,
-                                     np.empty(words, np.uint64))
-            np.testing.assert_array_equal(hits, expected, err_msg=f"{threads} threads, {words} words")
+        expected = nrprec.count_hits_numpy(space, columns, np.arange(n), by_index)
+        for words, threads in product((0, 50, 3000, 100_000), (1, 3)):
+            monkeypatch.setattr(nrprec, "MASKS", words * threads / 2 ** 23)
+            for part, hits in nrprec.count_blocks(space, columns, np.arange(n), threads, 64, by_index):
+                np.testing.assert_array_equal(hits, expected[..., part], err_msg=f"{words} words")
     finally:
         _knn.use(before)
 
 
-
-def test_products_may_be_as_wrong_as_their_bound():
+def test_products_may_be_as_wrong_as_their_bound(monkeypatch):
     """Whatever the BLAS: similarities disturbed by up to the stated bound give the same counts."""
     rng = np.random.default_rng(8)
     x = np.round(rng.standard_normal((400, 12)) * 8).astype(np.float32) / 8
@@ -242,13 +252,19 @@ def test_products_may_be_as_wrong_as_their_bound():
     labels = [rng.integers(0, v, 400) for v in (2, 6, 80)]
     space, columns, q = nrprec.prepare(x, "euclidean"), nrprec.make_columns(labels), np.arange(400)
     exact = (space.working.T.astype(np.float64) @ space.working).astype(np.float32)
-    expected = nrprec.count_hits_numpy(space, columns, q)
-    for _ in range(5):
-        noise = rng.choice([-0.9, 0.0, 0.9], exact.shape) * space.bounds[:, None]
-        products = (exact + noise).astype(np.float32)
-        hits = nrprec.count_hits(space, columns, nrprec.bit_planes(columns), np.arange(400), products,
-                                 threads=2)
-        np.testing.assert_array_equal(hits, expected)
+    expected, done = nrprec.count_hits_numpy(space, columns, q), []
+
+    def matmul(vectors, part, out):
+        noise = rng.choice([-0.9, 0.0, 0.9], out.shape) * space.bounds[:, None]
+        out[:] = exact[:, sum(done):sum(done) + out.shape[1]] + noise
+        done.append(out.shape[1])
+
+    monkeypatch.setattr(nrprec.np, "matmul", matmul)
+    for kept in (labels, labels[1:]) * 5:                        # keys of all candidates, of the nearest
+        (_, hits), = nrprec.count_blocks(space, nrprec.make_columns(kept), q, 1, 64)
+        np.testing.assert_array_equal(hits, expected[:, -len(kept):])
+        assert sum(done) == 400
+        done.clear()
 
 
 @settings(max_examples=60, deadline=None)
@@ -258,7 +274,8 @@ def test_any_small_input(data):
     finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
     value = st.one_of(st.integers(-2, 2).map(float), finite)
     x = np.array(data.draw(st.lists(value, min_size=n * m, max_size=n * m)), np.float32).reshape(n, m)
-    labels = [np.array(data.draw(st.lists(st.integers(0, 4), min_size=n, max_size=n)))]
+    most = data.draw(st.sampled_from((4, n)))
+    labels = [np.array(data.draw(st.lists(st.integers(0, most), min_size=n, max_size=n)))]
     distance = data.draw(st.sampled_from(nrprec.DISTANCES))
     try:
         space = nrprec.prepare(nrprec.as_embeddings(x, distance), distance)
@@ -287,7 +304,7 @@ def test_the_kernel_compiles_for_arm64(tmp_path):
     pytest.importorskip("Cython")
     cython = [sys.executable, "-m", "cython", "-3", ROOT / "_knn.pyx", "-o", tmp_path / "_knn.c"]
     subprocess.run(cython, check=True)
-    compile_it = [compiler, "-c", "-O3", "-ffp-contract=off", "-fopenmp", "-Wall", "-Wextra", "-Werror",
+    compile_it = [compiler, "-c", "-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror",
                   "-Wno-unused-parameter", "-I", sysconfig.get_paths()["include"], tmp_path / "_knn.c",
                   "-o", tmp_path / "_knn.o"]
     subprocess.run(compile_it, check=True)
