@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dml_common import command
-from dml_common.files import check_input, some, write_file
+from dml_common.files import check_input, each_once, some, write_file
 
 # What ImageNet files hold beyond the embedding network: classifiers and the auxiliary head.
 CLASSIFIERS = ("last_linear.", "fc.", "AuxLogits.", "network._fc.", "_fc.")
@@ -71,18 +71,13 @@ def read_safetensors(path):
     def damaged(why):
         return ValueError(f"{path}: a damaged safetensors file ({why}); download it again")
 
-    def once(pairs):
-        if len({name for name, _ in pairs}) < len(pairs):
-            raise damaged("a name stands there twice")
-        return dict(pairs)
-
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > min(HEADER, size - 8):
             raise damaged(f"a header of {length:,} bytes")
         try:
-            header = json.loads(file.read(length), object_pairs_hook=once)
+            header = json.loads(file.read(length), object_pairs_hook=each_once)
             header.pop("__metadata__", None)
             entries = []
             for name, entry in header.items():
@@ -249,12 +244,10 @@ def load_embedder(path, features=None):
         raise ValueError(f"{path}: last_linear.* and {order[-1][1]}.* differ; expected one layer twice")
     if len(layers) == 1:
         return layers[0]
-    say_once(f"{path}: the embedder is {', '.join(map(type_of, layers))}")
+    kinds = [f"Linear to {layer.out_features}" if isinstance(layer, nn.Linear) else type(layer).__name__
+             for layer in layers]
+    say_once(f"{path}: the embedder is {', '.join(kinds)}")
     return nn.Sequential(*layers)
-
-
-def type_of(layer):
-    return f"Linear to {layer.out_features}" if isinstance(layer, nn.Linear) else type(layer).__name__
 
 
 def same_tensors(a, b):

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import stat
-import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -167,6 +166,15 @@ def is_of(value, kind):
     return value is kind or type(value) is kind
 
 
+def each_once(pairs):
+    """A JSON object as a dictionary. ValueError where a key stands there twice."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands there "
+                         "twice")
+    return dict(pairs)
+
+
 def read_json(path, kinds=KINDS):
     """The object of a JSON file, as a dictionary whose values are of these kinds where they are there.
 
@@ -175,16 +183,9 @@ def read_json(path, kinds=KINDS):
     def refuse(constant):
         raise ValueError(f"{constant} is no JSON")
 
-    def once(pairs):
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):
-            raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands "
-                             "there twice")
-        return dict(pairs)
-
     text = read_text(path, "a JSON file")
     try:
-        content = json.loads(text, parse_constant=refuse, object_pairs_hook=once)
+        content = json.loads(text, parse_constant=refuse, object_pairs_hook=each_once)
         problem = mismatch(content, kinds)
     except (ValueError, RecursionError) as error:
         problem = f"no JSON that our scripts write ({error})"
@@ -511,8 +512,7 @@ def unwritable(path):
 def locked_part(path):
     """A new file beside the path, locked: nobody takes it for a killed process's."""
     while True:
-        part = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".part",
-                                           delete=False)
+        part = open(path.with_name(f".{path.name}.{os.urandom(4).hex()}.part"), "xb+")
         with contextlib.suppress(OSError):  # no locks on this file system
             fcntl.flock(part, fcntl.LOCK_EX)
         if os.fstat(part.fileno()).st_nlink:
@@ -540,9 +540,6 @@ def part_of(path):
         with unwritable(path):
             part.flush()
             os.fsync(part.fileno())
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(part.name, 0o666 & ~mask)  # a temporary file's 0600 is for secrets
             os.replace(part.name, path)
     finally:
         with contextlib.suppress(OSError):  # what did not fit into the disk the first time
