@@ -37,6 +37,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scipy.spatial.distance import squareform
 from scipy.special import stdtrit
 from threadpoolctl import threadpool_limits
 
@@ -122,11 +123,8 @@ def across_noises(correlation, jsd):
     correlation, jsd: agreement's, of the K first maps and then the K second ones, whose noise is another. A
     pair's values are the means (of r through Fisher's z) of its two combinations: of independent noise.
     """
-    both = len(correlation)
-    k = (1 + math.isqrt(1 + 8 * both)) // 4  # 2K maps make K(2K - 1) pairs
-    square = np.full((2, 2 * k, 2 * k), np.nan)
-    first, second = np.triu_indices(2 * k, 1)
-    square[:, first, second] = fisher_z(correlation), jsd
+    square = np.stack([squareform(fisher_z(correlation)), squareform(jsd)])  # (2, 2K, 2K)
+    k = square.shape[1] // 2
     a, b = np.triu_indices(k, 1)
     z, divergence = (square[:, a, k + b] + square[:, b, k + a]) / 2
     return np.stack([np.tanh(z), divergence])
@@ -313,10 +311,7 @@ def compare_picture(maps, networks, crossed, picture, boxes):
         if one.min() < 0 or one.max() > 1:
             raise ValueError(f"{network.path}: picture {picture} has values from {one.min():.6g} to "
                              f"{one.max():.6g}; expected maps in [0, 1], as saliency.py writes them")
-    if boxes is None:
-        maps = np.stack([one.astype(np.float32) for one in maps])
-    else:
-        maps = on_common_part(maps, boxes[picture % len(boxes)])
+    maps = np.stack(maps) if boxes is None else on_common_part(maps, boxes[picture % len(boxes)])
     both = np.stack(across_noises(*agreement(maps)) if crossed else agreement(maps))
     both[:, np.isnan(both).any(axis=0)] = np.nan
     return both

@@ -497,7 +497,6 @@ def set_renderer(scene, args):
     scene.render.engine = "CYCLES"
     choose_device(scene, args.device)
     scene.render.resolution_x = scene.render.resolution_y = args.size
-    scene.render.resolution_percentage = 100
     scene.render.use_persistent_data = True  # the cars' geometry stays in Cycles from frame to frame
     scene.render.image_settings.file_format = {"jpg": "JPEG", "png": "PNG"}[args.format]
     scene.render.image_settings.color_mode = "RGB"
@@ -538,17 +537,12 @@ def build_sky(scene):
     scene.world = bpy.data.worlds.new("world")
     scene.world.use_nodes = True
     tree = scene.world.node_tree
-    tree.nodes.clear()
     sky = tree.nodes.new("ShaderNodeTexSky")
     sky.name = "sky"
     sky.sky_type = "NISHITA"
     sky.sun_size = math.radians(3)  # the real 0.5 degrees would make hard shadows
     sky.sun_intensity = 0.6
-    background = tree.nodes.new("ShaderNodeBackground")
-    background.name = "background"
-    output = tree.nodes.new("ShaderNodeOutputWorld")
-    tree.links.new(sky.outputs[0], background.inputs["Color"])
-    tree.links.new(background.outputs[0], output.inputs["Surface"])
+    tree.links.new(sky.outputs[0], tree.nodes["Background"].inputs["Color"])
     scene.world.cycles.sampling_method = "MANUAL"
     scene.world.cycles.sample_map_resolution = 256
 
@@ -558,7 +552,7 @@ def set_sky(nodes, elevation, rotation, exposure):
     strength = float(np.interp(90 if exposure == "fixed" else elevation, *zip(*STRENGTH)))
     for item, name, value in ((nodes["sky"], "sun_elevation", math.radians(elevation)),
                               (nodes["sky"], "sun_rotation", math.radians(rotation)),
-                              (nodes["background"].inputs["Strength"], "default_value", strength)):
+                              (nodes["Background"].inputs["Strength"], "default_value", strength)):
         if getattr(item, name) != np.float32(value):
             setattr(item, name, value)
 
@@ -826,10 +820,9 @@ def palette():
     import bpy
     for name, look in PALETTE.items():
         if name not in bpy.data.materials:
-            tree = material(name, **look).node_tree
+            made = material(name, **look)
             if name == "paint":
-                colour = tree.nodes["Principled BSDF"].inputs["Base Color"]
-                tree.links.new(add_hsv(tree, None).outputs[0], colour)
+                recolour(made)
     return [bpy.data.materials[name] for name in PALETTE]
 
 

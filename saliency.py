@@ -173,11 +173,8 @@ def distance_gradients(network, pictures, origins, distances, autocast=None, ste
         held.append(pictures.requires_grad_())
         embeddings = embed(network, pictures, autocast)
     else:
-        hook = stem.register_forward_hook(hold)
-        try:
+        with stem.register_forward_hook(hold):
             embeddings = embed(network, pictures, autocast)
-        finally:
-            hook.remove()
     for left, distance in zip(reversed(range(len(distances))), distances):
         values, gradient = distance(embeddings, origins), None
         if values.requires_grad:
@@ -219,15 +216,13 @@ def scale_maps(saliency, percentile=99.0):
 @contextlib.contextmanager
 def without_tf32():
     """Checks in full float32: tf32, torch's default for a GPU's convolutions, rounds by 1e-3."""
-    kinds = torch.backends.cuda.matmul, torch.backends.cudnn
-    allowed = [kind.allow_tf32 for kind in kinds]
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
     try:
-        for kind in kinds:
-            kind.allow_tf32 = False
         yield
     finally:
-        for kind, before in zip(kinds, allowed):
-            kind.allow_tf32 = before
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def module_calls(network, picture):
@@ -236,18 +231,15 @@ def module_calls(network, picture):
     The last is the network itself, of which a copy of the picture is the input. versions: of the input and
     output then (they change when something writes into them in place; None of what is no tensor).
     """
-    calls, hooks = [], []
-    for name, module in network.named_modules():
-        def record(module, given, options, output, name=name):
-            given = next(iter([*given, *options.values()]), None)
-            versions = [getattr(one, "_version", None) for one in (given, output)]
-            calls.append((name, module, given, output, versions))
-        hooks.append(module.register_forward_hook(record, with_kwargs=True))
-    try:
+    calls = []
+    with contextlib.ExitStack() as hooks:
+        for name, module in network.named_modules():
+            def record(module, given, options, output, name=name):
+                given = next(iter([*given, *options.values()]), None)
+                versions = [getattr(one, "_version", None) for one in (given, output)]
+                calls.append((name, module, given, output, versions))
+            hooks.enter_context(module.register_forward_hook(record, with_kwargs=True))
         network(picture.clone())
-    finally:
-        for hook in hooks:
-            hook.remove()
     return calls
 
 

@@ -36,7 +36,6 @@ if __name__ == "__main__":  # before torch is imported: Ctrl-C ends in one line 
 
 import hashlib
 import importlib.util
-import json
 import math
 import os
 import time
@@ -470,9 +469,8 @@ class Run:
         vars(self).update(content["state"])
 
     def write_config(self, **more):
-        from dml_common.files import write_file
-        text = json.dumps({**self.config, **more}, indent=2)
-        write_file(self.folder / "config.json", f"{text}\n".encode())
+        from dml_common.rowfile import write_json
+        write_json(self.folder / "config.json", {**self.config, **more})
 
     def write(self, diverged=None):
         """The files of a run that has ended. embedder_best.pth is the last: with it there is a network."""

@@ -46,10 +46,11 @@ def build(name, pretrained=True, weights=None):
                          ) from None
     for library in ("huggingface_hub", "timm", "transformers"):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # what goes wrong is said below, in one line
+    builder = {"timm": timm, "torchvision": torchvision, "hf": transformers}[kind]
     said = sys.stderr if sys.stderr.isatty() else io.StringIO()  # progress of a download: for a terminal
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            return BUILDERS[kind](module, model, pretrained, weights)
+            return builder(module, model, pretrained, weights)
     except Refused as error:
         raise ValueError(f"--model {name}: {error}") from None
     except Exception as error:  # of a download or a broken file, many kinds
@@ -150,9 +151,6 @@ def of_processor(made):
             "scale": 255 if factor == 1 else 1, "mean": mean, "std": std, "crop": crop,
             "resize": resize if "do_resize" in does else None,
             "interpolation": RESAMPLING.get(made.get("resample"), "bilinear")}
-
-
-BUILDERS = {"timm": timm, "torchvision": torchvision, "hf": transformers}
 
 
 # ---------------------------------------------------------------- what a network takes and gives

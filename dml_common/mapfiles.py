@@ -40,8 +40,7 @@ def open_networks(args):
     """The networks of the files given, else of results/NAME, None last; equal names are replaced by paths."""
     paths, folder = args.maps, args.results / Path(args.dataset or "").resolve().name
     if not paths:
-        types = ["ranking", "classification", "none"]
-        losses = sorted(files.losses(), key=lambda row: types.index(row["type"]))
+        losses = sorted(files.losses(), key=lambda row: folders.TYPES.index(row["type"]))
         order = {row["slug"]: number for number, row in enumerate(losses)}
         paths = sorted(folder.glob("*/fold*/maps.npy"),
                        key=lambda path: (order.get(path.parts[-3], len(order)), path.parts[-2], path))
@@ -71,12 +70,11 @@ def check_alike(networks):
             raise ValueError(f"{network.path} and {network.second.path} differ in shape, {network.shape} and "
                              f"{network.second.shape}, so they give no ceiling; make both in one run")
     networks = networks + [network.second for network in networks if network.second]
-    same = ["pictures", "number of pictures"]
+    same = {"pictures": [network.pictures for network in networks],
+            "number of pictures": [network.shape[:1] for network in networks]}
     if None in [network.part for network in networks]:
-        same.append("shape, without a JSON that says what they show")
-    for what in same:
-        values = [network.pictures if what == "pictures" else network.shape[:3 if "shape" in what else 1]
-                  for network in networks]
+        same["shape, without a JSON that says what they show"] = [network.shape for network in networks]
+    for what, values in same.items():
         known = [(network, value) for network, value in zip(networks, values) if value]
         for network, value in known:
             if value != known[0][1]:

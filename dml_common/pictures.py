@@ -138,29 +138,23 @@ def open_dataset(name_or_folder, root=None, split="test"):
     return open_folder(folder, split)
 
 
-def held_out(dataset, config):
-    """The pictures that train.py held out for a network, of the whole data set (split "all").
-
-    config: the network's config.json; its split has the rows ("test") and the list of pictures they count in.
-    Raises ValueError when that list is another one.
-    """
-    trained, n = config["split"]["pictures"], len(dataset.relative)
-    if trained != {"number": n, "sha256": pictures_sha256(dataset.relative)}:
-        raise ValueError(f"{dataset.folder}: {n:,} pictures, but {config.get('loss')} was trained on another "
-                         f"list of {trained['number']:,} pictures of this name, so it can't be told which "
-                         "ones it has not seen; give that data set, or --split all")
-    return rows_of(dataset, config["split"]["test"], "held out")
-
-
 def own_pictures(dataset, config, name_or_folder, root=None, split="test"):
     """The pictures to analyse a network on: what train.py held out of this data set for it, else all.
 
-    dataset: what open_dataset gives for the last three. config: the network's config.json, {} without one.
+    dataset: what open_dataset gives for the last three. config: the network's config.json, {} without one;
+    its split has the rows held out ("test") and the list of pictures they count in.
+    Raises ValueError when that list is another one.
     """
     names = [name.partition("@")[0] for name in (config.get("dataset") or "", dataset.name)]
     if split != "test" or names[0] != names[1] or "test" not in config.get("split", {}):
         return dataset
-    return held_out(dataset if dataset.split == "all" else open_dataset(name_or_folder, root, "all"), config)
+    whole = dataset if dataset.split == "all" else open_dataset(name_or_folder, root, "all")
+    trained, n = config["split"]["pictures"], len(whole.relative)
+    if trained != {"number": n, "sha256": pictures_sha256(whole.relative)}:
+        raise ValueError(f"{whole.folder}: {n:,} pictures, but {config.get('loss')} was trained on another "
+                         f"list of {trained['number']:,} pictures of this name, so it can't be told which "
+                         "ones it has not seen; give that data set, or --split all")
+    return rows_of(whole, config["split"]["test"], "held out")
 
 
 def labels_of(dataset, table=None, column=None, notes=None):
