@@ -115,20 +115,19 @@ def embed_all(jobs, args, device):
 
 def write_labels(job, prefix):
     """Of a complete array labels.csv (which picture a row is, and its class), classes.csv and props.csv."""
-    from dml_common import files
+    from dml_common import arrays, files
 
-    dataset, left_out = job.dataset, files.read_sidecar(job.path)["pictures"].get("left_out", [])
+    dataset, kept = job.dataset, arrays.kept_rows(job)
     labels = {"path": dataset.relative}
     if dataset.labels is not None:
         labels["class"] = dataset.labels.tolist()
         files.write_table(f"{prefix}classes.csv", ["class", "name"], list(enumerate(dataset.classes)))
     if dataset.super_labels is not None:
         labels["super_class"] = [dataset.super_classes[label] for label in dataset.super_labels]
-    keep = [row for row, name in enumerate(dataset.relative) if name not in left_out]
     for name, table in ("labels", labels), ("props", dataset.properties):
         if table:
             rows = list(zip(*table.values()))
-            files.write_table(f"{prefix}{name}.csv", list(table), [rows[row] for row in keep])
+            files.write_table(f"{prefix}{name}.csv", list(table), [rows[row] for row in kept])
 
 
 def main(argv=None):

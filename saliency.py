@@ -325,7 +325,6 @@ def prepare(network, example):
 
     What a network does not bear is left out; where it bears nothing it is itself.
     """
-    from dml_common.command import out_of_memory
     try:
         network = network.to(example.device).eval()
         with torch.no_grad():
@@ -337,6 +336,7 @@ def prepare(network, example):
                 if (embed(ready, example) - expected).norm() <= 1e-3 * expected.norm():
                     return ready, stem
     except Exception as error:  # whatever a factory's network does with a picture
+        from dml_common.command import out_of_memory
         if out_of_memory(error):
             raise
         raise ValueError(f"the network fails on a picture {tuple(example.shape[1:])}: "
@@ -433,8 +433,7 @@ def block_order(saliency_map, size, block=8):
 
 def replaced_blocks(order, size, steps=20, block=8):
     """Where the first k / steps of the blocks are, k = 0 … steps: bool (steps + 1, H, W)."""
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order), device=order.device)
+    rank = order.argsort()  # of a permutation its inverse
     rank = rank.view(-(-size[0] // block), -1).repeat_interleave(block, 0).repeat_interleave(block, 1)
     counts = torch.linspace(0, len(order), steps + 1, device=order.device).round()
     return rank[:size[0], :size[1]] < counts[:, None, None]

@@ -474,11 +474,10 @@ class Run:
 
     def write(self, diverged=None):
         """The files of a run that has ended. embedder_best.pth is the last: with it there is a network."""
-        from dml_common import checkpoints, command
-        from dml_common.files import write_table
-        write_table(self.folder / "history.csv", HEADER, self.history)
+        from dml_common import checkpoints, command, files
+        files.write_table(self.folder / "history.csv", HEADER, self.history)
         header = ["epoch", "split", "bins", "low", "high", "positive", "negative"]
-        write_table(self.folder / "histograms.csv", header, [
+        files.write_table(self.folder / "histograms.csv", header, [
             [epoch, "test", BINS, 2 * i / BINS - 1, 2 * (i + 1) / BINS - 1, *pair]
             for epoch, counts in self.counts.items() for i, pair in enumerate(zip(*counts))])
         if diverged:

@@ -130,12 +130,10 @@ def listed(dataset, numbers, options):
 
     Of pairs (saliency.py --against) their names too: those of a pair stand one after the other.
     """
-    from dml_common.pictures import pictures_sha256
-
     names, sizes = [dataset.relative[i] for i in numbers], hashlib.sha256()
     for name, path in zip(names, (dataset.paths[i] for i in numbers)):
         sizes.update(b"%s\0%d\n" % (os.fsencode(name), path.stat().st_size if path.exists() else -1))
-    about = {"number": len(names), "sha256": pictures_sha256(names), SIZES: sizes.hexdigest()}
+    about = {"number": len(names), "sha256": files.pictures_sha256(names), SIZES: sizes.hexdigest()}
     return {**about, "names": names} if options.get("against") else about
 
 
@@ -228,7 +226,7 @@ def pairs_of(against, dataset):
 def kept_rows(job):
     """The rows of job.numbers that its array has: of all pictures, or pairs, that could be read."""
     left_out = files.read_sidecar(job.path)["pictures"].get("left_out", [])
-    step = 2 if job.about["options"]["against"] else 1
+    step = 2 if job.about["options"].get("against") else 1
     names = [job.dataset.relative[number] for number in job.numbers]
     together = [tuple(names[k:k + step]) for k in range(0, len(names), step)]
     gone = {tuple(left_out[k:k + step]) for k in range(0, len(left_out), step)}

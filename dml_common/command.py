@@ -13,6 +13,7 @@ What is expected to go wrong (ValueError, OSError, no memory left) ends in one l
 in 130, SIGTERM in 143. Anything else is our fault: one line, exit status 1; DML_TRACEBACK=1 shows where.
 """
 import argparse
+import io
 import os
 import signal
 import sys
@@ -90,7 +91,6 @@ def run(main, stopped="stopped; the same command continues"):
 
     for number in SIGNALS:
         signal.signal(number, stop)
-    status = 0
     try:
         status = main() or 0
         sys.stdout.flush()
@@ -318,15 +318,12 @@ def print_rows(header, rows, most=20):
         print(f"… {len(rows) - most:,} more rows in the file")
 
 
-class Lines:
+class Lines(io.TextIOBase):
     """stderr for a bar where it is no terminal: each of its states is a line."""
 
     def write(self, text):
         if text.strip():
             print(text.strip(), file=sys.stderr, flush=True)
-
-    def flush(self):
-        pass
 
 
 def bar(total, description, unit=None, delay=2):

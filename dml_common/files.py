@@ -428,9 +428,7 @@ def rows_by_name(pictures, names, source, notes=None):
     most = [False] * len(pictures)
     ours, theirs = zip(*map(spellings, pictures)), zip(*map(spellings, names))
     for word, wanted, spelled in zip(("path", "file name", "stem", "number"), ours, theirs):
-        there = {}
-        for row, name in enumerate(spelled):
-            there.setdefault(name, row)
+        there = {name: row for row, name in enumerate(spelled)}
         here = [name in there for name in wanted]
         if all(here) and len(there) == len(names) and len(set(wanted)) == len(wanted):
             rows = np.array([there[name] for name in wanted])

@@ -28,8 +28,7 @@ import torch
 from torch import nn
 
 from dml_common.checkpoints import CLASSIFIERS, load_embedder, load_weights
-from dml_common.files import GEOMETRY, ROOT, losses, mismatch, read_sidecar, some
-from dml_common.files import files_digest as files_sha256
+from dml_common.files import GEOMETRY, ROOT, files_digest, losses, mismatch, read_sidecar, some
 from dml_common.folders import fold_and_seed
 from dml_common.foreign import Transform, adapted, build, is_package
 from dml_common.pictures import INTERPOLATIONS, black_picture
@@ -296,14 +295,14 @@ def describe(spec):
 def source(spec, module=None):
     """(where a network's weights come from, their SHA-256): of files' bytes, else of the module's tensors."""
     if spec["files"]:
-        return str(spec["files"][0].parent), files_sha256(spec["files"])
+        return str(spec["files"][0].parent), files_digest(spec["files"])
     if spec["backbone"] not in BACKBONES:
         try:
             return spec["weights"] and Path(spec["weights"]).name, state_sha256(module)
         except RuntimeError as error:  # of sparse tensors, or ones that have no shape yet
             raise ValueError(f"{spec['name']}: its tensors can't be read ({error})") from None
     path = imagenet_file(spec["backbone"], spec["weights"])
-    return path.name, files_sha256([path])
+    return path.name, files_digest([path])
 
 
 def load(spec, trunks=None):
@@ -318,7 +317,7 @@ def load(spec, trunks=None):
     module = BACKBONES[backbone]() if ours else copied(backbone, spec["weights"], not files)
     settings, (checkpoint, digest) = preprocessing(spec, module), source(spec, module)
     if files:
-        key = backbone, files_sha256(files[:1])
+        key = backbone, files_digest(files[:1])
         if trunks is None or key not in trunks:
             load_weights(getattr(module, "network", module) if ours else module, files[0])
             module = module if ours else adapted(module, settings, spec["name"], spec["output"])
@@ -632,9 +631,9 @@ def checkpoint_state(row, fold, dataset, folder):
 
 def main(argv=None):
     parser = command.parser(LISTING, prog="python -m dml_common.networks")
-    parser.add_argument("--folder", type=Path, default=MODELS, metavar="DIR", help="of the checkpoints "
-                                                                                   "(models/)")
-    parser.add_argument("--dataset", choices=DATASETS, help="only this one (all three)")
+    add = parser.add_argument
+    add("--folder", type=Path, default=MODELS, metavar="DIR", help="of the checkpoints (models/)")
+    add("--dataset", choices=DATASETS, help="only this one (all three)")
     args = parser.parse_args(argv)
     if not args.folder.is_dir():
         raise ValueError(f"{args.folder}: no such folder; give the one of the checkpoints")
