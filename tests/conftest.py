@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,21 @@ def read_rows(path):
         return list(csv.DictReader(file))
 
 
+def write_rows(path, header, rows):
+    """A CSV file; the header's names in one text."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([header.split(","), *rows])
+
+
+def turn_rows(path):
+    """The last row of a CSV file comes first."""
+    header, *rows = path.read_text().splitlines()
+    path.write_text("\n".join([header, *rows[::-1]]) + "\n")
+
+
 def write_json(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content), encoding="utf-8")
     return path
 
@@ -40,6 +55,24 @@ def start(script, *arguments, slow=0.0, before=(), **options):
     line = [sys.executable, *before, str(ROOT / script), *map(str, arguments)]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "SLOW": str(slow)}
     return subprocess.Popen(line, env=variables, **{"stderr": subprocess.PIPE, "text": True, **options})
+
+
+def bash(*command, folder=ROOT, **variables):
+    """A process of bash with these variables, which finds this Python and what is installed with it."""
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(["bash", *map(str, command)], cwd=folder, text=True, capture_output=True,
+                          env={**os.environ, "PATH": programs, **variables})
+
+
+def few_cars(folder, cars, frames):
+    """Some frames of a rendered set as a set of their own: pictures, masks and props.csv."""
+    lines = (cars / "props.csv").read_text().splitlines()
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True)
+        for i in frames:
+            source = next((cars / kind).glob(f"{i:06d}.*"))
+            shutil.copy(source, folder / kind / source.name)
+    (folder / "props.csv").write_text("\n".join([lines[0], *(lines[1 + i] for i in frames)]) + "\n")
 
 
 def saved(array):
@@ -148,10 +181,9 @@ def embedded(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     np.save("emb.npy", np.random.default_rng(10).standard_normal((60, 5)).astype(np.float32))
-    rows = [f"{i},{'abc'[i % 3]},{i // 3 % 4},{i * 0.37:.2f}\n" for i in range(60)]
-    Path("props.csv").write_text("frame,shape,size,angle\n" + "".join(rows))
-    rows = [f"{i},{'abcdef'[i % 6]},{i % 2}\n" for i in range(60)]
-    Path("emb.csv").write_text("path,class,super_class\n" + "".join(rows))
+    rows = [[i, "abc"[i % 3], i // 3 % 4, f"{i * 0.37:.2f}"] for i in range(60)]
+    write_rows("props.csv", "frame,shape,size,angle", rows)
+    write_rows("emb.csv", "path,class,super_class", [[i, "abcdef"[i % 6], i % 2] for i in range(60)])
     return tmp_path
 
 

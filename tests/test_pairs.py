@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, embeddings_of, one_line, read_rows
+from conftest import ROOT, embeddings_of, one_line, read_rows, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -423,8 +423,7 @@ HEADER = ("embeddings,label,n,positive_pairs,negative_pairs,positive_mean,negati
 def files(embedded):
     """The current folder, with emb.npy (60, 5), emb.csv with class and super-class, train.* with 40 rows."""
     np.save("train.npy", normal(12, 40, 5))
-    rows = [f"{i},{'abcdef'[i % 6]},{i % 2}\n" for i in range(40)]
-    Path("train.csv").write_text("path,class,super_class\n" + "".join(rows))
+    write_rows("train.csv", "path,class,super_class", [[i, "abcdef"[i % 6], i % 2] for i in range(40)])
 
 
 def test_table_and_rows(files, run_script):
@@ -477,8 +476,7 @@ def test_every_option(files, run_main):
 
 
 def test_missing_labels(files, run_main):
-    rows = [f"{i},{'abcd?'[i % 5]}\n" for i in range(60)]
-    Path("emb.csv").write_text("path,class\n" + "".join(rows))
+    write_rows("emb.csv", "path,class", [[i, "abcd?"[i % 5]] for i in range(60)])
     done = run_main("pairs.py", *GOOD, "--missing", "-, ?", "--classes", 2, "--out", "o.csv")
     assert done.returncode == 0 and "12 of 60 pictures have no class: in no pair" in done.stderr
     whole, *subsets = read_rows("o.csv")
@@ -533,7 +531,7 @@ def test_torch_is_not_loaded(script):
     (["--classes", "7"], "there are 6 classes of two or more"), (["--threads", "0"], "--threads 0"),
     (["--classes", "2", "--repeats", "0"], "--repeats 0"), (["--permutations", "-1"], "--permutations -1"),
     (["--permutations", "x"], "'x'"), (["--ties", "random"], "random"),
-    (["--colour"], "--colour"), (["--train", "emb.npy"], "--train"),
+    (["--train", "emb.npy"], "--train"),
     (["--class-figure", "c.png"], "--class-figure needs --classes"), (["--figure", ".."], "is a folder"),
     (["--out", "no/o.csv"], "does not exist"), (["--out", "o.csv", "--intervals", "./o.csv"], "two outputs"),
     (["--train", "missing.npy", "train.csv"], "missing.npy does not"), (["--out", "emb.csv"], "an input"),
@@ -556,7 +554,7 @@ def test_bad_files(script, files, refused, monkeypatch):
 @pytest.mark.parametrize("column, words", (
     (range(60), "all distinct"), (["x"] * 60, "one class only"), ([""] * 60, "all distinct")))
 def test_bad_labels(files, refused, column, words):
-    Path("bad.csv").write_text("path,class\n" + "".join(f"{i},{value}\n" for i, value in enumerate(column)))
+    write_rows("bad.csv", "path,class", enumerate(column))
     message = refused(pairs.main, "emb.npy", "bad.csv", "--out", "o.csv")
     assert words in message and "bad.csv" in message
 
@@ -590,10 +588,9 @@ def test_shipped_example(run_script):
 def test_each_array_with_the_table_beside_it_one_in_a_row(files, run_main):
     for fold in range(5):
         place = Path(f"cars/triplet/fold{fold}")
-        place.mkdir(parents=True)
+        write_rows(place / "labels.csv", "path", [["0.png"]] * 20)                           # without shapes
+        write_rows(place / "props.csv", "frame,shape", [[i, i % 4] for i in range(20)])
         np.save(place / "emb.npy", normal(fold, 20, 4))
-        (place / "labels.csv").write_text("path\n" + "0.png\n" * 20)                        # without shapes
-        (place / "props.csv").write_text("frame,shape\n" + "".join(f"{i},{i % 4}\n" for i in range(20)))
     arrays = sorted(Path("cars").glob("*/*/emb.npy"))
     done = run_main("pairs.py", *arrays, "--label", "shape", "--out", "pairs.csv")
     assert done.returncode == 0 and len(read_rows("pairs.csv")) == 5
