@@ -3,7 +3,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, write_json, write_rows
 from scipy import stats
 
 from dml_common import conclusions, files, folders, pictures, results
@@ -11,11 +11,18 @@ from dml_common import conclusions, files, folders, pictures, results
 RANKING = ["Contrastive", "Triplet", "NTXent", "Margin", "Margin / class", "FastAP", "SNR Contrastive",
            "Multi Similarity", "Multi Similarity + Miner"]
 CLASSIFICATION = ["ProxyNCA", "Normalized Softmax", "CosFace", "ArcFace", "SoftTriple"]
-NRPREC = ("embeddings,property,values,queries,skipped,distance,null,max_neighbours,r_precision,nr_precision,"
-          "nr_precision_se,permutations,p_value,p_holm")
-COMPARE = ("model_a,fold_a,model_b,fold_b,n,left_out,correlation,correlation_std,correlation_low,"
-           "correlation_high,jsd,jsd_std,ceiling,corrected")
-MASKS = "model,fold,measure,n,left_out,mean,std,low,high"
+HEADERS = {
+    "nrprec": "embeddings,property,values,queries,skipped,distance,null,max_neighbours,r_precision,"
+              "nr_precision,nr_precision_se,permutations,p_value,p_holm",
+    "compare": "model_a,fold_a,model_b,fold_b,n,left_out,correlation,correlation_std,correlation_low,"
+               "correlation_high,jsd,jsd_std,ceiling,corrected",
+    "masks": "model,fold,measure,n,left_out,mean,std,low,high",
+    "faithfulness": "model,fold,measure,n,left_out,mean,std,low,high",
+    "sanity": "model,fold,layers,of,correlation,correlation_std",
+    "embeddings": "model_a,fold_a,model_b,fold_b,n,cka,overlap,overlap_low,overlap_high,overlap_chance",
+    "history": "epoch,split,positive_mean,negative_mean,jsd,recall_at_1,map_at_r",
+    "pairs": "embeddings,split,repeat,label,positive_mean,negative_mean,jsd,jsd_null,bins,recall_at_1,"
+             "r_precision,map_at_r"}
 SLUGS = {row["name"]: row["slug"] for row in files.losses()}
 
 
@@ -25,14 +32,20 @@ def add_network(folder, slug, fold=0, kinds=("emb",), n=6, **about):
     place.mkdir(parents=True, exist_ok=True)
     for kind in kinds:
         np.save(place / f"{kind}.npy", np.zeros((n, 2) if kind == "emb" else (n, 2, 2), np.float32))
-        about = {"pictures": {"number": n, "sha256": "one"}, **about}
-        (place / f"{kind}.json").write_text(json.dumps(about))
+        write_json(place / f"{kind}.json", {"pictures": {"number": n, "sha256": "one"}, **about})
     return place
 
 
-def write(path, header, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_table(path, header.split(","), rows)
+def add_training(models, place, history=(), **config):
+    write_json(models / "trained" / place / "config.json", config)
+    if history:
+        write(models / "trained" / place, "history", history)
+
+
+def write(folder, name, rows, *more_columns):
+    """One of the scripts' tables; of nrprec.csv's rows what nrprec_row is told suffices."""
+    rows = [nrprec_row(*row) if name == "nrprec" and len(row) < 14 else row for row in rows]
+    write_rows(folder / f"{name}.csv", ",".join([HEADERS[name], *more_columns]), rows)
 
 
 def nrprec_row(loss, fold, name, value, p=None, se=None, queries=6, distance="euclidean", permutations=0):
@@ -48,7 +61,7 @@ def compare_row(a, b, fold, r, std=0.1, ceiling=None, fold_b=None, n=6):
 def read(folder, *rows):
     """The folder's Results, with these rows (loss, fold, property, value, p …) in its nrprec.csv."""
     if rows:
-        write(folder / "nrprec.csv", NRPREC, [nrprec_row(*row) for row in rows])
+        write(folder, "nrprec", rows)
     return results.read(folder, folder / "models")
 
 
@@ -57,14 +70,12 @@ def read(folder, *rows):
 
 def test_networks_keep_their_names_and_types(tmp_path):
     for slug, loss, backbone in (("triplet", "Triplet", "b"), ("my_loss", "My <loss>", "b"),
-                                 ("resnet", None, "resnet"), ("old", None, None)):
-        place = tmp_path / slug / "fold1"
-        place.mkdir(parents=True)
-        if backbone:
-            (place / "emb.json").write_text(json.dumps({"loss": loss, "backbone": backbone}))
+                                 ("resnet", None, "resnet")):
+        write_json(tmp_path / slug / "fold1" / "emb.json", {"loss": loss, "backbone": backbone})
+    (tmp_path / "old" / "fold1").mkdir(parents=True)
     networks, broken = folders.find_networks(tmp_path, tmp_path)
     mine = tmp_path / "my_loss" / "fold1" / "emb.json"  # of embed.py --as "My <loss>" --type classification
-    mine.write_text(json.dumps({**json.loads(mine.read_text()), "type": "classification"}))
+    write_json(mine, {**json.loads(mine.read_text()), "type": "classification"})
     retyped = next(one for one in folders.find_networks(tmp_path, tmp_path)[0] if one["slug"] == "my_loss")
     assert retyped["type"] == "classification"
     assert [(one["name"], one["type"], one["number"], one["fold"]) for one in networks] == [
@@ -91,30 +102,27 @@ def test_seeds_are_read_off_the_folder_and_two_slugs_of_one_loss_are_told_apart(
 
 def test_a_network_is_described_by_its_training_wherever_models_lies_now(tmp_path):
     folder, models = tmp_path / "results" / "cars", tmp_path / "moved"
-    place = models / "trained" / "cars" / "mine" / "fold0"
-    other, beside = tmp_path / "elsewhere", tmp_path / "models" / "trained" / "others" / "mine" / "fold0"
+    other = tmp_path / "elsewhere"
 
     def network(**about):
         add_network(folder, "mine", loss="Mine", **about)
         (one,), _ = folders.find_networks(folder, models)
         return one
 
-    for home, kind in (place, "classification"), (other, "ranking"):
-        home.mkdir(parents=True)
-        (home / "config.json").write_text(json.dumps({"type": kind}))
+    add_training(models, "cars/mine/fold0", type="classification")
+    write_json(other / "config.json", {"type": "ranking"})
     (other / "history.csv").write_text("epoch\n0\n")
     assert network()["type"] == "classification" and network()["history"] is None
     assert network(checkpoint=str(other))["history"] == other / "history.csv"
     assert network(checkpoint=str(other))["type"] == "ranking"
     assert network(checkpoint="models/trained/cars/mine/fold0")["type"] == "classification"
-    beside.mkdir(parents=True)  # beside the results
-    (beside / "config.json").write_text(json.dumps({"type": "none"}))
+    add_training(tmp_path / "models", "others/mine/fold0", type="none")  # beside the results
     assert network(checkpoint="models/trained/others/mine/fold0")["type"] == "none"
 
 
 def test_data_sets_are_the_folder_or_those_in_it(tmp_path):
     add_network(tmp_path / "cars", "triplet")
-    write(tmp_path / "birds" / "nrprec.csv", "a", [[1]])
+    write_rows(tmp_path / "birds" / "nrprec.csv", "a", [[1]])
     (tmp_path / "notes" / "folded").mkdir(parents=True)
     assert folders.find_datasets(tmp_path) == [tmp_path / "birds", tmp_path / "cars"]
     assert folders.find_datasets(tmp_path / "cars") == [tmp_path / "cars"]
@@ -223,7 +231,7 @@ def test_whose_a_row_is(tmp_path):
 def test_loss_and_fold_are_read_off_the_path_as_from_the_columns_of_older_tables(tmp_path):
     rows = [("Triplet", 0, "hue", 1.0), ("Triplet", 1, "hue", 2.0), ("ArcFace", 0, "hue", 3.0)]
     new, old = tmp_path / "new" / "cars", tmp_path / "old" / "cars"
-    write(old / "nrprec.csv", f"loss,fold,{NRPREC}", [[*row[:2], *nrprec_row(*row)] for row in rows])
+    write(old, "nrprec", [[*nrprec_row(*row), *row[:2]] for row in rows], "loss", "fold")
     new, old = read(new, *rows), read(old)
     assert new.rows == old.rows and new.types == {"Triplet": "ranking", "ArcFace": "classification"}
     assert [row[:2] for row in rows] == [
@@ -245,7 +253,7 @@ def test_nrprec_that_does_not_belong(tmp_path, rows, said):
     ("a,b\n1,2\n", "lacks model_a, fold_a"), ("a,b\n1\n", "line 2 has 1 field, the header 2"),
     (0, "compare.csv counts 99 pictures for Triplet"), ("x", "has the fold 'x'; expected 0, or 0.seed2")])
 def test_tables_of_something_else(tmp_path, text, said):
-    write(tmp_path / "compare.csv", COMPARE, [compare_row("Triplet", "ArcFace", text, 0.5, n=99)])
+    write(tmp_path, "compare", [compare_row("Triplet", "ArcFace", text, 0.5, n=99)])
     if text and "," in text:
         (tmp_path / "compare.csv").write_text(text)
     add_network(tmp_path, "triplet", kinds=("maps",))
@@ -269,23 +277,20 @@ def test_folds_average_as_if_their_pictures_were_taken_together():
     assert mean[12:14] == (pytest.approx(np.tanh(z.mean())), pytest.approx(np.tanh(z.std())))
     mean = results.mean_row(rows_of("jsd", means, spreads), "folds")
     assert mean[12:17] == (pytest.approx(z.mean()), pytest.approx(z.std()), min(means), max(means), 4)
-
-
-def test_correlations_average_through_fisher_z_by_hand():
     # artanh 0.5 = ln 3 / 2, artanh 0.8 = ln 9 / 2; their mean ln 27 / 4 has the tanh (√27 − 1) / (√27 + 1)
     mean = results.mean_row(rows_of("correlation", [0.5, 0.8], [0.1, 0.1]), "pairs")
     assert mean.value == pytest.approx((27**0.5 - 1) / (27**0.5 + 1)) and mean.spread == pytest.approx(0.1)
     one = results.mean_row(rows_of("correlation", [1.0], [0.0]), "folds")
-    assert one.value == pytest.approx(1, abs=2e-6)  # r = 1 is cut, not infinite
+    assert one.value == pytest.approx(conclusions.CLIP, abs=1e-9) and conclusions.CLIP < 1  # not infinite
 
 
 def test_a_mean_of_folds_of_masks_has_the_error_of_all_its_pictures(tmp_path):
     rows = [["Triplet", 0, "share", 10, 0, 0.1, 0.3, 0, 1], ["Triplet", 1, "share", 17, 0, 0.2, 0.4, 0, 1]]
-    write(tmp_path / "masks.csv", MASKS, rows)  # errors 0.3 / √9 and 0.4 / √16
+    write(tmp_path, "masks", rows)  # errors 0.3 / √9 and 0.4 / √16
     mean, = read(tmp_path).select("masks", fold="mean")
     error = 0.1 / np.sqrt(2)
     assert mean[12:16] == pytest.approx((0.15, error, 0.15 - 1.96 * error, 0.15 + 1.96 * error))
-    write(tmp_path / "masks.csv", MASKS, [[*rows[0][:6], None, 0, 1]])
+    write(tmp_path, "masks", [[*rows[0][:6], None, 0, 1]])
     mean, = read(tmp_path).select("masks", fold="mean")
     assert mean.low is mean.high is mean.spread is None
 
@@ -375,12 +380,10 @@ def test_warnings(tmp_path):
     add_network(folder, "arcface", kinds=("maps", "maps_ceiling"), backbone="bninception", **shared,
                 pictures={"number": 6, "sha256": "one", "left_out": ["broken.jpg"]})
     add_network(folder, "mine", kinds=("maps",), loss="Mine", backbone="vit", **shared)
-    home = folder / "models" / "trained" / "cars" / "triplet" / "fold0"
-    home.mkdir(parents=True)
-    (home / "config.json").write_text(json.dumps({"frozen_trunk": True, "loss_parameters": {"margin": 1}}))
+    add_training(folder / "models", "cars/triplet/fold0", frozen_trunk=True, loss_parameters={"margin": 1})
     row = compare_row("Triplet", "ArcFace", 0, 0.5, n=4)
     row[5] = 2
-    write(folder / "compare.csv", COMPARE, [row])
+    write(folder, "compare", [row])
     said = "\n".join(read(folder, *((loss, 0, name, 1.0, 0.02, None, 6, "snr", n) for name in "abcdef"
                                     for loss, n in (("Triplet", 500), ("ArcFace", 100)))).warnings)
     for part in ("1 of 1 pairs of maps share their noise, which raises",
@@ -395,13 +398,13 @@ def test_warnings(tmp_path):
                  "not in models/losses.csv: Mine; kept, type “other”"):
         assert part in said, part
     row[12:14] = 0.8, 0.6  # with second maps compare.py crosses them: independent noise, and a ceiling
-    write(folder / "compare.csv", COMPARE, [row])
+    write(folder, "compare", [row])
     said = "\n".join(read(folder).warnings)
     assert "each was compared with the other networks' second maps" in said and "which raises" not in said
 
 
 def test_what_is_missing_is_listed(tmp_path):
-    write(tmp_path / "compare.csv", COMPARE, [
+    write(tmp_path, "compare", [
         compare_row("Triplet", "ArcFace", 0, 0.5), compare_row("Triplet", "ArcFace", 1, 0.5),
         compare_row("None", "Triplet", 0, 0.5)])
     one = read(tmp_path, ("Triplet", 0, "hue", 1), ("Triplet", 1, "hue", 1), ("Triplet", 0, "model", 1),
@@ -423,7 +426,7 @@ def test_pictures_without_a_value_count_among_those_there_are_and_are_said(tmp_p
     add_network(tmp_path, "triplet")
     for missing in (2, 1):
         row = [*nrprec_row("Triplet", 0, "hue", 1.0, queries=4), missing]
-        write(tmp_path / "nrprec.csv", f"{NRPREC},missing", [row])
+        write(tmp_path, "nrprec", [row], "missing")
         if missing == 2:
             said = read(tmp_path).warnings
             assert "pictures without a value of a property do not count in it (hue 2)" in said
