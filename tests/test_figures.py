@@ -1,5 +1,4 @@
 """figures.py: what is drawn against hand-worked numbers, and the command on a small results folder."""
-import csv
 import itertools
 import json
 import os
@@ -16,7 +15,7 @@ from PIL import Image
 matplotlib = pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install '.[report]'")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install '.[report]'")
 
-from conftest import ROOT, noise, one_line  # noqa: E402
+from conftest import ROOT, noise, one_line, turn_rows, write_json, write_rows  # noqa: E402
 
 import figures  # noqa: E402
 from dml_common import pictures, results  # noqa: E402
@@ -26,12 +25,6 @@ EVERYTHING = ["profile", "values_1", "correlation", "jsd", "gallery", "gallery_2
               "training"]
 PROPERTIES = ["model", "rotation_z", "color_hue", "camera_loc_z"]
 LUMINANCE = [0.2126, 0.7152, 0.0722]
-
-
-def write_rows(path, header, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header.split(","), *rows])
 
 
 def make_results(folder, networks=NETWORKS, folds=2, n=24):
@@ -51,9 +44,9 @@ def make_results(folder, networks=NETWORKS, folds=2, n=24):
         np.save(place / "maps.npy", rng.random((8, 16, 16)).astype(np.float16))
         for stem, limit in ("emb", None), ("maps", 8):
             same = {"number": len(names[:limit]), "sha256": pictures.pictures_sha256(names[:limit])}
-            (place / f"{stem}.json").write_text(json.dumps({
+            write_json(place / f"{stem}.json", {
                 "loss": name, "preprocessing": {"resize": 18, "crop": 16}, "options": {"limit": limit},
-                "pictures": same}))
+                "pictures": same})
         if slug != "none":
             write_rows(folder / f"models/trained/cars/{slug}/fold{fold}/history.csv",
                        "epoch,split,loss,positive_mean,negative_mean,jsd,recall_at_1,map_at_r,jsd_null", [
@@ -323,8 +316,7 @@ def test_rows_of_properties_are_joined_by_name(small):
     """Another order of props.csv's rows changes nothing."""
     figures.main(options(small, "--only", "tsne"))
     for path in small.glob("**/props.csv"):
-        header, *rows = path.read_text().splitlines()
-        path.write_text("\n".join([header, *rows[::-1]]) + "\n")
+        turn_rows(path)
     figures.main(options(small, "--only", "tsne", out="turned"))
     assert (small / "out/tsne_cars.svg").read_bytes() == (small / "turned/tsne_cars.svg").read_bytes()
 
