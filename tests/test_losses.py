@@ -1,18 +1,15 @@
 """A loss of one's own: docs/own-loss.md as it stands, the same conditions as the 14, and what is refused."""
 import json
-import os
 import re
 import runpy
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import test_train
 import torch
-from conftest import ROOT
+from conftest import ROOT, bash, few_cars
 from test_train import config_of, history, p, place, run  # noqa: F401
 
 from dml_common import checkpoints, losses, networks
@@ -79,20 +76,14 @@ def test_the_page_from_the_loss_to_the_table(tmp_path):
         shutil.copy(path, tmp_path / path.relative_to(ROOT))
     for folder in ("dml_common", "templates", "published"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
-    cars = tmp_path / "examples/cars"
-    cars.mkdir(parents=True)
-    os.symlink(ROOT / "examples/cars/images", cars / "images")
-    lines = (ROOT / "examples/cars/props.csv").read_text().splitlines()[:61]
-    (cars / "props.csv").write_text("\n".join(lines) + "\n")
+    few_cars(tmp_path / "examples/cars", ROOT / "examples/cars", range(60))
     (tmp_path / "my_loss.py").write_text(blocks("python")[0])
     (tmp_path / "my_losses.csv").write_text(blocks("csv")[0])
     (tmp_path / "my_net.py").write_text(blocks("python")[1])
     torch.save(runpy.run_path(tmp_path / "my_net.py")["make"]().state_dict(), tmp_path / "mine.pth")
-    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for commands in blocks("bash"):
         quick = commands.replace("python train.py", "python train.py --epochs 2")
-        done = subprocess.run(["bash", "-euc", quick], cwd=tmp_path, capture_output=True, text=True,
-                              env={**os.environ, "PATH": programs})
+        done = bash("-euc", quick, folder=tmp_path)
         assert done.returncode == 0, done.stderr
     config = config_of("my_loss_myloss", 0, "cars", "models")
     assert config["type"] == "classification"

