@@ -223,3 +223,29 @@ def held_out_networks():
         return whole
 
     return make
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]  # before=[*TORCHRUN, "2"]
+
+
+def settle(folder, patch):
+    """Run in this folder, with tiny_networks.py to name on a command line, no ranks and no cached weights."""
+    shutil.copy(ROOT / "tests/tiny_networks.py", folder)
+    patch.chdir(folder)
+    patch.syspath_prepend(str(folder))
+    patch.setenv("TORCH_HOME", str(folder / "torch"))
+    for name in os.environ:
+        if name.startswith("SLURM") or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            patch.delenv(name)
+
+
+def python(code, **options):
+    """Lines of Python in a process of their own, in the checkout -> CompletedProcess with text output."""
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, **options)
+
+
+def full_disk(size):
+    """Options of subprocess.run: no file of the process grows beyond so many bytes; writes fail, for real."""
+    import resource
+
+    return {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))}

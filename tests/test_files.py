@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import saved
+from conftest import full_disk, python, saved
 
 from dml_common import files
 
@@ -30,17 +30,6 @@ def shaped(shape):
 class Evil:
     def __reduce__(self):
         return os.system, ("touch evil",)
-
-
-def special_files(folder):
-    """Names of a pipe, a device, a link to itself, a dangling one and a folder."""
-    os.mkfifo(folder / "pipe")
-    for name, target in (("device", "/dev/zero"), ("loop", "loop"), ("dangling", "nowhere")):
-        os.symlink(target, folder / name)
-    (folder / "folder").mkdir()
-    return {"pipe": "a device or a pipe", "device": "a device or a pipe", "loop": "can't be opened",
-            "dangling": "does not exist", "folder": "is a folder", "x" * 5000: "can't be opened",
-            "a\0b": "can't be opened"}
 
 
 WHOLE = saved(GOOD)
@@ -79,7 +68,13 @@ def test_arrays_stay_on_disk_and_say_what_is_wrong(tmp_path):
 
 
 def test_only_regular_files_are_opened(tmp_path):
-    for name, message in special_files(tmp_path).items():
+    os.mkfifo(tmp_path / "pipe")
+    for name, target in (("device", "/dev/zero"), ("loop", "loop"), ("dangling", "nowhere")):
+        os.symlink(target, tmp_path / name)
+    (tmp_path / "folder").mkdir()
+    for name, message in {"pipe": "a device or a pipe", "device": "a device or a pipe",
+                          "loop": "can't be opened", "dangling": "does not exist", "folder": "is a folder",
+                          "x" * 5000: "can't be opened", "a\0b": "can't be opened"}.items():
         for read in (files.read_array, files.read_table, files.read_json, files.check_input, files.read_text):
             with pytest.raises(ValueError, match=message):
                 read(tmp_path / name)
@@ -361,13 +356,11 @@ def test_processes_that_write_one_file_at_once_all_succeed(tmp_path):
 
 def test_a_full_disk_leaves_what_there_was(tmp_path):
     """A file-size limit stands for the full disk: the write fails midway, for real."""
+    code = ("from dml_common import files\n"
+            f"try: files.write_file({str(tmp_path / 'x.csv')!r}, bytes(2000))\n"
+            "except OSError as error: print(error)")
     for there in ({}, {"x.csv": "earlier"}):
-        code = ("import resource, signal\nfrom dml_common import files\n"
-                "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-                "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-                f"try: files.write_file({str(tmp_path / 'x.csv')!r}, bytes(2000))\n"
-                "except OSError as error: print(error)")
-        done = subprocess.run([sys.executable, "-c", code], cwd=files.ROOT, capture_output=True, text=True)
+        done = python(code, **full_disk(1000))
         assert re.search(r"x.csv can't be written \(.*\); free space", done.stdout)
         assert {path.name: path.read_text() for path in tmp_path.iterdir()} == there
         (tmp_path / "x.csv").write_text("earlier")

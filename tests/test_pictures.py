@@ -9,7 +9,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import ROOT, noise
+from conftest import ROOT, full_disk, noise, python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -207,9 +207,9 @@ def test_black_picture_is_a_black_file(tmp_path):
 
 
 def test_imports_without_torch():
-    code = ("import dml_common.pictures, sys; "
-            "assert not {'torch', 'scipy', 'torchvision'} & set(sys.modules)")
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    done = python("import dml_common.pictures, sys; "
+                  "assert not {'torch', 'scipy', 'torchvision'} & set(sys.modules)")
+    assert done.returncode == 0, done.stderr
 
 
 # ---------------------------------------------------------------- data sets
@@ -522,12 +522,10 @@ def test_a_full_disk_leaves_nothing_unpacked(tmp_path):
     with zipfile.ZipFile(tmp_path / "big.zip", "w", zipfile.ZIP_DEFLATED) as big:
         big.writestr("small/a", b"x")
         big.writestr("small/zeros", bytes(10**6))
-    code = ("import pathlib, resource, signal\nfrom dml_common import pictures\n"
-            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5))\n"
+    code = ("from dml_common import pictures\n"
             f"try: pictures.unpack({str(tmp_path / 'big.zip')!r}, {str(tmp_path / 'out')!r})\n"
             "except ValueError as error: print(error)")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = python(code, **full_disk(10**5))
     assert "nothing was unpacked: [Errno 27] File too large" in done.stdout, done.stderr
     assert sorted(tmp_path.iterdir()) == [tmp_path / "big.zip", archive]
 

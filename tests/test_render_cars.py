@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import one_line, read_rows, write_json
+from conftest import one_line, python, read_rows, start, write_json
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -23,7 +23,6 @@ from render_cars import PROPERTIES, RECYCLE, sample
 
 SCRIPT = str(Path(render_cars.__file__))
 HERE = importlib.util.find_spec("bpy") is not None
-blender = pytest.mark.skipif(not HERE, reason="needs Blender's module bpy (extra render, Python 3.11)")
 TINY = ("--size", "64", "--samples", "2")
 FIXED = {"model": "saloon", "rotation_z": 45, "color_hue": 0.0, "color_sat": 2.0, "color_val": 1.5,
          "bg_color_hue": 0.6, "bg_color_sat": 1.0, "bg_color_val": 1.0, "camera_loc_z": 1.5,
@@ -34,6 +33,23 @@ FIXED = {"model": "saloon", "rotation_z": 45, "color_hue": 0.0, "color_sat": 2.0
 def render(run_script):
     """render(folder, option, …) -> CompletedProcess."""
     return lambda folder, *options: run_script("render_cars.py", "--out", folder, *options)
+
+
+@pytest.fixture(scope="session")
+def blender():
+    if not HERE:
+        pytest.skip("needs Blender's module bpy (extra render, Python 3.11)")
+
+
+@pytest.fixture
+def draw(blender, render):
+    """draw(folder, option, …) -> what is said while small pictures are rendered, without a fault."""
+    def draw(folder, *options):
+        done = render(folder, *TINY, *options)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    return draw
 
 
 @pytest.fixture
@@ -217,8 +233,8 @@ def test_ranges_join_and_shards_agree(render, tmp_path):
 
 
 def test_processes_that_start_together(tmp_path):
-    command = [sys.executable, SCRIPT, "--out", str(tmp_path), "--dry-run", "--frames"]
-    processes = [subprocess.Popen([*command, f"{k}000:{k + 1}000"]) for k in range(4)]
+    command = ("render_cars.py", "--out", tmp_path, "--dry-run", "--frames")
+    processes = [start(*command, f"{k}000:{k + 1}000", stderr=None) for k in range(4)]
     assert [process.wait() for process in processes] == [0] * 4
     assert [row["frame"] for row in read_rows(tmp_path / "props.csv")] == [str(i) for i in range(4000)]
     assert not list(tmp_path.glob(".*.part"))
@@ -338,7 +354,7 @@ def files(folder):
 
 
 @pytest.fixture(scope="module")
-def rendered(tmp_path_factory):
+def rendered(blender, tmp_path_factory):
     """(folder, options): 24 frames of all six bodies and every other property's extremes."""
     folder = tmp_path_factory.mktemp("cars")
     extremes = {name: [values[0], values[-1]] for name, values in PROPERTIES.items() if name != "model"}
@@ -360,7 +376,6 @@ def car_in_frame(folder, i):
     return mask
 
 
-@blender
 def test_every_car_is_in_frame_and_settings_are_beside(rendered):
     folder, _ = rendered
     rows = read_rows(folder / "props.csv")
@@ -373,13 +388,11 @@ def test_every_car_is_in_frame_and_settings_are_beside(rendered):
     assert about["blender"] and sorted(about["meshes"]) == sorted(PROPERTIES["model"])
 
 
-@blender
-def test_drawn_bodies_are_in_frame_and_have_paint(render, tmp_path):
+def test_drawn_bodies_are_in_frame_and_have_paint(draw, tmp_path):
     fixed = {name: value for name, value in FIXED.items() if name != "model"} | {"rotation_z": [0, 45, 90]}
     given = write_json(tmp_path / "p.json", fixed)
-    done = render(tmp_path / "set", "--frames", "0:16", "--masks", "--properties", given, "--models",
-                  "saloon,body000:body005", *TINY)
-    assert done.returncode == 0, done.stderr
+    draw(tmp_path / "set", "--frames", "0:16", "--masks", "--properties", given, "--models",
+         "saloon,body000:body005")
     about = json.loads((tmp_path / "set/render.json").read_text())
     assert len(set(about["meshes"].values())) == 6
     for i in range(16):
@@ -388,22 +401,20 @@ def test_drawn_bodies_are_in_frame_and_have_paint(render, tmp_path):
         assert red > 1.2 * green
 
 
-@blender
-def test_shards_in_another_order_give_the_same_bytes(rendered, render, tmp_path):
+def test_shards_in_another_order_give_the_same_bytes(rendered, draw, tmp_path):
     folder, options = rendered
     for frames, shard in ("12:16", "1/2"), ("8:12", "0/2"):
-        assert render(tmp_path / "set", "--frames", frames, "--shard", shard, *options).returncode == 0
+        draw(tmp_path / "set", "--frames", frames, "--shard", shard, *options)
     some = files(tmp_path / "set")
     assert len(some) == 8 and all(files(folder)[name] == content for name, content in some.items())
 
 
-def two_frames(render, folder, **free):
+def two_frames(draw, folder, **free):
     """How much two frames that differ in one property alone differ inside the car's mask, and outside."""
     folder.mkdir()
     given = write_json(folder / "p.json", FIXED | free)
     folder = folder / "set"
-    done = render(folder, "--frames", "0:6", "--masks", "--properties", given, "--size", 64, "--samples", 16)
-    assert done.returncode == 0, done.stderr
+    draw(folder, "--frames", "0:6", "--masks", "--properties", given, "--samples", 16)
     name = next(iter(free))
     first = read_rows(folder / "props.csv")[0][name]
     other = next(int(row["frame"]) for row in read_rows(folder / "props.csv") if row[name] != first)
@@ -414,30 +425,26 @@ def two_frames(render, folder, **free):
     return change[inside].mean(), change[~inside & ~near].mean()
 
 
-@blender
-def test_paint_changes_the_car_and_background_the_rest(render, tmp_path):
-    inside, outside = two_frames(render, tmp_path / "paint", color_hue=[0.0, 0.4])
+def test_paint_changes_the_car_and_background_the_rest(draw, tmp_path):
+    inside, outside = two_frames(draw, tmp_path / "paint", color_hue=[0.0, 0.4])
     assert inside > 15 and outside < 0.25 * inside
-    inside, outside = two_frames(render, tmp_path / "ground", bg_color_val=[0.5, 2.0])
+    inside, outside = two_frames(draw, tmp_path / "ground", bg_color_val=[0.5, 2.0])
     assert outside > 15 and inside < 0.5 * outside
 
 
-@blender
-def test_fixed_exposure_makes_the_dawn_dark(render, tmp_path):
+def test_fixed_exposure_makes_the_dawn_dark(draw, tmp_path):
     given, light = write_json(tmp_path / "p.json", FIXED | {"sun_elevation": 0, "model": "van"}), {}
     for exposure in ("by-elevation", "fixed"):
-        options = ["--frames", "0:1", "--properties", given, "--exposure", exposure, *TINY]
-        assert render(tmp_path / exposure, *options).returncode == 0
+        draw(tmp_path / exposure, "--frames", "0:1", "--properties", given, "--exposure", exposure)
         light[exposure] = picture(tmp_path / exposure, 0).mean()
     assert light["fixed"] < 0.5 * light["by-elevation"]
 
 
-@blender
-def test_kill_and_run_again(rendered, tmp_path):
+def test_kill_and_run_again(rendered, draw, tmp_path):
     folder, options = rendered
-    command = [sys.executable, SCRIPT, "--out", str(tmp_path / "set"), "--frames", "0:9", *options]
+    command = (tmp_path / "set", "--frames", "0:9", *options)
     images, began = tmp_path / "set/images", time.monotonic()
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    process = start("render_cars.py", "--out", *command, stderr=subprocess.DEVNULL)
     while len(list(images.glob("0*.jpg"))) < 3 and time.monotonic() - began < 120:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
@@ -445,15 +452,12 @@ def test_kill_and_run_again(rendered, tmp_path):
     there = len(list(images.glob("0*.jpg")))
     assert 3 <= there < 9
     (images / ".000000.jpg.deadbeef.part").write_bytes(b"half")
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    left = int(done.stderr.split("/")[0])  # the orphaned worker may have finished the frame at hand
+    left = int(draw(*command).split("/")[0])  # the orphaned worker may have finished the frame at hand
     assert 9 - there - 1 <= left <= 9 - there
     again = files(tmp_path / "set")
     assert len(again) == 18 and all(files(folder)[name] == content for name, content in again.items())
     before = {path: path.stat().st_mtime_ns for path in images.iterdir()}
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "all frames are there already" in done.stderr
+    assert "all frames are there already" in draw(*command)
     assert not list((tmp_path / "set").rglob(".*"))
     assert before == {path: path.stat().st_mtime_ns for path in images.iterdir()}
 
@@ -491,18 +495,16 @@ def write_glb(path, paint="body"):
     path.write_bytes(struct.pack("<4sII", b"glTF", 2, 12 + len(chunks)) + chunks)
 
 
-@blender
-def test_a_users_cars(render, tmp_path):
+def test_a_users_cars(draw, tmp_path):
     cars, folder = tmp_path / "cars", tmp_path / "set"
     cars.mkdir()
     write_obj(cars / "first.obj")
     write_glb(cars / "second.glb")
     fixed = {name: value for name, value in FIXED.items() if name != "model"}
     given = write_json(tmp_path / "p.json", fixed | {"rotation_z": 0})
-    done = render(folder, "--frames", "0:8", "--masks", "--cars", cars, "--properties", given, *TINY)
-    assert done.returncode == 0, done.stderr
-    assert "first.obj: 6 faces; recoloured: CarPaint; left: black" in done.stderr
-    assert "second.glb: 12 faces; recoloured: body; left: nothing" in done.stderr
+    said = draw(folder, "--frames", "0:8", "--masks", "--cars", cars, "--properties", given)
+    assert "first.obj: 6 faces; recoloured: CarPaint; left: black" in said
+    assert "second.glb: 12 faces; recoloured: body; left: nothing" in said
     assert {row["model"] for row in read_rows(folder / "props.csv")} == {"first", "second"}
     masks = [picture(folder, i, "masks", "png") > 0 for i in range(8)]
     # a box 6 long and 2 wide becomes 4.5 long, 1.5 wide, 0.75 high, and shows its long side at rotation 0
@@ -513,11 +515,10 @@ def test_a_users_cars(render, tmp_path):
     assert sorted(json.loads((folder / "render.json").read_text())["meshes"]) == ["first", "second"]
 
 
-@blender
 @pytest.mark.parametrize("name, content, words", [
     ("bad.glb", "not a mesh", []), ("bad.blend", "not a mesh", []), ("empty.obj", "v 0 0 0\n", ["no faces"]),
     ("grey.obj", None, ["grey, black", "--paint-material"])])
-def test_bad_meshes(render, tmp_path, name, content, words):
+def test_bad_meshes(blender, render, tmp_path, name, content, words):
     (tmp_path / "cars").mkdir()
     if content:
         (tmp_path / "cars" / name).write_text(content)
@@ -527,21 +528,19 @@ def test_bad_meshes(render, tmp_path, name, content, words):
     assert not (tmp_path / "set").exists()
 
 
-@blender
 @pytest.mark.skipif(sys.platform == "darwin", reason="Metal may be here")
-def test_a_device_that_is_not_there(render, tmp_path):
+def test_a_device_that_is_not_there(blender, render, tmp_path):
     one_line(render(tmp_path / "set", "--frames", "0:1", "--device", "metal", *TINY), "--device metal", "cpu")
     assert not (tmp_path / "set").exists()
 
 
 def test_sigterm_and_faults_end_in_one_line(tmp_path):
-    code = ("import runpy, sys, os, signal, numpy; real = numpy.random.default_rng\n"
+    code = ("import runpy, sys, os, signal, numpy\n"
             "def broken(*seed): {}\n"
             "numpy.random.default_rng = broken\n"
-            "sys.argv = ['render_cars.py', '--dry-run', '--frames', '0:3', '--out', 'set']\n"
-            "runpy.run_path(sys.path[0] + '/render_cars.py', run_name='__main__')")
+            "sys.argv = ['render_cars.py', '--dry-run', '--frames', '0:3', '--out', {!r}]\n"
+            "runpy.run_path('render_cars.py', run_name='__main__')")
     for what, status, text in (("os.kill(os.getpid(), signal.SIGTERM)", 143, "stopped; the same command"),
                                ("raise KeyError('x')", 1, "KeyError: 'x': this is a fault of")):
-        line = f"import sys; sys.path[0] = {str(Path(SCRIPT).parent)!r}\n" + code.format(what)
-        done = subprocess.run([sys.executable, "-c", line], cwd=tmp_path, capture_output=True, text=True)
+        done = python(code.format(what, str(tmp_path / "set")))
         assert done.returncode == status and done.stderr.count("\n") == 1 and text in done.stderr, done.stderr
