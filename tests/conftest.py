@@ -239,6 +239,17 @@ def settle(folder, patch):
             patch.delenv(name)
 
 
+def marks_of(path, n):
+    """The marks of the n rows of an array that is being filled; none where it is not begun."""
+    import numpy as np
+
+    from dml_common.rowfile import END
+
+    part = Path(f"{path}.part")
+    content = part.read_bytes() if part.exists() else b""
+    return np.frombuffer(content, np.uint8)[-n - len(END):-len(END)]
+
+
 def python(code, **options):
     """Lines of Python in a process of their own, in the checkout -> CompletedProcess with text output."""
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, **options)

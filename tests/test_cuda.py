@@ -5,11 +5,11 @@
 import copy
 import os
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import TORCHRUN, settle, start
 from PIL import Image
 from torch import nn
 
@@ -21,33 +21,18 @@ from dml_common import command, files, losses, networks
 NAME, GPUS = os.environ.get("DML_TEST_DEVICE", "cuda"), torch.cuda.device_count()
 pytestmark = pytest.mark.skipif(NAME != "cpu" and not GPUS, reason="no CUDA device that torch can use")
 of_a_gpu = pytest.mark.skipif(NAME == "cpu", reason="a CPU has no tf32, no GPU's memory, no nccl")
-SMOOTH, TF32 = "networks_for_cuda:smooth", (torch.backends.cuda.matmul, torch.backends.cudnn)
-NETWORKS = """
-import torch
-from torch import nn
-
-def smooth(size=28, stride=2):  # no ReLU, whose kink the rounding of float32 could cross
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 8, 5, stride, bias=False), nn.BatchNorm2d(8), nn.Softplus(),
-                        nn.Conv2d(8, 8, 3), nn.Softplus(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
-    net.preprocessing = {"resize": size, "crop": size, "mean": [0.5] * 3, "std": [0.5] * 3}
-    return net.eval()
-
-def large(): return smooth(256, 4)
-"""
+SMOOTH, TF32 = "tiny_networks:smooth", (torch.backends.cuda.matmul, torch.backends.cudnn)
 
 
 @pytest.fixture(autouse=True)
 def device(tmp_path, monkeypatch):
-    """In a folder with 80 noisy pictures of 4 classes in p/ and the networks above."""
-    (tmp_path / "networks_for_cuda.py").write_text(NETWORKS)
+    """In a folder with 80 noisy pictures of 4 classes in p/, and tiny_networks.py."""
+    settle(tmp_path, monkeypatch)
     for folder in "p/0", "p/1", "p/2", "p/3", "cpu", "it":
         (tmp_path / folder).mkdir(parents=True)
     for i in range(80):
         pixels = np.random.default_rng(i).normal(100 + 20 * (i % 4), 60, (36, 40, 3)).clip(0, 255)
         Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "p" / str(i % 4) / f"{i}.png")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
     threads = torch.get_num_threads()  # of which a frozen trunk takes one
     yield command.torch_device(NAME)
     torch.set_num_threads(threads)
@@ -135,7 +120,7 @@ def test_the_maps_command_and_its_checks(cpu_noise):
 
 @of_a_gpu
 def test_half_the_copies_where_memory_ends(device, capsys):
-    line = f"--dataset p --model networks_for_cuda:large --samples 250 --limit 1 --device {NAME}".split()
+    line = f"--dataset p --model tiny_networks:large --samples 250 --limit 1 --device {NAME}".split()
     saliency.main([*line, "--out", "few.npy", "--batch", "10"])
     torch.cuda.empty_cache()
     limit = torch.cuda.memory_reserved(device) + 2**28  # 250 copies, their stack and its clone are 560 MiB
@@ -179,22 +164,24 @@ def test_training(how, atol):
 
 
 def torchrun(number, *arguments):
-    line = "-m torch.distributed.run --rdzv-backend c10d --rdzv-endpoint localhost:0 --nproc-per-node".split()
-    line += [number, train.__file__, "--dataset", "p", "--model", SMOOTH, "--device", "cuda",
-             *TRAINING, "--models", f"of{number}", *arguments]
-    return subprocess.run([sys.executable, *map(str, line)], capture_output=True, text=True)
+    """(exit status, stderr) of so many processes, whose networks are in of<number>."""
+    process = start("train.py", "--dataset", "p", "--model", SMOOTH, "--device", "cuda", *TRAINING,
+                    "--models", f"of{number}", *arguments, before=[*TORCHRUN, str(number)],
+                    stdout=subprocess.DEVNULL)
+    said = process.communicate()[1]
+    return process.returncode, said
 
 
 @pytest.mark.skipif(NAME == "cpu" or GPUS < 2, reason="nccl needs two GPUs")
 @pytest.mark.parametrize("how, atol", [("", 1e-2), ("--precision bf16", 1e-1), ("--freeze-trunk", 1e-3)])
 def test_two_ranks_with_nccl_train_what_one_does(how, atol):
     for number in 1, 2:
-        done = torchrun(number, *how.split())
-        assert done.returncode == 0, done.stderr
+        status, said = torchrun(number, *how.split())
+        assert status == 0, said
     np.testing.assert_allclose(numbers("of2"), numbers("of1"), atol=atol)
 
 
 @of_a_gpu
 def test_more_processes_than_gpus_are_told():
-    done = torchrun(GPUS + 1)
-    assert done.returncode and f"torchrun --nproc-per-node {GPUS}" in done.stderr, done.stderr
+    status, said = torchrun(GPUS + 1)
+    assert status and f"torchrun --nproc-per-node {GPUS}" in said, said

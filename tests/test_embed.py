@@ -5,39 +5,37 @@ import json
 import os
 import pty
 import re
-import shutil
 import signal
 import struct
-import subprocess
-import sys
 import termios
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_pictures, one_line, read_rows, start
+from conftest import full_disk, make_pictures, marks_of, one_line, read_rows, settle, start
 from PIL import Image
 from published_sets import embedder_state, make_cub, publish, trunk_state
 
 import embed
-from dml_common import arrays, networks, pictures, rowfile
+from dml_common import networks, pictures, rowfile
 
 SEVEN = ("--dataset", "p", "--model", "tiny_networks:seven")
 
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    """Run in an empty folder, with factories in tiny_networks.py and no rank in the environment."""
-    shutil.copy(ROOT / "tests/tiny_networks.py", tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    for name in os.environ:
-        if name.startswith("SLURM") or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-            monkeypatch.delenv(name)
+    settle(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """The rows that are written, in order."""
+    rows, write = [], rowfile.RowFile.write
+    monkeypatch.setattr(rowfile.RowFile, "write",
+                        lambda self, given, values: rows.extend(given) or write(self, given, values))
+    return rows
 
 
 @pytest.fixture
@@ -105,24 +103,6 @@ def test_batch_and_workers_do_not_change_the_embeddings(tmp_path, run, options):
         np.testing.assert_allclose(np.load("b.npy")[i], expected, atol=1e-5)
 
 
-def test_a_picture_is_decoded_once_for_all_networks_of_a_preprocessing(tmp_path, monkeypatch):
-    make_pictures(tmp_path / "p", 40)
-    options = SimpleNamespace(
-        dataset="p", data_root=None, split="test", loss=None, fold="all", trained_on=None, checkpoint=None,
-        weights=None, models=None, batch=16, workers=2, draft=False, precision="fp32", skip_unreadable=False,
-        output=None, name=None, type=None)
-    jobs = []
-    for name in ("seven", "inplace", "nine"):  # what one writes into its input does not reach the next
-        options.model, options.out = f"tiny_networks:{name}", Path(f"{name}.npy")
-        jobs += arrays.jobs(options, "emb.npy", {}, 0)
-    opened, read = [], pictures.load_pixels
-    monkeypatch.setattr(pictures, "load_pixels", lambda path, *rest: opened.append(path) or read(path, *rest))
-    embed.embed_all(jobs, options, torch.device("cpu"))
-    assert sorted(opened) == sorted(jobs[0].dataset.paths)
-    expected = embedding_of("p/3.png", "tiny_networks:nine")
-    np.testing.assert_allclose(np.load("nine.npy")[3], expected, atol=1e-5)
-
-
 def test_bf16_is_close_and_not_the_same(tmp_path, run):
     make_pictures(tmp_path / "p", 5)
     for precision in ("fp32", "bf16"):
@@ -142,20 +122,13 @@ def wait_for(condition):
     raise AssertionError("waited in vain")
 
 
-def marked(path, n):
-    """Rows of a half-finished array that are marked."""
-    part = Path(f"{path}.part")
-    content = part.read_bytes() if part.exists() else b""
-    return np.count_nonzero(np.frombuffer(content, np.uint8)[-n - len(rowfile.END):-len(rowfile.END)])
-
-
 def test_three_at_once_one_killed_and_once_more(tmp_path, run):
     """The others take over what it held and leave what one process leaves; then all is done."""
     make_pictures(tmp_path / "p", 150)
     arguments = [*SEVEN, "--batch", 8]
     # rows are marked all 2 s
     processes = [start("embed.py", *arguments, "--out", "a.npy", slow=0.5) for _ in range(3)]
-    wait_for(lambda: marked("a.npy", 150))
+    wait_for(lambda: marks_of("a.npy", 150).any())
     processes[0].kill()
     for process in processes:
         process.communicate()
@@ -170,7 +143,7 @@ def test_three_at_once_one_killed_and_once_more(tmp_path, run):
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_before_the_first_row_and_after_it(tmp_path, run, monkeypatch, number, status):
+def test_stopped_before_the_first_row_and_after_it(tmp_path, run, written, number, status):
     make_pictures(tmp_path / "p", 120)
     before = sorted(path.name for path in tmp_path.iterdir())
     process = start("embed.py", *SEVEN, "--batch", 4, "--out", "emb.npy", slow=1.0)
@@ -180,13 +153,10 @@ def test_stopped_before_the_first_row_and_after_it(tmp_path, run, monkeypatch, n
     assert process.returncode == status and said == "embed.py: stopped; the same command continues\n"
     assert [path.name for path in sorted(tmp_path.iterdir()) if path.name != "__pycache__"] == before
     process = start("embed.py", *SEVEN, "--batch", 4, "--out", "emb.npy", slow=0.2)
-    wait_for(lambda: marked("emb.npy", 120))
+    wait_for(lambda: marks_of("emb.npy", 120).any())
     process.send_signal(number)
     assert process.communicate()[1].count("\n") == 1 and process.returncode == status
-    rows = marked("emb.npy", 120)  # what is written is kept, and done no more
-    written, write = [], rowfile.RowFile.write
-    monkeypatch.setattr(rowfile.RowFile, "write",
-                        lambda self, rows, values: written.extend(rows) or write(self, rows, values))
+    rows = np.count_nonzero(marks_of("emb.npy", 120))  # what is written is kept, and done no more
     assert rows and run(*SEVEN, "--batch", 4, "--out", "emb.npy") == (0, "") and len(written) == 120 - rows
 
 
@@ -200,13 +170,10 @@ def test_a_progress_bar_with_the_networks_name_on_a_terminal(tmp_path):
     assert "tiny_networks:seven" in said and "70/70" in said and "pictures/s" in said
 
 
-def test_a_task_of_a_slurm_array_begins_with_its_share_and_goes_on(tmp_path, run, monkeypatch):
+def test_a_task_of_a_slurm_array_begins_with_its_share_and_goes_on(tmp_path, run, written, monkeypatch):
     make_pictures(tmp_path / "p", 100)
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
-    written, write = [], rowfile.RowFile.write
-    monkeypatch.setattr(rowfile.RowFile, "write",
-                        lambda self, rows, values: written.extend(rows) or write(self, rows, values))
     assert run(*SEVEN, "--out", "emb.npy") == (0, "")
     assert sorted(written) == list(range(100)) and written[:36] == list(range(64, 100))
     assert np.load("emb.npy").shape == (100, 7)
@@ -251,12 +218,16 @@ def cub(tmp_path):
 CUB = ("--dataset", "cub200", "--data-root", "data", "--models", "checkpoints", "--out", "results")
 
 
-def test_all_losses_and_folds_of_a_published_data_set(cub, run):
+def test_all_losses_and_folds_of_a_published_data_set(cub, run, monkeypatch):
     assert run(*CUB, "--loss", "arcface", "--fold", "0")[0] == 0  # one first: the rest follows
     home = cub / "results/cub200"
     stamp = os.stat(home / "arcface/fold0/emb.npy").st_mtime_ns
+    decoded, read = [], pictures.load_pixels
+    monkeypatch.setattr(pictures, "load_pixels", lambda path, *of: decoded.append(path) or read(path, *of))
     status, said = run(*CUB, "--loss", "all", "--fold", "all")
     assert status == 0 and "6 pictures of 6 classes, published are 5,924 of 100" in said
+    names = [path.name for path in sorted(decoded)]  # once for all networks of a preprocessing
+    assert names == [f"{i}.jpg" for i in range(1, 7)]
     folders = ["arcface/fold0", *(f"none/fold{k}" for k in range(4)), "triplet/fold0", "triplet/fold3"]
     names = [f"{folder}/emb.{kind}" for folder in folders for kind in ("json", "npy")]
     there = sorted(str(path.relative_to(home)) for path in home.rglob("*") if path.is_file())
@@ -378,7 +349,7 @@ BAD = [
     (("--dataset", "cut"), r"cut/b.jpg: can't be read as a picture \(.*truncated"),
     (("--dataset", "empty"), r"empty: no picture"),
     (("--dataset", "nowhere"), r"nowhere: no such folder"),
-    (("--model", "resnet"), r"unknown network 'resnet': expected bninception"),
+    (("--model", "resnet"), r"unknown network 'resnet': expected bninception, inception_v3"),
     (("--model", "tiny_networks:raises"), r"fails on 2 pictures \(3, 28, 28\)"),
     (("--model", "tiny_networks:maps"), r"expected a tensor \(pictures, dimension\)"),
     (("--model", "tiny_networks:stochastic"), r"gives another embedding each time: does dropout"),
@@ -389,10 +360,11 @@ BAD = [
     (("--dataset", "cars196"), r"car_ims.tgz \(md5 d5c8"),
     (("--batch", "0"), r"--batch 0: expected at least 1"),
     (("--split", "dev"), r"invalid choice: 'dev'"),
-    (("--device", "abacus"), r"--device abacus"),
+    (("--device", "abacus"), r"--device abacus: unknown; expected auto, cpu, cuda"),
+    (("--device", "mps"), r"--device mps: unknown; expected auto, cpu, cuda"),
     (("--out", "taken/emb.npy"), r"taken does not exist.*make it first"),
     (("--unknown",), r"unrecognized arguments: --unknown"),
-    (("--precision", "tf32", "--device", "cpu"), r"on a CPU give fp32 or bf16"),
+    (("--precision", "tf32", "--device", "cpu"), r"tf32 is an NVIDIA GPU's; on a CPU give fp32 or bf16"),
     (("--device", "cuda"), r"no GPU"),
 ]
 
@@ -426,16 +398,8 @@ def test_bad_input_through_the_real_command_line(tmp_path, run_script):
     assert not list(tmp_path.glob("emb*"))
 
 
-def test_a_full_disk_leaves_nothing(tmp_path):
+def test_a_full_disk_leaves_nothing(tmp_path, run_script):
     make_pictures(tmp_path / "p", 300)
-    code = f"""
-import resource, runpy, signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-sys.path.insert(0, {str(ROOT)!r})
-sys.argv = ["embed.py", *{SEVEN!r}, "--out", "emb.npy"]
-runpy.run_path({str(ROOT / "embed.py")!r}, run_name="__main__")
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 2 and "0.0 MiB are needed there" in done.stderr, done.stderr
-    assert done.stderr.count("\n") == 1 and not list(tmp_path.glob("emb*"))
+    done = run_script("embed.py", *SEVEN, "--out", "emb.npy", **full_disk(4096))
+    one_line(done, "0.0 MiB are needed there")
+    assert not list(tmp_path.glob("emb*"))

@@ -9,12 +9,12 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, saved
+from conftest import ROOT, marks_of, saved
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dml_common import rowfile
-from dml_common.rowfile import END, RowFile
+from dml_common.rowfile import RowFile
 
 ABOUT = {"options": {"precision": "fp32"}, "pictures": {"number": 100, "sha256": "x"}}
 # A process that fills an array of N rows, each with its number, and says how many it has done.
@@ -54,12 +54,6 @@ def is_right(path, n=200):
     """The array has its rows, and nothing lies beside it and its JSON."""
     expected = np.repeat(np.arange(n, dtype=np.float32)[:, None], 3, axis=1)
     return np.array_equal(np.load(path), expected) and sorted(os.listdir(path.parent)) == ["a.json", "a.npy"]
-
-
-def marks_of(path, n):
-    """The marks of an array's part."""
-    content = path.with_name(f"{path.name}.part").read_bytes()
-    return np.frombuffer(content[-len(END) - n:-len(END)], dtype=np.uint8)
 
 
 @settings(max_examples=20, deadline=None)

@@ -16,13 +16,35 @@ def build(seed=0, m=6):  # smooth: no ReLU whose kink float32 rounding could fli
     return net
 
 
-seven, nine = partial(build, 7, 7), partial(build, 9, 9)
+def smooth(size=28, stride=2):
+    """The one that test_cuda.py compares: features alone."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 5, stride, bias=False), nn.BatchNorm2d(8), nn.Softplus(),
+                        nn.Conv2d(8, 8, 3), nn.Softplus(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    net.preprocessing = {"resize": size, "crop": size, "mean": [0.5] * 3, "std": [0.5] * 3}
+    return net.eval()
 
 
-def inplace():
-    net = build(5, 5)
-    net.register_forward_pre_hook(lambda module, given: (given[0].mul_(0.5),))
-    return net
+large = partial(smooth, 256, 4)
+seven = partial(build, 7, 7)
+
+
+class Tiny(nn.Module):
+    """The one that train.py's tests train."""
+    preprocessing = {"resize": 40, "crop": 32, "mean": [0.5, 0.5, 0.5]}
+
+    def __init__(self, dropout=0.0, norm=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 5, 4), *[nn.BatchNorm2d(8)] * norm, nn.ReLU(),
+                                    nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Dropout(dropout))
+
+    def forward(self, x):
+        time.sleep(float(os.environ.get("SLOW", 0)))
+        return self.layers(x)
+
+
+tiny, dropping, norm = Tiny, partial(Tiny, 0.3), partial(Tiny, norm=True)
 
 
 def maps():
