@@ -121,7 +121,9 @@ def test_the_one_dictionary_that_fits_is_found_and_said(tmp_path, capsys, name):
     (named("a.") | named("b.", 2), r"twice, as \.a\.\* and \.b\.\*"),
     (named("", **HEAD), r"another architecture; 1 unexpected: head.weight$"),
     ({"net": {key: named("x.")[key] for key in named("x.") if "0." not in key}}, "2 missing: 0.weight"),
-    (named("") | {"0.weight": torch.ones(3, 5)}, r"1 misshapen: 0.weight \(3, 5\) instead of \(3, 4\)"),
+    ({**{key: value for key, value in named("").items() if "2." not in key}, "extra": torch.ones(1),
+      "0.weight": torch.ones(3, 5)}, r"2 missing: 2.1.weight, 2.1.bias; 1 unexpected: extra; "
+                                     r"1 misshapen: 0.weight \(3, 5\) instead of \(3, 4\)$"),
     ({"other": torch.ones(1)}, "8 missing: 0.weight, 0.bias, 1.weight, …; 1 unexpected: other"),
     ({}, "8 missing"), ({"epoch": 3}, "holds dict, expected a state_dict"), (3, "holds int")])
 def test_what_does_not_fit_is_named(tmp_path, content, message):

@@ -60,6 +60,7 @@ def test_commands_end_in_one_line(script, body, status, line):
 HELP = {"embed.py": ["torchrun", "--skip-unreadable", "emb.json", "models/README.md"],
         "saliency.py": ["Input:", "--order"], "compare.py": ["compare.csv"],
         "nrprec.py": ["python nrprec.py", "--permutations"],
+        "train.py": ["python train.py --dataset cars196", "--freeze-trunk"],
         "pairs.py": ["python pairs.py", "--permutations"],
         "tables.py": ["python tables.py results --out tables", "Mann-Whitney"]}
 
@@ -183,16 +184,9 @@ def test_options_have_limits(capsys):
             assert message in capsys.readouterr().err
 
 
-def test_devices():
-    import torch
-
-    assert command.torch_device("cpu") == torch.device("cpu")
-    for name, message in (("mps", "mps: unknown; expected auto, cpu, cuda"), ("abacus", "abacus: unknown"),
-                          ("cuda:99", "cuda:99: (no GPU that torch|torch can use)")):
-        with pytest.raises(ValueError, match=message):
-            command.torch_device(name)
-    with pytest.raises(ValueError, match="tf32"):
-        command.torch_device("cpu", "tf32")
+def test_a_gpu_that_is_not_there():  # more of --device is in test_embed.py
+    with pytest.raises(ValueError, match="cuda:99: (no GPU that torch|torch can use)"):
+        command.torch_device("cuda:99")
 
 
 def test_names_for_people():

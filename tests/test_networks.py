@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import make_pictures, noise, one_line, read_rows
+from conftest import make_pictures, noise, one_line, python, read_rows
 from published_sets import TRIPLET, embedder_state, publish, trunk_state
 from torch import nn
 
@@ -113,11 +113,8 @@ def test_own_networks_come_first_and_a_folder_can_be_named(tmp_path, trunk, embe
 def test_unknown_names_and_missing_files_teach(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for arguments, message in [
-            ({"loss": "Tripet"}, "unknown loss 'Tripet': did you mean Triplet"),
-            ({"loss": "Triplet", "fold": "4"}, "fold 4: expected 0, 1, 2 or 3"),
             ({"loss": "Triplet", "fold": "x"}, "fold x: expected"),
             ({"model": "bninceptio"}, "did you mean bninception"),
-            ({"model": "zzz"}, "expected bninception, inception_v3"),
             ({"model": "bninception", "loss": "Triplet"}, "without a loss"),
             ({}, "Give --model, --loss or --checkpoint")]:
         with pytest.raises(ValueError, match=message):
@@ -162,10 +159,6 @@ def test_damaged_foreign_and_malicious_checkpoints(tmp_path, trunk, embedder):
     refused("expected a state_dict", [1, 2])
     for odd in ({"weight": torch.zeros(2, 2, device="meta")}, {1: torch.zeros(2, 2)}):
         refused("expected a state_dict", odd)
-    strange = dict(list(trunk.items())[4:], extra=torch.ones(1))
-    strange["conv2_3x3.weight"] = torch.ones(2, 2)
-    refused(r"4 missing: conv1_7x7_s2.weight, conv1_7x7_s2.bias, .*, …; 1 unexpected: extra; "
-            r"1 misshapen: conv2_3x3.weight \(2, 2\) instead of \(192, 64, 3, 3\)", strange)
     (place / "trunk_best.pth").unlink()
     os.mkfifo(place / "trunk_best.pth")
     refused("a device or a pipe")
@@ -217,7 +210,7 @@ def test_none_is_the_same_in_every_process_and_differs_by_seed_and_fold(tmp_path
     assert len(set(digests)) == 5 and loaded[0](batch(1)).shape == (1, 128)
     code = ("from dml_common.networks import find, load, state_sha256\n"
             "print(state_sha256(load(find('cars196', 'None', '0')[0]).module))")
-    other = subprocess.run([sys.executable, "-c", code], cwd=files.ROOT, capture_output=True, text=True)
+    other = python(code)
     assert other.stdout.strip() == digests[0], other.stderr
     weight = loaded[0][1].weight
     assert weight.abs().max() <= 1 / 32 and abs(weight.std().item() - 1 / 32 / 3**0.5) < 1e-4
@@ -273,11 +266,11 @@ def test_factories(tmp_path, monkeypatch):
         networks.load(networks.find(model="no_such_module:x")[0])
 
 
-def own_network(monkeypatch, tmp_path, name, text):
+def own_network(monkeypatch, tmp_path, name, text, **options):
     """A module of that name in the current folder; networks of it are called NAME:make."""
     (tmp_path / f"{name}.py").write_text("import torch\nfrom torch import nn\n" + text)
     monkeypatch.chdir(tmp_path)
-    return networks.load(networks.find(model=f"{name}:make")[0])
+    return networks.load(networks.find(model=f"{name}:make", **options)[0])
 
 
 def test_a_factory_is_called_once_and_weights_are_loaded_into_it(tmp_path, monkeypatch, run_main):
@@ -322,15 +315,14 @@ GIVEN = {  # what a network makes of x (B, 12), options, what its embedding is o
     "two preferred": ("{'pooler_output': x, 'image_embeds': x}", {}, "which is the embedding"),
     "tokens": ("x.view(-1, 3, 4)", {}, r"gives \(2, 3, 4\); expected a tensor \(pictures, dimension\)"),
     "no such": ("{'a': x}", {"output": "b"}, r"--output b: 'b' is not there; the network gives a \(2, 12\)"),
-    "dropout": ("nn.functional.dropout(x, 0.5, True)", {}, "gives another embedding each time"),
     "raises": ("1 / 0", {}, r"fails on 2 pictures \(3, 2, 2\): ZeroDivisionError"),
 }
 
 
-@pytest.mark.parametrize("name", GIVEN)
-def test_the_embedding_among_a_networks_outputs(tmp_path, monkeypatch, name):
-    given, options, expected = GIVEN[name]
-    module = f"gives{list(GIVEN).index(name)}"
+@pytest.mark.parametrize("kind", GIVEN)
+def test_the_embedding_among_a_networks_outputs(tmp_path, monkeypatch, kind):
+    given, options, expected = GIVEN[kind]
+    name = f"gives{list(GIVEN).index(kind)}"
     text = f"""
 import collections, types
 Named = collections.namedtuple("Named", "a b")
@@ -343,18 +335,16 @@ def make():
     network.preprocessing = {{"resize": 2, "crop": 2}}
     return network
 """
-    (tmp_path / f"{module}.py").write_text("import torch\nfrom torch import nn\n" + text)
-    monkeypatch.chdir(tmp_path)
-    spec, = networks.find(model=f"{module}:make", **options)
     if not expected.startswith("x"):
-        with pytest.raises(ValueError, match=f"^{module}:make:? .*{expected}"):
-            networks.load(spec)
+        with pytest.raises(ValueError, match=f"^{name}:make:? .*{expected}"):
+            own_network(monkeypatch, tmp_path, name, text, **options)
         return
-    x, module = torch.rand(3, 3, 2, 2), networks.load(spec).module
+    x, module = torch.rand(3, 3, 2, 2), own_network(monkeypatch, tmp_path, name, text, **options).module
     kept = x.flatten(1).clone()
     assert torch.equal(module(x), eval(expected, {"x": kept})) and torch.equal(x.flatten(1), kept)
-    assert torch.autograd.grad(module(x.requires_grad_()).sum(), x)[0].max() == 1 + (name == "tuple")
-    assert networks.describe(spec).get("output") == options.get("output")
+    assert torch.autograd.grad(module(x.requires_grad_()).sum(), x)[0].max() == 1 + (kind == "tuple")
+    about = networks.describe(networks.find(model=f"{name}:make", **options)[0])
+    assert about.get("output") == options.get("output")
 
 
 WEIRD = """
