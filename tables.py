@@ -503,27 +503,21 @@ def markdown(text):
 
 def latex(text):
     """Any text for pdflatex: accented Latin letters stay, what its fonts lack becomes [U+0416]."""
-    def known(letter):
-        if letter in LATEX:
-            return LATEX[letter]
-        latin = letter.isascii() or ("À" <= letter <= "ÿ" and letter not in "ÐÞðþ")
-        return letter if latin else f"[U+{ord(letter):04X}]"
-
     text = re.sub(r"(?<=-)(?=-)|(?<=')(?=')", "\0", one_line(text))  # no ligatures: -- stays two hyphens
-    return "".join(map(known, text))
+    text = "".join(LATEX.get(letter, letter) for letter in text)
+    return re.sub(r"[^\0-\x7fÀ-ÏÑ-Ýß-ïñ-ýÿ]", lambda found: f"[U+{ord(found[0]):04X}]", text)
 
 
 def number_columns(content):
     """Which columns hold numbers: those stand to the right."""
-    columns = range(len(content["header"]))
-    return [any(row[k]["value"] is not None for row in content["rows"]) for k in columns]
+    columns = zip(content["header"], *content["rows"])
+    return [any(one["value"] is not None for one in column) for _, *column in columns]
 
 
 def csv_rows(content):
     """The table for its CSV: numbers with every digit, ± and marks in columns of their own."""
     columns, extra = [], {"low": "from", "high": "to", "spread": "±", "mark": "mark"}
-    for k, title in enumerate(content["header"]):
-        cells = [row[k] for row in content["rows"]]
+    for title, *cells in zip(content["header"], *content["rows"]):
         columns.append([title or "name"])
         for one in cells:  # text, a count, or a number
             as_is = one["value"] is None or one["value"] % 1 == 0 and one["text"].isdecimal()
@@ -563,23 +557,19 @@ def latex_template():
         command.say(f"no .tex files ({error}): they need jinja2 and the folder templates/")
 
 
-def shortened(one):
-    return one_line(one["text"])[:60]
-
-
 def show(content):
     """The table on the terminal, aligned; a wide matrix has numbers for its columns' names."""
     from dml_common.command import print_aligned
 
     first = int(content["header"][0] == "Paper")
-    header, rows = content["header"][first:], [row[first:] for row in content["rows"]]
-    rows = [list(map(shortened, row)) for row in rows]
+    header = list(map(one_line, content["header"][first:]))
+    rows = [[one_line(one["text"])[:60] for one in row[first:]] for row in content["rows"]]
     if content["kind"] == "matrix" and len(header) > 7:
         rows = [[f"{k:2} {row[0]}", *(text.replace(" ± ", "±") for text in row[1:])]
                 for k, row in enumerate(rows, 1)]
         header = ["", *map(str, range(1, len(header)))]
     print(f"\n{one_line(content['title'])}" + (f" ({content['paper']})" if content["paper"] else ""))
-    print_aligned([list(map(one_line, header)), *rows])
+    print_aligned([header, *rows])
 
 
 def write(out, contents, parts, about):

@@ -238,19 +238,10 @@ def verdict(estimate, side, reference, p_holm, tests):
 # ---------------------------------------------------------------- what results say
 
 
-def correlations(one):
-    """{(network, network): Fisher's z of their maps' correlation}, means over folds."""
-    return {(row.network, row.other): np.arctanh(np.clip(row.value, -CLIP, CLIP))
-            for row in one.select("correlation", fold="mean") if row.network != row.other}
-
-
 def by_type(values, types, kinds=("classification", "ranking"), fisher=False):
     """Values of losses {name: value} of the first kind less those of the second -> Estimate or None."""
-    sides = {kind: [] for kind in kinds}
-    for name, value in values.items():
-        if types[name] in sides:
-            sides[types[name]].append(value)
-    return difference_of(*sides.values(), fisher)
+    sides = [[value for name, value in values.items() if types.get(name) == kind] for kind in kinds]
+    return difference_of(*sides, fisher)
 
 
 def concentrations(one):
@@ -271,7 +262,9 @@ def concentrations(one):
 
 def pixel_claims(one):
     """The first paper's claims about saliency maps."""
-    z, types = correlations(one), one.types
+    z = {(row.network, row.other): np.arctanh(np.clip(row.value, -CLIP, CLIP))
+         for row in one.select("correlation", fold="mean") if row.network != row.other}
+    types = one.types
     kinds = {name: types[name] for pair in z for name in pair if types[name] in TYPES[:2]}
     distances = {name: one.distances[name] for name in kinds if one.distances.get(name)}
     none = {name: z[pair] for pair in z for name in pair if name in kinds and not kinds.keys() >= {*pair}
@@ -281,18 +274,16 @@ def pixel_claims(one):
     top = by_type(tops, types, ("ranking", "classification"))
     if top and noise is not None:
         top = top._replace(note=f"{top.note}; a map's noise {noise:.4f}")
-    for says, needs, *claimed in (
-            ("Maps of one type of loss correlate more than of two", "compare.csv of both types", "+",
-             same_group(z, kinds)),
-            ("Maps of one distance do not, types being equal", "compare.csv of several losses", "=",
-             same_group(z, distances, kinds, MARGIN), MARGIN),
-            ("None's maps are nearer to classification than to ranking", "compare.csv of both types and None",
-             "+", by_type(none, types, fisher=True)),
-            ("Classification: more saliency lies outside the object", "masks.csv of both types", "+",
-             by_type(outside, types)),
-            (f"Ranking: more of the saliency in a map's top {TOP:.0%} of pixels", "maps.npy of both types",
-             "+", top)):
-        yield Claim("Kobs et al.", says, needs, *claimed)
+    yield Claim("Kobs et al.", "Maps of one type of loss correlate more than of two",
+                "compare.csv of both types", "+", same_group(z, kinds))
+    yield Claim("Kobs et al.", "Maps of one distance do not, types being equal",
+                "compare.csv of several losses", "=", same_group(z, distances, kinds, MARGIN), MARGIN)
+    yield Claim("Kobs et al.", "None's maps are nearer to classification than to ranking",
+                "compare.csv of both types and None", "+", by_type(none, types, fisher=True))
+    yield Claim("Kobs et al.", "Classification: more saliency lies outside the object",
+                "masks.csv of both types", "+", by_type(outside, types))
+    yield Claim("Kobs et al.", f"Ranking: more of the saliency in a map's top {TOP:.0%} of pixels",
+                "maps.npy of both types", "+", top)
 
 
 def property_claims(one):

@@ -321,12 +321,12 @@ def pair_lines(lines):
             subsets[line["embeddings"], int(line["classes"])].append(line)
     for (_, number), several in subsets.items():
         means = {}
-        for key in ("recall_at_1", "map_at_r", "jsd"):
+        for key in ("recall_at_1", "map_at_r", "jsd", "jsd_null"):
             scores = [line[key] for line in several if line.get(key) is not None]
             means[key] = float(np.mean(scores)) if scores else None
-        nulls = [line["jsd_null"] for line in several if line.get("jsd_null") is not None]
-        if means["jsd"] is not None and nulls:
-            means["jsd"] -= float(np.mean(nulls))
+        null = means.pop("jsd_null")
+        if None not in (null, means["jsd"]):
+            means["jsd"] -= null
         yield {"ends": several[0]["ends"], "bins": several[0]["bins"], "subset": number, **means}
 
 

@@ -15,7 +15,6 @@ training adds is shown by two seeds without any shortcut. The intervals over los
 turn signs; a loss trained from several seeds counts once, with their mean.
 """
 import csv
-import hashlib
 import json
 import shutil
 import sys
@@ -41,15 +40,12 @@ def jackknife(embeddings, labels, groups=GROUPS):
 
     embeddings (n, m); labels {name: (n,)}; picture i is in group i % GROUPS. Hypergeometric null.
     """
-    n = len(embeddings)
-    values = {name: np.empty(1 + groups) for name in labels}
+    group_of, scores = np.arange(len(embeddings)) % GROUPS, []
     for k in range(1 + groups):
-        rows = np.flatnonzero(np.arange(n) % GROUPS != k - 1)
-        scores = nr_precision(embeddings[rows], {name: column[rows] for name, column in labels.items()},
-                              null="hypergeometric")
-        for name, score in scores.items():
-            values[name][k] = score.nr_precision
-    return values
+        rows = np.flatnonzero(group_of != k - 1)
+        part = {name: column[rows] for name, column in labels.items()}
+        scores.append(nr_precision(embeddings[rows], part, null="hypergeometric"))
+    return {name: np.array([score[name].nr_precision for score in scores]) for name in labels}
 
 
 def interval(values):
@@ -75,12 +71,8 @@ def slugs_by_name():
 
 def of_types(values):
     """(classification less ranking, low, high, p) of {slug: number}: Welch's interval, exact Mann-Whitney."""
-    of = kinds()
-    groups = [[value for slug, value in values.items() if of.get(slug) == kind]
-              for kind in ("classification", "ranking")]
-    if min(map(len, groups)) < 2:
-        return np.nan, np.nan, np.nan, np.nan
-    return conclusions.difference_of(*groups)[:4]
+    estimate = conclusions.by_type(values, kinds())
+    return estimate[:4] if estimate and estimate.p is not None else (np.nan,) * 4
 
 
 def read_rows(path):
@@ -101,12 +93,6 @@ def find(folder, name):
     """{(slug, "fold0" or "fold0.seed2"): path} of a set's embeddings."""
     paths = sorted((folder / "results" / name / "cars_test").glob("*/fold*/emb.npy"))
     return {(path.parts[-3], path.parts[-2]): path for path in paths}
-
-
-def random_columns(labels, number, seed=0):
-    """Columns that are in no picture: the planted property's values in an order of chance, {name: (n,)}."""
-    rng = np.random.default_rng(seed)
-    return {f"random {i}": rng.permutation(labels[PLANTED]) for i in range(number)}
 
 
 def by_loss(values):
@@ -215,22 +201,21 @@ def order(scores, published):
     return [*rows, row("tau of the losses' means with Table 6", "", *means)]
 
 
-def spread(trained, frozen, names, seed=0):
+def spread(trained, frozen, names):
     """Question 5: how much losses differ (standard deviation) when more learns than the last layer.
 
     trained, frozen: {slug: {property: NR-Prec}}. The ratio's interval: 10,000 bootstrap draws of losses.
     """
-    rows, rng, slugs = [], np.random.default_rng(seed), sorted(set(trained) & set(frozen) - {"none"})
+    rows, rng, slugs = [], np.random.default_rng(0), sorted(set(trained) & set(frozen) - {"none"})
     draws = rng.integers(len(slugs), size=(10_000, len(slugs)))
     for name in names:
         both = np.array([[one[slug][name] for slug in slugs] for one in (trained, frozen)])
-        for what, values in zip(("trained", "frozen"), both):
-            rows.append((5, f"deviation between losses, {what}", 0, "", name, values.std(ddof=1), "", "", "",
-                         len(slugs)))
+        one, other = both.std(axis=-1, ddof=1)
+        for what, value in ("trained", one), ("frozen", other):
+            rows.append((5, f"deviation between losses, {what}", 0, "", name, value, "", "", "", len(slugs)))
         a, b = both[:, draws].std(axis=-1, ddof=1)
-        ratio = both.std(axis=-1, ddof=1)
         low, high = np.quantile(a[b > 0] / b[b > 0], [0.025, 0.975])
-        rows.append((5, "ratio of deviations", 0, "", name, ratio[0] / ratio[1], low, high, "", len(slugs)))
+        rows.append((5, "ratio of deviations", 0, "", name, one / other, low, high, "", len(slugs)))
         test = stats.kendalltau(*both)
         rows.append((5, "tau of the losses' order", 0, "", name, test.statistic, "", "", test.pvalue,
                      len(slugs)))
@@ -278,19 +263,6 @@ def learned(folder):
     return rows
 
 
-def clustered(path, columns):
-    """Question 4: is a column that is in no picture called one that the embedding clusters by (p <= 0.05)?"""
-    scores = nr_precision(np.load(path), columns, null="hypergeometric", permutations=99)
-    return [score.p_value <= 0.05 for score in scores.values()]
-
-
-def published():
-    """Table 6 of the first paper, {slug: {property: NR-Prec}}."""
-    slugs = slugs_by_name()
-    return {slugs[name]: {key: value for key, value in row.items() if value is not None}
-            for name, row in results.published_nrprec().items() if name in slugs}
-
-
 def kept(folder):
     """jackknife.csv as {set: {(slug, fold): jackknife()}}; {} without it."""
     scores, path = {}, folder / "jackknife.csv"
@@ -301,14 +273,17 @@ def kept(folder):
     return scores
 
 
-def answers(folder, number=1000):
-    """All rows of answers.csv, and of jackknife.csv; number: of random columns."""
+def answers(folder):
+    """All rows of answers.csv, and of jackknife.csv."""
     if not find(folder, "hue0"):
         raise ValueError(f"{folder}/results/hue0: no embeddings; bash examples/study.sh makes them")
-    labels, table6 = read_properties(folder), published()
+    labels, named = read_properties(folder), slugs_by_name()
+    table6 = {named[name]: {key: value for key, value in row.items() if value is not None}
+              for name, row in results.published_nrprec().items() if name in named}
     sets = {path.name: find(folder, path.name) for path in sorted((folder / "results").iterdir())}
     slugs = sorted({slug for slug, _ in sets["hue0"]} - {"none"})
-    chance = random_columns(labels, number)
+    rng = np.random.default_rng(0)  # columns that are in no picture: the planted values in an order of chance
+    chance = {f"random {i}": rng.permutation(labels[PLANTED]) for i in range(1000)}
     own = {slug: {name: chance[name] for name in list(chance)[i::len(slugs)]} for i, slug in enumerate(slugs)}
     scores, false = {name: {} for name in sets}, []
     work = [(name, *key, path) for name, networks in sets.items() for key, path in networks.items()]
@@ -317,8 +292,9 @@ def answers(folder, number=1000):
             extra = own.get(slug, {}) if "hue" in name and fold == "fold0" else {}
             groups = 0 if name == "frozen" else GROUPS
             scores[name][slug, fold] = jackknife(np.load(path), {**labels, **extra}, groups)
-            if name == "hue0" and extra:
-                false += clustered(path, extra)
+            if name == "hue0" and extra:  # is what is in no picture said to be clustered by?
+                tests = nr_precision(np.load(path), extra, null="hypergeometric", permutations=99)
+                false += [test.p_value <= 0.05 for test in tests.values()]
             bar.update()
     scores = {**kept(folder), **{name: networks for name, networks in scores.items() if networks}}
     hues, wholes = ({int(name.removeprefix(kind)): scores[name] for name in scores if name.startswith(kind)}
@@ -351,7 +327,7 @@ def check(folder):
         digest, _, name = line.partition("  ")
         if not (folder / name).is_file():
             problem = "is missing"
-        elif hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
+        elif files.files_digest([folder / name]) != digest:
             problem = "is not the file that SHA256SUMS lists"
         else:
             continue
@@ -384,22 +360,20 @@ def ship(folder, out):
     if (folder / "answers/jackknife.csv").exists():
         shutil.copyfile(folder / "answers/jackknife.csv", out / "jackknife.csv")
     made = {"SHA256SUMS", "README.md", "answers.csv", "study.png"}
-    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(out).as_posix()}\n"
+    lines = [f"{files.files_digest([path])}  {path.relative_to(out).as_posix()}\n"
              for path in sorted(out.rglob("*")) if path.is_file() and path.name not in made]
     (out / "SHA256SUMS").write_text("".join(lines))
 
 
-def draw(rows, folder, path, picture=0):
+def draw(rows, folder, path):
     """The picture of docs/study.md: the planted property's response to its dose, all others, some maps."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure = pyplot.figure(figsize=(11, 6.2), layout="constrained")
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(11, 6.2), layout="constrained")
     above, below = figure.subfigures(2, height_ratios=(3.8, 2))
     left, right = above.subplots(1, 2)
     draw_dose(left, [row for row in rows if row[1] == "change" and row[4] == PLANTED])
     draw_means(right, [row for row in rows if row[1] == "mean change" and row[4] != SEEN])
-    draw_maps(below, folder, picture)
+    draw_maps(below, folder)
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
@@ -432,18 +406,18 @@ def draw_means(axes, means):
     axes.set(xlabel="mean change of NR-Prec, 95 % interval over losses", title=f"All properties at {top} %")
 
 
-def draw_maps(figure, folder, picture):
-    """One test car and its saliency maps by networks of shares 0 and 90."""
+def draw_maps(figure, folder):
+    """The first test car and its saliency maps by networks of shares 0 and 90."""
     from PIL import Image
     pairs = [(name, slug) for slug in ("triplet", "normalized_softmax") for name in ("hue0", "hue90")]
     shown = [(name, slug) for name, slug in [("hue0", "none"), *pairs]
              if (folder / "results" / name / "cars_test" / slug / "fold0" / "maps.npy").exists()]
     panels = figure.subplots(1, 1 + len(shown), squeeze=False)[0]
-    panels[0].imshow(Image.open(sorted(folder.glob("cars_test/images/*"))[picture]))
+    panels[0].imshow(Image.open(sorted(folder.glob("cars_test/images/*"))[0]))
     panels[0].set_title("test car", fontsize=9)
     for axes, (name, slug) in zip(panels[1:], shown):
         maps = np.load(folder / "results" / name / "cars_test" / slug / "fold0" / "maps.npy")
-        axes.imshow(maps[picture].astype(float), cmap="magma", vmin=0, vmax=1)
+        axes.imshow(maps[0].astype(float), cmap="magma", vmin=0, vmax=1)
         title = f"{slug.replace('_', ' ')}\n{name.removeprefix('hue')} %"
         axes.set_title("before training" if slug == "none" else title, fontsize=9)
     for axes in panels:
