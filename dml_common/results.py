@@ -603,7 +603,7 @@ def difference(ours, theirs, measure):
     if per_cent:
         wanted["pictures"] = str(TEST_PICTURES.get(theirs.name))
     differ = [(name, made.get(name, "unknown"), one) for name, one in wanted.items() if made.get(name) != one]
-    return replace(ours, rows=rows, tables={}), differ
+    return replace(ours, rows=rows, tables={}, properties={}), differ
 
 
 def settings(results, measure):

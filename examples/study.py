@@ -336,6 +336,8 @@ def check(folder):
 
 def ship(folder, out):
     """Copy what is worth keeping of study.sh's folder: embeddings as float16, no networks, no disk's path."""
+    if (folder / "SHA256SUMS").exists():
+        raise ValueError(f"{folder}: what --ship made before; give the folder of study.sh")
     shutil.copytree(folder / "cars_test", out / "cars_test", dirs_exist_ok=True)
     arrays, networks = "results/*/cars_test/*/fold*/", "*/trained/*/*/fold*/"
     patterns = (f"{arrays}*.npy", f"{arrays}*.json", "results/hue0/cars_test/props.csv",

@@ -324,6 +324,17 @@ def test_a_perfect_reproduction_shows_a_difference_of_0_everywhere(run, out, tmp
     assert "NR-Prec, renders: difference (Table 6)" in printed and not (tmp_path / "tables").exists()
 
 
+def test_a_data_sets_properties_are_no_difference(tabled, tmp_path):
+    """Of a data set with rendered cars' properties, whose correlations are compared as well."""
+    folder, models = tmp_path / "results", tmp_path / "models"
+    reproduced(folder, models)
+    published_results(folder / "sop")
+    (folder / "sop" / "props.csv").write_text("name,model\na.jpg,0\nb.jpg,1\n")
+    named = tabled(folder, "--published", "--models", models)[1]
+    assert {"settings_nrprec_sop", "difference_correlation_sop"} <= set(named)
+    assert not [name for name in named if name.startswith(("ours_properties", "difference_properties"))]
+
+
 def test_settings_that_are_not_the_published_ones_stand_in_place_of_differences(tabled, tmp_path):
     folder, models = tmp_path / "results", tmp_path / "models"
     reproduced(folder, models, "cosine", samples=20, noise=0.1)
