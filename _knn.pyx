@@ -151,7 +151,7 @@ cdef extern from *:
     /* Most candidates are farther than the deepest threshold: their keys would be -32767, and are left out.
        The others' stand side by side, `kept` has a bit for each candidate. n is a multiple of 64; 64 keys, or
        levels, are written, or read, beyond the last. */
-    #define CHUNK 4096
+    #define CHUNK 8192
     #define WORDS (CHUNK / 64)
     #ifdef KNN_X86
     AVX2 static inline __m256i numbers_avx2(const float *product, const float *offset, __m256 low,

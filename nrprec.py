@@ -50,7 +50,7 @@ PUBLISHED_THRESHOLD = 2.576  # two-sided 1 % of one z-score; the paper marks the
 BLOCK_WORK = 4e9             # comparisons in a block at most, a fraction of a second: progress, Ctrl-C
 SAMPLE, TILE = 1024, 1 << 19  # candidates that tell the keys' ranges; products, which the cache keeps
 MASKS = 1 / 4                # of memory_mib, of what queries retrieve: for permutations
-BLOCK_ROWS = 1024            # queries in one matrix product: more does not speed it up (benchmarks/nrprec.py)
+BLOCK_ROWS = 768             # queries in one matrix product: more does not speed it up (benchmarks/nrprec.py)
 MOST_TESTED = 1e7            # permutations × values, which are kept: more values get no p-value
 SHOWN = (("R-Prec", "r_precision", 4), ("NR-Prec", "nr_precision", 2), ("± s.e.", "nr_precision_se", 2),
          ("p_holm", "p_holm", 4))
