@@ -8,13 +8,12 @@ float64. Both start from float16 maps in memory; they take turns, and medians ar
 command over --pictures pictures and over a quarter of them, with start, intervals and one CSV, all threads.
 Asserts nothing.
 """
-import argparse
 import itertools
 import tempfile
 from pathlib import Path
 
 import numpy as np
-from measure import measured, print_header, print_table, script, typical
+from measure import command, cpu_alone, measured, print_header, print_table, script, typical
 from scipy.spatial.distance import jensenshannon
 from threadpoolctl import threadpool_limits
 
@@ -65,13 +64,13 @@ def whole_command(args, rng, n):
 
 
 def main():
-    as_it_stands = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_stands)
+    parser = command.parser(__doc__)
     add = parser.add_argument
     add("--networks", type=int, default=15, help="number of networks (15)")
     add("--size", type=int, default=227, help="side of a map (227)")
     add("--pictures", type=int, default=400, help="for the whole command (400); 0 leaves it out")
     add("--repeat", type=int, default=9, help="turns of each way (9)")
+    cpu_alone(parser)
     args = parser.parse_args()
     rng = np.random.default_rng(0)
     print_header(None, f"{args.networks} networks, maps of {args.size} × {args.size}")
@@ -82,4 +81,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main, stopped="stopped")

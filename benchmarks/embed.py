@@ -9,7 +9,6 @@ hashing, decoding, writing, renaming), its floor the bare passes before and afte
 The others are processes of their own with 100 and 400 pictures: does memory grow? bninception and
 inception_v3 get random weights where the real ones are not at hand: they take the same time. Asserts nothing.
 """
-import argparse
 import os
 import tempfile
 import time
@@ -63,8 +62,7 @@ def repeat(paths, times, folder):
 
 
 def main():
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = command.parser(__doc__)
     add = parser.add_argument
     add("--dataset", required=True, help="a folder of pictures or a rendered set")
     add("--model", default="efficientnet_lite0")
@@ -109,4 +107,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main, stopped="stopped")

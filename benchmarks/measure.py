@@ -59,6 +59,16 @@ def print_header(device=None, *more):
                      time.strftime("%Y-%m-%d"), *held, *more]), flush=True)
 
 
+def cpu_alone(parser):
+    """--device, which every benchmark takes, of one that measures nothing on a GPU."""
+    def noted(device):
+        if device != "cpu":
+            command.say(f"note: nothing here runs on a GPU: --device {device} changes no figure")
+        return device
+
+    parser.add_argument("--device", type=noted, default="cpu", help="cuda is taken, and changes nothing here")
+
+
 def peak_mib():
     """Of this process, since measured() began or the process did."""
     status = Path("/proc/self/status")
@@ -94,7 +104,7 @@ def script(name, *arguments):
     line = [sys.executable, __file__, str(ROOT / name), *map(str, arguments)]
     cost, done = measured(lambda: subprocess.run(line, cwd=ROOT, capture_output=True, text=True))
     if done.returncode:
-        sys.exit(done.stderr)
+        raise ValueError(f"{name}: {done.stderr.strip()}")
     said, _, peaks = done.stderr.rstrip().rpartition("\n")
     peak, gpu = map(float, peaks.split())
     return cost._replace(peak=peak, gpu=gpu), said

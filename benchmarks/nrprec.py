@@ -9,14 +9,13 @@ Embeddings are random (seeded), labels have Table 5's cardinalities. The floor i
 shapes and ways of threading. Permutations are extrapolated from 149 orders of 2,048 and 6,144 queries.
 Asserts nothing.
 """
-import argparse
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
-from measure import measured, print_header, print_table
+from measure import command, cpu_alone, measured, print_header, print_table
 from threadpoolctl import threadpool_limits
 
 import nrprec
@@ -97,8 +96,7 @@ def mapped(n, m, rng):
 
 
 def main():
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = command.parser(__doc__)
     parser.add_argument("--n", type=int, default=100_000, help="pictures (default: 100,000)")
     parser.add_argument("--dim", type=int, default=128, help="dimension (default: 128)")
     parser.add_argument("--queries", type=int, help="subset of queries (default: all)")
@@ -109,6 +107,7 @@ def main():
     parser.add_argument("--memory-mib", type=int, default=512)
     parser.add_argument("--mapped", action="store_true", help="embeddings are float16 in a file")
     parser.add_argument("--plain", action="store_true", help="also time the argpartition version")
+    cpu_alone(parser)
     arguments = parser.parse_args()
 
     rng = np.random.default_rng(0)
@@ -152,4 +151,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main, stopped="stopped")

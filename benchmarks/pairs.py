@@ -7,12 +7,11 @@ of all with all. All in one run.
 
 Embeddings are random (seeded), figures medians of --repeats. Asserts nothing.
 """
-import argparse
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from measure import Cost, measured, print_header, print_table, typical
+from measure import Cost, command, cpu_alone, measured, print_header, print_table, typical
 from threadpoolctl import threadpool_limits
 
 import pairs
@@ -109,8 +108,7 @@ def ranking(args, rng):
 
 
 def main():
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = command.parser(__doc__)
     parser.add_argument("what", choices=("histogram", "ranking"))
     parser.add_argument("--n", type=int, default=10_000, help="pictures (default: 10,000)")
     parser.add_argument("--dim", type=int, default=128, help="dimension (default: 128)")
@@ -119,6 +117,7 @@ def main():
     parser.add_argument("--share", type=float, default=0.05, help="of tiles for numpy.histogram (0.05)")
     parser.add_argument("--repeats", type=int, default=3, help="default: 3")
     parser.add_argument("--threads", type=int, default=pairs.available_threads())
+    cpu_alone(parser)
     args = parser.parse_args()
     print_header(None, f"{args.threads} threads",
                  f"kernel {pairs._knn.ISA if pairs._knn else 'not built (NumPy twin)'}")
@@ -126,4 +125,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main, stopped="stopped")

@@ -9,7 +9,6 @@ All three need bpy; samples also needs another environment's Python, in which em
 what lies in its folder. A set is a number of samples, or SAMPLES:SEED with noise of another seed (128:1 says
 how far chance alone goes). Prints figures; asserts nothing.
 """
-import argparse
 import os
 import subprocess
 import sys
@@ -58,7 +57,7 @@ def speed(args):
     some, ways = rows[::max(1, len(rows) // args.anew)][:args.anew], {}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        options = settings(folder, args.size, args.samples)
+        options = settings(folder, args.size, args.samples, device=args.device)
 
         def build(row, properties=PROPERTIES):
             return quiet(render_cars.build, options, None, properties)[:2]
@@ -79,7 +78,8 @@ def speed(args):
             for row in some:
                 frame = row["frame"]
                 script("render_cars.py", "--out", folder / str(frame), "--masks", "--frames",
-                       f"{frame}:{frame + 1}", "--size", args.size, "--samples", args.samples)
+                       f"{frame}:{frame + 1}", "--size", args.size, "--samples", args.samples,
+                       "--device", args.device)
 
         cost, _ = measured(processes)
         ways["a process for each frame"] = cost.each(len(some))
@@ -218,8 +218,7 @@ def neighbours(args, name, rows):
 
 
 def main():
-    as_it_stands = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_stands)
+    parser = command.parser(__doc__)
     commands = parser.add_subparsers(required=True)
     for function in (speed, sheets, bodies, samples):
         one = commands.add_parser(function.__name__, help=function.__doc__.splitlines()[0])
@@ -229,6 +228,7 @@ def main():
         if function is speed:
             add("--frames", type=int, default=96, help="with the scene built once (96)")
             add("--anew", type=int, default=8, help="rendered each of the other ways (8)")
+            add("--device", default="cpu", help="as render_cars.py takes it (cpu)")
         if function is bodies:
             add("--number", type=int, default=60)
         if function in (sheets, bodies):
@@ -249,4 +249,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main, stopped="stopped")

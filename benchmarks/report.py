@@ -7,7 +7,6 @@ Made-up maps (blurred noise, cut at the 99th percentile, 224 × 224) and picture
 disk for each network and hundred pictures. Opening (chromium, chromedriver, selenium, where they are here) is
 timed from the address to the first picture's maps drawn, the median of five times in one browser.
 """
-import argparse
 import csv
 import json
 import shutil
@@ -17,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from measure import ROOT, print_header, print_table, script
+from measure import ROOT, command, cpu_alone, print_header, print_table, script
 from PIL import Image
 
 
@@ -78,10 +77,10 @@ def opening_seconds(page, times=5):
 
 
 def main():
-    plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser = command.parser(__doc__)
     for name, default in ("networks", 15), ("pictures", 300), ("size", 112):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"({default})")
+    cpu_alone(parser)
     args = parser.parse_args()
     print_header()
     with tempfile.TemporaryDirectory() as folder:
@@ -97,4 +96,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main, stopped="stopped")

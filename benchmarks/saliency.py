@@ -17,7 +17,6 @@ bf16 on a processor that has it (AVX512-BF16, AMX), tf32 and bf16 on a GPU.
 independent noise, the most that two networks can agree, and of one such map with a map of --reference
 copies; for both orders, with independent and with antithetic noise.
 """
-import argparse
 import copy
 import itertools
 import sys
@@ -196,8 +195,7 @@ def ceiling_table(args, device):
 
 
 def main():
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = command.parser(__doc__)
     add = parser.add_argument
     add("--backbone", default="bninception", choices=["bninception", "efficientnet_lite0"])
     add("--pictures", metavar="FOLDER", help="real pictures (smooth random ones)")
@@ -217,4 +215,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main, stopped="stopped")

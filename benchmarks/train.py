@@ -9,7 +9,6 @@ and the whole network is fine-tuned for two epochs. train.py says how long it wa
 decoding threads' own speed, in pictures a second, stands beside. The default network is Inception v3 with
 random weights, so that nothing has to be downloaded. Asserts nothing.
 """
-import argparse
 import os
 import re
 import tempfile
@@ -74,8 +73,7 @@ def frozen(args, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.parser(__doc__)
     add = parser.add_argument
     add("--pictures", type=int, metavar="N", help="fine-tune on so many made-up pictures, 128 or more "
         "(instead: the frozen trunk)")
@@ -94,4 +92,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main, stopped="stopped")

@@ -189,6 +189,16 @@ def test_a_gpu_that_is_not_there():  # more of --device is in test_embed.py
         command.torch_device("cuda:99")
 
 
+@pytest.mark.parametrize("line", ["compare", "embed --dataset examples/cars", "nrprec", "pairs ranking",
+                                  "report", "saliency", "train"])
+def test_benchmarks_take_a_device_and_refuse_in_one_line(line):
+    script, *more = line.split()
+    line = [sys.executable, ROOT / f"benchmarks/{script}.py", *more, "--device", "cuda:99", "--nonsense"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "") and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == f"{script}.py: unrecognized arguments: --nonsense"
+
+
 def test_names_for_people():
     assert command.short_names(["a/x.npy", "b/y.npy"]) == ["x", "y"]
     assert command.short_names(["r/c/a/fold0/emb.npy", "r/c/b/fold0/emb.npy"]) == ["a", "b"]
