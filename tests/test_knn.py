@@ -116,8 +116,9 @@ def test_rows_of_a_file_as_they_lie_there(dtype, distance, tmp_path):
     unit = made.astype(np.float64) / np.sqrt((made.astype(np.float64) ** 2).sum(1, keepdims=True))
     for expected, normalise in ((made, False), (unit.astype(np.float32), True)):
         hits = brute_force_hits(brute_force_distances(expected, distance), some)
-        ours = kernel_hits(mapped, some, distance, rows=rows, normalise=normalise)
-        np.testing.assert_array_equal(ours, hits)
+        for isa in ISAS:
+            ours = kernel_hits(mapped, some, distance, rows=rows, normalise=normalise, isa=isa)
+            np.testing.assert_array_equal(ours, hits)
 
 
 @pytest.mark.parametrize("kind", ("normal", "integers", "signs", "identical"))
@@ -219,8 +220,10 @@ def test_blocks_and_threads_change_nothing(threads, memory_mib):
     rng = np.random.default_rng(6)
     x = rng.standard_normal((1003, 19)).astype(np.float32)[rng.integers(0, 900, 1003)]
     labels = [rng.integers(0, v, 1003) for v in (3, 40, 700)]
-    np.testing.assert_array_equal(kernel_hits(x, labels, "cosine", threads=threads, memory_mib=memory_mib),
-                                  kernel_hits(x, labels, "cosine"))
+    expected = kernel_hits(x, labels, "cosine")
+    for isa in ISAS:
+        hits = kernel_hits(x, labels, "cosine", threads=threads, memory_mib=memory_mib, isa=isa)
+        np.testing.assert_array_equal(hits, expected)
 
 
 @pytest.mark.parametrize("isa", ISAS)
