@@ -28,11 +28,12 @@ if __name__ == "__main__":  # Ctrl-C ends in one line from here on
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 from scipy.special import stdtrit
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 try:
     import _knn
@@ -111,10 +112,13 @@ def count_pairs_numpy(space, order, ranges, groups, bins):
     return counts
 
 
+blas_threads = cache(ThreadpoolController)  # listing the libraries takes 2 ms: once
+
+
 def in_turn(work, jobs, threads):
     """Yield work(*job) in the order of the jobs, from so many threads with one BLAS thread each."""
-    with threadpool_limits(1), ThreadPoolExecutor(threads) as pool:
-        waiting = deque()
+    with blas_threads().limit(limits=1):
+        pool, waiting = ThreadPoolExecutor(threads), deque()
         try:
             for job in jobs:
                 waiting.append(pool.submit(work, *job))
@@ -123,8 +127,7 @@ def in_turn(work, jobs, threads):
             while waiting:
                 yield waiting.popleft().result()
         finally:
-            for future in waiting:
-                future.cancel()                           # Ctrl-C: what has begun ends, nothing else begins
+            pool.shutdown(cancel_futures=True)            # Ctrl-C: what has begun ends, nothing else begins
 
 
 def count_pairs(space, order, ranges, groups, bins, threads, progress=None):
