@@ -85,8 +85,8 @@ cdef extern from *:
             && __builtin_cpu_supports("avx512vl")) return 2;
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
     }
-    /* By the bits of a byte: where in eight keys those with a bit stand, as bytes; and of each of eight which
-       of those with a bit it is. 128: none. */
+    /* For _mm_shuffle_epi8, by the bits of a byte: `together` moves those of eight keys that have a bit to the
+       front, `apart` moves as many levels from the front to the places with a bit. 128: nothing, a zero. */
     static uint8_t together[256][16], apart[256][8];
     static void set_isa(int level)
     {
@@ -148,9 +148,9 @@ cdef extern from *:
             histogram[(uint16_t)(key[i] ^ (int16_t)0x8000) >> BIN_SHIFT]++;
     }
 
-    /* Most candidates are farther than the deepest threshold: their keys would be -32767, and are left out.
-       The others' stand side by side, `kept` has a bit for each candidate. n is a multiple of 64; 64 keys, or
-       levels, are written, or read, beyond the last. */
+    /* Most candidates are farther than the deepest threshold: keys up to -32767 are left out. The others stand
+       side by side, `kept` has a bit for each candidate. n is a multiple of 64; up to 64 keys are written, and
+       levels read, beyond the last. */
     #define CHUNK 8192
     #define WORDS (CHUNK / 64)
     #ifdef KNN_X86
@@ -314,7 +314,7 @@ cdef extern from *:
             near[i / 64] = bits;
         }
     }
-    /* Items of at least this level with the given code. At most 32,768 items: 16-bit sums. */
+    /* Items of at least this level with the given code. At most CHUNK items: 16-bit sums. */
     LOOP int32_t count_codes_loop(const uint8_t *level, const uint8_t *code, ptrdiff_t n, uint8_t least,
                                   uint8_t value)
     {
@@ -431,16 +431,15 @@ cdef extern from *:
         }
         return found;
     }
-    /* The candidate whose key stands at `place`; *word, where it was sought last, goes on to its bit's. */
+    /* The candidate whose key stands at `place`; *word, where the last one's bit was, goes on to this one's. */
     #ifdef KNN_X86
-    AVX2 static int32_t candidate_at(const uint64_t *kept, const int32_t *before, int32_t place,
-                                     ptrdiff_t *word)
+    AVX2 static int32_t kept_at(const uint64_t *kept, const int32_t *before, int32_t place, ptrdiff_t *word)
     {
-        if (!kept) return place;
         while (before[*word + 1] <= place) ++*word;
         const uint64_t bit = _pdep_u64((uint64_t)1 << (place - before[*word]), kept[*word]);
         return (int32_t)*word * 64 + LOWEST_BIT(bit);
     }
+    #define candidate_at(kept, before, place, word) ((kept) ? kept_at(kept, before, place, word) : (place))
     #else
     #define candidate_at(kept, before, place, word) (place)
     #endif
@@ -671,7 +670,6 @@ cdef extern from *:
                    int16_t *key, uint64_t *kept) noexcept nogil
     void expand(const uint8_t *level, ptrdiff_t words, const uint64_t *kept, uint8_t *out) noexcept nogil
     void sum_bits(const uint64_t *bits, ptrdiff_t words, int32_t *before) noexcept nogil
-    int LOWEST_BIT(uint64_t bits) noexcept nogil
     ptrdiff_t sum_from_top(uint32_t *histogram, uint32_t deepest) noexcept nogil
     ptrdiff_t collect(const int16_t *key, ptrdiff_t n, int16_t low, int16_t high,
                       int32_t *index) noexcept nogil
@@ -739,8 +737,8 @@ cdef struct Row:                # one query at work: its thread's scratch and wh
     double scale                # of the keys
     int16_t *key                # (keys,), and behind them −32768 up to a multiple of 64
     ptrdiff_t keys              # n, or fewer where those of the farthest are left out
-    const uint64_t *kept        # (⌈n/64⌉,) then a bit for each candidate that has a key, and
-    int32_t *before             # (⌈n/64⌉ + 1,) how many have one before each 64
+    const uint64_t *kept        # (⌈n/64⌉,) a bit for each candidate that has a key; NULL where all have
+    int32_t *before             # (⌈n/64⌉ + 1,) how many bits there are before each word of kept
     uint32_t *above             # (BINS,) histogram, then the number of items in higher bins
     ptrdiff_t lowest            # bin from which on `above` is known
     int32_t *index              # (n,) items near a threshold; after resolve() the chosen ones, then the tied
@@ -830,7 +828,7 @@ cdef void choose_keys(const float *sample, ptrdiff_t count, double share, double
                       float *place) noexcept nogil:
     """The keys' range from about 1,000 similarities: one's key is (similarity − place[0]) · place[1] − 32768.
 
-    place[2] is 1 where what is not among this share of the nearest is left out, by keys of −32767, else 0.
+    place[2] is 1 where what is not among this share of the nearest is left out, 0 where all get keys.
     What lies beyond the range shares an edge's key (slower, not wrong).
     """
     cdef uint16_t[256] coarse
@@ -851,7 +849,7 @@ cdef void choose_keys(const float *sample, ptrdiff_t count, double share, double
         i -= 1
         needed -= coarse[i]
     low = lowest + i * (width / <float>255.0)
-    low = low - <float>(2.0 * bound + 1e-4 * (highest - low))    # a bin and a margin of keys below
+    low = low - <float>(4.0 * bound + 2e-4 * (highest - low))    # more than a bin and a margin below
     if low > lowest and low < highest:
         place[0], place[1], place[2] = low, <float>65534.0 / (<float>1.5 * (highest - low)), 1
 
@@ -868,7 +866,7 @@ cdef bint count_keys(Row *row, ptrdiff_t n, uint32_t deepest) noexcept nogil:
         row.above[(row.key[row.lowest] + 32768) >> BIN_SHIFT] -= 1
         row.key[row.lowest] = -32768
     row.lowest = sum_from_top(row.above, deepest)
-    return row.keys == n or row.lowest << BIN_SHIFT > margin_of_keys(row) + 1
+    return row.keys == n or row.lowest * (1 << BIN_SHIFT) > margin_of_keys(row) + 1
 
 
 cdef ptrdiff_t place_of(const Row *row, ptrdiff_t i) noexcept nogil:
@@ -936,11 +934,11 @@ cdef double nearest_keys(const item_t *item, ptrdiff_t n, ptrdiff_t k, int16_t l
 
 cdef ptrdiff_t resolve(const Space *space, Row *row, ptrdiff_t need, ptrdiff_t near, double cut,
                        double tolerance) noexcept nogil:
-    """The nearest candidates: those with keys above find_bin()'s, row.index[:returned] and row.places of the
-    row.tied ones that follow there, which by index are among those returned.
+    """Which of the candidates between find_bin()'s keys are among the nearest, beside all above.
 
-    row.item[:near] has the candidates between find_bin()'s keys before, with distances that order those
-    more than the tolerance apart for sure; `need` of them are among the nearest, the last of these at `cut`.
+    Before: they are row.item[:near], with distances that are right to within half the tolerance; `need` of
+    them are wanted, the last of these at the distance `cut`. After: row.index[:returned], and row.places of
+    the row.tied ones that follow there; by index these are among those returned.
     """
     cdef ptrdiff_t i, j, certain = 0, unsure, nearer = 0
     row.tied = row.places = 0
@@ -1030,6 +1028,7 @@ def choose_ranges(const float[:, ::1] sample, const int64_t[::1] depth, const do
     sample changes no count.
     """
     cdef ptrdiff_t b
+    use(ISA)
     with nogil:
         for b in range(sample.shape[0]):
             choose_keys(&sample[b, 0], sample.shape[1], <double>depth[b] / n, bounds[b], &ranges[b, 0])
@@ -1103,7 +1102,7 @@ def count_hits(int16_t[:, ::1] keys, const uint64_t[:, ::1] kept, const int32_t[
     hits       (4, k, B) int32  the result, zeros before: hits retrieved for sure · tied at the cut ·
                                 hits among these · how many of these are retrieved
     short      (B,) uint8       1 for a query with too few keys, not counted: make all (ranges[:, 2] = 0)
-    scratch    (s,) uint64      for masks, ⌈n/64⌉ words for each query and rank: of as many as it holds
+    scratch    (s,) uint64      for masks of ⌈n/64⌉ words, one for each rank of as many queries as fit
     by_index                    the smaller indices of these: all hits are sure; ties are told all the same
     period                      the columns are permuted copies of the first so many; 0: they aren't
     """
@@ -1258,7 +1257,7 @@ cdef bint count_row(const Space *space, Row *row, uint64_t *masks, uint8_t *mask
                 mask = masks + (at[j] * words + i // 64 if masked else 0)
                 if planes.shape[0]:
                     level_bits(level, part, j + 1, mask)
-                if masked and not coded:      # count_queries() counts in masks
+                if masked and not coded:      # count_masks() counts
                     continue
                 for c in range(begin[j], first[at[j]]):
                     k = order[c]

@@ -50,7 +50,7 @@ PUBLISHED_THRESHOLD = 2.576  # two-sided 1 % of one z-score; the paper marks the
 BLOCK_WORK = 4e9             # comparisons in a block at most, a fraction of a second: progress, Ctrl-C
 SAMPLE, TILE = 1024, 1 << 19  # candidates that tell the keys' ranges; products, which the cache keeps
 MASKS = 1 / 4                # of memory_mib, of what queries retrieve: for permutations
-BLOCK_ROWS = 768             # queries in one matrix product: more does not speed it up (benchmarks/nrprec.py)
+BLOCK_ROWS = 768             # queries in one matrix product: more speeds it up by little
 MOST_TESTED = 1e7            # permutations × values, which are kept: more values get no p-value
 SHOWN = (("R-Prec", "r_precision", 4), ("NR-Prec", "nr_precision", 2), ("± s.e.", "nr_precision_se", 2),
          ("p_holm", "p_holm", 4))
@@ -302,7 +302,7 @@ def count_blocks(space, columns, queries, threads, memory_mib, by_index=False):
     k = period * (1 if columns.copies is None else len(columns.copies))
     if isinstance(space.x, np.memmap):                    # its pages count as this process's memory, too
         memory_mib = max(memory_mib / 2, memory_mib - space.x.nbytes / 2 ** 20)
-    memory, row_bytes = memory_mib * 2 ** 20, 2 * n + n // 8 + 20 * k
+    memory, row_bytes = memory_mib * 2 ** 20, 2 * n + n // 8 + 28 * k + 8 * SAMPLE + 8 * space.x.shape[1]
     masks = int(memory * MASKS / 8 / threads) if k > period else 0
     scratch = 4 * TILE + 23 * n + 8 * masks               # beside its rows, for each
     workers = int(max(1, min(threads, memory // (scratch + 16 * row_bytes))))

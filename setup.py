@@ -17,7 +17,7 @@ X86 = """
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,popcnt,bmi,bmi2")))
 int first(const void *p)
 {
-    return _mm512_movepi16_mask(_mm512_maskz_compress_epi16(1, _mm512_loadu_si512(p)));
+    return _mm512_movepi16_mask(_mm512_maskz_compress_epi16(_pdep_u64(1, 1), _mm512_loadu_si512(p)));
 }
 int main(void) { char bytes[64] = {0}; return __builtin_cpu_supports("avx512vbmi2") && first(bytes); }
 """

@@ -156,7 +156,7 @@ def test_permuted_columns_without_any_neighbour():
 
 
 def test_many_candidates_and_a_class_column():
-    """n that no block divides, more candidates than 32,768-item parts, 20,000 classes beside one of half."""
+    """n that no block divides, more candidates than a chunk, 20,000 classes beside one of half."""
     rng = np.random.default_rng(5)
     n = 40_007
     x = np.round(rng.standard_normal((n, 6)) * 4).astype(np.float32) / 4      # ties across the whole range
@@ -268,6 +268,45 @@ def test_products_may_be_as_wrong_as_their_bound(monkeypatch):
         np.testing.assert_array_equal(hits, expected[:, -len(kept):])
         assert sum(done) == 400
         done.clear()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_keys_that_end_within_the_error_of_the_threshold(isa, monkeypatch):
+    """Where what was left out may be among the nearest, by products as wrong as their bound, all get keys."""
+    rng, n, before, sent = np.random.default_rng(10), 400, _knn.ISA, []
+    x = np.round(rng.standard_normal((n, 12)) * 8).astype(np.float32) / 8
+    x[200:] = x[:200] * (1 + rng.integers(-1, 2, (200, 1)) * np.float32(2.0 ** -20))        # near ties
+    x[0] *= 40                                                                 # makes keys coarse
+    space, columns = nrprec.prepare(x, "euclidean"), nrprec.make_columns([rng.integers(0, 6, n)])
+    products = (space.working.T.astype(np.float64) @ space.working).astype(np.float32)
+    products += (rng.choice([-0.9, 0, 0.9], products.shape) * space.bounds[:, None]).astype(np.float32)
+    similarities = products + space.offset
+    similarities[np.arange(n), np.arange(n)] = -9
+    similarities = np.sort(similarities, 1)[:, ::-1]
+    count, choose, asked = nrprec.count_hits, _knn.choose_ranges, []
+
+    def count_hits(space, columns, planes, queries, *more):
+        asked.append(queries)
+        return count(space, columns, planes, queries, *more)
+
+    def choose_ranges(sample, depth, bounds, n, ranges):
+        choose(sample, depth, bounds, n, ranges)
+        sent.append((depth == n).all())
+        for b in () if sent[-1] else range(len(depth)):
+            most = similarities[asked[-1][b]]
+            low = most[depth[b] - 1] - np.float32(rng.uniform(0, 4) * bounds[b])
+            ranges[b] = low, np.float32(65534) / (np.float32(1.5) * (most[0] - low)), isa != "scalar"
+
+    monkeypatch.setattr(nrprec, "count_hits", count_hits)
+    monkeypatch.setattr(_knn, "choose_ranges", choose_ranges)
+    monkeypatch.setattr(nrprec.np, "matmul", lambda vectors, part, out: np.copyto(out, products[asked[-1]]))
+    _knn.use(isa)
+    try:
+        (_, hits), = nrprec.count_blocks(space, columns, np.arange(n), 1, 64)
+    finally:
+        _knn.use(before)
+    np.testing.assert_array_equal(hits, nrprec.count_hits_numpy(space, columns, np.arange(n)))
+    assert sent == ([False, True] if isa != "scalar" else [False]) and len(asked[-1]) > 100
 
 
 @settings(max_examples=60, deadline=None)
