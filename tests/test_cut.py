@@ -77,13 +77,13 @@ def test_half_of_the_training_sees_mirrored_pictures():
 
 def test_training_from_a_block(p, monkeypatch):  # noqa: F811
     """What is computed once is the head's, the scores are the whole network's, only what follows learns."""
-    options = ("--model", "tiny_for_test:norm", "--loss", "Triplet,None", "--train-from", "layers.1",
+    options = ("--model", "tiny_networks:norm", "--loss", "Triplet,None", "--train-from", "layers.1",
                "--input-size", 24, "--lr", 1e-2)
     run(*options)
     config, dataset = config_of("triplet"), pictures.open_dataset("p")
     assert config["train_from"] == "layers.1" and config["frozen_trunk"] is False
     assert (config["preprocessing"]["resize"], config["preprocessing"]["crop"]) == (30, 24)
-    trunk = networks.from_factory("tiny_for_test:norm").eval()
+    trunk = networks.from_factory("tiny_networks:norm").eval()
     pixels = np.stack([pictures.load_pixels(path, config["preprocessing"]) for path in dataset.paths])
     inputs = pictures.normalise(pixels, config["preprocessing"])
     with torch.inference_mode():
@@ -100,7 +100,7 @@ def test_training_from_a_block(p, monkeypatch):  # noqa: F811
     assert moved and all(name.startswith("layers.1.") for name in moved)
 
     embed.main(["--dataset", "p@pictures", "--loss", "Triplet", "--models", "m", "--out", "r",
-                "--model", "tiny_for_test:norm"])
+                "--model", "tiny_networks:norm"])
     beside = files.read_sidecar("r/p@pictures/triplet/fold0/emb.npy")
     assert beside["preprocessing"] == config["preprocessing"]
     whole = files.write_file

@@ -120,9 +120,9 @@ def test_the_same_loss_gives_the_same_network(p, mine):  # noqa: F811
 def test_a_network_has_the_name_and_type_of_its_config(p, mine, monkeypatch):  # noqa: F811
     run("--loss", "mine:Plain,mine:Same", "--type", "ranking", "--freeze-trunk", "--epochs", 1)
     monkeypatch.setattr(networks, "imported", None)  # a name in a file is never imported
-    monkeypatch.setattr(networks, "from_factory", lambda name: __import__("tiny_for_test").tiny())
+    monkeypatch.setattr(networks, "from_factory", lambda name: __import__("tiny_networks").tiny())
     for loss in ("mine:Plain", "mine_plain", "all"):
-        spec = networks.find("p@pictures", loss, "0", model="tiny_for_test:tiny", folder="m")[0]
+        spec = networks.find("p@pictures", loss, "0", model="tiny_networks:tiny", folder="m")[0]
         assert (spec["loss"], spec["slug"], spec["type"]) == ("mine:Plain", "mine_plain", "ranking")
 
 
