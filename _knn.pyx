@@ -1182,14 +1182,12 @@ cdef bint count_row(const Space *space, Row *row, uint64_t *masks, uint8_t *mask
     cdef ptrdiff_t n = space.n, columns = entry.shape[0], slots = ranks.shape[0], words = padded(n) // 64
     cdef ptrdiff_t k, i, j, c, slot, part, found, need, chosen, last, cuts, word, coded = 0
     cdef int16_t low = 0
-    cdef int16_t[CUTS + 1] below
-    cdef int16_t[CUTS + 1] high               # of each threshold, with
-    cdef int32_t[CUTS] at                     # its rank's place in ranks,
-    cdef int32_t[CUTS] begin                  # its first column's in order,
-    cdef ptrdiff_t[CUTS] bin
-    cdef int32_t[CUTS] number                 # how many candidates are near and
-    cdef int32_t[CUTS * NEAR] near            # which,
-    cdef int16_t[CUTS * NEAR] near_key        # with these keys
+    cdef int16_t[CUTS + 1] below, high        # for each threshold: keys between these are near it
+    cdef int32_t[CUTS] at, begin              # where its rank stands in ranks, and its first column in order
+    cdef ptrdiff_t[CUTS] bin                  # find_bin()'s
+    cdef int32_t[CUTS] number                 # how many candidates are near
+    cdef int32_t[CUTS * NEAR] near            # the first of them,
+    cdef int16_t[CUTS * NEAR] near_key        # and their keys
     cdef uint8_t[CHUNK] expanded
     cdef uint8_t *level
     cdef uint64_t[WORDS] bits
