@@ -85,8 +85,8 @@ cdef extern from *:
             && __builtin_cpu_supports("avx512vl")) return 2;
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
     }
-    /* For _mm_shuffle_epi8, by the bits of a byte: `together` moves those of eight keys that have a bit to the
-       front, `apart` moves as many levels from the front to the places with a bit. 128: nothing, a zero. */
+    /* For _mm_shuffle_epi8, by the bits of a byte: `together` moves those of eight keys that have a bit to
+       the front, `apart` moves as many levels from the front to the places with a bit. 128: a zero. */
     static uint8_t together[256][16], apart[256][8];
     static void set_isa(int level)
     {
@@ -148,9 +148,9 @@ cdef extern from *:
             histogram[(uint16_t)(key[i] ^ (int16_t)0x8000) >> BIN_SHIFT]++;
     }
 
-    /* Most candidates are farther than the deepest threshold: keys up to -32767 are left out. The others stand
-       side by side, `kept` has a bit for each candidate. n is a multiple of 64; up to 64 keys are written, and
-       levels read, beyond the last. */
+    /* Most candidates are farther than the deepest threshold: keys up to -32767 are left out. The others
+       stand side by side, `kept` has a bit for each candidate. n is a multiple of 64; up to 64 keys are
+       written, and levels read, beyond the last. */
     #define CHUNK 8192
     #define WORDS (CHUNK / 64)
     #ifdef KNN_X86
@@ -431,7 +431,7 @@ cdef extern from *:
         }
         return found;
     }
-    /* The candidate whose key stands at `place`; *word, where the last one's bit was, goes on to this one's. */
+    /* The candidate whose key stands at `place`; *word goes on from the last one's bit to this one's. */
     #ifdef KNN_X86
     AVX2 static int32_t kept_at(const uint64_t *kept, const int32_t *before, int32_t place, ptrdiff_t *word)
     {
@@ -662,6 +662,7 @@ cdef extern from *:
         CUTS
         NEAR
     void PREFETCHW(const void *address) noexcept nogil
+    int __builtin_popcountll(uint64_t bits) noexcept nogil
     void PREFETCH(const void *address) noexcept nogil
     void to_keys(const float *product, const float *offset, ptrdiff_t n, float low, float scale,
                  int16_t *key) noexcept nogil
@@ -859,31 +860,24 @@ cdef bint count_keys(Row *row, ptrdiff_t n, uint32_t deepest) noexcept nogil:
 
     False where items without keys may be among the nearest.
     """
+    cdef ptrdiff_t own = place_of(row, row.query)
     memset(row.above, 0, BINS * sizeof(uint32_t))
     add_histogram(row.key, row.keys, row.above)
-    row.lowest = place_of(row, row.query)
-    if row.lowest >= 0:
-        row.above[(row.key[row.lowest] + 32768) >> BIN_SHIFT] -= 1
-        row.key[row.lowest] = -32768
+    if own >= 0:
+        row.above[(row.key[own] + 32768) >> BIN_SHIFT] -= 1
+        row.key[own] = -32768
     row.lowest = sum_from_top(row.above, deepest)
     return row.keys == n or row.lowest * (1 << BIN_SHIFT) > margin_of_keys(row) + 1
 
 
 cdef ptrdiff_t place_of(const Row *row, ptrdiff_t i) noexcept nogil:
     """Where candidate i's key stands, −1: it has none."""
-    cdef uint64_t bits
-    cdef ptrdiff_t place
+    cdef uint64_t bit = <uint64_t>1 << (i & 63)
     if not row.kept:
         return i
-    bits = row.kept[i >> 6]
-    if not bits >> (i & 63) & 1:
+    if not row.kept[i >> 6] & bit:
         return -1
-    place = row.before[i >> 6]
-    bits &= (<uint64_t>1 << (i & 63)) - 1
-    while bits:
-        bits &= bits - 1
-        place += 1
-    return place
+    return row.before[i >> 6] + __builtin_popcountll(row.kept[i >> 6] & (bit - 1))
 
 
 cdef ptrdiff_t padded(ptrdiff_t n) noexcept nogil:
@@ -1120,7 +1114,7 @@ def count_hits(int16_t[:, ::1] keys, const uint64_t[:, ::1] kept, const int32_t[
     cdef double[::1] item = np.empty(2 * n), term = np.empty(2 * space.m)   # item_t: two words of eight bytes
     cdef int32_t[::1] first = np.empty(slots + 1, np.int32), order = np.empty(columns, np.int32)
     cdef Row row
-    row.product, row.by_index, row.above, row.before = NULL, by_index, &above[0], &before[0]
+    row.by_index, row.above, row.before = by_index, &above[0], &before[0]
     row.index, row.item, row.term = &index[0], <item_t *>&item[0], &term[0]
     with nogil:
         for g in range((block + group - 1) // group):

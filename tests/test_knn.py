@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from contextlib import contextmanager
 from itertools import product
 
 import numpy as np
@@ -19,6 +20,17 @@ _knn = nrprec._knn
 if _knn is None:
     pytest.skip("this version's extension is not built: pip install .", allow_module_level=True)
 ISAS = _knn.ISAS                                 # every path that this processor has
+
+
+@contextmanager
+def using(isa):
+    """The kernel's loops of one instruction set; None: as they are."""
+    before = _knn.ISA
+    _knn.use(isa or before)
+    try:
+        yield
+    finally:
+        _knn.use(before)
 
 
 def brute_force_distances(x, distance):
@@ -64,14 +76,10 @@ def kernel_hits(x, labels, distance, max_neighbours=None, threads=1, memory_mib=
                 **options):
     space, columns = nrprec.prepare(x, distance, **options), nrprec.make_columns(labels, max_neighbours)
     hits = np.full((4, len(labels), len(space.rows)), -1, np.int32)
-    before = _knn.ISA
-    try:
-        _knn.use(isa or before)
+    with using(isa):
         queries = np.arange(len(space.rows))
         for part, block in nrprec.count_blocks(space, columns, queries, threads, memory_mib, by_index):
             hits[..., part] = block
-    finally:
-        _knn.use(before)
     return hits
 
 
@@ -135,16 +143,12 @@ def test_permuted_columns(kind):
         loose = nrprec.make_columns([label[p] for p in drawn for label in labels])
         expected = nrprec.count_hits_numpy(space, loose, np.arange(n))
         for isa in ISAS:
-            before = _knn.ISA
-            try:
-                _knn.use(isa)
+            with using(isa):
                 batch = nrprec.permute_columns(columns, drawn)
                 np.testing.assert_array_equal(nrprec.values_of(batch, np.arange(n)).shape, loose.values.shape)
                 for threads in (1, 2):
                     for part, hits in nrprec.count_blocks(space, batch, np.arange(n), threads, 64):
                         np.testing.assert_array_equal(hits, expected[..., part])
-            finally:
-                _knn.use(before)
         np.testing.assert_array_equal(nrprec.count_hits_numpy(space, batch, np.arange(n)), expected)
 
 
@@ -166,13 +170,9 @@ def test_many_candidates_and_a_class_column():
     space, columns = nrprec.prepare(x, "euclidean"), nrprec.make_columns(labels)
     expected = nrprec.count_hits_numpy(space, columns, queries)
     for isa in ISAS:
-        before = _knn.ISA
-        try:
-            _knn.use(isa)
+        with using(isa):
             for part, hits in nrprec.count_blocks(space, columns, queries, 2, 64):
                 np.testing.assert_array_equal(hits, expected[..., part])
-        finally:
-            _knn.use(before)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -180,7 +180,7 @@ def test_many_candidates_and_a_class_column():
 def test_a_sample_that_misleads(isa, near, monkeypatch):
     """The candidates that tell the keys' range are near one another, or the others are: where too few have
     keys then, all get one."""
-    rng, n, before = np.random.default_rng(11), 20_000, _knn.ISA
+    rng, n = np.random.default_rng(11), 20_000
     x = rng.standard_normal((n, 4)).astype(np.float32) + 50
     labels = [rng.integers(0, 6, n), rng.integers(0, 12, n)]
     space = nrprec.prepare(x, "euclidean")
@@ -195,12 +195,9 @@ def test_a_sample_that_misleads(isa, near, monkeypatch):
         return once(*args)
 
     monkeypatch.setattr(nrprec, "count_hits", count_hits)
-    _knn.use(isa)
-    try:
+    with using(isa):
         for part, hits in nrprec.count_blocks(space, columns, queries, 1, 64):
             np.testing.assert_array_equal(hits, expected[..., part])
-    finally:
-        _knn.use(before)
     assert any(again) == (isa != "scalar")
 
 
@@ -230,21 +227,18 @@ def test_blocks_and_threads_change_nothing(threads, memory_mib):
 @pytest.mark.parametrize("by_index", [False, True])
 def test_permuted_columns_by_masks_are_the_twin(isa, by_index, monkeypatch):
     """Whatever the masks' memory holds: hits, ties and places of every copy."""
-    rng, n, before = np.random.default_rng(0), 300, _knn.ISA
+    rng, n = np.random.default_rng(0), 300
     x = np.round(rng.standard_normal((n, 4)) * 3).astype(np.float32)  # many ties
     space = nrprec.prepare(x, "euclidean")
     columns = nrprec.make_columns([rng.integers(0, values, n) for values in (2, 3, 10)])
     drawn = [np.arange(n), *(rng.permutation(n) for _ in range(6))]
-    _knn.use(isa)
-    try:
+    with using(isa):
         columns = nrprec.permute_columns(columns, drawn)
         expected = nrprec.count_hits_numpy(space, columns, np.arange(n), by_index)
         for words, threads in product((0, 50, 3000, 100_000), (1, 3)):
             monkeypatch.setattr(nrprec, "MASKS", words * threads / 2 ** 23)
             for part, hits in nrprec.count_blocks(space, columns, np.arange(n), threads, 64, by_index):
                 np.testing.assert_array_equal(hits, expected[..., part], err_msg=f"{words} words")
-    finally:
-        _knn.use(before)
 
 
 def test_products_may_be_as_wrong_as_their_bound(monkeypatch):
@@ -273,7 +267,7 @@ def test_products_may_be_as_wrong_as_their_bound(monkeypatch):
 @pytest.mark.parametrize("isa", ISAS)
 def test_keys_that_end_within_the_error_of_the_threshold(isa, monkeypatch):
     """Where what was left out may be among the nearest, by products as wrong as their bound, all get keys."""
-    rng, n, before, sent = np.random.default_rng(10), 400, _knn.ISA, []
+    rng, n, sent = np.random.default_rng(10), 400, []
     x = np.round(rng.standard_normal((n, 12)) * 8).astype(np.float32) / 8
     x[200:] = x[:200] * (1 + rng.integers(-1, 2, (200, 1)) * np.float32(2.0 ** -20))        # near ties
     x[0] *= 40                                                                 # makes keys coarse
@@ -300,11 +294,8 @@ def test_keys_that_end_within_the_error_of_the_threshold(isa, monkeypatch):
     monkeypatch.setattr(nrprec, "count_hits", count_hits)
     monkeypatch.setattr(_knn, "choose_ranges", choose_ranges)
     monkeypatch.setattr(nrprec.np, "matmul", lambda vectors, part, out: np.copyto(out, products[asked[-1]]))
-    _knn.use(isa)
-    try:
+    with using(isa):
         (_, hits), = nrprec.count_blocks(space, columns, np.arange(n), 1, 64)
-    finally:
-        _knn.use(before)
     np.testing.assert_array_equal(hits, nrprec.count_hits_numpy(space, columns, np.arange(n)))
     assert sent == ([False, True] if isa != "scalar" else [False]) and len(asked[-1]) > 100
 

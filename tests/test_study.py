@@ -52,6 +52,9 @@ def test_from_pictures_to_answers(command, tmp_path):
     assert str(tmp_path) not in text
     assert '"checkpoint": "models/trained/cars_hue0@default/triplet/fold0"' in text
     assert not list(out.rglob("*.pth")) and command(out, "--check").returncode == 0
+    twice = command(out, "--ship", tmp_path / "twice")
+    assert twice.returncode == 2 and not (tmp_path / "twice").exists()
+    assert "what --ship made before; give the folder of study.sh" in twice.stderr
     kept = study.kept(out)  # of whole networks what their answers follow from, no arrays
     assert set(kept) == {"whole0", "whole90"} and not list(out.glob("results/whole*/**/*.npy"))
     assert set(kept["whole0"]) == {("none", "fold0"), *product(("triplet", "normalized_softmax"),
