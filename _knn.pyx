@@ -1,11 +1,10 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """Exact neighbour counting on the CPU: blocked similarities in, hit counts out.
 
-The caller multiplies a block of queries with a tile of candidates in float32 (BLAS) and hands the products
-over while they are in the cache. For each query the kernel
+A dozen queries at a time are multiplied with the candidates in float32. For each query the kernel
 
-1. maps similarities to 16-bit keys, in an order-preserving way, and keeps those that a sample tells to be
-   near enough (or all, where that was not enough);
+1. maps similarities, still in the first-level cache, to 16-bit keys, in an order-preserving way, and keeps
+   those that a sample tells to be near enough (or all, where that was not enough);
 2. makes one histogram of the keys and reads the bin of every needed rank R off the cumulative sum;
 3. finds in one pass above how many of these thresholds each key lies: its level;
 4. counts ``level >= that of R and label == value``, in bit planes or straight loops that vectorise, or walks
@@ -31,7 +30,7 @@ Python validates and allocates (nrprec.py); everything here trusts its arguments
 from libc.math cimport sqrt
 from libc.stdint cimport int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport qsort
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 import os
 
@@ -65,10 +64,13 @@ cdef extern from *:
         return (int)at;
     }
     #endif
+    #if defined(__aarch64__) && defined(__GNUC__)
+    #include <arm_neon.h>
+    #endif
     #ifdef KNN_X86
     #include <immintrin.h>
     static int has_vbmi2 = 0, has_vpopcnt = 0;
-    #define AVX2 __attribute__((target("avx2,bmi,bmi2,popcnt")))
+    #define AVX2 __attribute__((target("avx2,fma,bmi,bmi2,popcnt")))
     #define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,bmi,bmi2,popcnt")))
     #define EACH_ISA(type, name, parameters, arguments) \
         static type name##_plain parameters { return name##_loop arguments; } \
@@ -83,7 +85,8 @@ cdef extern from *:
     {
         if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")
             && __builtin_cpu_supports("avx512vl")) return 2;
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
+            && __builtin_cpu_supports("bmi2");
     }
     /* For _mm_shuffle_epi8, by the bits of a byte: `together` moves those of eight keys that have a bit to
        the front, `apart` moves as many levels from the front to the places with a bit. 128: a zero. */
@@ -110,6 +113,64 @@ cdef extern from *:
         static type name parameters { return name##_loop arguments; }
     static int best_isa(void) { return 0; }
     static void set_isa(int level) { isa = level; }
+    #endif
+
+    /* Inner products of ABREAST queries, (m, ABREAST), with a panel of candidates, (m, PANEL), in float32: as
+       many sums at a time as there are registers. out: a row for each query, `stride` apart. */
+    enum { PANEL = 32, ABREAST = 12 };
+    #define PRODUCTS(name, vector, width, rows, zero, load, store, spread, add) \
+        static void name(const float *queries, const float *panel, ptrdiff_t m, float *out, ptrdiff_t stride) \
+        { \
+            enum { COLUMNS = PANEL / width }; \
+            for (int row = 0; row < ABREAST; row += rows) { \
+                const float *a = queries + row, *b = panel; \
+                vector sum[rows][COLUMNS]; \
+                UNROLL for (int i = 0; i < rows; i++) \
+                    UNROLL for (int j = 0; j < COLUMNS; j++) sum[i][j] = zero; \
+                for (ptrdiff_t k = 0; k < m; k++, a += ABREAST, b += PANEL) { \
+                    vector numbers[COLUMNS]; \
+                    PREFETCH(b + 8 * PANEL); \
+                    PREFETCH(b + 8 * PANEL + 16); \
+                    UNROLL for (int j = 0; j < COLUMNS; j++) numbers[j] = load(b + j * width); \
+                    UNROLL for (int i = 0; i < rows; i++) { \
+                        const vector one = spread(a[i]); \
+                        UNROLL for (int j = 0; j < COLUMNS; j++) sum[i][j] = add(one, numbers[j], sum[i][j]); \
+                    } \
+                } \
+                UNROLL for (int i = 0; i < rows; i++) \
+                    UNROLL for (int j = 0; j < COLUMNS; j++) \
+                        store(out + (row + i) * stride + j * width, sum[i][j]); \
+            } \
+        }
+    #define UNROLL _Pragma("GCC unroll 16")
+    #if defined(__aarch64__) && defined(__GNUC__)
+    #define ADD_NEON(a, b, sum) vfmaq_f32(sum, a, b)
+    PRODUCTS(products, float32x4_t, 4, 2, vdupq_n_f32(0.0f), vld1q_f32, vst1q_f32, vdupq_n_f32, ADD_NEON)
+    #else
+    static void products_plain(const float *queries, const float *panel, ptrdiff_t m, float *out,
+                               ptrdiff_t stride)
+    {
+        for (int row = 0; row < ABREAST; row++) {
+            float sum[PANEL] = {0};
+            for (ptrdiff_t k = 0; k < m; k++)
+                for (int j = 0; j < PANEL; j++) sum[j] += queries[k * ABREAST + row] * panel[k * PANEL + j];
+            memcpy(out + row * stride, sum, sizeof(sum));
+        }
+    }
+    #ifdef KNN_X86
+    AVX512 PRODUCTS(products_avx512, __m512, 16, 12, _mm512_setzero_ps(), _mm512_loadu_ps, _mm512_storeu_ps,
+                    _mm512_set1_ps, _mm512_fmadd_ps)
+    AVX2 PRODUCTS(products_avx2, __m256, 8, 3, _mm256_setzero_ps(), _mm256_loadu_ps, _mm256_storeu_ps,
+                  _mm256_set1_ps, _mm256_fmadd_ps)
+    #else
+    #define products_avx512 products_plain
+    #define products_avx2 products_plain
+    #endif
+    static void products(const float *queries, const float *panel, ptrdiff_t m, float *out, ptrdiff_t stride)
+    {
+        (isa == 2 ? products_avx512 : isa == 1 ? products_avx2 : products_plain)(queries, panel, m, out,
+                                                                                 stride);
+    }
     #endif
 
     #define BINS 16384         /* of the histogram: 64 KiB of counts; a row's bulk touches about half */
@@ -169,7 +230,6 @@ cdef extern from *:
         ptrdiff_t count = 0;
         for (ptrdiff_t i = 0; i < n; i += 64) {
             uint64_t all = 0;
-            for (ptrdiff_t j = i; j < i + 64; j += 16) PREFETCH(product + j + 512);
             for (ptrdiff_t j = i; j < i + 64; j += 16) {
                 const __m256i a = numbers_avx2(product + j, offset + j, lows, scales);
                 const __m256i b = numbers_avx2(product + j + 8, offset + j + 8, lows, scales);
@@ -220,7 +280,6 @@ cdef extern from *:
         ptrdiff_t count = 0;
         for (ptrdiff_t i = 0; i < n; i += 64) {
             uint64_t all = 0;
-            for (ptrdiff_t j = i; j < i + 64; j += 16) PREFETCH(product + j + 512);
             for (ptrdiff_t j = i; j < i + 64; j += 32) {
                 const __m512i a = numbers_vbmi2(product + j, offset + j, lows, scales);
                 const __m512i b = numbers_vbmi2(product + j + 16, offset + j + 16, lows, scales);
@@ -661,9 +720,13 @@ cdef extern from *:
         WORDS
         CUTS
         NEAR
+        PANEL
+        ABREAST
     void PREFETCHW(const void *address) noexcept nogil
     int __builtin_popcountll(uint64_t bits) noexcept nogil
     void PREFETCH(const void *address) noexcept nogil
+    void products(const float *queries, const float *panel, ptrdiff_t m, float *out,
+                  ptrdiff_t stride) noexcept nogil
     void to_keys(const float *product, const float *offset, ptrdiff_t n, float low, float scale,
                  int16_t *key) noexcept nogil
     void add_histogram(const int16_t *key, ptrdiff_t n, uint32_t *histogram) noexcept nogil
@@ -700,7 +763,7 @@ cdef extern from *:
     bint item_less(item_t a, item_t b) noexcept nogil
     int compare_items(const void *a, const void *b) noexcept nogil
 
-INTERFACE = 7                   # of the functions here: the scripts take no other
+INTERFACE = 8                   # of the functions here: the scripts take no other
 ISAS = ("scalar", "avx2", "avx512")[:best_isa() + 1]               # what this processor has
 ISA = os.environ.get("KNN_ISA") or ISAS[best_isa()]
 
@@ -717,6 +780,8 @@ def use(name):
 cdef enum:
     PIECE = 128                 # words of a mask, 8,192 candidates, that stay in the cache
     GROUP = 128                 # queries, at most, that share them
+    STRIP = 256                 # products of each of ABREAST queries that become keys together
+    TILE = 1 << 16              # numbers of candidates that stay in the cache for all queries
 
 DISTANCES = ("euclidean", "squared_euclidean", "cosine", "dot_product", "snr")
 
@@ -1028,22 +1093,68 @@ def choose_ranges(const float[:, ::1] sample, const int64_t[::1] depth, const do
             choose_keys(&sample[b, 0], sample.shape[1], <double>depth[b] / n, bounds[b], &ranges[b, 0])
 
 
-def make_keys(const float[:, ::1] products, const float[::1] offset, const float[:, ::1] ranges,
-              ptrdiff_t first, int16_t[:, ::1] keys, uint64_t[:, ::1] kept, int32_t[::1] number):
-    """Add the keys of candidates first … first + t, from products (B, t) float32 while they are in the cache.
-
-    offset     (n,)   float32   similarity = product + offset
-    keys       (B, ⌈n/64⌉ · 64 + 64) int16, the result, of which number (B,) int32 are there; kept (B, ⌈n/64⌉)
-                                uint64: their candidates' bits. first is a multiple of 64
-    """
-    cdef ptrdiff_t b
+def multiply(const float[:, ::1] vectors, const float[:, :, ::1] panels, float[:, ::1] out):
+    """Inner products in float32 of vectors (B, m) with the candidates of panels (P, m, 32) -> out (B, P · 32)."""
+    cdef ptrdiff_t m = vectors.shape[1], stride = out.shape[1], g, b, i, p, some
+    cdef float[::1] queries = np.empty(ABREAST * m, np.float32)
+    cdef float[ABREAST * PANEL] last
     use(ISA)
     with nogil:
-        for b in range(products.shape[0]):
-            if b + 1 < products.shape[0]:
-                prefetch_row(&keys[b + 1, number[b + 1]])
-            number[b] += add_keys(&products[b, 0], &offset[first], products.shape[1], &ranges[b, 0],
-                                  &keys[b, number[b]], &kept[b, first // 64])
+        for g in range((vectors.shape[0] + ABREAST - 1) // ABREAST):
+            b = g * ABREAST
+            some = put_abreast(vectors, b, &queries[0])
+            for p in range(panels.shape[0]):
+                if some == ABREAST:
+                    products(&queries[0], &panels[p, 0, 0], m, &out[b, p * PANEL], stride)
+                    continue
+                products(&queries[0], &panels[p, 0, 0], m, last, PANEL)
+                for i in range(some):
+                    memcpy(&out[b + i, p * PANEL], last + i * PANEL, PANEL * sizeof(float))
+
+
+cdef ptrdiff_t put_abreast(const float[:, ::1] vectors, ptrdiff_t first, float *queries) noexcept nogil:
+    """Up to ABREAST rows as products() takes them -> how many; what lacks is the last one again."""
+    cdef ptrdiff_t some = min(ABREAST, vectors.shape[0] - first), i, k
+    for k in range(vectors.shape[1]):
+        for i in range(ABREAST):
+            queries[k * ABREAST + i] = vectors[first + min(i, some - 1), k]
+    return some
+
+
+def make_keys(const float[:, ::1] vectors, const float[:, :, ::1] panels, const float[::1] offset,
+              const float[:, ::1] ranges, int16_t[:, ::1] keys, uint64_t[:, ::1] kept, int32_t[::1] number):
+    """Keys of the candidates for queries vectors (B, m) float32.
+
+    panels     (P, m, 32) float32: candidate i is [i // 32, :, i % 32]; P is even
+    offset     (P · 32,) float32: similarity = product + offset; −3e38 behind the last candidate
+    keys       (B, P · 32 + 64) int16, the result, of which number (B,) int32 are there; kept (B, P / 2)
+                                uint64: their candidates' bits
+    """
+    cdef ptrdiff_t m = vectors.shape[1], count = panels.shape[0], g, b, i, p, at, some, width, tile, stop
+    cdef ptrdiff_t step = max(1, TILE // m // STRIP) * (STRIP // PANEL)
+    cdef float[::1] queries = np.empty(ABREAST * m, np.float32)
+    cdef float[ABREAST * STRIP] strip
+    use(ISA)
+    with nogil:
+        for b in range(vectors.shape[0]):
+            number[b] = 0
+        for tile in range((count + step - 1) // step):
+            stop = min((tile + 1) * step, count)
+            for g in range((vectors.shape[0] + ABREAST - 1) // ABREAST):
+                b = g * ABREAST
+                some = put_abreast(vectors, b, &queries[0])
+                for i in range(some):
+                    prefetch_row(&keys[b + i, number[b + i]])
+                p = tile * step
+                while p < stop:
+                    width, at = min(STRIP // PANEL, stop - p), p * PANEL
+                    for i in range(width):
+                        products(&queries[0], &panels[p + i, 0, 0], m, strip + i * PANEL, STRIP)
+                    for i in range(some):
+                        number[b + i] += add_keys(strip + i * STRIP, &offset[at], width * PANEL,
+                                                  &ranges[b + i, 0], &keys[b + i, number[b + i]],
+                                                  &kept[b + i, at // 64])
+                    p += width
 
 
 cdef void prefetch_row(const int16_t *key) noexcept nogil:
@@ -1054,18 +1165,11 @@ cdef void prefetch_row(const int16_t *key) noexcept nogil:
 
 cdef int32_t add_keys(const float *product, const float *offset, ptrdiff_t n, const float *place,
                       int16_t *key, uint64_t *kept) noexcept nogil:
-    """Keys of n candidates -> how many. What lacks to a multiple of 64 is taken as infinitely far."""
-    cdef float[64] last, zero
-    cdef ptrdiff_t i, whole = n // 64 * 64, count
-    if place[2] == 0:
-        to_keys(product, offset, n, place[0], place[1], key)
-        return <int32_t>n
-    count = keep(product, offset, whole, place[0], place[1], key, kept)
-    if whole < n:
-        for i in range(64):
-            last[i], zero[i] = product[whole + i] + offset[whole + i] if whole + i < n else -3e38, 0
-        count += keep(last, zero, 64, place[0], place[1], key + count, kept + whole // 64)
-    return <int32_t>count
+    """Keys of n candidates, a multiple of 64 -> how many."""
+    if place[2]:
+        return <int32_t>keep(product, offset, n, place[0], place[1], key, kept)
+    to_keys(product, offset, n, place[0], place[1], key)
+    return <int32_t>n
 
 
 def count_hits(int16_t[:, ::1] keys, const uint64_t[:, ::1] kept, const int32_t[::1] number,
@@ -1080,7 +1184,7 @@ def count_hits(int16_t[:, ::1] keys, const uint64_t[:, ::1] kept, const int32_t[
                int period=0):
     """Among each query's R nearest candidates, how many carry its label: for every label column at once.
 
-    keys, kept, number, ranges  make_keys()'s, of products of the working rows by any BLAS; keys are changed
+    keys, kept, number, ranges  make_keys()'s; keys are changed
     queries    (B,)   int64     the queries' own indices
     bounds     (B,)   float64   bound of |products + offset − true similarity|
     x          (N, m · size)    embeddings as they came, as bytes: numbers of size bytes (2, 4, 8)
@@ -1120,7 +1224,7 @@ def count_hits(int16_t[:, ::1] keys, const uint64_t[:, ::1] kept, const int32_t[
         for g in range((block + group - 1) // group):
             begin, end = g * group, min((g + 1) * group, block)
             for b in range(begin, end):
-                row.key, row.keys, row.scale = &keys[b, 0], number[b], ranges[b, 1]
+                row.key, row.keys, row.scale = &keys[b, 0], min(number[b], n), ranges[b, 1]
                 row.query, row.bound = queries[b], bounds[b]
                 row.kept = &kept[b, 0] if row.keys < n else NULL
                 at = (b - begin) * slots

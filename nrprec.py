@@ -10,7 +10,7 @@ every property, exact at any size (Kobs et al., ICCV 2021, section 4).
 Reads: embeddings as .npy, (n, m); properties as .csv, a header and a row a picture, matched
 by name where both sides have names, else in order; or labels as .npy, (n,).
 Writes: a table on stdout and, with --out, one CSV row for each embedding file and property.
-In Python: nr_precision(embeddings, labels): arrays in, and only numpy and threadpoolctl are needed
+In Python: nr_precision(embeddings, labels): arrays in, and only numpy is needed
 (with the extension _knn: fast; without: the same numbers, slowly).
 """
 if __name__ == "__main__":  # Ctrl-C ends in one line from here on
@@ -26,17 +26,15 @@ if __name__ == "__main__":  # Ctrl-C ends in one line from here on
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
 
 try:
     import _knn
 except ImportError:
     _knn = None
-if getattr(_knn, "INTERFACE", None) != 7:  # not built, or from another _knn.pyx
+if getattr(_knn, "INTERFACE", None) != 8:  # not built, or from another _knn.pyx
     _knn = None  # the NumPy twin count_hits_numpy() counts instead
 
 DISTANCES = ("euclidean", "squared_euclidean", "cosine", "dot_product", "snr")
@@ -48,7 +46,9 @@ TIES = {"expected": "they count with their expectation", "index": "the order of 
 MANY_TIES = 0.01             # of the queries: then it is said
 PUBLISHED_THRESHOLD = 2.576  # two-sided 1 % of one z-score; the paper marks the mean of n of them by it
 BLOCK_WORK = 4e9             # comparisons in a block at most, a fraction of a second: progress, Ctrl-C
-SAMPLE, TILE = 1024, 1 << 19  # candidates that tell the keys' ranges; products, which the cache keeps
+PANEL = 32                   # candidates whose numbers stand side by side for the kernel
+FAR = -3e38                  # the offset of what stands behind the last candidate
+SAMPLE = 1024                # candidates that tell the keys' ranges
 MASKS = 1 / 4                # of memory_mib, of what queries retrieve: for permutations
 BLOCK_ROWS = 768             # queries in one matrix product: more speeds it up by little
 MOST_TESTED = 1e7            # permutations × values, which are kept: more values get no p-value
@@ -63,12 +63,12 @@ WALK = 48                    # a class of fewer than n / WALK pictures is walked
 # ---------------------------------------------------------------- the five distances, ready for the kernel
 
 class Space(NamedTuple):
-    """Embeddings ready for one distance: the similarity is working[:, q] · working[:, i] + offset[i]."""
+    """Embeddings ready for one distance: the similarity is vectors(q) · vectors(i) + offset[i]."""
     x: np.ndarray        # (N, m) float16, float32 or float64 as they came, taken as float32
     rows: np.ndarray     # (n,) int64: where in x the embeddings stand
     lengths: np.ndarray  # (n,) float64: they are divided by these; (0,): they are not
-    working: np.ndarray  # (m, n) float32: centred, normalised or scaled by a power of two; norms <= 1
-    offset: np.ndarray   # (n,) float32
+    panels: np.ndarray   # (P, m, 32) float32: centred, normalised or scaled by a power of two; norms <= 1
+    offset: np.ndarray   # (P · 32,) float32
     bounds: np.ndarray   # (n,) float64: |float32 − true similarity| of query q is at most bounds[q]
     aux: np.ndarray      # (n,) float64: norms (cosine), variances (snr), else zeros
     distance: str
@@ -80,9 +80,20 @@ class Space(NamedTuple):
             x = (x.astype(np.float64) / self.lengths[part, None]).astype(np.float32)
         return x.astype(np.float64)
 
+    def vectors(self, part):
+        """Some of the rows of panels, (…, m)."""
+        return self.panels[part // PANEL, :, part % PANEL]
+
     def source(self):
         """What the kernel takes these numbers from."""
         return self.x.view(np.uint8), self.x.itemsize, self.rows, self.lengths
+
+
+def panels_of(n, m):
+    """Zeros (P, m, 32), P even, for n candidates: number i is [i // 32, :, i % 32]. They begin a cache line."""
+    shape = -(-n // 64) * 2, m, PANEL
+    room = np.zeros(np.prod(shape) + 16, np.float32)
+    return room[-room.ctypes.data % 64 // 4:][:np.prod(shape)].reshape(shape)
 
 
 def prepare(x, distance, rows=None, normalise=False):
@@ -94,9 +105,10 @@ def prepare(x, distance, rows=None, normalise=False):
     """
     rows = np.arange(len(x)) if rows is None else rows
     n, m = len(rows), x.shape[1]
-    working, aux, norms, centre = np.empty((m, n), np.float32), np.zeros(n), np.empty(n), 0.0
+    panels, aux, norms, centre = panels_of(n, m), np.zeros(n), np.empty(n), 0.0
+    offset = np.where(np.arange(len(panels) * PANEL) < n, 0.0, FAR).astype(np.float32)
     parts = slices(n, m)
-    space = Space(x, rows, np.empty(0), working, np.zeros(n, np.float32), norms, aux, distance)
+    space = Space(x, rows, np.empty(0), panels, offset, norms, aux, distance)
     if normalise:
         lengths = [np.sqrt((space.numbers(part) ** 2).sum(1)) for part in parts]
         space = space._replace(lengths=np.concatenate(lengths))
@@ -119,10 +131,11 @@ def prepare(x, distance, rows=None, normalise=False):
     exponent = -int(np.frexp(norms.max())[1]) if norms.max() > 0 else 0
     for part in parts:
         scaled = np.ldexp(vectors(part), exponent).astype(np.float32)
-        working[:, part] = scaled.T
+        whole = np.pad(scaled, ((0, -len(scaled) % PANEL), (0, 0))).reshape(-1, PANEL, m)
+        panels[part.start // PANEL:][:len(whole)] = whole.swapaxes(1, 2)
         norms[part] = np.sqrt((scaled.astype(np.float64) ** 2).sum(1))
     if distance not in ("cosine", "dot_product"):
-        space.offset[:] = -norms ** 2 / 2
+        offset[:n] = -norms ** 2 / 2
     # Rounding of a float32 product of m terms in any order, of the working rows, the offset and the sum; 5 %
     # for second-order terms and the float64 side, the last term for what underflows.
     u, largest = 2.0 ** -24, norms.max()
@@ -131,8 +144,8 @@ def prepare(x, distance, rows=None, normalise=False):
 
 
 def slices(n, m):
-    """Parts of n rows, a million numbers each."""
-    step = max(1, (1 << 20) // m)
+    """Parts of n rows, about a million numbers each: whole panels."""
+    step = max(1, (1 << 20) // m // PANEL) * PANEL
     return [slice(start, start + step) for start in range(0, n, step)]
 
 
@@ -263,40 +276,31 @@ def count_hits_numpy(space, columns, queries, by_index=False):
     return hits
 
 
-def count_hits(space, columns, planes, queries, buffers, by_index=False, everything=False):
-    """The kernel's hits (4, k, len(queries)) int32.
-
-    Products with all candidates are made a tile at a time and, while they are in the cache, 16-bit keys: of
-    everything, or of what is near enough by a sample. buffers: count_blocks()'s.
-    """
-    n, b, (chosen, sample, tile, keys, kept, masks) = len(space.rows), len(queries), buffers
-    entry, vectors = values_of(columns, queries), np.ascontiguousarray(space.working[:, queries].T)
-    ranges, number, short = np.empty((b, 3), np.float32), np.zeros(b, np.int32), np.zeros(b, bool)
+def count_hits(space, columns, planes, queries, sample, buffers, by_index=False, everything=False):
+    """The kernel's hits (4, k, len(queries)) int32, from keys of everything, or of what is near enough by the
+    sample. sample and buffers: count_blocks()'s."""
+    n, b, (chosen, panels), (keys, kept, masks) = len(space.rows), len(queries), sample, buffers
+    entry, vectors = values_of(columns, queries), space.vectors(queries)
+    ranges, number, short = np.empty((b, 3), np.float32), np.empty(b, np.int32), np.zeros(b, bool)
     depth = np.full(b, n) if everything else columns.entry_depth[entry].max(0)
-    bounds, width = space.bounds[queries], len(tile) // b // 64 * 64
-    _knn.choose_ranges(vectors @ sample + space.offset[chosen], depth, bounds, n, ranges)
-    for start in range(0, n, width):
-        part = space.working[:, start:start + width]
-        products = tile[:b * part.shape[1]].reshape(b, -1)
-        np.matmul(vectors, part, out=products)
-        _knn.make_keys(products, space.offset, ranges, start, keys, kept, number)
+    bounds, similarities = space.bounds[queries], np.empty((b, len(panels) * PANEL), np.float32)
+    _knn.multiply(vectors, panels, similarities)
+    similarities = similarities[:, :len(chosen)] + space.offset[chosen]
+    _knn.choose_ranges(similarities, depth, bounds, n, ranges)
+    _knn.make_keys(vectors, space.panels, space.offset, ranges, keys, kept, number)
     hits, period = np.zeros((4, *entry.shape), np.int32), 0 if columns.copies is None else len(columns.values)
     _knn.count_hits(keys, kept, number, ranges, queries, bounds, *space.source(), space.aux, space.offset,
                     DISTANCES.index(space.distance), planes, entry, *columns[1:9], hits,  # codes … ranks
                     short.view(np.uint8), masks, by_index, period)
     if short.any():                                       # the sample misled
-        hits[..., short] = count_hits(space, columns, planes, queries[short], buffers, by_index, True)
+        hits[..., short] = count_hits(space, columns, planes, queries[short], sample, buffers, by_index, True)
     return hits
-
-
-blas_threads = cache(ThreadpoolController)                # once: Ctrl-C is lost while it lists the libraries
 
 
 def count_blocks(space, columns, queries, threads, memory_mib, by_index=False):
     """Yield (slice of queries, the kernel's hits (4, k, block) int32), exact, in the order of the queries.
 
-    Each thread multiplies a block of queries by all candidates and counts in it. Where memory allows few rows
-    for each, fewer count and their products have several threads.
+    Each thread takes a block of queries; fewer do where memory allows few rows.
     """
     n, period = columns.values.shape[::-1]
     k = period * (1 if columns.copies is None else len(columns.copies))
@@ -304,37 +308,36 @@ def count_blocks(space, columns, queries, threads, memory_mib, by_index=False):
         memory_mib = max(memory_mib / 2, memory_mib - space.x.nbytes / 2 ** 20)
     memory, row_bytes = memory_mib * 2 ** 20, 2 * n + n // 8 + 28 * k + 8 * SAMPLE + 8 * space.x.shape[1]
     masks = int(memory * MASKS / 8 / threads) if k > period else 0
-    scratch = 4 * TILE + 23 * n + 8 * masks               # beside its rows, for each
+    scratch = 23 * n + 8 * masks                          # beside its rows, for each
     workers = int(max(1, min(threads, memory // (scratch + 16 * row_bytes))))
     rows, least = int(memory / workers - scratch) // row_bytes, 128 if has_planes(columns) else 8
     rows = max(1, min(rows, BLOCK_ROWS, -(-len(queries) // workers), max(least, int(BLOCK_WORK / (n * k)))))
     planes = bit_planes(columns)
     chosen, words = np.random.default_rng(0).choice(n, min(n, SAMPLE), replace=False), -(-n // 64)
-    sample = chosen, space.working[:, chosen]
-    buffers = deque((*sample, np.empty(TILE, np.float32), np.empty((rows, 64 * words + 64), np.int16),
-                     np.empty((rows, words), np.uint64), np.empty(masks, np.uint64))
-                    for _ in range(workers) if _knn)
+    sample = chosen, panels_of(len(chosen), space.x.shape[1])
+    sample[1].swapaxes(1, 2)[np.divmod(np.arange(len(chosen)), PANEL)] = space.vectors(chosen)
+    buffers = deque((np.empty((rows, 64 * words + 64), np.int16), np.empty((rows, words), np.uint64),
+                     np.empty(masks, np.uint64)) for _ in range(workers) if _knn)
 
     def count(start):
         part = slice(start, min(start + rows, len(queries)))
         if _knn is None:
             return part, count_hits_numpy(space, columns, queries[part], by_index)
         own = buffers.pop()
-        hits = count_hits(space, columns, planes, queries[part], own, by_index)
+        hits = count_hits(space, columns, planes, queries[part], sample, own, by_index)
         buffers.append(own)
         return part, hits
 
-    with blas_threads().limit(limits=threads // workers):
-        pool, waiting = ThreadPoolExecutor(workers), deque()
-        try:
-            for start in range(0, len(queries), rows):
-                waiting.append(pool.submit(count, start))
-                if len(waiting) > workers:
-                    yield waiting.popleft().result()
-            while waiting:
+    pool, waiting = ThreadPoolExecutor(workers), deque()
+    try:
+        for start in range(0, len(queries), rows):
+            waiting.append(pool.submit(count, start))
+            if len(waiting) > workers:
                 yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)            # Ctrl-C: what has begun ends, nothing else begins
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)                # Ctrl-C: what has begun ends, nothing else begins
 
 
 def as_embeddings(embeddings, distance, normalise=False):

@@ -39,7 +39,7 @@ try:
     import _knn
 except ImportError:
     _knn = None
-if getattr(_knn, "INTERFACE", None) != 7:  # not built, or from another _knn.pyx
+if getattr(_knn, "INTERFACE", None) != 8:  # not built, or from another _knn.pyx
     _knn = None  # the NumPy twins count_pairs_numpy() and rank_queries_numpy() count instead
 
 ROWS, COLUMNS = 512, 2048  # of a tile of products: 4 MiB, which the caches keep until it is counted
