@@ -1095,30 +1095,28 @@ def choose_ranges(const float[:, ::1] sample, const int64_t[::1] depth, const do
 
 def multiply(const float[:, ::1] vectors, const float[:, :, ::1] panels, float[:, ::1] out):
     """Inner products in float32 of vectors (B, m) with the candidates of panels (P, m, 32) -> out (B, P · 32)."""
-    cdef ptrdiff_t m = vectors.shape[1], stride = out.shape[1], g, b, i, p, some
-    cdef float[::1] queries = np.empty(ABREAST * m, np.float32)
-    cdef float[ABREAST * PANEL] last
+    cdef ptrdiff_t m = vectors.shape[1], b, i, p
+    cdef float[:, :, ::1] queries = abreast(vectors)
+    cdef float[ABREAST * PANEL] few
     use(ISA)
     with nogil:
-        for g in range((vectors.shape[0] + ABREAST - 1) // ABREAST):
-            b = g * ABREAST
-            some = put_abreast(vectors, b, &queries[0])
+        for b in range(queries.shape[0]):
             for p in range(panels.shape[0]):
-                if some == ABREAST:
-                    products(&queries[0], &panels[p, 0, 0], m, &out[b, p * PANEL], stride)
-                    continue
-                products(&queries[0], &panels[p, 0, 0], m, last, PANEL)
-                for i in range(some):
-                    memcpy(&out[b + i, p * PANEL], last + i * PANEL, PANEL * sizeof(float))
+                products(&queries[b, 0, 0], &panels[p, 0, 0], m, few, PANEL)
+                for i in range(min(ABREAST, vectors.shape[0] - b * ABREAST)):
+                    memcpy(&out[b * ABREAST + i, p * PANEL], few + i * PANEL, PANEL * sizeof(float))
 
 
-cdef ptrdiff_t put_abreast(const float[:, ::1] vectors, ptrdiff_t first, float *queries) noexcept nogil:
-    """Up to ABREAST rows as products() takes them -> how many; what lacks is the last one again."""
-    cdef ptrdiff_t some = min(ABREAST, vectors.shape[0] - first), i, k
-    for k in range(vectors.shape[1]):
-        for i in range(ABREAST):
-            queries[k * ABREAST + i] = vectors[first + min(i, some - 1), k]
-    return some
+cdef abreast(const float[:, ::1] vectors):
+    """Vectors (B, m) as products() takes them: (⌈B / 12⌉, m, 12); what lacks is the last one again."""
+    cdef ptrdiff_t groups = (vectors.shape[0] + ABREAST - 1) // ABREAST, b, i, k
+    cdef float[:, :, ::1] queries = np.empty((groups, vectors.shape[1], ABREAST), np.float32)
+    with nogil:
+        for b in range(groups):
+            for k in range(vectors.shape[1]):
+                for i in range(ABREAST):
+                    queries[b, k, i] = vectors[min(b * ABREAST + i, vectors.shape[0] - 1), k]
+    return queries
 
 
 def make_keys(const float[:, ::1] vectors, const float[:, :, ::1] panels, const float[::1] offset,
@@ -1132,7 +1130,7 @@ def make_keys(const float[:, ::1] vectors, const float[:, :, ::1] panels, const 
     """
     cdef ptrdiff_t m = vectors.shape[1], count = panels.shape[0], g, b, i, p, at, some, width, tile, stop
     cdef ptrdiff_t step = max(1, TILE // m // STRIP) * (STRIP // PANEL)
-    cdef float[::1] queries = np.empty(ABREAST * m, np.float32)
+    cdef float[:, :, ::1] queries = abreast(vectors)
     cdef float[ABREAST * STRIP] strip
     use(ISA)
     with nogil:
@@ -1140,16 +1138,15 @@ def make_keys(const float[:, ::1] vectors, const float[:, :, ::1] panels, const 
             number[b] = 0
         for tile in range((count + step - 1) // step):
             stop = min((tile + 1) * step, count)
-            for g in range((vectors.shape[0] + ABREAST - 1) // ABREAST):
-                b = g * ABREAST
-                some = put_abreast(vectors, b, &queries[0])
+            for g in range(queries.shape[0]):
+                b, p = g * ABREAST, tile * step
+                some = min(ABREAST, vectors.shape[0] - b)
                 for i in range(some):
                     prefetch_row(&keys[b + i, number[b + i]])
-                p = tile * step
                 while p < stop:
                     width, at = min(STRIP // PANEL, stop - p), p * PANEL
                     for i in range(width):
-                        products(&queries[0], &panels[p + i, 0, 0], m, strip + i * PANEL, STRIP)
+                        products(&queries[g, 0, 0], &panels[p + i, 0, 0], m, strip + i * PANEL, STRIP)
                     for i in range(some):
                         number[b + i] += add_keys(strip + i * STRIP, &offset[at], width * PANEL,
                                                   &ranges[b + i, 0], &keys[b + i, number[b + i]],

@@ -50,7 +50,7 @@ PANEL = 32                   # candidates whose numbers stand side by side for t
 FAR = -3e38                  # the offset of what stands behind the last candidate
 SAMPLE = 1024                # candidates that tell the keys' ranges
 MASKS = 1 / 4                # of memory_mib, of what queries retrieve: for permutations
-BLOCK_ROWS = 768             # queries in one matrix product: more speeds it up by little
+BLOCK_ROWS = 192             # queries in one block: more are slower
 MOST_TESTED = 1e7            # permutations × values, which are kept: more values get no p-value
 SHOWN = (("R-Prec", "r_precision", 4), ("NR-Prec", "nr_precision", 2), ("± s.e.", "nr_precision_se", 2),
          ("p_holm", "p_holm", 4))
