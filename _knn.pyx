@@ -331,24 +331,23 @@ cdef extern from *:
     EACH_ISA(void, sum_bits, (const uint64_t *bits, ptrdiff_t words, int32_t *before),
              (bits, words, before))
 
-    /* Counts become numbers of items in higher bins, as far down as `deepest` items: the lowest such bin, −1
-       where there are fewer. Lower ones are never read. */
-    static ptrdiff_t sum_from_top(uint32_t *histogram, uint32_t deepest)
+    /* above[i]: how many items stand in higher bins than the i-th SPAN of them has, as far down as `deepest`
+       items, or all where there are fewer; → the lowest such i. */
+    #define SPAN 64
+    LOOP ptrdiff_t sum_from_top_loop(const uint32_t *histogram, uint32_t deepest, uint32_t *above)
     {
         uint32_t total = 0;
-        for (ptrdiff_t i = BINS - 8; i >= 0; i -= 8) {
-            for (int j = 7; j >= 0; j--) {
-                const uint32_t here = histogram[i + j];
-                histogram[i + j] = total;
-                total += here;
-            }
-            if (total >= deepest) {
-                for (i += 7; histogram[i] < deepest && i % 8; i--);
-                return histogram[i] < deepest ? i : i + 1;
-            }
+        ptrdiff_t i = BINS / SPAN;
+        while (i > 0 && total < deepest) {
+            above[--i] = total;
+            uint32_t here = 0;
+            for (int j = 0; j < SPAN; j++) here += histogram[i * SPAN + j];
+            total += here;
         }
-        return -1;
+        return i;
     }
+    EACH_ISA(ptrdiff_t, sum_from_top, (const uint32_t *histogram, uint32_t deepest, uint32_t *above),
+             (histogram, deepest, above))
 
     /* The level of a key: above how many of up to CUTS thresholds it lies, all found in one pass. below and
        high (CUTS + 1,) ascend; below[j] < key <= high[j] is near threshold j; behind the last: 32,767.
@@ -436,21 +435,30 @@ cdef extern from *:
             near[i / 64] = _mm512_kunpackd(near_b, near_a);
         }
     }
-    AVX2 static void level_bits_avx2(const uint8_t *level, ptrdiff_t n, uint8_t least, uint64_t *bits)
+    AVX2 static int32_t level_bits_avx2(const uint8_t *level, ptrdiff_t n, uint8_t least,
+                                        const uint64_t *plane, uint64_t *bits)
     {
         const __m256i below = _mm256_set1_epi8((char)(least - 1));
+        int32_t total = 0;
         for (ptrdiff_t i = 0; i < n; i += 64) {
             const __m256i a = _mm256_cmpgt_epi8(_mm256_loadu_si256((const void *)(level + i)), below);
             const __m256i b = _mm256_cmpgt_epi8(_mm256_loadu_si256((const void *)(level + i + 32)), below);
             bits[i / 64] = (uint64_t)(uint32_t)_mm256_movemask_epi8(b) << 32
                          | (uint32_t)_mm256_movemask_epi8(a);
+            if (plane) total += __builtin_popcountll(bits[i / 64] & plane[i / 64]);
         }
+        return total;
     }
-    AVX512 static void level_bits_avx512(const uint8_t *level, ptrdiff_t n, uint8_t least, uint64_t *bits)
+    AVX512 static int32_t level_bits_avx512(const uint8_t *level, ptrdiff_t n, uint8_t least,
+                                            const uint64_t *plane, uint64_t *bits)
     {
         const __m512i from = _mm512_set1_epi8((char)least);
-        for (ptrdiff_t i = 0; i < n; i += 64)
+        int32_t total = 0;
+        for (ptrdiff_t i = 0; i < n; i += 64) {
             bits[i / 64] = _mm512_cmpge_epu8_mask(_mm512_loadu_si512(level + i), from);
+            if (plane) total += __builtin_popcountll(bits[i / 64] & plane[i / 64]);
+        }
+        return total;
     }
     #endif
     static void levels(const int16_t *key, ptrdiff_t n, const int16_t *below, const int16_t *high, int cuts,
@@ -463,11 +471,14 @@ cdef extern from *:
     #endif
         levels_loop(key, n, below, high, cuts, level, near);
     }
-    static void level_bits(const uint8_t *level, ptrdiff_t n, uint8_t least, uint64_t *bits)
+    /* The bits of at least this level; how many of them a plane has, if there is one. */
+    static int32_t level_bits(const uint8_t *level, ptrdiff_t n, uint8_t least, const uint64_t *plane,
+                              uint64_t *bits)
     {
     #ifdef KNN_X86
-        if (isa == 2) level_bits_avx512(level, n, least, bits);
-        else level_bits_avx2(level, n, least, bits);
+        return (isa == 2 ? level_bits_avx512 : level_bits_avx2)(level, n, least, plane, bits);
+    #else
+        return 0;
     #endif
     }
     /* Where low <= key <= high, in ascending order; keys are padded as levels() needs them. */
@@ -717,6 +728,7 @@ cdef extern from *:
         BINS
         BIN_SHIFT
         CHUNK
+        SPAN
         WORDS
         CUTS
         NEAR
@@ -734,12 +746,13 @@ cdef extern from *:
                    int16_t *key, uint64_t *kept) noexcept nogil
     void expand(const uint8_t *level, ptrdiff_t words, const uint64_t *kept, uint8_t *out) noexcept nogil
     void sum_bits(const uint64_t *bits, ptrdiff_t words, int32_t *before) noexcept nogil
-    ptrdiff_t sum_from_top(uint32_t *histogram, uint32_t deepest) noexcept nogil
+    ptrdiff_t sum_from_top(const uint32_t *histogram, uint32_t deepest, uint32_t *above) noexcept nogil
     ptrdiff_t collect(const int16_t *key, ptrdiff_t n, int16_t low, int16_t high,
                       int32_t *index) noexcept nogil
     void levels(const int16_t *key, ptrdiff_t n, const int16_t *below, const int16_t *high, int cuts,
                 uint8_t *level, uint64_t *near) noexcept nogil
-    void level_bits(const uint8_t *level, ptrdiff_t n, uint8_t least, uint64_t *bits) noexcept nogil
+    int32_t level_bits(const uint8_t *level, ptrdiff_t n, uint8_t least, const uint64_t *plane,
+                       uint64_t *bits) noexcept nogil
     int32_t count_codes(const uint8_t *level, const uint8_t *code, ptrdiff_t n, uint8_t least,
                         uint8_t value) noexcept nogil
     void add_near(const int16_t *key, const uint64_t *near, ptrdiff_t words, const uint8_t *level,
@@ -805,8 +818,9 @@ cdef struct Row:                # one query at work: its thread's scratch and wh
     ptrdiff_t keys              # n, or fewer where those of the farthest are left out
     const uint64_t *kept        # (⌈n/64⌉,) a bit for each candidate that has a key; NULL where all have
     int32_t *before             # (⌈n/64⌉ + 1,) how many bits there are before each word of kept
-    uint32_t *above             # (BINS,) histogram, then the number of items in higher bins
-    ptrdiff_t lowest            # bin from which on `above` is known
+    uint32_t *histogram         # (BINS,) of the keys, and behind it
+    uint32_t *above             # (BINS / SPAN,) how many keys are in higher bins than a span has
+    ptrdiff_t lowest            # span from which on this is known
     int32_t *index              # (n,) items near a threshold; after resolve() the chosen ones, then the tied
     item_t *item                # (n,)
     double *term                # (2 · m,): summands, and behind them two rows as float32
@@ -920,19 +934,15 @@ cdef void choose_keys(const float *sample, ptrdiff_t count, double share, double
         place[0], place[1], place[2] = low, <float>65534.0 / (<float>1.5 * (highest - low)), 1
 
 
-cdef bint count_keys(Row *row, ptrdiff_t n, uint32_t deepest) noexcept nogil:
-    """Down to the rank `deepest`, the number of items above each bin; the query itself is left out.
-
-    False where items without keys may be among the nearest.
-    """
+cdef void count_keys(Row *row, uint32_t deepest) noexcept nogil:
+    """The histogram, and its sums down to the rank `deepest`; the query itself is left out."""
     cdef ptrdiff_t own = place_of(row, row.query)
-    memset(row.above, 0, BINS * sizeof(uint32_t))
-    add_histogram(row.key, row.keys, row.above)
+    memset(row.histogram, 0, BINS * sizeof(uint32_t))
+    add_histogram(row.key, row.keys, row.histogram)
     if own >= 0:
-        row.above[(row.key[own] + 32768) >> BIN_SHIFT] -= 1
+        row.histogram[(row.key[own] + 32768) >> BIN_SHIFT] -= 1
         row.key[own] = -32768
-    row.lowest = sum_from_top(row.above, deepest)
-    return row.keys == n or row.lowest * (1 << BIN_SHIFT) > margin_of_keys(row) + 1
+    row.lowest = sum_from_top(row.histogram, deepest, row.above)
 
 
 cdef ptrdiff_t place_of(const Row *row, ptrdiff_t i) noexcept nogil:
@@ -949,16 +959,23 @@ cdef ptrdiff_t padded(ptrdiff_t n) noexcept nogil:
     return (n + 63) // 64 * 64
 
 
-cdef ptrdiff_t find_bin(const Row *row, int64_t rank, int16_t *low, int16_t *high) noexcept nogil:
-    """The bin of the rank-th: low <= key <= high may be among the `rank` nearest or not, by their keys."""
-    cdef ptrdiff_t bin = row.lowest, last = BINS - 1, middle
+cdef ptrdiff_t find_bin(const Row *row, int64_t rank, int16_t *low, int16_t *high, int64_t *above) noexcept nogil:
+    """The bin of the rank-th: low <= key <= high may be among the `rank` nearest or not, by their keys.
+
+    above: how many items are in higher bins. −1 where there are fewer items than `rank`.
+    """
+    cdef ptrdiff_t span = row.lowest, last = BINS // SPAN - 1, bin
     cdef int32_t margin = margin_of_keys(row), bottom
-    while bin < last:                         # the lowest with fewer than `rank` above it
-        middle = (bin + last) // 2
-        if <int64_t>row.above[middle] < rank:
-            last = middle
+    while span < last:                        # the lowest with fewer than `rank` above it
+        bin = (span + last) // 2
+        if <int64_t>row.above[bin] < rank:
+            last = bin
         else:
-            bin = middle + 1
+            span = bin + 1
+    bin, above[0] = span * SPAN + SPAN - 1, row.above[span]
+    while bin >= 0 and above[0] + row.histogram[bin] < rank:
+        above[0] += row.histogram[bin]
+        bin -= 1
     bottom = (<int32_t>bin << BIN_SHIFT) - 32768
     low[0] = <int16_t>max(bottom - margin, -32767)
     high[0] = <int16_t>min(top_key(bin) + margin, 32766)
@@ -1209,13 +1226,14 @@ def count_hits(int16_t[:, ::1] keys, const uint64_t[:, ::1] kept, const int32_t[
     if group == 1:
         scratch, period = np.empty(words, np.uint64), 0
     cdef uint8_t[::1] masked = np.empty(max(1, group * slots), np.uint8)
-    cdef uint32_t[::1] above = np.empty(BINS, np.uint32)
+    cdef uint32_t[::1] histogram = np.empty(BINS + BINS // SPAN, np.uint32)
     cdef int32_t[::1] before = np.empty(words + 1, np.int32), index = np.empty(n, np.int32)
     cdef uint8_t[::1] level = np.empty(padded(n) + 64, np.uint8)
     cdef double[::1] item = np.empty(2 * n), term = np.empty(2 * space.m)   # item_t: two words of eight bytes
     cdef int32_t[::1] first = np.empty(slots + 1, np.int32), order = np.empty(columns, np.int32)
     cdef Row row
-    row.by_index, row.above, row.before = by_index, &above[0], &before[0]
+    row.by_index, row.histogram, row.above = by_index, &histogram[0], &histogram[BINS]
+    row.before = &before[0]
     row.index, row.item, row.term = &index[0], <item_t *>&item[0], &term[0]
     with nogil:
         for g in range((block + group - 1) // group):
@@ -1280,6 +1298,7 @@ cdef bint count_row(const Space *space, Row *row, uint64_t *masks, uint8_t *mask
     cdef int16_t[CUTS + 1] below, high        # for each threshold: keys between these are near it
     cdef int32_t[CUTS] at, begin              # where its rank stands in ranks, and its first column in order
     cdef ptrdiff_t[CUTS] bin                  # find_bin()'s
+    cdef int64_t[CUTS] above
     cdef int32_t[CUTS] number                 # how many candidates are near
     cdef int32_t[CUTS * NEAR] near            # the first of them,
     cdef int16_t[CUTS * NEAR] near_key        # and their keys
@@ -1315,8 +1334,10 @@ cdef bint count_row(const Space *space, Row *row, uint64_t *masks, uint8_t *mask
     slot = entry_rank[entry[order[first[slots] - 1], b]]
     if row.kept:
         sum_bits(row.kept, words, row.before)
-    if not count_keys(row, n, <uint32_t>ranks[slot]):
-        return False
+    count_keys(row, <uint32_t>ranks[slot])
+    j = find_bin(row, ranks[slot], &low, &high[0], &above[0])
+    if row.kept and j << BIN_SHIFT <= margin_of_keys(row) + 1:
+        return False                          # items without keys may be among the nearest
     for i in range(row.keys, padded(row.keys)):
         row.key[i] = -32768
     slot = slots
@@ -1327,7 +1348,7 @@ cdef bint count_row(const Space *space, Row *row, uint64_t *masks, uint8_t *mask
             begin[cuts] = first[slot - 1] if slot else 0
             if first[slot] > begin[cuts]:
                 at[cuts], number[cuts] = slot, 0
-                bin[cuts] = find_bin(row, ranks[slot], &low, &high[cuts])
+                bin[cuts] = find_bin(row, ranks[slot], &low, &high[cuts], &above[cuts])
                 below[cuts] = low - 1
                 cuts += 1
         for j in range(cuts, CUTS + 1):
@@ -1348,11 +1369,15 @@ cdef bint count_row(const Space *space, Row *row, uint64_t *masks, uint8_t *mask
                 level = expanded
             for j in range(cuts):
                 mask = masks + (at[j] * words + i // 64 if masked else 0)
+                c, plane, k = begin[j], NULL, order[begin[j]]
+                value, count = entry_code[entry[k, b]], &hits[0, k, b]
+                if not masked and 0 < value <= planes.shape[0]:
+                    c, plane = c + 1, &planes[value - 1, k, i // 64]
                 if planes.shape[0]:
-                    level_bits(level, part, j + 1, mask)
+                    count[0] += level_bits(level, part, j + 1, plane, mask)
                 if masked and not coded:      # count_masks() counts
                     continue
-                for c in range(begin[j], first[at[j]]):
+                for c in range(c, first[at[j]]):
                     k = order[c]
                     value, count = entry_code[entry[k, b]], &hits[0, k, b]
                     if value > planes.shape[0]:
@@ -1362,7 +1387,7 @@ cdef bint count_row(const Space *space, Row *row, uint64_t *masks, uint8_t *mask
                         common_bits(<const uint64_t **>&mask, &plane, &count, 1, part // 64)
             i += part
         for j in range(cuts):
-            need = ranks[at[j]] - row.above[bin[j]]
+            need = ranks[at[j]] - above[j]
             if number[j] > NEAR:              # these all together again
                 found, word = collect(row.key, row.keys, below[j] + 1, high[j], row.index), 0
                 for i in range(found):
@@ -1518,11 +1543,11 @@ def rank_hits(const float[:, ::1] products, const int64_t[::1] queries, const do
     cdef Space space = make_space(x, size, rows, norms[:0], norms, offset, 2)
     cdef ptrdiff_t n = space.n, m = space.m, b
     cdef int16_t[::1] key = np.empty(padded(n), np.int16)
-    cdef uint32_t[::1] above = np.empty(BINS, np.uint32)
+    cdef uint32_t[::1] histogram = np.empty(BINS + BINS // SPAN, np.uint32)
     cdef int32_t[::1] index = np.empty(n + 64, np.int32)
     cdef double[::1] item = np.empty(2 * n, np.float64), term = np.empty(2 * m), unit = np.empty(m)
     cdef Row row
-    row.key, row.above, row.index = &key[0], &above[0], &index[0]
+    row.key, row.histogram, row.above, row.index = &key[0], &histogram[0], &histogram[BINS], &index[0]
     row.item, row.term = <item_t *>&item[0], &term[0]
     row.by_index = by_index
     counts[:, :], precision[:] = 0, 0.0
@@ -1539,7 +1564,7 @@ cdef void rank_row(const Space *space, Row *row, int64_t depth, int64_t relevant
                    double *unit, int64_t *counts, double *precision) noexcept nogil:
     cdef ptrdiff_t certain, near, total, found = 0, i, j, begin, end, bin, need, n = space.n, m = space.m
     cdef ptrdiff_t step = max(16, n // 64), count = 0             # runs of 16: a cache line each
-    cdef int64_t right, before = 0
+    cdef int64_t right, before = 0, above = 0
     cdef int16_t low = 0, high = 0
     cdef float[1280] sample
     cdef float[3] keyed
@@ -1555,10 +1580,10 @@ cdef void rank_row(const Space *space, Row *row, int64_t depth, int64_t relevant
     for i in range(n, padded(n)):
         row.key[i] = -32768
     row.scale, row.keys, row.kept = keyed[1], n, NULL
-    count_keys(row, n, <uint32_t>depth)
+    count_keys(row, <uint32_t>depth)
     row.own = numbers(space, row.query, <float *>(row.term + m))
-    bin = find_bin(row, depth, &low, &high)
-    near, need = collect(row.key, n, low, high, row.index), depth - row.above[bin]
+    bin = find_bin(row, depth, &low, &high, &above)
+    near, need = collect(row.key, n, low, high, row.index), depth - above
     for i in range(near):
         PREFETCH(row.product + row.index[i])
     for i in range(near):
@@ -1578,12 +1603,17 @@ cdef void rank_row(const Space *space, Row *row, int64_t depth, int64_t relevant
         j = row.index[i]
         row.item[certain + i].index = j
         row.item[certain + i].distance = -<double>(row.product[j] + space.offset[j])
-    if certain:                               # a counting sort: `above` says where a bin's items begin
+    if certain:                               # a counting sort: where a bin's items begin
+        j, end = BINS, 0
+        while j > bin:
+            j -= 1
+            i, row.histogram[j] = row.histogram[j], end
+            end += i
         found = collect(row.key, n, high + 1, 32766, row.index)
         for i in range(found):
             j = row.index[i]
-            begin = row.above[(row.key[j] + 32768) >> BIN_SHIFT]
-            row.above[(row.key[j] + 32768) >> BIN_SHIFT] += 1
+            begin = row.histogram[(row.key[j] + 32768) >> BIN_SHIFT]
+            row.histogram[(row.key[j] + 32768) >> BIN_SHIFT] += 1
             row.item[begin].index = j
             row.item[begin].distance = -<double>(row.product[j] + space.offset[j])
     order_items(row.item, total)
