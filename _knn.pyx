@@ -1148,7 +1148,8 @@ def make_keys(const float[:, ::1] vectors, const float[:, :, ::1] panels, const 
     cdef ptrdiff_t m = vectors.shape[1], count = panels.shape[0], g, b, i, p, at, some, width, tile, stop
     cdef ptrdiff_t step = max(1, TILE // m // STRIP) * (STRIP // PANEL)
     cdef float[:, :, ::1] queries = abreast(vectors)
-    cdef float[ABREAST * STRIP] strip
+    cdef float[ABREAST * STRIP + 16] room
+    cdef float *strip = <float *>(<size_t>(room + 15) // 64 * 64)          # begins a cache line
     use(ISA)
     with nogil:
         for b in range(vectors.shape[0]):
