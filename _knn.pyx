@@ -445,7 +445,7 @@ cdef extern from *:
             const __m256i b = _mm256_cmpgt_epi8(_mm256_loadu_si256((const void *)(level + i + 32)), below);
             bits[i / 64] = (uint64_t)(uint32_t)_mm256_movemask_epi8(b) << 32
                          | (uint32_t)_mm256_movemask_epi8(a);
-            if (plane) total += __builtin_popcountll(bits[i / 64] & plane[i / 64]);
+            total += __builtin_popcountll(bits[i / 64] & plane[i / 64]);
         }
         return total;
     }
@@ -456,7 +456,7 @@ cdef extern from *:
         int32_t total = 0;
         for (ptrdiff_t i = 0; i < n; i += 64) {
             bits[i / 64] = _mm512_cmpge_epu8_mask(_mm512_loadu_si512(level + i), from);
-            if (plane) total += __builtin_popcountll(bits[i / 64] & plane[i / 64]);
+            total += __builtin_popcountll(bits[i / 64] & plane[i / 64]);
         }
         return total;
     }
@@ -471,7 +471,7 @@ cdef extern from *:
     #endif
         levels_loop(key, n, below, high, cuts, level, near);
     }
-    /* The bits of at least this level; how many of them a plane has, if there is one. */
+    /* The bits of at least this level; how many of them a plane has. */
     static int32_t level_bits(const uint8_t *level, ptrdiff_t n, uint8_t least, const uint64_t *plane,
                               uint64_t *bits)
     {
@@ -1370,12 +1370,13 @@ cdef bint count_row(const Space *space, Row *row, uint64_t *masks, uint8_t *mask
                 level = expanded
             for j in range(cuts):
                 mask = masks + (at[j] * words + i // 64 if masked else 0)
-                c, plane, k = begin[j], NULL, order[begin[j]]
-                value, count = entry_code[entry[k, b]], &hits[0, k, b]
+                c, k = begin[j], order[begin[j]]
+                value = entry_code[entry[k, b]]
                 if not masked and 0 < value <= planes.shape[0]:
-                    c, plane = c + 1, &planes[value - 1, k, i // 64]
-                if planes.shape[0]:
-                    count[0] += level_bits(level, part, j + 1, plane, mask)
+                    hits[0, k, b] += level_bits(level, part, j + 1, &planes[value - 1, k, i // 64], mask)
+                    c += 1
+                elif planes.shape[0]:
+                    level_bits(level, part, j + 1, mask, mask)
                 if masked and not coded:      # count_masks() counts
                     continue
                 for c in range(c, first[at[j]]):

@@ -144,8 +144,8 @@ def prepare(x, distance, rows=None, normalise=False):
 
 
 def slices(n, m):
-    """Parts of n rows, about a million numbers each: whole panels."""
-    step = max(1, (1 << 20) // m // PANEL) * PANEL
+    """Parts of n rows, about a hundred thousand numbers each: whole panels."""
+    step = max(1, (1 << 17) // m // PANEL) * PANEL
     return [slice(start, start + step) for start in range(0, n, step)]
 
 
