@@ -241,27 +241,39 @@ def test_permuted_columns_by_masks_are_the_twin(isa, by_index, monkeypatch):
                 np.testing.assert_array_equal(hits, expected[..., part], err_msg=f"{words} words")
 
 
-def test_products_may_be_as_wrong_as_their_bound(monkeypatch):
-    """Whatever the BLAS: similarities disturbed by up to the stated bound give the same counts."""
+def disturb(monkeypatch, bounds, rng):
+    """Similarities are wrong by up to their bound from here on. → the queries of each call of count_hits()."""
+    count, make, asked = nrprec.count_hits, _knn.make_keys, []
+
+    def count_hits(space, columns, planes, queries, *more):
+        asked.append(queries)
+        return count(space, columns, planes, queries, *more)
+
+    def make_keys(vectors, panels, offset, ranges, keys, kept, number):
+        for b, q in enumerate(asked[-1]):
+            one, noise = slice(b, b + 1), rng.choice([-0.8, 0.0, 0.8], len(offset)) * bounds[q]
+            make(vectors[one], panels, (offset + noise).astype(np.float32), ranges[one], keys[one], kept[one],
+                 number[one])
+
+    monkeypatch.setattr(nrprec, "count_hits", count_hits)
+    monkeypatch.setattr(_knn, "make_keys", make_keys)
+    return asked
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_products_may_be_as_wrong_as_their_bound(isa, monkeypatch):
+    """Whatever the processor's order of adding up: similarities disturbed by the bound give the same counts."""
     rng = np.random.default_rng(8)
     x = np.round(rng.standard_normal((400, 12)) * 8).astype(np.float32) / 8
     x[200:] = x[:200] * (1 + rng.integers(-1, 2, (200, 1)) * np.float32(2.0 ** -20))   # near ties
     labels = [rng.integers(0, v, 400) for v in (2, 6, 80)]
     space, columns, q = nrprec.prepare(x, "euclidean"), nrprec.make_columns(labels), np.arange(400)
-    exact = (space.working.T.astype(np.float64) @ space.working).astype(np.float32)
-    expected, done = nrprec.count_hits_numpy(space, columns, q), []
-
-    def matmul(vectors, part, out):
-        noise = rng.choice([-0.9, 0.0, 0.9], out.shape) * space.bounds[:, None]
-        out[:] = exact[:, sum(done):sum(done) + out.shape[1]] + noise
-        done.append(out.shape[1])
-
-    monkeypatch.setattr(nrprec.np, "matmul", matmul)
-    for kept in (labels, labels[1:]) * 5:                        # keys of all candidates, of the nearest
-        (_, hits), = nrprec.count_blocks(space, nrprec.make_columns(kept), q, 1, 64)
-        np.testing.assert_array_equal(hits, expected[:, -len(kept):])
-        assert sum(done) == 400
-        done.clear()
+    expected, asked = nrprec.count_hits_numpy(space, columns, q), disturb(monkeypatch, space.bounds, rng)
+    with using(isa):
+        for kept in (labels, labels[1:]) * 5:                    # keys of all candidates, of the nearest
+            for part, hits in nrprec.count_blocks(space, nrprec.make_columns(kept), q, 1, 64):
+                np.testing.assert_array_equal(hits, expected[:, -len(kept):, part])
+    assert len(np.concatenate(asked)) >= 4000
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -272,16 +284,10 @@ def test_keys_that_end_within_the_error_of_the_threshold(isa, monkeypatch):
     x[200:] = x[:200] * (1 + rng.integers(-1, 2, (200, 1)) * np.float32(2.0 ** -20))        # near ties
     x[0] *= 40                                                                 # makes keys coarse
     space, columns = nrprec.prepare(x, "euclidean"), nrprec.make_columns([rng.integers(0, 6, n)])
-    products = (space.working.T.astype(np.float64) @ space.working).astype(np.float32)
-    products += (rng.choice([-0.9, 0, 0.9], products.shape) * space.bounds[:, None]).astype(np.float32)
-    similarities = products + space.offset
+    vectors, asked = space.vectors(np.arange(n)), disturb(monkeypatch, space.bounds, rng)
+    similarities = vectors.astype(np.float64) @ vectors.T + space.offset[:n]
     similarities[np.arange(n), np.arange(n)] = -9
-    similarities = np.sort(similarities, 1)[:, ::-1]
-    count, choose, asked = nrprec.count_hits, _knn.choose_ranges, []
-
-    def count_hits(space, columns, planes, queries, *more):
-        asked.append(queries)
-        return count(space, columns, planes, queries, *more)
+    similarities, choose = np.sort(similarities, 1)[:, ::-1].astype(np.float32), _knn.choose_ranges
 
     def choose_ranges(sample, depth, bounds, n, ranges):
         choose(sample, depth, bounds, n, ranges)
@@ -291,13 +297,28 @@ def test_keys_that_end_within_the_error_of_the_threshold(isa, monkeypatch):
             low = most[depth[b] - 1] - np.float32(rng.uniform(0, 4) * bounds[b])
             ranges[b] = low, np.float32(65534) / (np.float32(1.5) * (most[0] - low)), isa != "scalar"
 
-    monkeypatch.setattr(nrprec, "count_hits", count_hits)
     monkeypatch.setattr(_knn, "choose_ranges", choose_ranges)
-    monkeypatch.setattr(nrprec.np, "matmul", lambda vectors, part, out: np.copyto(out, products[asked[-1]]))
     with using(isa):
-        (_, hits), = nrprec.count_blocks(space, columns, np.arange(n), 1, 64)
+        hits = np.concatenate([hits for _, hits in nrprec.count_blocks(space, columns, np.arange(n), 1, 64)], 2)
     np.testing.assert_array_equal(hits, nrprec.count_hits_numpy(space, columns, np.arange(n)))
-    assert sent == ([False, True] if isa != "scalar" else [False]) and len(asked[-1]) > 100
+    assert sent == ([False, True] * 3 if isa != "scalar" else [False] * 3)
+    assert isa == "scalar" or sum(map(len, asked)) > n + 100
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@given(st.integers(1, 40), st.integers(1, 200), st.integers(1, 70), st.integers(0, 2 ** 32 - 1))
+@settings(max_examples=30, deadline=None)
+def test_products_are_within_their_bound(isa, queries, n, m, seed):
+    """Of any numbers of queries, candidates and dimensions, against float64; what is behind the last is 0."""
+    rng = np.random.default_rng(seed)
+    a, b = (rng.standard_normal((rows, m)).astype(np.float32) for rows in (queries, n))
+    panels = nrprec.panels_of(n, m)
+    panels.swapaxes(1, 2)[np.divmod(np.arange(n), nrprec.PANEL)] = b
+    out = np.full((queries, len(panels) * nrprec.PANEL), np.nan, np.float32)
+    with using(isa):
+        _knn.multiply(a, panels, out)
+    bound = 1.05 * 2.0 ** -24 * m * (np.linalg.norm(a, axis=1)[:, None] * np.linalg.norm(b, axis=1))
+    assert (abs(out[:, :n] - a.astype(np.float64) @ b.T) <= bound).all() and not out[:, n:].any()
 
 
 @settings(max_examples=60, deadline=None)
