@@ -538,21 +538,8 @@ cdef extern from *:
         for (ptrdiff_t i = 0; i < words; i++) total += __builtin_popcountll(a[i] & b[i]);
         return total;
     }
-    /* What is next is fetched while this is counted: masks lie too far apart for the processor to guess. */
-    typedef int64_t counted(const uint64_t *a, const uint64_t *b, ptrdiff_t words);
-    LOOP void common_bits_each(const uint64_t *const *a, const uint64_t *const *b, int32_t *const *total,
-                               ptrdiff_t number, ptrdiff_t words, counted *count)
-    {
-        for (ptrdiff_t i = 0; i < number; i++) {
-            for (ptrdiff_t at = 0; at < words && i + 1 < number; at += 8) {
-                PREFETCH(a[i + 1] + at);
-                PREFETCH(b[i + 1] + at);
-            }
-            *total[i] += (int32_t)count(a[i], b[i], words);
-        }
-    }
     #ifdef KNN_X86
-    AVX2 static int64_t common_bits_by_table(const uint64_t *a, const uint64_t *b, ptrdiff_t words)
+    AVX2 static int64_t common_bits_avx2(const uint64_t *a, const uint64_t *b, ptrdiff_t words)
     {
         const __m256i low = _mm256_set1_epi8(15), zero = _mm256_setzero_si256();
         const __m256i ones = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,
@@ -575,29 +562,19 @@ cdef extern from *:
         _mm256_storeu_si256((__m256i *)four, sum);
         return four[0] + four[1] + four[2] + four[3] + common_bits_loop(a + at, b + at, words - at);
     }
-    AVX2 static void common_bits_avx2(const uint64_t *const *a, const uint64_t *const *b,
-                                      int32_t *const *total, ptrdiff_t number, ptrdiff_t words)
-    {
-        common_bits_each(a, b, total, number, words, common_bits_by_table);
-    }
     __attribute__((target("avx512f,avx512vpopcntdq,prefer-vector-width=512")))
-    static void common_bits_vpopcnt(const uint64_t *const *a, const uint64_t *const *b,
-                                    int32_t *const *total, ptrdiff_t number, ptrdiff_t words)
+    static int64_t common_bits_vpopcnt(const uint64_t *a, const uint64_t *b, ptrdiff_t words)
     {
-        common_bits_each(a, b, total, number, words, common_bits_loop);
-    }
-    static void common_bits(const uint64_t *const *a, const uint64_t *const *b, int32_t *const *total,
-                            ptrdiff_t number, ptrdiff_t words)
-    {
-        (has_vpopcnt ? common_bits_vpopcnt : common_bits_avx2)(a, b, total, number, words);
-    }
-    #else
-    static void common_bits(const uint64_t *const *a, const uint64_t *const *b, int32_t *const *total,
-                            ptrdiff_t number, ptrdiff_t words)
-    {
-        common_bits_each(a, b, total, number, words, common_bits_loop);
+        return common_bits_loop(a, b, words);
     }
     #endif
+    static int64_t common_bits(const uint64_t *a, const uint64_t *b, ptrdiff_t words)
+    {
+    #ifdef KNN_X86
+        if (isa) return (has_vpopcnt ? common_bits_vpopcnt : common_bits_avx2)(a, b, words);
+    #endif
+        return common_bits_loop(a, b, words);
+    }
 
     /* NumPy's order of summation along a contiguous axis: eight lanes in blocks of up to 128, then halves. */
     LOOP double pairwise_block_loop(const double *a, ptrdiff_t n)
@@ -760,8 +737,7 @@ cdef extern from *:
                   ptrdiff_t *at, int32_t *index, int16_t *value, int32_t *number) noexcept nogil
     int32_t candidate_at(const uint64_t *kept, const int32_t *before, int32_t place,
                          ptrdiff_t *word) noexcept nogil
-    void common_bits(const uint64_t **a, const uint64_t **b, int32_t **total, ptrdiff_t number,
-                     ptrdiff_t words) noexcept nogil
+    int64_t common_bits(const uint64_t *a, const uint64_t *b, ptrdiff_t words) noexcept nogil
     int isa
     int best_isa() noexcept nogil
     void set_isa(int level) noexcept nogil
@@ -791,8 +767,7 @@ def use(name):
 
 
 cdef enum:
-    PIECE = 128                 # words of a mask, 8,192 candidates, that stay in the cache
-    GROUP = 128                 # queries, at most, that share them
+    PIECE = 128                 # words of a column's planes, 8,192 candidates, that all queries share
     STRIP = 256                 # products of each of ABREAST queries that become keys together
     TILE = 1 << 16              # numbers of candidates that stay in the cache for all queries
 
@@ -1195,7 +1170,7 @@ def count_hits(int16_t[:, ::1] keys, const uint64_t[:, ::1] kept, const int32_t[
                const int32_t[:, ::1] members, const int32_t[::1] member_row, const uint8_t[::1] entry_code,
                const int32_t[::1] entry_rank, const int32_t[::1] entry_start, const int32_t[::1] entry_count,
                const int64_t[::1] ranks,
-               int32_t[:, :, ::1] hits, uint8_t[::1] short, uint64_t[::1] scratch, bint by_index=False,
+               int32_t[:, :, ::1] hits, uint8_t[::1] short, uint8_t[:, ::1] depths, bint by_index=False,
                int period=0):
     """Among each query's R nearest candidates, how many carry its label: for every label column at once.
 
@@ -1215,86 +1190,81 @@ def count_hits(int16_t[:, ::1] keys, const uint64_t[:, ::1] kept, const int32_t[
     hits       (4, k, B) int32  the result, zeros before: hits retrieved for sure · tied at the cut ·
                                 hits among these · how many of these are retrieved
     short      (B,) uint8       1 for a query with too few keys, not counted: make all (ranges[:, 2] = 0)
-    scratch    (s,) uint64      for masks of ⌈n/64⌉ words, one for each rank of as many queries as fit
+    depths     (B, ⌈n/64⌉ · 64) uint8  to work in, where there is a period, else (0, 0)
     by_index                    the smaller indices of these: all hits are sure; ties are told all the same
     period                      the columns are permuted copies of the first so many; 0: they aren't
     """
     cdef Space space = make_space(x, size, rows, lengths, aux, offset, distance)
-    cdef ptrdiff_t n = space.n, block = queries.shape[0], columns = entry.shape[0], slots = ranks.shape[0]
-    cdef ptrdiff_t words = padded(n) // 64, group = 1, g, begin, end, b, at
-    if period and planes.shape[0]:
-        group = max(1, min(GROUP, scratch.shape[0] // max(1, slots * words)))
-    if group == 1:
-        scratch, period = np.empty(words, np.uint64), 0
-    cdef uint8_t[::1] masked = np.empty(max(1, group * slots), np.uint8)
+    cdef ptrdiff_t n = space.n, block = queries.shape[0], columns = entry.shape[0], slots = ranks.shape[0], b
+    cdef bint shared = period and planes.shape[0] and slots < 256
+    cdef uint8_t[:, ::1] least = np.zeros((block, slots + 1), np.uint8)
     cdef uint32_t[::1] histogram = np.empty(BINS + BINS // SPAN, np.uint32)
-    cdef int32_t[::1] before = np.empty(words + 1, np.int32), index = np.empty(n, np.int32)
+    cdef int32_t[::1] before = np.empty(padded(n) // 64 + 1, np.int32), index = np.empty(n, np.int32)
     cdef uint8_t[::1] level = np.empty(padded(n) + 64, np.uint8)
     cdef double[::1] item = np.empty(2 * n), term = np.empty(2 * space.m)   # item_t: two words of eight bytes
     cdef int32_t[::1] first = np.empty(slots + 1, np.int32), order = np.empty(columns, np.int32)
+    cdef uint64_t[:, ::1] masks = np.empty((planes.shape[0] + 1, PIECE), np.uint64)
     cdef Row row
     row.by_index, row.histogram, row.above = by_index, &histogram[0], &histogram[BINS]
     row.before = &before[0]
     row.index, row.item, row.term = &index[0], <item_t *>&item[0], &term[0]
     with nogil:
-        for g in range((block + group - 1) // group):
-            begin, end = g * group, min((g + 1) * group, block)
-            for b in range(begin, end):
-                row.key, row.keys, row.scale = &keys[b, 0], min(number[b], n), ranges[b, 1]
-                row.query, row.bound = queries[b], bounds[b]
-                row.kept = &kept[b, 0] if row.keys < n else NULL
-                at = (b - begin) * slots
-                short[b] = not count_row(&space, &row, &scratch[at * words], &masked[at] if period else NULL,
-                                         &level[0], &first[0], &order[0], codes, planes, members, member_row,
-                                         entry, entry_code, entry_rank, entry_start, entry_count, ranks, hits,
-                                         b)
-            if period:
-                count_masks(begin, end, period, words, &scratch[0], &masked[0], planes, entry, entry_code,
-                            entry_rank, slots, hits)
+        for b in range(block):
+            row.key, row.keys, row.scale = &keys[b, 0], min(number[b], n), ranges[b, 1]
+            row.query, row.bound = queries[b], bounds[b]
+            row.kept = &kept[b, 0] if row.keys < n else NULL
+            short[b] = not count_row(&space, &row, &depths[b, 0] if shared else NULL, &least[b, 0], &level[0],
+                                     &first[0], &order[0], codes, planes, members, member_row, entry,
+                                     entry_code, entry_rank, entry_start, entry_count, ranks, hits, b)
+        if shared:
+            count_copies(period, depths, least, masks, planes, entry, entry_code, entry_rank, hits)
 
 
-cdef void count_masks(ptrdiff_t begin, ptrdiff_t end, ptrdiff_t period, ptrdiff_t words,
-                      const uint64_t *masks, const uint8_t *masked, const uint64_t[:, :, ::1] planes,
-                      const int32_t[:, ::1] entry, const uint8_t[::1] entry_code,
-                      const int32_t[::1] entry_rank, ptrdiff_t slots, int32_t[:, :, ::1] hits) noexcept nogil:
-    """What each threshold of the queries begin … end retrieves is a mask, which serves all permuted columns.
+cdef void count_copies(ptrdiff_t period, const uint8_t[:, ::1] depths, const uint8_t[:, ::1] least,
+                       uint64_t[:, ::1] masks, const uint64_t[:, :, ::1] planes, const int32_t[:, ::1] entry,
+                       const uint8_t[::1] entry_code, const int32_t[::1] entry_rank,
+                       int32_t[:, :, ::1] hits) noexcept nogil:
+    """A query retrieves with a rank the candidates of at least this depth: a mask that all copies share.
 
-    A piece of the masks and of a column's planes stays in the cache for all these queries.
+    A piece of a column's planes stays in the cache for all queries.
     """
-    cdef ptrdiff_t b, p, k, at = 0, slot, piece, some
+    cdef ptrdiff_t words = planes.shape[2], at = 0, b, p, k, piece
     cdef int32_t e
     cdef uint8_t value
-    cdef const uint64_t *mask[GROUP]
-    cdef const uint64_t *plane[GROUP]
-    cdef int32_t *count[GROUP]
+    cdef uint8_t[256] made
     while at < words:
         piece = min(PIECE, words - at)
         for p in range(period):
-            k = p
-            while k < entry.shape[0]:
-                some = 0
-                for b in range(begin, end):
+            for b in range(entry.shape[1]):
+                memset(made, 0, sizeof(made))
+                k = p
+                while k < entry.shape[0]:
                     e = entry[k, b]
                     value = entry_code[e]
-                    slot = (b - begin) * slots + entry_rank[e]
-                    if 0 < value <= planes.shape[0] and entry_rank[e] >= 0 and masked[slot]:
-                        mask[some], plane[some] = masks + slot * words + at, &planes[value - 1, k, at]
-                        count[some] = &hits[0, k, b]
-                        some += 1
-                common_bits(mask, plane, count, some, piece)
-                k += period
+                    if 0 < value <= planes.shape[0] and entry_rank[e] >= 0:
+                        if not made[value]:
+                            level_bits(&depths[b, at * 64], piece * 64, least[b, entry_rank[e]], &masks[value, 0],
+                                       &masks[value, 0])
+                            made[value] = True
+                        hits[0, k, b] += <int32_t>common_bits(&masks[value, 0], &planes[value - 1, k, at], piece)
+                    k += period
         at += piece
 
 
-cdef bint count_row(const Space *space, Row *row, uint64_t *masks, uint8_t *masked, uint8_t *levels_of_keys,
+cdef bint count_row(const Space *space, Row *row, uint8_t *depth, uint8_t *least, uint8_t *levels_of_keys,
                     int32_t *first, int32_t *order, const uint8_t[:, ::1] codes,
                     const uint64_t[:, :, ::1] planes,
                     const int32_t[:, ::1] members, const int32_t[::1] member_row,
                     const int32_t[:, ::1] entry, const uint8_t[::1] entry_code, const int32_t[::1] entry_rank,
                     const int32_t[::1] entry_start, const int32_t[::1] entry_count, const int64_t[::1] ranks,
                     int32_t[:, :, ::1] hits, ptrdiff_t b) noexcept nogil:
+    """One query's hits; False: it has too few keys.
+
+    Where there is a depth (n,), it becomes the number of ranks with which a candidate is retrieved, and
+    least[slot] the depth from which on it is with that rank: count_copies() goes on from there.
+    """
     cdef ptrdiff_t n = space.n, columns = entry.shape[0], slots = ranks.shape[0], words = padded(n) // 64
-    cdef ptrdiff_t k, i, j, c, slot, part, found, need, chosen, last, cuts, word, coded = 0
+    cdef ptrdiff_t k, i, j, c, slot, part, found, need, chosen, last, word, cuts, earlier = 0, coded = 0
     cdef int16_t low = 0
     cdef int16_t[CUTS + 1] below, high        # for each threshold: keys between these are near it
     cdef int32_t[CUTS] at, begin              # where its rank stands in ranks, and its first column in order
@@ -1306,14 +1276,13 @@ cdef bint count_row(const Space *space, Row *row, uint64_t *masks, uint8_t *mask
     cdef uint8_t[CHUNK] expanded
     cdef uint8_t *level
     cdef uint64_t[WORDS] bits
-    cdef uint64_t *mask
     cdef const uint64_t *plane
     cdef const int32_t *member
     cdef int32_t *count
     cdef int32_t e, tied
     cdef uint8_t value
-    if masked:
-        memset(masked, 0, slots)
+    if depth:
+        memset(depth, 0, padded(n))
     # Columns in the order of their rank, so that each threshold is resolved once (counting sort).
     for slot in range(slots + 1):
         first[slot] = 0
@@ -1368,25 +1337,25 @@ cdef bint count_row(const Space *space, Row *row, uint64_t *masks, uint8_t *mask
             if row.kept:
                 expand(levels_of_keys + row.before[i // 64], part // 64, row.kept + i // 64, expanded)
                 level = expanded
-            for j in range(cuts):
-                mask = masks + (at[j] * words + i // 64 if masked else 0)
+            if depth:
+                for j in range(part):
+                    depth[i + j] += level[j]
+            for j in range(cuts if coded or not depth else 0):
                 c, k = begin[j], order[begin[j]]
                 value = entry_code[entry[k, b]]
-                if not masked and 0 < value <= planes.shape[0]:
-                    hits[0, k, b] += level_bits(level, part, j + 1, &planes[value - 1, k, i // 64], mask)
+                if not depth and 0 < value <= planes.shape[0]:
+                    hits[0, k, b] += level_bits(level, part, j + 1, &planes[value - 1, k, i // 64], bits)
                     c += 1
-                elif planes.shape[0]:
-                    level_bits(level, part, j + 1, mask, mask)
-                if masked and not coded:      # count_masks() counts
-                    continue
+                elif not depth and planes.shape[0]:
+                    level_bits(level, part, j + 1, bits, bits)
                 for c in range(c, first[at[j]]):
                     k = order[c]
-                    value, count = entry_code[entry[k, b]], &hits[0, k, b]
+                    value = entry_code[entry[k, b]]
                     if value > planes.shape[0]:
-                        count[0] += count_codes(level, &codes[k, i], min(part, n - i), j + 1, value)
-                    elif value and not masked:
+                        hits[0, k, b] += count_codes(level, &codes[k, i], min(part, n - i), j + 1, value)
+                    elif value and not depth:
                         plane = &planes[value - 1, k, i // 64]
-                        common_bits(<const uint64_t **>&mask, &plane, &count, 1, part // 64)
+                        hits[0, k, b] += <int32_t>common_bits(bits, plane, part // 64)
             i += part
         for j in range(cuts):
             need = ranks[at[j]] - above[j]
@@ -1405,22 +1374,20 @@ cdef bint count_row(const Space *space, Row *row, uint64_t *masks, uint8_t *mask
             chosen = resolve(space, row, need, found, nearest_keys(row.item, found, need, below[j], high[j]),
                              margin_of_keys(row))
             last = chosen if row.by_index else chosen + row.tied
-            mask = masks + (at[j] * words if masked else 0)
-            if masked and not row.tied:       # all that is retrieved
-                for i in range(chosen):
-                    mask[row.index[i] >> 6] |= <uint64_t>1 << (row.index[i] & 63)
-                masked[at[j]] = True
+            if depth:
+                least[at[j]] = <uint8_t>(earlier + j + 1)
+                for i in range(chosen):       # the others that are retrieved have it from their levels
+                    depth[row.index[i]] += 1
             for c in range(begin[j], first[at[j]]):
                 k = order[c]
                 e = entry[k, b]
                 value, count = entry_code[e], &hits[0, k, b]
                 plane = &planes[value - 1, k, 0] if 0 < value <= planes.shape[0] else NULL
-                if masked and masked[at[j]] and plane:
+                if depth and plane and not row.tied:
                     continue
-                if masked and plane:
-                    common_bits(<const uint64_t **>&mask, &plane, &count, 1, words)
                 if value:
-                    count[0] += hits_chosen(row, &codes[k, 0], plane, value, 0, chosen)
+                    if not (depth and plane):
+                        count[0] += hits_chosen(row, &codes[k, 0], plane, value, 0, chosen)
                     tied = hits_chosen(row, &codes[k, 0], plane, value, chosen, last)
                 else:
                     member = &members[member_row[k], entry_start[e]]
@@ -1430,6 +1397,7 @@ cdef bint count_row(const Space *space, Row *row, uint64_t *masks, uint8_t *mask
                         tied = hits_walked(row, member, entry_count[e], high[j], last) - count[0]
                 if row.tied:
                     hits[1, k, b], hits[2, k, b], hits[3, k, b] = row.tied, tied, row.places
+        earlier += cuts
     return True
 
 

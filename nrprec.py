@@ -49,7 +49,6 @@ BLOCK_WORK = 4e9             # comparisons in a block at most, a fraction of a s
 PANEL = 32                   # candidates whose numbers stand side by side for the kernel
 FAR = -3e38                  # the offset of what stands behind the last candidate
 SAMPLE = 1024                # candidates that tell the keys' ranges
-MASKS = 1 / 4                # of memory_mib, of what queries retrieve: for permutations
 BLOCK_ROWS = 192             # queries in one block: more are slower
 MOST_TESTED = 1e7            # permutations × values, which are kept: more values get no p-value
 SHOWN = (("R-Prec", "r_precision", 4), ("NR-Prec", "nr_precision", 2), ("± s.e.", "nr_precision_se", 2),
@@ -279,7 +278,7 @@ def count_hits_numpy(space, columns, queries, by_index=False):
 def count_hits(space, columns, planes, queries, sample, buffers, by_index=False, everything=False):
     """The kernel's hits (4, k, len(queries)) int32, from keys of everything, or of what is near enough by the
     sample. sample and buffers: count_blocks()'s."""
-    n, b, (chosen, panels), (keys, kept, masks) = len(space.rows), len(queries), sample, buffers
+    n, b, (chosen, panels), (keys, kept, depths) = len(space.rows), len(queries), sample, buffers
     entry, vectors = values_of(columns, queries), space.vectors(queries)
     ranges, number, short = np.empty((b, 3), np.float32), np.empty(b, np.int32), np.zeros(b, bool)
     depth = np.full(b, n) if everything else columns.entry_depth[entry].max(0)
@@ -291,7 +290,7 @@ def count_hits(space, columns, planes, queries, sample, buffers, by_index=False,
     hits, period = np.zeros((4, *entry.shape), np.int32), 0 if columns.copies is None else len(columns.values)
     _knn.count_hits(keys, kept, number, ranges, queries, bounds, *space.source(), space.aux, space.offset,
                     DISTANCES.index(space.distance), planes, entry, *columns[1:9], hits,  # codes … ranks
-                    short.view(np.uint8), masks, by_index, period)
+                    short.view(np.uint8), depths, by_index, period)
     if short.any():                                       # the sample misled
         hits[..., short] = count_hits(space, columns, planes, queries[short], sample, buffers, by_index, True)
     return hits
@@ -306,18 +305,18 @@ def count_blocks(space, columns, queries, threads, memory_mib, by_index=False):
     k = period * (1 if columns.copies is None else len(columns.copies))
     if isinstance(space.x, np.memmap):                    # its pages count as this process's memory, too
         memory_mib = max(memory_mib / 2, memory_mib - space.x.nbytes / 2 ** 20)
-    memory, row_bytes = memory_mib * 2 ** 20, 2 * n + n // 8 + 28 * k + 8 * SAMPLE + 8 * space.x.shape[1]
-    masks = int(memory * MASKS / 8 / threads) if k > period else 0
-    scratch = 23 * n + 8 * masks                          # beside its rows, for each
+    memory, scratch, words = memory_mib * 2 ** 20, 23 * n, -(-n // 64)
+    depths = 64 * words if k > period else 0              # of a row: permuted columns share what it retrieves
+    row_bytes = 2 * n + n // 8 + depths + 28 * k + 8 * SAMPLE + 8 * space.x.shape[1]
     workers = int(max(1, min(threads, memory // (scratch + 16 * row_bytes))))
     rows, least = int(memory / workers - scratch) // row_bytes, 128 if has_planes(columns) else 8
     rows = max(1, min(rows, BLOCK_ROWS, -(-len(queries) // workers), max(least, int(BLOCK_WORK / (n * k)))))
     planes = bit_planes(columns)
-    chosen, words = np.random.default_rng(0).choice(n, min(n, SAMPLE), replace=False), -(-n // 64)
+    chosen = np.random.default_rng(0).choice(n, min(n, SAMPLE), replace=False)
     sample = chosen, panels_of(len(chosen), space.x.shape[1])
     sample[1].swapaxes(1, 2)[np.divmod(np.arange(len(chosen)), PANEL)] = space.vectors(chosen)
     buffers = deque((np.empty((rows, 64 * words + 64), np.int16), np.empty((rows, words), np.uint64),
-                     np.empty(masks, np.uint64)) for _ in range(workers) if _knn)
+                     np.empty((rows, depths), np.uint8)) for _ in range(workers) if _knn)
 
     def count(start):
         part = slice(start, min(start + rows, len(queries)))

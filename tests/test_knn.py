@@ -225,20 +225,21 @@ def test_blocks_and_threads_change_nothing(threads, memory_mib):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("by_index", [False, True])
-def test_permuted_columns_by_masks_are_the_twin(isa, by_index, monkeypatch):
-    """Whatever the masks' memory holds: hits, ties and places of every copy."""
-    rng, n = np.random.default_rng(0), 300
+def test_permuted_columns_share_what_a_query_retrieves(isa, by_index):
+    """Hits, ties and places of every copy, with few thresholds and with more than a byte tells."""
+    rng, n = np.random.default_rng(0), 700
     x = np.round(rng.standard_normal((n, 4)) * 3).astype(np.float32)  # many ties
-    space = nrprec.prepare(x, "euclidean")
-    columns = nrprec.make_columns([rng.integers(0, values, n) for values in (2, 3, 10)])
-    drawn = [np.arange(n), *(rng.permutation(n) for _ in range(6))]
-    with using(isa):
-        columns = nrprec.permute_columns(columns, drawn)
-        expected = nrprec.count_hits_numpy(space, columns, np.arange(n), by_index)
-        for words, threads in product((0, 50, 3000, 100_000), (1, 3)):
-            monkeypatch.setattr(nrprec, "MASKS", words * threads / 2 ** 23)
-            for part, hits in nrprec.count_blocks(space, columns, np.arange(n), threads, 64, by_index):
-                np.testing.assert_array_equal(hits, expected[..., part], err_msg=f"{words} words")
+    space, drawn = nrprec.prepare(x, "euclidean"), [np.arange(n), *(rng.permutation(n) for _ in range(4))]
+    few = [rng.integers(0, values, n) for values in (2, 3, 10)]
+    many = [rng.random(n) < share for share in np.linspace(0.05, 0.5, 200)]
+    for labels in (few, many[:60], many):
+        columns = nrprec.make_columns(labels)
+        assert (len(columns.ranks) > 255) == (len(labels) == 200)
+        with using(isa):
+            columns = nrprec.permute_columns(columns, drawn)
+            expected = nrprec.count_hits_numpy(space, columns, np.arange(0, n, 10), by_index)
+            for part, hits in nrprec.count_blocks(space, columns, np.arange(0, n, 10), 2, 64, by_index):
+                np.testing.assert_array_equal(hits, expected[..., part])
 
 
 def disturb(monkeypatch, bounds, rng):
