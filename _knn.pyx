@@ -767,7 +767,6 @@ def use(name):
 
 
 cdef enum:
-    PIECE = 128                 # words of a column's planes, 8,192 candidates, that all queries share
     STRIP = 256                 # products of each of ABREAST queries that become keys together
     TILE = 1 << 16              # numbers of candidates that stay in the cache for all queries
 
@@ -1033,15 +1032,17 @@ cdef ptrdiff_t resolve(const Space *space, Row *row, ptrdiff_t need, ptrdiff_t n
     return certain + need
 
 
-cdef int64_t hits_chosen(const Row *row, const uint8_t *code, const uint64_t *plane, uint8_t value,
+cdef int32_t hits_chosen(const Row *row, const uint8_t[:, ::1] codes,
+                         const uint64_t[:, :, :, :, ::1] planes, ptrdiff_t k, uint8_t value,
                          ptrdiff_t first, ptrdiff_t last) noexcept nogil:
-    cdef int64_t hits = 0
+    cdef int32_t hits = 0, candidate
     cdef ptrdiff_t i
     for i in range(first, last):
-        if plane:
-            hits += plane[row.index[i] >> 6] >> (row.index[i] & 63) & 1
+        candidate = row.index[i]
+        if value <= planes.shape[3]:
+            hits += plane_of(planes, candidate // CHUNK, k, value)[candidate % CHUNK // 64] >> (candidate % 64) & 1
         else:
-            hits += code[row.index[i]] == value
+            hits += codes[k, candidate] == value
     return hits
 
 
@@ -1166,7 +1167,7 @@ def count_hits(int16_t[:, ::1] keys, const uint64_t[:, ::1] kept, const int32_t[
                const float[:, ::1] ranges, const int64_t[::1] queries, const double[::1] bounds,
                const uint8_t[:, ::1] x, int size, const int64_t[::1] rows, const double[::1] lengths,
                const double[::1] aux, const float[::1] offset, int distance,
-               const uint64_t[:, :, ::1] planes, const int32_t[:, ::1] entry, const uint8_t[:, ::1] codes,
+               const uint64_t[:, :, :, :, ::1] planes, const int32_t[:, ::1] entry, const uint8_t[:, ::1] codes,
                const int32_t[:, ::1] members, const int32_t[::1] member_row, const uint8_t[::1] entry_code,
                const int32_t[::1] entry_rank, const int32_t[::1] entry_start, const int32_t[::1] entry_count,
                const int64_t[::1] ranks,
@@ -1180,7 +1181,8 @@ def count_hits(int16_t[:, ::1] keys, const uint64_t[:, ::1] kept, const int32_t[
     x          (N, m · size)    embeddings as they came, as bytes: numbers of size bytes (2, 4, 8)
     rows       (n,)   int64     where in x the candidates stand; lengths (n,) float64: they are divided by
                                 these, or (0,); aux (n,) float64, offset (n,) float32: nrprec.prepare()
-    planes     (p, k, ⌈n/64⌉) uint64  bit i of planes[c − 1, k]: codes[k, i] == c, for c <= p; p may be 0
+    planes     (⌈n/8192⌉, k', k / k', p, 128) uint64: a bit i of piece i // 8192 tells codes[k, i] == c, at
+                                […, k % k', k // k', c − 1], for c <= p; p may be 0
     entry      (k, B) int32     the queries' values as rows of the table entry_*
     codes      (k, n) uint8     labels of the columns' frequent values (1 … 255; 0: any other value); not read
                                 of values that have planes
@@ -1196,14 +1198,14 @@ def count_hits(int16_t[:, ::1] keys, const uint64_t[:, ::1] kept, const int32_t[
     """
     cdef Space space = make_space(x, size, rows, lengths, aux, offset, distance)
     cdef ptrdiff_t n = space.n, block = queries.shape[0], columns = entry.shape[0], slots = ranks.shape[0], b
-    cdef bint shared = period and planes.shape[0] and slots < 256
+    cdef bint shared = period and planes.shape[3] and slots < 256
     cdef uint8_t[:, ::1] least = np.zeros((block, slots + 1), np.uint8)
     cdef uint32_t[::1] histogram = np.empty(BINS + BINS // SPAN, np.uint32)
     cdef int32_t[::1] before = np.empty(padded(n) // 64 + 1, np.int32), index = np.empty(n, np.int32)
     cdef uint8_t[::1] level = np.empty(padded(n) + 64, np.uint8)
     cdef double[::1] item = np.empty(2 * n), term = np.empty(2 * space.m)   # item_t: two words of eight bytes
     cdef int32_t[::1] first = np.empty(slots + 1, np.int32), order = np.empty(columns, np.int32)
-    cdef uint64_t[:, ::1] masks = np.empty((planes.shape[0] + 1, PIECE), np.uint64)
+    cdef uint64_t[:, ::1] masks = np.empty((planes.shape[3] + 1, WORDS), np.uint64)
     cdef Row row
     row.by_index, row.histogram, row.above = by_index, &histogram[0], &histogram[BINS]
     row.before = &before[0]
@@ -1221,19 +1223,19 @@ def count_hits(int16_t[:, ::1] keys, const uint64_t[:, ::1] kept, const int32_t[
 
 
 cdef void count_copies(ptrdiff_t period, const uint8_t[:, ::1] depths, const uint8_t[:, ::1] least,
-                       uint64_t[:, ::1] masks, const uint64_t[:, :, ::1] planes, const int32_t[:, ::1] entry,
-                       const uint8_t[::1] entry_code, const int32_t[::1] entry_rank,
-                       int32_t[:, :, ::1] hits) noexcept nogil:
+                       uint64_t[:, ::1] masks, const uint64_t[:, :, :, :, ::1] planes,
+                       const int32_t[:, ::1] entry, const uint8_t[::1] entry_code,
+                       const int32_t[::1] entry_rank, int32_t[:, :, ::1] hits) noexcept nogil:
     """A query retrieves with a rank the candidates of at least this depth: a mask that all copies share.
 
     A piece of a column's planes stays in the cache for all queries.
     """
-    cdef ptrdiff_t words = planes.shape[2], at = 0, b, p, k, piece
+    cdef ptrdiff_t piece, p, b, k, words
     cdef int32_t e
     cdef uint8_t value
     cdef uint8_t[256] made
-    while at < words:
-        piece = min(PIECE, words - at)
+    for piece in range(planes.shape[0]):
+        words = min(WORDS, depths.shape[1] // 64 - piece * WORDS)
         for p in range(period):
             for b in range(entry.shape[1]):
                 memset(made, 0, sizeof(made))
@@ -1241,19 +1243,24 @@ cdef void count_copies(ptrdiff_t period, const uint8_t[:, ::1] depths, const uin
                 while k < entry.shape[0]:
                     e = entry[k, b]
                     value = entry_code[e]
-                    if 0 < value <= planes.shape[0] and entry_rank[e] >= 0:
+                    if 0 < value <= planes.shape[3] and entry_rank[e] >= 0:
                         if not made[value]:
-                            level_bits(&depths[b, at * 64], piece * 64, least[b, entry_rank[e]], &masks[value, 0],
-                                       &masks[value, 0])
+                            level_bits(&depths[b, piece * CHUNK], words * 64, least[b, entry_rank[e]],
+                                       &masks[value, 0], &masks[value, 0])
                             made[value] = True
-                        hits[0, k, b] += <int32_t>common_bits(&masks[value, 0], &planes[value - 1, k, at], piece)
+                        hits[0, k, b] += <int32_t>common_bits(&masks[value, 0], plane_of(planes, piece, k, value),
+                                                              words)
                     k += period
-        at += piece
+
+
+cdef const uint64_t *plane_of(const uint64_t[:, :, :, :, ::1] planes, ptrdiff_t piece, ptrdiff_t k,
+                              uint8_t value) noexcept nogil:
+    return &planes[piece, k % planes.shape[1], k // planes.shape[1], value - 1, 0]
 
 
 cdef bint count_row(const Space *space, Row *row, uint8_t *depth, uint8_t *least, uint8_t *levels_of_keys,
                     int32_t *first, int32_t *order, const uint8_t[:, ::1] codes,
-                    const uint64_t[:, :, ::1] planes,
+                    const uint64_t[:, :, :, :, ::1] planes,
                     const int32_t[:, ::1] members, const int32_t[::1] member_row,
                     const int32_t[:, ::1] entry, const uint8_t[::1] entry_code, const int32_t[::1] entry_rank,
                     const int32_t[::1] entry_start, const int32_t[::1] entry_count, const int64_t[::1] ranks,
@@ -1297,7 +1304,7 @@ cdef bint count_row(const Space *space, Row *row, uint8_t *depth, uint8_t *least
         if slot >= 0:
             order[first[slot]] = <int32_t>k
             first[slot] += 1
-            coded += entry_code[entry[k, b]] > planes.shape[0]
+            coded += entry_code[entry[k, b]] > planes.shape[3]
     if first[slots] == 0:
         return True
     row.own = numbers(space, row.query, <float *>(row.term + space.m))
@@ -1343,18 +1350,19 @@ cdef bint count_row(const Space *space, Row *row, uint8_t *depth, uint8_t *least
             for j in range(cuts if coded or not depth else 0):
                 c, k = begin[j], order[begin[j]]
                 value = entry_code[entry[k, b]]
-                if not depth and 0 < value <= planes.shape[0]:
-                    hits[0, k, b] += level_bits(level, part, j + 1, &planes[value - 1, k, i // 64], bits)
+                if not depth and 0 < value <= planes.shape[3]:
+                    plane = plane_of(planes, i // CHUNK, k, value)
+                    hits[0, k, b] += level_bits(level, part, j + 1, plane, bits)
                     c += 1
-                elif not depth and planes.shape[0]:
+                elif not depth and planes.shape[3]:
                     level_bits(level, part, j + 1, bits, bits)
                 for c in range(c, first[at[j]]):
                     k = order[c]
                     value = entry_code[entry[k, b]]
-                    if value > planes.shape[0]:
+                    if value > planes.shape[3]:
                         hits[0, k, b] += count_codes(level, &codes[k, i], min(part, n - i), j + 1, value)
                     elif value and not depth:
-                        plane = &planes[value - 1, k, i // 64]
+                        plane = plane_of(planes, i // CHUNK, k, value)
                         hits[0, k, b] += <int32_t>common_bits(bits, plane, part // 64)
             i += part
         for j in range(cuts):
@@ -1382,13 +1390,12 @@ cdef bint count_row(const Space *space, Row *row, uint8_t *depth, uint8_t *least
                 k = order[c]
                 e = entry[k, b]
                 value, count = entry_code[e], &hits[0, k, b]
-                plane = &planes[value - 1, k, 0] if 0 < value <= planes.shape[0] else NULL
-                if depth and plane and not row.tied:
+                if depth and 0 < value <= planes.shape[3] and not row.tied:
                     continue
                 if value:
-                    if not (depth and plane):
-                        count[0] += hits_chosen(row, &codes[k, 0], plane, value, 0, chosen)
-                    tied = hits_chosen(row, &codes[k, 0], plane, value, chosen, last)
+                    if not depth or value > planes.shape[3]:
+                        count[0] += hits_chosen(row, codes, planes, k, value, 0, chosen)
+                    tied = hits_chosen(row, codes, planes, k, value, chosen, last)
                 else:
                     member = &members[member_row[k], entry_start[e]]
                     count[0] = hits_walked(row, member, entry_count[e], high[j], chosen)

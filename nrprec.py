@@ -89,10 +89,15 @@ class Space(NamedTuple):
 
 
 def panels_of(n, m):
-    """Zeros (P, m, 32), P even, for n candidates: number i is [i // 32, :, i % 32]. They begin a cache line."""
-    shape = -(-n // 64) * 2, m, PANEL
-    room = np.zeros(np.prod(shape) + 16, np.float32)
-    return room[-room.ctypes.data % 64 // 4:][:np.prod(shape)].reshape(shape)
+    """Zeros (P, m, 32) float32, P even, for n candidates: number i is [i // 32, :, i % 32]."""
+    return zeros((-(-n // 64) * 2, m, PANEL), np.float32)
+
+
+def zeros(shape, dtype):
+    """np.zeros() that begins a cache line."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    room = np.zeros(size + 64, np.uint8)
+    return room[-room.ctypes.data % 64:][:size].view(dtype).reshape(shape)
 
 
 def prepare(x, distance, rows=None, normalise=False):
@@ -224,15 +229,17 @@ def has_planes(columns):
 
 
 def bit_planes(columns):
-    """(p, k, ⌈n/64⌉) uint64: bit i of [c − 1, column] is codes[column, i] == c; else p = 0."""
+    """(pieces, k, copies, p, 128) uint64: bit i of [piece, column, copy, c − 1], a piece of 8,192 pictures,
+    is codes[column, i] == c; else p = 0."""
     k, n = columns.codes.shape
     copies = [slice(None)] if columns.copies is None or not has_planes(columns) else columns.copies
-    most = number_of_planes(columns)
-    planes = np.zeros((most, len(copies) * k, -(-n // 64)), np.uint64)
+    most, pieces = number_of_planes(columns), -(-n // 8192)
+    planes, bits = zeros((pieces, k, len(copies), most, 128), np.uint64), np.zeros((k, pieces * 1024), np.uint8)
     for i, copy in enumerate(copies):
-        codes, part = columns.codes[:, copy], planes.view(np.uint8)[:, i * k:i * k + k, :-(-n // 8)]
+        codes = columns.codes[:, copy]
         for c in range(most):
-            part[c] = np.packbits(codes == c + 1, axis=1, bitorder="little")
+            bits[:, :-(-n // 8)] = np.packbits(codes == c + 1, axis=1, bitorder="little")
+            planes[:, :, i, c] = bits.view(np.uint64).reshape(k, pieces, 128).swapaxes(0, 1)
     return planes
 
 
