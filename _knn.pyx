@@ -1032,15 +1032,16 @@ cdef ptrdiff_t resolve(const Space *space, Row *row, ptrdiff_t need, ptrdiff_t n
     return certain + need
 
 
-cdef int32_t hits_chosen(const Row *row, const uint8_t[:, ::1] codes,
-                         const uint64_t[:, :, :, :, ::1] planes, ptrdiff_t k, uint8_t value,
-                         ptrdiff_t first, ptrdiff_t last) noexcept nogil:
+cdef int32_t hits_chosen(const Row *row, const uint8_t[:, ::1] codes, const uint64_t[:, :, :, ::1] planes,
+                         const int32_t[::1] start, int most, ptrdiff_t k, uint8_t value, ptrdiff_t first,
+                         ptrdiff_t last) noexcept nogil:
     cdef int32_t hits = 0, candidate
     cdef ptrdiff_t i
     for i in range(first, last):
         candidate = row.index[i]
-        if value <= planes.shape[3]:
-            hits += plane_of(planes, candidate // CHUNK, k, value)[candidate % CHUNK // 64] >> (candidate % 64) & 1
+        if value <= most:
+            hits += (plane_of(planes, start, candidate // CHUNK, k, value)[candidate % CHUNK // 64]
+                     >> (candidate % 64) & 1)
         else:
             hits += codes[k, candidate] == value
     return hits
@@ -1167,7 +1168,8 @@ def count_hits(int16_t[:, ::1] keys, const uint64_t[:, ::1] kept, const int32_t[
                const float[:, ::1] ranges, const int64_t[::1] queries, const double[::1] bounds,
                const uint8_t[:, ::1] x, int size, const int64_t[::1] rows, const double[::1] lengths,
                const double[::1] aux, const float[::1] offset, int distance,
-               const uint64_t[:, :, :, :, ::1] planes, const int32_t[:, ::1] entry, const uint8_t[:, ::1] codes,
+               const uint64_t[:, :, :, ::1] planes, const int32_t[::1] start, int most,
+               const int32_t[:, ::1] entry, const uint8_t[:, ::1] codes,
                const int32_t[:, ::1] members, const int32_t[::1] member_row, const uint8_t[::1] entry_code,
                const int32_t[::1] entry_rank, const int32_t[::1] entry_start, const int32_t[::1] entry_count,
                const int64_t[::1] ranks,
@@ -1181,8 +1183,9 @@ def count_hits(int16_t[:, ::1] keys, const uint64_t[:, ::1] kept, const int32_t[
     x          (N, m · size)    embeddings as they came, as bytes: numbers of size bytes (2, 4, 8)
     rows       (n,)   int64     where in x the candidates stand; lengths (n,) float64: they are divided by
                                 these, or (0,); aux (n,) float64, offset (n,) float32: nrprec.prepare()
-    planes     (⌈n/8192⌉, k', k / k', p, 128) uint64: a bit i of piece i // 8192 tells codes[k, i] == c, at
-                                […, k % k', k // k', c − 1], for c <= p; p may be 0
+    planes     (⌈n/8192⌉, s, copies, 128) uint64  for codes c <= most: bit i of […, start[j] + c − 1, copy], a
+                                piece of 8,192 candidates each, is codes[k, i] == c for column k = j + copy ·
+                                len(start); start (k / copies,) int32
     entry      (k, B) int32     the queries' values as rows of the table entry_*
     codes      (k, n) uint8     labels of the columns' frequent values (1 … 255; 0: any other value); not read
                                 of values that have planes
@@ -1198,14 +1201,14 @@ def count_hits(int16_t[:, ::1] keys, const uint64_t[:, ::1] kept, const int32_t[
     """
     cdef Space space = make_space(x, size, rows, lengths, aux, offset, distance)
     cdef ptrdiff_t n = space.n, block = queries.shape[0], columns = entry.shape[0], slots = ranks.shape[0], b
-    cdef bint shared = period and planes.shape[3] and slots < 256
+    cdef bint shared = period and most and slots < 256
     cdef uint8_t[:, ::1] least = np.zeros((block, slots + 1), np.uint8)
     cdef uint32_t[::1] histogram = np.empty(BINS + BINS // SPAN, np.uint32)
     cdef int32_t[::1] before = np.empty(padded(n) // 64 + 1, np.int32), index = np.empty(n, np.int32)
     cdef uint8_t[::1] level = np.empty(padded(n) + 64, np.uint8)
     cdef double[::1] item = np.empty(2 * n), term = np.empty(2 * space.m)   # item_t: two words of eight bytes
     cdef int32_t[::1] first = np.empty(slots + 1, np.int32), order = np.empty(columns, np.int32)
-    cdef uint64_t[:, ::1] masks = np.empty((planes.shape[3] + 1, WORDS), np.uint64)
+    cdef uint64_t[:, ::1] masks = np.empty((most + 1, WORDS), np.uint64)
     cdef Row row
     row.by_index, row.histogram, row.above = by_index, &histogram[0], &histogram[BINS]
     row.before = &before[0]
@@ -1216,15 +1219,15 @@ def count_hits(int16_t[:, ::1] keys, const uint64_t[:, ::1] kept, const int32_t[
             row.query, row.bound = queries[b], bounds[b]
             row.kept = &kept[b, 0] if row.keys < n else NULL
             short[b] = not count_row(&space, &row, &depths[b, 0] if shared else NULL, &least[b, 0], &level[0],
-                                     &first[0], &order[0], codes, planes, members, member_row, entry,
-                                     entry_code, entry_rank, entry_start, entry_count, ranks, hits, b)
+                                     &first[0], &order[0], codes, planes, start, most, members, member_row,
+                                     entry, entry_code, entry_rank, entry_start, entry_count, ranks, hits, b)
         if shared:
-            count_copies(period, depths, least, masks, planes, entry, entry_code, entry_rank, hits)
+            count_copies(period, depths, least, masks, planes, start, most, entry, entry_code, entry_rank, hits)
 
 
 cdef void count_copies(ptrdiff_t period, const uint8_t[:, ::1] depths, const uint8_t[:, ::1] least,
-                       uint64_t[:, ::1] masks, const uint64_t[:, :, :, :, ::1] planes,
-                       const int32_t[:, ::1] entry, const uint8_t[::1] entry_code,
+                       uint64_t[:, ::1] masks, const uint64_t[:, :, :, ::1] planes,
+                       const int32_t[::1] start, int most, const int32_t[:, ::1] entry, const uint8_t[::1] entry_code,
                        const int32_t[::1] entry_rank, int32_t[:, :, ::1] hits) noexcept nogil:
     """A query retrieves with a rank the candidates of at least this depth: a mask that all copies share.
 
@@ -1243,24 +1246,24 @@ cdef void count_copies(ptrdiff_t period, const uint8_t[:, ::1] depths, const uin
                 while k < entry.shape[0]:
                     e = entry[k, b]
                     value = entry_code[e]
-                    if 0 < value <= planes.shape[3] and entry_rank[e] >= 0:
+                    if 0 < value <= most and entry_rank[e] >= 0:
                         if not made[value]:
                             level_bits(&depths[b, piece * CHUNK], words * 64, least[b, entry_rank[e]],
                                        &masks[value, 0], &masks[value, 0])
                             made[value] = True
-                        hits[0, k, b] += <int32_t>common_bits(&masks[value, 0], plane_of(planes, piece, k, value),
-                                                              words)
+                        hits[0, k, b] += <int32_t>common_bits(
+                            &masks[value, 0], plane_of(planes, start, piece, k, value), words)
                     k += period
 
 
-cdef const uint64_t *plane_of(const uint64_t[:, :, :, :, ::1] planes, ptrdiff_t piece, ptrdiff_t k,
-                              uint8_t value) noexcept nogil:
-    return &planes[piece, k % planes.shape[1], k // planes.shape[1], value - 1, 0]
+cdef const uint64_t *plane_of(const uint64_t[:, :, :, ::1] planes, const int32_t[::1] start,
+                              ptrdiff_t piece, ptrdiff_t k, uint8_t value) noexcept nogil:
+    return &planes[piece, start[k % start.shape[0]] + value - 1, k // start.shape[0], 0]
 
 
 cdef bint count_row(const Space *space, Row *row, uint8_t *depth, uint8_t *least, uint8_t *levels_of_keys,
                     int32_t *first, int32_t *order, const uint8_t[:, ::1] codes,
-                    const uint64_t[:, :, :, :, ::1] planes,
+                    const uint64_t[:, :, :, ::1] planes, const int32_t[::1] start, int most,
                     const int32_t[:, ::1] members, const int32_t[::1] member_row,
                     const int32_t[:, ::1] entry, const uint8_t[::1] entry_code, const int32_t[::1] entry_rank,
                     const int32_t[::1] entry_start, const int32_t[::1] entry_count, const int64_t[::1] ranks,
@@ -1304,7 +1307,7 @@ cdef bint count_row(const Space *space, Row *row, uint8_t *depth, uint8_t *least
         if slot >= 0:
             order[first[slot]] = <int32_t>k
             first[slot] += 1
-            coded += entry_code[entry[k, b]] > planes.shape[3]
+            coded += entry_code[entry[k, b]] > most
     if first[slots] == 0:
         return True
     row.own = numbers(space, row.query, <float *>(row.term + space.m))
@@ -1350,19 +1353,19 @@ cdef bint count_row(const Space *space, Row *row, uint8_t *depth, uint8_t *least
             for j in range(cuts if coded or not depth else 0):
                 c, k = begin[j], order[begin[j]]
                 value = entry_code[entry[k, b]]
-                if not depth and 0 < value <= planes.shape[3]:
-                    plane = plane_of(planes, i // CHUNK, k, value)
+                if not depth and 0 < value <= most:
+                    plane = plane_of(planes, start, i // CHUNK, k, value)
                     hits[0, k, b] += level_bits(level, part, j + 1, plane, bits)
                     c += 1
-                elif not depth and planes.shape[3]:
+                elif not depth and most:
                     level_bits(level, part, j + 1, bits, bits)
                 for c in range(c, first[at[j]]):
                     k = order[c]
                     value = entry_code[entry[k, b]]
-                    if value > planes.shape[3]:
+                    if value > most:
                         hits[0, k, b] += count_codes(level, &codes[k, i], min(part, n - i), j + 1, value)
                     elif value and not depth:
-                        plane = plane_of(planes, i // CHUNK, k, value)
+                        plane = plane_of(planes, start, i // CHUNK, k, value)
                         hits[0, k, b] += <int32_t>common_bits(bits, plane, part // 64)
             i += part
         for j in range(cuts):
@@ -1390,12 +1393,12 @@ cdef bint count_row(const Space *space, Row *row, uint8_t *depth, uint8_t *least
                 k = order[c]
                 e = entry[k, b]
                 value, count = entry_code[e], &hits[0, k, b]
-                if depth and 0 < value <= planes.shape[3] and not row.tied:
+                if depth and 0 < value <= most and not row.tied:
                     continue
                 if value:
-                    if not depth or value > planes.shape[3]:
-                        count[0] += hits_chosen(row, codes, planes, k, value, 0, chosen)
-                    tied = hits_chosen(row, codes, planes, k, value, chosen, last)
+                    if not depth or value > most:
+                        count[0] += hits_chosen(row, codes, planes, start, most, k, value, 0, chosen)
+                    tied = hits_chosen(row, codes, planes, start, most, k, value, chosen, last)
                 else:
                     member = &members[member_row[k], entry_start[e]]
                     count[0] = hits_walked(row, member, entry_count[e], high[j], chosen)

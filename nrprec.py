@@ -55,6 +55,7 @@ SHOWN = (("R-Prec", "r_precision", 4), ("NR-Prec", "nr_precision", 2), ("± s.e.
          ("p_holm", "p_holm", 4))
 HEADER = ("embeddings,property,values,queries,skipped,distance,null,max_neighbours,r_precision,nr_precision,"
           "nr_precision_se,permutations,p_value,p_holm,normalised,ties,tied,missing,value").split(",")
+PLANES = 3 / 4               # of memory_mib, for the permuted columns
 MOST_PLANES = 16             # values of a column that have a bit plane each
 WALK = 48                    # a class of fewer than n / WALK pictures is walked, larger ones compared densely
 
@@ -228,19 +229,25 @@ def has_planes(columns):
     return bool(0 < columns.entry_code.min() and columns.entry_code.max() <= number_of_planes(columns))
 
 
+def planes_of_columns(columns):
+    """How many values of each column have a bit plane: (k,) int."""
+    return np.minimum(columns.codes.max(1), number_of_planes(columns)).astype(int)
+
+
 def bit_planes(columns):
-    """(pieces, k, copies, p, 128) uint64: bit i of [piece, column, copy, c − 1], a piece of 8,192 pictures,
-    is codes[column, i] == c; else p = 0."""
-    k, n = columns.codes.shape
+    """(pieces, s, copies, 128) uint64 and start (k,) int32: bit i of [piece, start[column] + c − 1, copy], a
+    piece of 8,192 pictures, is codes[column, i] == c, for the values that have planes."""
+    n, each = columns.codes.shape[1], planes_of_columns(columns)
     copies = [slice(None)] if columns.copies is None or not has_planes(columns) else columns.copies
-    most, pieces = number_of_planes(columns), -(-n // 8192)
-    planes, bits = zeros((pieces, k, len(copies), most, 128), np.uint64), np.zeros((k, pieces * 1024), np.uint8)
+    pieces, bits = -(-n // 8192), np.zeros(-(-n // 8192) * 1024, np.uint8)
+    planes = zeros((pieces, each.sum(), len(copies), 128), np.uint64)
+    values = [(column, c + 1) for column, most in enumerate(each) for c in range(most)]
     for i, copy in enumerate(copies):
         codes = columns.codes[:, copy]
-        for c in range(most):
-            bits[:, :-(-n // 8)] = np.packbits(codes == c + 1, axis=1, bitorder="little")
-            planes[:, :, i, c] = bits.view(np.uint64).reshape(k, pieces, 128).swapaxes(0, 1)
-    return planes
+        for at, (column, c) in enumerate(values):
+            bits[:-(-n // 8)] = np.packbits(codes[column] == c, bitorder="little")
+            planes[:, at, i] = bits.view(np.uint64).reshape(pieces, 128)
+    return planes, (np.cumsum(each) - each).astype(np.int32)
 
 
 def permute_columns(columns, permutations):
@@ -296,7 +303,8 @@ def count_hits(space, columns, planes, queries, sample, buffers, by_index=False,
     _knn.make_keys(vectors, space.panels, space.offset, ranges, keys, kept, number)
     hits, period = np.zeros((4, *entry.shape), np.int32), 0 if columns.copies is None else len(columns.values)
     _knn.count_hits(keys, kept, number, ranges, queries, bounds, *space.source(), space.aux, space.offset,
-                    DISTANCES.index(space.distance), planes, entry, *columns[1:9], hits,  # codes … ranks
+                    DISTANCES.index(space.distance), *planes, number_of_planes(columns), entry,
+                    *columns[1:9], hits,  # codes … ranks
                     short.view(np.uint8), depths, by_index, period)
     if short.any():                                       # the sample misled
         hits[..., short] = count_hits(space, columns, planes, queries[short], sample, buffers, by_index, True)
@@ -520,10 +528,10 @@ def score_columns(space, labels, null, max_neighbours, ties, permutations, queri
     owners = [columns.entry_owner, np.arange(width)]      # whose a value's hits are: its property's, its own
     tested = owners if per_value and width * permutations <= MOST_TESTED else owners[:1]
 
-    # As many permuted columns at a time as half the memory takes; the observed ones ride in the first pass.
-    each = 4 * n + k * n * number_of_planes(columns) // 8
+    # As many permuted columns at a time as most of the memory takes; the observed ones ride in the first pass.
+    each = 4 * n + n * int(planes_of_columns(columns).sum()) // 8
     each += 0 if has_planes(columns) else k * n + 16 * n + 4 * n * len(columns.members)
-    per_pass = int(max(1, min(memory_mib * 2 ** 19 // each, 2000))) if permutations else 1
+    per_pass = int(max(1, min(memory_mib * PLANES * 2 ** 20 // each, 2000))) if permutations else 1
     statistics = [[] for _ in tested]
     for begin in range(0, max(1, permutations), per_pass):
         drawn = [np.random.default_rng([seed, 1 + i]).permutation(n)
@@ -531,7 +539,8 @@ def score_columns(space, labels, null, max_neighbours, ties, permutations, queri
         if begin == 0:
             drawn.insert(0, np.arange(n))
         batch = permute_columns(columns, drawn) if permutations else columns
-        blocks = count_blocks(space, batch, chosen, threads, memory_mib / min(len(drawn), 2), ties == "index")
+        share = memory_mib * (1 - PLANES) if permutations else memory_mib
+        blocks = count_blocks(space, batch, chosen, threads, share, ties == "index")
         sums, used, squares, tied = sum_hits(blocks, batch, chosen, tick)
         if begin == 0:
             scores = [observe(sums[0], used[0], squares, tied, columns, owner, *moments, len(chosen) < n)
