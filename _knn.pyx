@@ -1208,7 +1208,8 @@ def count_hits(int16_t[:, ::1] keys, const uint64_t[:, ::1] kept, const int32_t[
     cdef uint8_t[::1] level = np.empty(padded(n) + 64, np.uint8)
     cdef double[::1] item = np.empty(2 * n), term = np.empty(2 * space.m)   # item_t: two words of eight bytes
     cdef int32_t[::1] first = np.empty(slots + 1, np.int32), order = np.empty(columns, np.int32)
-    cdef uint64_t[:, ::1] masks = np.empty((most + 1, WORDS), np.uint64)
+    cdef int32_t[:, ::1] orders = np.empty((block, columns if shared else 0), np.int32)
+    cdef int32_t[:, ::1] ends = np.zeros((block, period * (most + 1)), np.int32)
     cdef Row row
     row.by_index, row.histogram, row.above = by_index, &histogram[0], &histogram[BINS]
     row.before = &before[0]
@@ -1222,38 +1223,50 @@ def count_hits(int16_t[:, ::1] keys, const uint64_t[:, ::1] kept, const int32_t[
                                      &first[0], &order[0], codes, planes, start, most, members, member_row,
                                      entry, entry_code, entry_rank, entry_start, entry_count, ranks, hits, b)
         if shared:
-            count_copies(period, depths, least, masks, planes, start, most, entry, entry_code, entry_rank, hits)
+            count_copies(period, depths, least, planes, start, most, entry, entry_code, entry_rank, orders, ends,
+                         hits)
 
 
 cdef void count_copies(ptrdiff_t period, const uint8_t[:, ::1] depths, const uint8_t[:, ::1] least,
-                       uint64_t[:, ::1] masks, const uint64_t[:, :, :, ::1] planes,
-                       const int32_t[::1] start, int most, const int32_t[:, ::1] entry, const uint8_t[::1] entry_code,
-                       const int32_t[::1] entry_rank, int32_t[:, :, ::1] hits) noexcept nogil:
+                       const uint64_t[:, :, :, ::1] planes, const int32_t[::1] start, int most,
+                       const int32_t[:, ::1] entry, const uint8_t[::1] entry_code,
+                       const int32_t[::1] entry_rank, int32_t[:, ::1] order, int32_t[:, ::1] end,
+                       int32_t[:, :, ::1] hits) noexcept nogil:
     """A query retrieves with a rank the candidates of at least this depth: a mask that all copies share.
 
-    A piece of a column's planes stays in the cache for all queries.
+    Value by value, so that a piece of this value's planes in all copies stays in the cache for all queries.
+    order (B, k): the columns of a property in which a query has a value side by side; they end at
+    end (B, properties · (most + 1)), of which the first of a property are not counted here.
     """
-    cdef ptrdiff_t piece, p, b, k, words
+    cdef ptrdiff_t columns = entry.shape[0], piece, slot, b, k, i, words
     cdef int32_t e
     cdef uint8_t value
-    cdef uint8_t[256] made
+    cdef uint64_t[WORDS] mask
+    for b in range(entry.shape[1]):           # a counting sort
+        for i in range(2):
+            for k in range(columns):
+                e = entry[k, b]
+                value = entry_code[e] if entry_code[e] <= most and entry_rank[e] >= 0 else 0
+                slot = k % period * (most + 1) + value
+                if i:
+                    order[b, end[b, slot]] = <int32_t>k
+                    end[b, slot] += 1
+                elif slot + 1 < end.shape[1]:
+                    end[b, slot + 1] += 1
+            for slot in range(1, end.shape[1] if i == 0 else 0):
+                end[b, slot] += end[b, slot - 1]
     for piece in range(planes.shape[0]):
         words = min(WORDS, depths.shape[1] // 64 - piece * WORDS)
-        for p in range(period):
-            for b in range(entry.shape[1]):
-                memset(made, 0, sizeof(made))
-                k = p
-                while k < entry.shape[0]:
-                    e = entry[k, b]
-                    value = entry_code[e]
-                    if 0 < value <= most and entry_rank[e] >= 0:
-                        if not made[value]:
-                            level_bits(&depths[b, piece * CHUNK], words * 64, least[b, entry_rank[e]],
-                                       &masks[value, 0], &masks[value, 0])
-                            made[value] = True
-                        hits[0, k, b] += <int32_t>common_bits(
-                            &masks[value, 0], plane_of(planes, start, piece, k, value), words)
-                    k += period
+        for slot in range(end.shape[1]):
+            value = slot % (most + 1)
+            for b in range(entry.shape[1] if value else 0):
+                if end[b, slot - 1] == end[b, slot]:
+                    continue
+                e = entry[order[b, end[b, slot - 1]], b]
+                level_bits(&depths[b, piece * CHUNK], words * 64, least[b, entry_rank[e]], mask, mask)
+                for i in range(end[b, slot - 1], end[b, slot]):
+                    k = order[b, i]
+                    hits[0, k, b] += <int32_t>common_bits(mask, plane_of(planes, start, piece, k, value), words)
 
 
 cdef const uint64_t *plane_of(const uint64_t[:, :, :, ::1] planes, const int32_t[::1] start,
