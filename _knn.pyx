@@ -1113,6 +1113,11 @@ cdef abreast(const float[:, ::1] vectors):
     return queries
 
 
+cdef float *aligned(float *room) noexcept nogil:
+    """The first number that begins a cache line."""
+    return <float *>((<size_t>room + 63) // 64 * 64)
+
+
 def make_keys(const float[:, ::1] vectors, const float[:, :, ::1] panels, const float[::1] offset,
               const float[:, ::1] ranges, int16_t[:, ::1] keys, uint64_t[:, ::1] kept, int32_t[::1] number):
     """Keys of the candidates for queries vectors (B, m) float32.
@@ -1126,7 +1131,7 @@ def make_keys(const float[:, ::1] vectors, const float[:, :, ::1] panels, const 
     cdef ptrdiff_t step = max(1, TILE // m // STRIP) * (STRIP // PANEL)
     cdef float[:, :, ::1] queries = abreast(vectors)
     cdef float[ABREAST * STRIP + 16] room
-    cdef float *strip = <float *>(<size_t>(room + 15) // 64 * 64)          # begins a cache line
+    cdef float *strip = aligned(room)
     use(ISA)
     with nogil:
         for b in range(vectors.shape[0]):
@@ -1437,7 +1442,8 @@ cdef bint count_row(const Space *space, Row *row, uint8_t *depth, uint8_t *least
 
 # ---------------------------------------------------------------- pairs: histograms and rankings (pairs.py)
 
-def pair_histogram(const float[:, ::1] products, ptrdiff_t first_row, ptrdiff_t first_column,
+def pair_histogram(const float[:, ::1] vectors, const float[:, :, ::1] panels, ptrdiff_t first_row,
+                   ptrdiff_t first_column,
                    const int64_t[:, ::1] ranges, const int64_t[::1] groups, const int64_t[::1] order,
                    const uint8_t[:, ::1] x, int size, const int64_t[::1] rows, const double[::1] norms,
                    double bound, const int64_t[::1] bins, int64_t[:, :, ::1] counts):
@@ -1446,7 +1452,8 @@ def pair_histogram(const float[:, ::1] products, ptrdiff_t first_row, ptrdiff_t 
     The bin of rows a and b is min(floor((s + 1) · (bins / 2)), bins − 1), at least 0, with s NumPy's float64
     ((a / ‖a‖) * (b / ‖b‖)).sum(): what float32 products leave open within their error bound is evaluated so.
 
-    products   (B, T) float32   normalised rows at positions first_row … · those at first_column …
+    vectors    (B, m) float32   normalised rows at positions first_row …
+    panels     (P, m, 32) float32  those at first_column …, as make_keys() has them; what is behind n is in no pair
     ranges     (3, n) int64     of a position p: begin, split, end; columns begin <= q < split go to
                                 counts[:, 0], split <= q < end to counts[:, 1]
     groups     (n,)   int64     ascending: position p counts in counts[groups[p] − groups[first_row]]
@@ -1456,8 +1463,11 @@ def pair_histogram(const float[:, ::1] products, ptrdiff_t first_row, ptrdiff_t 
     bins       (k,)   int64     1 … 32,000 each; counts (groups of the tile, 2, sum of bins) int64, added to
     """
     cdef Space space = make_space(x, size, rows, norms[:0], norms, np.zeros(1, np.float32), 2)
-    cdef ptrdiff_t columns = products.shape[1], m = space.m, kinds = bins.shape[0]
+    cdef ptrdiff_t columns = panels.shape[0] * PANEL, m = space.m, kinds = bins.shape[0]
     cdef ptrdiff_t slots = 0, width = 0, r, p, k, i, j, low, high, split, found = 0
+    cdef float[:, :, ::1] queries = abreast(vectors)
+    cdef float[::1] room = np.empty(ABREAST * columns + 16, np.float32)
+    cdef float *product = aligned(&room[0])
     cdef ptrdiff_t group = groups[first_row], at
     cdef bint ready
     cdef double s
@@ -1472,8 +1482,15 @@ def pair_histogram(const float[:, ::1] products, ptrdiff_t first_row, ptrdiff_t 
     cdef float[::1] buffer = np.empty(m, np.float32)
     cdef const float *own
     with nogil:
-        for r in range(products.shape[0]):
+        for r in range(vectors.shape[0]):
             p = first_row + r
+            if r % ABREAST == 0:              # with what any of them needs
+                low, high = columns, 0
+                for i in range(p, min(p + ABREAST, first_row + vectors.shape[0])):
+                    low = min(low, ranges[0, i] - first_column)
+                    high = max(high, ranges[2, i] - first_column)
+                for i in range(max(low, 0) // PANEL, (min(high, columns) + PANEL - 1) // PANEL):
+                    products(&queries[r // ABREAST, 0, 0], &panels[i, 0, 0], m, product + i * PANEL, columns)
             if groups[p] != group:
                 flush(histogram, bins, &counts[group - groups[first_row], 0, 0], width)
                 group = groups[p]
@@ -1484,7 +1501,7 @@ def pair_histogram(const float[:, ::1] products, ptrdiff_t first_row, ptrdiff_t 
                 continue
             ready, at = False, 0
             for k in range(kinds):
-                to_bins(&products[r, low], high - low, <float>(0.5 * bins[k]), margin_of(bound, bins[k]),
+                to_bins(product + r % ABREAST * columns + low, high - low, <float>(0.5 * bins[k]), margin_of(bound, bins[k]),
                         &key[0])
                 add_bins(&key[0], split - low, &histogram[0, 0, at], slots)
                 add_bins(&key[split - low], high - split, &histogram[1, 0, at], slots)
@@ -1529,13 +1546,15 @@ cdef void flush(uint32_t[:, :, ::1] histogram, const int64_t[::1] bins, int64_t 
     memset(&histogram[0, 0, 0], 0, 2 * COPIES * histogram.shape[2] * sizeof(uint32_t))
 
 
-def rank_hits(const float[:, ::1] products, const int64_t[::1] queries, const double[::1] bounds,
+def rank_hits(const float[:, ::1] vectors, const float[:, :, ::1] panels, const int64_t[::1] queries,
+              const double[::1] bounds,
               const uint8_t[:, ::1] x, int size, const int64_t[::1] rows, const double[::1] norms,
               const float[::1] offset, const int32_t[::1] values, const int64_t[::1] relevant,
               int64_t neighbours, int64_t[:, ::1] counts, double[::1] precision, bint by_index=False):
     """Each query's candidates in order of cosine distance: where those of its value stand.
 
     Candidates at the same distance form a group, or, by index, each a group of its own.
+    vectors    (B, m) float32   the queries; panels (P, m, 32) float32: the candidates, as make_keys() has them
     values     (n,) int32     classes; relevant (B,) int64: R, the other rows of the query's class
     neighbours                look at max(R, neighbours) candidates at least
     counts     (B, 7) int64   of the first group of these with hits: where it begins, candidates, hits (1, 1
@@ -1545,7 +1564,10 @@ def rank_hits(const float[:, ::1] products, const int64_t[::1] queries, const do
     Other arguments as count_hits(). No list is kept: memory does not grow with R.
     """
     cdef Space space = make_space(x, size, rows, norms[:0], norms, offset, 2)
-    cdef ptrdiff_t n = space.n, m = space.m, b
+    cdef ptrdiff_t n = space.n, m = space.m, columns = panels.shape[0] * PANEL, b, i
+    cdef float[:, :, ::1] queries_abreast = abreast(vectors)
+    cdef float[::1] room = np.empty(ABREAST * columns + 16, np.float32)
+    cdef float *product = aligned(&room[0])
     cdef int16_t[::1] key = np.empty(padded(n), np.int16)
     cdef uint32_t[::1] histogram = np.empty(BINS + BINS // SPAN, np.uint32)
     cdef int32_t[::1] index = np.empty(n + 64, np.int32)
@@ -1556,10 +1578,12 @@ def rank_hits(const float[:, ::1] products, const int64_t[::1] queries, const do
     row.by_index = by_index
     counts[:, :], precision[:] = 0, 0.0
     with nogil:
-        for b in range(products.shape[0]):
+        for b in range(vectors.shape[0]):
+            for i in range(panels.shape[0] if b % ABREAST == 0 else 0):
+                products(&queries_abreast[b // ABREAST, 0, 0], &panels[i, 0, 0], m, product + i * PANEL, columns)
             if relevant[b] == 0:
                 continue
-            row.product, row.query, row.bound = &products[b, 0], queries[b], bounds[b]
+            row.product, row.query, row.bound = product + b % ABREAST * columns, queries[b], bounds[b]
             rank_row(&space, &row, min(max(relevant[b], neighbours), n - 1), relevant[b], &values[0],
                      &unit[0], &counts[b, 0], &precision[b])
 

@@ -89,9 +89,14 @@ class Space(NamedTuple):
         return self.x.view(np.uint8), self.x.itemsize, self.rows, self.lengths
 
 
-def panels_of(n, m):
-    """Zeros (P, m, 32) float32, P even, for n candidates: number i is [i // 32, :, i % 32]."""
-    return zeros((-(-n // 64) * 2, m, PANEL), np.float32)
+def panels_of(rows):
+    """Rows (n, m) float32 -> (P, m, 32), P even: number i is [i // 32, :, i % 32], behind the last are zeros."""
+    n, m = rows.shape
+    panels, whole = zeros((-(-n // 64) * 2, m, PANEL), np.float32), n // PANEL
+    panels[:whole] = rows[:whole * PANEL].reshape(whole, PANEL, m).swapaxes(1, 2)
+    if n % PANEL:
+        panels[whole, :, :n % PANEL] = rows[whole * PANEL:].T
+    return panels
 
 
 def zeros(shape, dtype):
@@ -110,7 +115,8 @@ def prepare(x, distance, rows=None, normalise=False):
     """
     rows = np.arange(len(x)) if rows is None else rows
     n, m = len(rows), x.shape[1]
-    panels, aux, norms, centre = panels_of(n, m), np.zeros(n), np.empty(n), 0.0
+    aux, norms, centre = np.zeros(n), np.empty(n), 0.0
+    panels = zeros((-(-n // 64) * 2, m, PANEL), np.float32)
     offset = np.where(np.arange(len(panels) * PANEL) < n, 0.0, FAR).astype(np.float32)
     parts = slices(n, m)
     space = Space(x, rows, np.empty(0), panels, offset, norms, aux, distance)
@@ -136,8 +142,8 @@ def prepare(x, distance, rows=None, normalise=False):
     exponent = -int(np.frexp(norms.max())[1]) if norms.max() > 0 else 0
     for part in parts:
         scaled = np.ldexp(vectors(part), exponent).astype(np.float32)
-        whole = np.pad(scaled, ((0, -len(scaled) % PANEL), (0, 0))).reshape(-1, PANEL, m)
-        panels[part.start // PANEL:][:len(whole)] = whole.swapaxes(1, 2)
+        some = panels_of(scaled)
+        panels[part.start // PANEL:][:len(some)] = some
         norms[part] = np.sqrt((scaled.astype(np.float64) ** 2).sum(1))
     if distance not in ("cosine", "dot_product"):
         offset[:n] = -norms ** 2 / 2
@@ -149,8 +155,8 @@ def prepare(x, distance, rows=None, normalise=False):
 
 
 def slices(n, m):
-    """Parts of n rows, about a hundred thousand numbers each: whole panels."""
-    step = max(1, (1 << 17) // m // PANEL) * PANEL
+    """Parts of n rows, about a hundred thousand numbers each: an even number of panels."""
+    step = max(1, (1 << 16) // m // PANEL) * 2 * PANEL
     return [slice(start, start + step) for start in range(0, n, step)]
 
 
@@ -328,8 +334,7 @@ def count_blocks(space, columns, queries, threads, memory_mib, by_index=False):
     rows = max(1, min(rows, BLOCK_ROWS, -(-len(queries) // workers), max(least, int(BLOCK_WORK / (n * k)))))
     planes = bit_planes(columns)
     chosen = np.random.default_rng(0).choice(n, min(n, SAMPLE), replace=False)
-    sample = chosen, panels_of(len(chosen), space.x.shape[1])
-    sample[1].swapaxes(1, 2)[np.divmod(np.arange(len(chosen)), PANEL)] = space.vectors(chosen)
+    sample = chosen, panels_of(space.vectors(chosen))
     buffers = deque((np.empty((rows, 64 * words + 64), np.int16), np.empty((rows, words), np.uint64),
                      np.empty((rows, depths), np.uint8)) for _ in range(workers) if _knn)
 

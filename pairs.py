@@ -12,7 +12,7 @@ Reads: embeddings as .npy, (n, m); labels as .csv, a header and a row a picture,
 where both sides have names, else in order; or as .npy, (n,).
 Writes: a table on stdout; with --out one CSV row for each embedding file and number of bins; figures as PNG
 (figures.py draws them: copy it too).
-In Python: pair_scores(embeddings, labels): arrays in, and only numpy, scipy and threadpoolctl are needed
+In Python: pair_scores(embeddings, labels): arrays in, and only numpy and scipy are needed
 (with the extension _knn: fast; without: the same numbers, slowly).
 """
 if __name__ == "__main__":  # Ctrl-C ends in one line from here on
@@ -28,12 +28,10 @@ if __name__ == "__main__":  # Ctrl-C ends in one line from here on
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 from scipy.special import stdtrit
-from threadpoolctl import ThreadpoolController
 
 try:
     import _knn
@@ -42,8 +40,9 @@ except ImportError:
 if getattr(_knn, "INTERFACE", None) != 8:  # not built, or from another _knn.pyx
     _knn = None  # the NumPy twins count_pairs_numpy() and rank_queries_numpy() count instead
 
-ROWS, COLUMNS = 512, 2048  # of a tile of products: 4 MiB, which the caches keep until it is counted
-RANKED_BYTES = 1 << 25     # of a thread's block of whole rows, for the rankings
+PANEL = 32                 # rows whose numbers stand side by side for the kernel
+ROWS, COLUMNS = 480, 1024  # of a tile of pairs that a thread counts at a time
+RANKED = 240               # rows that it ranks at a time
 SIDE_BY_SIDE = 4           # embeddings on the terminal; more are printed one in a row
 MOST_BINS = 32_000         # a 16-bit key has to hold them
 TIES = {"expected": "they count with their expectation", "index": "the order of the rows decides"}
@@ -112,22 +111,30 @@ def count_pairs_numpy(space, order, ranges, groups, bins):
     return counts
 
 
-blas_threads = cache(ThreadpoolController)  # listing the libraries takes 2 ms: once
+def panels_of(rows):
+    """Rows (n, m) float32 -> (P, m, 32), P even: number i is [i // 32, :, i % 32], behind the last are zeros."""
+    n, m = rows.shape
+    room = np.zeros(-(-n // 64) * 2 * m * PANEL + 16, np.float32)
+    panels = room[-room.ctypes.data % 64 // 4:][:len(room) - 16].reshape(-1, m, PANEL)     # begin a cache line
+    whole = n // PANEL
+    panels[:whole] = rows[:whole * PANEL].reshape(whole, PANEL, m).swapaxes(1, 2)
+    if n % PANEL:
+        panels[whole, :, :n % PANEL] = rows[whole * PANEL:].T
+    return panels
 
 
 def in_turn(work, jobs, threads):
-    """Yield work(*job) in the order of the jobs, from so many threads with one BLAS thread each."""
-    with blas_threads().limit(limits=1):
-        pool, waiting = ThreadPoolExecutor(threads), deque()
-        try:
-            for job in jobs:
-                waiting.append(pool.submit(work, *job))
-                if len(waiting) > 2 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
+    """Yield work(*job) in the order of the jobs, from so many threads."""
+    pool, waiting = ThreadPoolExecutor(threads), deque()
+    try:
+        for job in jobs:
+            waiting.append(pool.submit(work, *job))
+            if len(waiting) > 2 * threads:
                 yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)            # Ctrl-C: what has begun ends, nothing else begins
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)                # Ctrl-C: what has begun ends, nothing else begins
 
 
 def count_pairs(space, order, ranges, groups, bins, threads, progress=None):
@@ -138,26 +145,22 @@ def count_pairs(space, order, ranges, groups, bins, threads, progress=None):
     """
     if _knn is None:
         return count_pairs_numpy(space, order, ranges, groups, bins)
-    n, unit, kinds = len(order), space.unit, np.array(bins, np.int64)
+    unit, kinds = space.unit[order], np.array(bins, np.int64)
+    n, panels = len(unit), panels_of(unit)
     counts = np.zeros((groups[-1] + 1, 2, sum(bins)), np.int64)
-    buffers = deque(np.empty(ROWS * COLUMNS, np.float32) for _ in range(threads))
 
     def tiles():
         for a in range(0, n, ROWS):
             b = min(a + ROWS, n)
             last = int(ranges[2, a:b].max())
-            for c in range(int(ranges[0, a:b].min()), last, COLUMNS):
+            for c in range(int(ranges[0, a:b].min()) // PANEL * PANEL, last, COLUMNS):
                 yield a, b, c, min(c + COLUMNS, last)
 
     def count(a, b, c, d):
-        buffer = buffers.pop()
-        products = buffer[:(b - a) * (d - c)].reshape(b - a, d - c)
-        np.matmul(unit[order[a:b]], unit[order[c:d]].T, out=products)
         tile = np.zeros((groups[b - 1] - groups[a] + 1, 2, sum(bins)), np.int64)
-        _knn.pair_histogram(products, a, c, ranges, groups, order, *space.source(), space.norms, space.bound,
-                            kinds, tile)
-        buffers.append(buffer)
-        return a, b, tile, products.size
+        _knn.pair_histogram(unit[a:b], panels[c // PANEL:-(-d // PANEL)], a, c, ranges, groups, order,
+                            *space.source(), space.norms, space.bound, kinds, tile)
+        return a, b, tile, (b - a) * (d - c)
 
     for a, b, tile, size in in_turn(count, tiles(), threads):
         counts[groups[a]:groups[b - 1] + 1] += tile       # integers: no order of tiles can change the sums
@@ -260,9 +263,9 @@ def rank_queries(space, value, relevant, neighbours, threads, progress=None, by_
     value (n,) int: classes; relevant (n,): R; by_index: of equally near ones the smaller index goes first.
     """
     n = len(value)
-    rows = max(1, min(256, RANKED_BYTES // (4 * n), -(-n // threads)))
     counts, precision = np.zeros((n, 7), np.int64), np.zeros(n)
     value, offset, bounds = value.astype(np.int32), np.zeros(n, np.float32), np.full(n, space.bound)
+    rows, panels = max(1, min(RANKED, -(-n // threads))), panels_of(space.unit)
 
     def rank(start):
         q, part = np.arange(start, min(start + rows, n)), slice(start, start + rows)
@@ -270,8 +273,7 @@ def rank_queries(space, value, relevant, neighbours, threads, progress=None, by_
             counts[part], precision[part] = rank_queries_numpy(space, value, q, relevant[part], neighbours,
                                                                by_index)
         elif relevant[part].any():
-            products = np.matmul(space.unit[part], space.unit.T)
-            _knn.rank_hits(products, q, bounds[part], *space.source(), space.norms, offset, value,
+            _knn.rank_hits(space.unit[part], panels, q, bounds[part], *space.source(), space.norms, offset, value,
                            relevant[part], neighbours, counts[part], precision[part], by_index)
         return len(q) * n
 

@@ -11,7 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from measure import Cost, command, cpu_alone, measured, print_header, print_table, typical
+from measure import command, cpu_alone, measured, print_header, print_table, typical
 from threadpoolctl import threadpool_limits
 
 import pairs
@@ -36,27 +36,6 @@ def triangle(unit, threads, rows, columns, each=None, share=1.0, whole=False):
         list(pool.map(work, range(threads)))
 
 
-def counting_alone(space, ranges, bins, share):
-    """Costs of numpy.histogram and of the kernel on one share of the tiles, one thread, scaled to all."""
-    n, kinds, times, counted = len(space.x), np.array(bins, np.int64), np.zeros((2, 2)), 0
-    order, groups, counts = np.arange(n), np.zeros(n, np.int64), np.zeros((1, 2, sum(bins)), np.int64)
-    tiles = [(a, c) for a in range(0, n - pairs.ROWS, pairs.ROWS)
-             for c in range(a + pairs.ROWS, n - pairs.COLUMNS, pairs.COLUMNS)][::round(1 / share)]
-    with threadpool_limits(1):
-        for a, c in tiles:
-            products = space.unit[a:a + pairs.ROWS] @ space.unit[c:c + pairs.COLUMNS].T
-            began = np.array([time.perf_counter(), time.thread_time()])
-            for b in bins:
-                np.histogram(products, bins=b, range=(-1, 1))
-            middle = np.array([time.perf_counter(), time.thread_time()])
-            pairs._knn.pair_histogram(products, a, c, ranges, groups, order, *space.source(), space.norms,
-                                      space.bound, kinds, counts)
-            ended = np.array([time.perf_counter(), time.thread_time()])
-            times += middle - began, ended - middle
-            counted += products.size
-    return [Cost(*both) for both in times * n * (n - 1) / 2 / counted]
-
-
 def histogram(args, rng):
     n, threads, shapes = args.n, args.threads, ((256, 1024), (512, 2048), (512, 4096), (256, 8192))
     space = pairs.normalise(rng.standard_normal((n, args.dim), dtype=np.float32))
@@ -67,16 +46,12 @@ def histogram(args, rng):
         assert counts.sum() == n * (n - 1) // 2 * len(bins)
         floor = min(measured(lambda s=shape: triangle(space.unit, threads, *s))[0] for shape in shapes)
         plain, _ = measured(lambda: triangle(
-            space.unit, threads, pairs.ROWS, pairs.COLUMNS,
+            space.unit, threads, 512, 2048,
             lambda p: np.histogram(p, bins=bins[-1], range=(-1, 1)), args.share))
-        alone = counting_alone(space, ranges, bins, args.share) if pairs._knn else ()
-        rounds.append([ours, floor, plain.each(args.share), *alone])
-    ours, floor, plain, *alone = map(typical, zip(*rounds))
-    rows = [(f"{n * (n - 1) // 2:,} pairs of {n:,} × {args.dim}, {args.bins} bins", {
+        rounds.append([ours, floor, plain.each(args.share)])
+    ours, floor, plain = map(typical, zip(*rounds))
+    return [(f"{n * (n - 1) // 2:,} pairs of {n:,} × {args.dim}, {args.bins} bins", {
         "ours": ours, "straightforward": plain, "floor": floor})]
-    if alone:
-        rows.append(("counting alone, one thread", {"ours": alone[1], "straightforward": alone[0]}))
-    return rows
 
 
 def ranking(args, rng):

@@ -246,16 +246,16 @@ def test_nothing_but_input_options_and_seed_matters(monkeypatch):
     x, labels = normal(2, 900, 11, 60)
     options = dict(bins=(200, 30), permutations=3, intervals=True, seed=5)
     one = repr(pair_scores(x, labels, threads=1, **options))
-    for threads, rows, columns, ranked in ((2, 512, 2048, 1 << 25), (3, 100, 64, 1 << 14), (1, 7, 1000, 1)):
+    for threads, rows, columns, ranked in ((2, 512, 2048, 1000), (3, 100, 64, 13), (1, 7, 1024, 1)):
         monkeypatch.setattr(pairs, "ROWS", rows)
         monkeypatch.setattr(pairs, "COLUMNS", columns)
-        monkeypatch.setattr(pairs, "RANKED_BYTES", ranked)
+        monkeypatch.setattr(pairs, "RANKED", ranked)
         assert repr(pair_scores(x, labels, threads=threads, **options)) == one
     assert repr(pair_scores(x, labels, **{**options, "seed": 6})) != one
 
 
 def test_products_may_be_as_wrong_as_their_bound():
-    """Whatever the BLAS: products disturbed by up to the stated bound give the same counts and ranks."""
+    """Whatever the order of adding up: products disturbed by up to the stated bound give the same counts and ranks."""
     knn = pairs._knn or pytest.skip("the extension is not built: pip install .")
     rng, n = np.random.default_rng(3), 300
     x = np.round(rng.standard_normal((n, 12)) * 4).astype(np.float32) / 4 + np.float32(0.125)
@@ -265,16 +265,17 @@ def test_products_may_be_as_wrong_as_their_bound():
     ranges = np.array([position + 1, np.searchsorted(value, value, "right"), np.full(n, n)])
     expected = pairs.count_pairs_numpy(space, position, ranges, value, [200, 30])
     ranked = [pairs.rank_queries_numpy(space, value, position, relevant, 4, by_index) for by_index in (0, 1)]
-    exact = space.unit.astype(np.float64) @ space.unit.T
     for bound in (space.bound, 1e-4, 1e-3, 0.04):        # beyond the true one: many pairs beside edges
-        products = (exact + rng.choice([-0.98, 0.0, 0.98], exact.shape) * (bound - 2e-7)).astype(np.float32)
+        away = rng.standard_normal(space.unit.shape)      # no product changes by more than this vector's length
+        away *= 0.98 * (bound - space.bound) / np.linalg.norm(away, axis=1)[:, None]
+        panels = pairs.panels_of((space.unit + away).astype(np.float32))
         counts, bins = np.zeros_like(expected), np.array([200, 30])
-        knn.pair_histogram(products, 0, 0, ranges, value, position, *space.source(), space.norms, bound, bins,
+        knn.pair_histogram(space.unit, panels, 0, 0, ranges, value, position, *space.source(), space.norms, bound, bins,
                            counts)
         np.testing.assert_array_equal(counts, expected)
         for by_index in (0, 1):
             got = np.zeros((n, 7), np.int64), np.zeros(n)
-            knn.rank_hits(products, position, np.full(n, bound), *space.source(), space.norms,
+            knn.rank_hits(space.unit, panels, position, np.full(n, bound), *space.source(), space.norms,
                           np.zeros(n, np.float32), value.astype(np.int32), relevant, 4, *got, by_index)
             np.testing.assert_array_equal(got[0], ranked[by_index][0])
             np.testing.assert_array_equal(got[1], ranked[by_index][1])
