@@ -41,7 +41,7 @@ if getattr(_knn, "INTERFACE", None) != 8:  # not built, or from another _knn.pyx
     _knn = None  # the NumPy twins count_pairs_numpy() and rank_queries_numpy() count instead
 
 PANEL = 32                 # rows whose numbers stand side by side for the kernel
-ROWS, COLUMNS = 480, 1024  # of a tile of pairs that a thread counts at a time
+ROWS, COLUMNS = 480, 2048  # of a tile of pairs that a thread counts at a time
 RANKED = 240               # rows that it ranks at a time
 SIDE_BY_SIDE = 4           # embeddings on the terminal; more are printed one in a row
 MOST_BINS = 32_000         # a 16-bit key has to hold them

@@ -7,7 +7,6 @@ of all with all. All in one run.
 
 Embeddings are random (seeded), figures medians of --repeats. Asserts nothing.
 """
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
