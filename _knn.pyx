@@ -119,7 +119,8 @@ cdef extern from *:
        many sums at a time as there are registers. out: a row for each query, `stride` apart. */
     enum { PANEL = 32, ABREAST = 12 };
     #define PRODUCTS(name, vector, width, rows, zero, load, store, spread, add) \
-        static void name(const float *queries, const float *panel, ptrdiff_t m, float *out, ptrdiff_t stride) \
+        static void name(const float *queries, const float *panel, ptrdiff_t m, float *out, \
+                         ptrdiff_t stride) \
         { \
             enum { COLUMNS = PANEL / width }; \
             for (int row = 0; row < ABREAST; row += rows) { \
@@ -134,7 +135,8 @@ cdef extern from *:
                     UNROLL for (int j = 0; j < COLUMNS; j++) numbers[j] = load(b + j * width); \
                     UNROLL for (int i = 0; i < rows; i++) { \
                         const vector one = spread(a[i]); \
-                        UNROLL for (int j = 0; j < COLUMNS; j++) sum[i][j] = add(one, numbers[j], sum[i][j]); \
+                        UNROLL for (int j = 0; j < COLUMNS; j++) \
+                            sum[i][j] = add(one, numbers[j], sum[i][j]); \
                     } \
                 } \
                 UNROLL for (int i = 0; i < rows; i++) \
@@ -948,7 +950,8 @@ cdef ptrdiff_t padded(ptrdiff_t n) noexcept nogil:
     return (n + 63) // 64 * 64
 
 
-cdef ptrdiff_t find_bin(const Row *row, int64_t rank, int16_t *low, int16_t *high, int64_t *above) noexcept nogil:
+cdef ptrdiff_t find_bin(const Row *row, int64_t rank, int16_t *low, int16_t *high,
+                        int64_t *above) noexcept nogil:
     """The bin of the rank-th: low <= key <= high may be among the `rank` nearest or not, by their keys.
 
     above: how many items are in higher bins. −1 where there are fewer items than `rank`.
@@ -1103,7 +1106,7 @@ def choose_ranges(const float[:, ::1] sample, const int64_t[::1] depth, const do
 
 
 def multiply(const float[:, ::1] vectors, const float[:, :, ::1] panels, float[:, ::1] out):
-    """Inner products in float32 of vectors (B, m) with the candidates of panels (P, m, 32) -> out (B, P · 32)."""
+    """Float32 products of vectors (B, m) with the candidates of panels (P, m, 32) -> out (B, P · 32)."""
     cdef ptrdiff_t m = vectors.shape[1], b, i, p
     cdef float[:, :, ::1] queries = abreast(vectors)
     cdef float[ABREAST * PANEL] few
@@ -1244,8 +1247,8 @@ def count_hits(int16_t[:, ::1] keys, const uint64_t[:, ::1] kept, const int32_t[
                                      &first[0], &order[0], codes, planes, start, most, members, member_row,
                                      entry, entry_code, entry_rank, entry_start, entry_count, ranks, hits, b)
         if shared:
-            count_copies(period, depths, least, planes, start, most, entry, entry_code, entry_rank, orders, ends,
-                         sums, hits)
+            count_copies(period, depths, least, planes, start, most, entry, entry_code, entry_rank, orders,
+                         ends, sums, hits)
 
 
 cdef void count_copies(ptrdiff_t period, const uint8_t[:, ::1] depths, const uint8_t[:, ::1] least,
@@ -1257,7 +1260,8 @@ cdef void count_copies(ptrdiff_t period, const uint8_t[:, ::1] depths, const uin
 
     Value by value, so that a piece of this value's planes in all copies stays in the cache for all queries.
     order (B, k): the columns of a property in which a query has a value side by side; they end at
-    end (B, properties · (most + 1)), of which the first of a property are not counted here. sums (B, k): zeros.
+    end (B, properties · (most + 1)), of which the first of a property are not counted here. sums (B, k):
+    zeros.
     """
     cdef ptrdiff_t columns = entry.shape[0], piece, slot, b, k, i, words
     cdef int32_t e
@@ -1301,7 +1305,8 @@ cdef void count_copies(ptrdiff_t period, const uint8_t[:, ::1] depths, const uin
 
 cdef const uint64_t *plane_of(const uint64_t[:, :, :, ::1] planes, const int32_t[::1] start,
                               ptrdiff_t piece, ptrdiff_t k, uint8_t value) noexcept nogil:
-    cdef uint32_t column = <uint32_t>k % <uint32_t>start.shape[0], copy = <uint32_t>k // <uint32_t>start.shape[0]
+    cdef uint32_t columns = <uint32_t>start.shape[0], column = <uint32_t>k % columns
+    cdef uint32_t copy = <uint32_t>k // columns
     return &planes[piece, start[column] + value - 1, copy, 0]
 
 
@@ -1468,7 +1473,7 @@ def pair_histogram(const float[:, ::1] vectors, const float[:, :, ::1] panels, p
     ((a / ‖a‖) * (b / ‖b‖)).sum(): what float32 products leave open within their error bound is evaluated so.
 
     vectors    (B, m) float32   normalised rows at positions first_row …
-    panels     (P, m, 32) float32  those at first_column …, as make_keys() has them; what is behind n is in no pair
+    panels     (P, m, 32) float32  those at first_column …, as make_keys() has them
     ranges     (3, n) int64     of a position p: begin, split, end; columns begin <= q < split go to
                                 counts[:, 0], split <= q < end to counts[:, 1]
     groups     (n,)   int64     ascending: position p counts in counts[groups[p] − groups[first_row]]
@@ -1516,8 +1521,8 @@ def pair_histogram(const float[:, ::1] vectors, const float[:, :, ::1] panels, p
                 continue
             ready, at = False, 0
             for k in range(kinds):
-                to_bins(product + r % ABREAST * columns + low, high - low, <float>(0.5 * bins[k]), margin_of(bound, bins[k]),
-                        &key[0])
+                to_bins(product + r % ABREAST * columns + low, high - low, <float>(0.5 * bins[k]),
+                        margin_of(bound, bins[k]), &key[0])
                 add_bins(&key[0], split - low, &histogram[0, 0, at], slots)
                 add_bins(&key[split - low], high - split, &histogram[1, 0, at], slots)
                 for i in range(high - low, padded(high - low)):
@@ -1572,7 +1577,7 @@ def rank_hits(const float[:, ::1] vectors, const float[:, :, ::1] panels, const 
     """Each query's candidates in order of cosine distance: where those of its value stand.
 
     Candidates at the same distance form a group, or, by index, each a group of its own.
-    vectors    (B, m) float32   the queries; panels (P, m, 32) float32: the candidates, as make_keys() has them
+    vectors    (B, m) float32   the queries; panels (P, m, 32): the candidates, as make_keys() has them
     values     (n,) int32     classes; relevant (B,) int64: R, the other rows of the query's class
     neighbours                look at max(R, neighbours) candidates at least
     counts     (B, 7) int64   of the first group of these with hits: where it begins, candidates, hits (1, 1
@@ -1583,7 +1588,7 @@ def rank_hits(const float[:, ::1] vectors, const float[:, :, ::1] panels, const 
     """
     cdef Space space = make_space(x, size, rows, norms[:0], norms, offset, 2)
     cdef ptrdiff_t n = space.n, m = space.m, columns = panels.shape[0] * PANEL, b, i
-    cdef float[:, :, ::1] queries_abreast = abreast(vectors)
+    cdef float[:, :, ::1] side_by_side = abreast(vectors)
     cdef float[::1] room = np.empty(ABREAST * columns + 16, np.float32)
     cdef float *product = aligned(&room[0])
     cdef int16_t[::1] key = np.empty(padded(n), np.int16)
@@ -1598,7 +1603,7 @@ def rank_hits(const float[:, ::1] vectors, const float[:, :, ::1] panels, const 
     with nogil:
         for b in range(vectors.shape[0]):
             for i in range(panels.shape[0] if b % ABREAST == 0 else 0):
-                products(&queries_abreast[b // ABREAST, 0, 0], &panels[i, 0, 0], m, product + i * PANEL, columns)
+                products(&side_by_side[b // ABREAST, 0, 0], &panels[i, 0, 0], m, product + i * PANEL, columns)
             if relevant[b] == 0:
                 continue
             row.product, row.query, row.bound = product + b % ABREAST * columns, queries[b], bounds[b]

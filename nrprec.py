@@ -46,7 +46,7 @@ TIES = {"expected": "they count with their expectation", "index": "the order of 
 MANY_TIES = 0.01             # of the queries: then it is said
 PUBLISHED_THRESHOLD = 2.576  # two-sided 1 % of one z-score; the paper marks the mean of n of them by it
 BLOCK_WORK = 4e9             # comparisons in a block at most, a fraction of a second: progress, Ctrl-C
-PANEL = 32                   # candidates whose numbers stand side by side for the kernel
+PANEL, ABREAST = 32, 12      # candidates whose numbers stand side by side for the kernel; queries at a time
 FAR = -3e38                  # the offset of what stands behind the last candidate
 SAMPLE = 1024                # candidates that tell the keys' ranges
 BLOCK_ROWS = 192             # queries in one block: more are slower
@@ -90,7 +90,7 @@ class Space(NamedTuple):
 
 
 def panels_of(rows):
-    """Rows (n, m) float32 -> (P, m, 32), P even: number i is [i // 32, :, i % 32], behind the last are zeros."""
+    """Rows (n, m) float32 -> (P, m, 32), P even: row i is [i // 32, :, i % 32], zeros are behind the last."""
     n, m = rows.shape
     panels, whole = zeros((-(-n // 64) * 2, m, PANEL), np.float32), n // PANEL
     panels[:whole] = rows[:whole * PANEL].reshape(whole, PANEL, m).swapaxes(1, 2)
@@ -317,26 +317,33 @@ def count_hits(space, columns, planes, queries, sample, buffers, by_index=False,
     return hits
 
 
+def fit(x, n, k, permuted, threads, memory_mib):
+    """How many threads memory_mib holds at work on n of the embeddings x and k columns, how many rows for
+    each of them, and how many MiB hold all of them."""
+    if isinstance(x, np.memmap):                          # its pages count as this process's memory, too
+        memory_mib = max(memory_mib / 2, memory_mib - x.nbytes / 2 ** 20)
+    row = 2 * n + n // 8 + n * permuted + 28 * k + 8 * SAMPLE + 8 * x.shape[1]
+    memory, scratch = memory_mib * 2 ** 20, 23 * n        # beside its rows, for each
+    workers = int(max(1, min(threads, memory // (scratch + ABREAST * row))))
+    rows = max(1, int(memory / workers - scratch) // row)
+    return workers, rows, threads * (scratch + ABREAST * row) / 2 ** 20
+
+
 def count_blocks(space, columns, queries, threads, memory_mib, by_index=False):
     """Yield (slice of queries, the kernel's hits (4, k, block) int32), exact, in the order of the queries.
 
-    Each thread takes a block of queries; fewer do where memory allows few rows.
+    Each thread takes a block of queries; fewer do where memory holds fewer.
     """
     n, period = columns.values.shape[::-1]
-    k = period * (1 if columns.copies is None else len(columns.copies))
-    if isinstance(space.x, np.memmap):                    # its pages count as this process's memory, too
-        memory_mib = max(memory_mib / 2, memory_mib - space.x.nbytes / 2 ** 20)
-    memory, scratch, words = memory_mib * 2 ** 20, 23 * n, -(-n // 64)
-    depths = 64 * words if k > period else 0              # of a row: permuted columns share what it retrieves
-    row_bytes = 2 * n + n // 8 + depths + 28 * k + 8 * SAMPLE + 8 * space.x.shape[1]
-    workers = int(max(1, min(threads, memory // (scratch + 16 * row_bytes))))
-    rows, least = int(memory / workers - scratch) // row_bytes, 128 if has_planes(columns) else 8
-    rows = max(1, min(rows, BLOCK_ROWS, -(-len(queries) // workers), max(least, int(BLOCK_WORK / (n * k)))))
+    k, words = period * (1 if columns.copies is None else len(columns.copies)), -(-n // 64)
+    workers, rows, _ = fit(space.x, n, k, k > period, threads, memory_mib)
+    least = 128 if has_planes(columns) else ABREAST
+    rows = min(rows, BLOCK_ROWS, -(-len(queries) // workers), max(least, int(BLOCK_WORK / (n * k))))
     planes = bit_planes(columns)
     chosen = np.random.default_rng(0).choice(n, min(n, SAMPLE), replace=False)
     sample = chosen, panels_of(space.vectors(chosen))
     buffers = deque((np.empty((rows, 64 * words + 64), np.int16), np.empty((rows, words), np.uint64),
-                     np.empty((rows, depths), np.uint8)) for _ in range(workers) if _knn)
+                     np.empty((rows, 64 * words * (k > period)), np.uint8)) for _ in range(workers) if _knn)
 
     def count(start):
         part = slice(start, min(start + rows, len(queries)))
@@ -533,7 +540,7 @@ def score_columns(space, labels, null, max_neighbours, ties, permutations, queri
     owners = [columns.entry_owner, np.arange(width)]      # whose a value's hits are: its property's, its own
     tested = owners if per_value and width * permutations <= MOST_TESTED else owners[:1]
 
-    # As many permuted columns at a time as most of the memory takes; the observed ones ride in the first pass.
+    # As many permuted columns at a time as their share of memory takes; the observed ride in the first pass.
     each = 4 * n + n * int(planes_of_columns(columns).sum()) // 8
     each += 0 if has_planes(columns) else k * n + 16 * n + 4 * n * len(columns.members)
     per_pass = int(max(1, min(memory_mib * PLANES * 2 ** 20 // each, 2000))) if permutations else 1
@@ -747,6 +754,11 @@ def main(argv=None):
         collapsed = all((x[part] == x[0]).all() for part in slices(*x.shape))
         if collapsed:
             command.say(f"warning: {array}: all {len(x):,} embeddings are equal: none is nearer than another")
+        share = args.memory_mib * (1 - PLANES if args.permutations else 1)
+        workers, _, all_of_them = fit(x, len(x), len(labels), args.permutations > 0, args.threads, share)
+        if workers < args.threads:
+            command.say(f"note: {array}: --memory-mib {args.memory_mib} holds {workers} of {args.threads} "
+                        f"threads at work, {args.memory_mib / share * all_of_them:.0f} all of them")
         with command.bar(1.0, name) as bar:
             scores = nr_precision(x, labels, distance=distance, normalise=normalise, **options,
                                   per_value=args.per_value,

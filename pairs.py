@@ -112,10 +112,10 @@ def count_pairs_numpy(space, order, ranges, groups, bins):
 
 
 def panels_of(rows):
-    """Rows (n, m) float32 -> (P, m, 32), P even: number i is [i // 32, :, i % 32], behind the last are zeros."""
+    """Rows (n, m) float32 -> (P, m, 32), P even: row i is [i // 32, :, i % 32], zeros are behind the last."""
     n, m = rows.shape
     room = np.zeros(-(-n // 64) * 2 * m * PANEL + 16, np.float32)
-    panels = room[-room.ctypes.data % 64 // 4:][:len(room) - 16].reshape(-1, m, PANEL)     # begin a cache line
+    panels = room[-room.ctypes.data % 64 // 4:][:len(room) - 16].reshape(-1, m, PANEL)   # begin a cache line
     whole = n // PANEL
     panels[:whole] = rows[:whole * PANEL].reshape(whole, PANEL, m).swapaxes(1, 2)
     if n % PANEL:
@@ -273,8 +273,8 @@ def rank_queries(space, value, relevant, neighbours, threads, progress=None, by_
             counts[part], precision[part] = rank_queries_numpy(space, value, q, relevant[part], neighbours,
                                                                by_index)
         elif relevant[part].any():
-            _knn.rank_hits(space.unit[part], panels, q, bounds[part], *space.source(), space.norms, offset, value,
-                           relevant[part], neighbours, counts[part], precision[part], by_index)
+            _knn.rank_hits(space.unit[part], panels, q, bounds[part], *space.source(), space.norms, offset,
+                           value, relevant[part], neighbours, counts[part], precision[part], by_index)
         return len(q) * n
 
     for size in in_turn(rank, ((start,) for start in range(0, n, rows)), threads):

@@ -243,7 +243,7 @@ def test_permuted_columns_share_what_a_query_retrieves(isa, by_index):
 
 
 def disturb(monkeypatch, bounds, rng):
-    """Similarities are wrong by up to their bound from here on. → the queries of each call of count_hits()."""
+    """Similarities are wrong by up to their bound henceforth. → the queries of each call of count_hits()."""
     count, make, asked = nrprec.count_hits, _knn.make_keys, []
 
     def count_hits(space, columns, planes, queries, *more):
@@ -263,7 +263,7 @@ def disturb(monkeypatch, bounds, rng):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_products_may_be_as_wrong_as_their_bound(isa, monkeypatch):
-    """Whatever the processor's order of adding up: similarities disturbed by the bound give the same counts."""
+    """Whatever the order of adding up: similarities disturbed by up to the bound give the same counts."""
     rng = np.random.default_rng(8)
     x = np.round(rng.standard_normal((400, 12)) * 8).astype(np.float32) / 8
     x[200:] = x[:200] * (1 + rng.integers(-1, 2, (200, 1)) * np.float32(2.0 ** -20))   # near ties
@@ -300,7 +300,8 @@ def test_keys_that_end_within_the_error_of_the_threshold(isa, monkeypatch):
 
     monkeypatch.setattr(_knn, "choose_ranges", choose_ranges)
     with using(isa):
-        hits = np.concatenate([hits for _, hits in nrprec.count_blocks(space, columns, np.arange(n), 1, 64)], 2)
+        blocks = nrprec.count_blocks(space, columns, np.arange(n), 1, 64)
+        hits = np.concatenate([hits for _, hits in blocks], 2)
     np.testing.assert_array_equal(hits, nrprec.count_hits_numpy(space, columns, np.arange(n)))
     assert sent == ([False, True] * 3 if isa != "scalar" else [False] * 3)
     assert isa == "scalar" or sum(map(len, asked)) > n + 100

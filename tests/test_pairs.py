@@ -255,7 +255,7 @@ def test_nothing_but_input_options_and_seed_matters(monkeypatch):
 
 
 def test_products_may_be_as_wrong_as_their_bound():
-    """Whatever the order of adding up: products disturbed by up to the stated bound give the same counts and ranks."""
+    """Whatever the order of adding up: products disturbed within the bound give the same counts and ranks."""
     knn = pairs._knn or pytest.skip("the extension is not built: pip install .")
     rng, n = np.random.default_rng(3), 300
     x = np.round(rng.standard_normal((n, 12)) * 4).astype(np.float32) / 4 + np.float32(0.125)
@@ -266,12 +266,12 @@ def test_products_may_be_as_wrong_as_their_bound():
     expected = pairs.count_pairs_numpy(space, position, ranges, value, [200, 30])
     ranked = [pairs.rank_queries_numpy(space, value, position, relevant, 4, by_index) for by_index in (0, 1)]
     for bound in (space.bound, 1e-4, 1e-3, 0.04):        # beyond the true one: many pairs beside edges
-        away = rng.standard_normal(space.unit.shape)      # no product changes by more than this vector's length
+        away = rng.standard_normal(space.unit.shape)     # no product changes by more than this one's length
         away *= 0.98 * (bound - space.bound) / np.linalg.norm(away, axis=1)[:, None]
         panels = pairs.panels_of((space.unit + away).astype(np.float32))
         counts, bins = np.zeros_like(expected), np.array([200, 30])
-        knn.pair_histogram(space.unit, panels, 0, 0, ranges, value, position, *space.source(), space.norms, bound, bins,
-                           counts)
+        knn.pair_histogram(space.unit, panels, 0, 0, ranges, value, position, *space.source(), space.norms,
+                           bound, bins, counts)
         np.testing.assert_array_equal(counts, expected)
         for by_index in (0, 1):
             got = np.zeros((n, 7), np.int64), np.zeros(n)
