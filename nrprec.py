@@ -261,7 +261,7 @@ def permute_columns(columns, permutations):
 
     Where bit planes hold all, they alone are made, by bit_planes().
     """
-    columns = columns._replace(copies=np.array(permutations, np.int32))
+    columns = columns._replace(copies=np.asarray(permutations, np.int32))
     if has_planes(columns):
         return columns
     inverse = np.argsort(permutations, axis=1).astype(np.int32)
@@ -546,10 +546,10 @@ def score_columns(space, labels, null, max_neighbours, ties, permutations, queri
     per_pass = int(max(1, min(memory_mib * PLANES * 2 ** 20 // each, 2000))) if permutations else 1
     statistics = [[] for _ in tested]
     for begin in range(0, max(1, permutations), per_pass):
-        drawn = [np.random.default_rng([seed, 1 + i]).permutation(n)
-                 for i in range(begin, min(begin + per_pass, permutations))]
-        if begin == 0:
-            drawn.insert(0, np.arange(n))
+        last, first = min(begin + per_pass, permutations), int(begin == 0)
+        drawn = np.tile(np.arange(n, dtype=np.int32), (first + last - begin, 1))
+        for i in range(begin, last):
+            drawn[first + i - begin] = np.random.default_rng([seed, 1 + i]).permutation(n)
         batch = permute_columns(columns, drawn) if permutations else columns
         share = memory_mib * (1 - PLANES) if permutations else memory_mib
         blocks = count_blocks(space, batch, chosen, threads, share, ties == "index")

@@ -41,7 +41,7 @@ if getattr(_knn, "INTERFACE", None) != 8:  # not built, or from another _knn.pyx
     _knn = None  # the NumPy twins count_pairs_numpy() and rank_queries_numpy() count instead
 
 PANEL = 32                 # rows whose numbers stand side by side for the kernel
-ROWS, COLUMNS = 480, 2048  # of a tile of pairs that a thread counts at a time
+ROWS, COLUMNS = 1920, 1024  # of a tile of pairs that a thread counts at a time, at most
 RANKED = 240               # rows that it ranks at a time
 SIDE_BY_SIDE = 4           # embeddings on the terminal; more are printed one in a row
 MOST_BINS = 32_000         # a 16-bit key has to hold them
@@ -147,11 +147,12 @@ def count_pairs(space, order, ranges, groups, bins, threads, progress=None):
         return count_pairs_numpy(space, order, ranges, groups, bins)
     unit, kinds = space.unit[order], np.array(bins, np.int64)
     n, panels = len(unit), panels_of(unit)
+    rows = max(12, min(ROWS, n // (4 * threads) // 12 * 12))      # a dozen are multiplied at a time
     counts = np.zeros((groups[-1] + 1, 2, sum(bins)), np.int64)
 
     def tiles():
-        for a in range(0, n, ROWS):
-            b = min(a + ROWS, n)
+        for a in range(0, n, rows):
+            b = min(a + rows, n)
             last = int(ranges[2, a:b].max())
             for c in range(int(ranges[0, a:b].min()) // PANEL * PANEL, last, COLUMNS):
                 yield a, b, c, min(c + COLUMNS, last)
