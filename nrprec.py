@@ -478,7 +478,7 @@ def nr_precision(embeddings, labels, *, distance="euclidean", normalise=False, n
     progress        called with (queries × columns done, in all) after each block
 
     Returns {name: Score}, or one Score for one array. Counts are exact: equal to float64 brute force. They
-    don't depend on threads, memory_mib, the BLAS or the order of the properties.
+    don't depend on threads, memory_mib, the processor or the order of the properties.
     Raises ValueError for shapes that do not fit, numbers that are not finite and options out of range.
     """
     named = labels if isinstance(labels, dict) else {"": labels}

@@ -334,7 +334,7 @@ def pair_scores(embeddings, labels, *, bins=(200,), recall=(1, 2, 4, 8), ties="e
     seed          of the permutations and the bootstrap; threads: all that this process may use
     progress      called with (done, total) after each block
 
-    Returns a Score. Exact: equal to float64 brute force, whatever the threads, blocks and BLAS.
+    Returns a Score. Exact: equal to float64 brute force, whatever the threads, blocks and processor.
     Raises ValueError for shapes that do not fit, numbers that are not finite and options out of range.
     """
     if ties not in TIES:
