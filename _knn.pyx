@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""Exact neighbour counting on the CPU: blocked similarities in, hit counts out.
+"""Exact neighbour counting on the CPU: embeddings and label columns in, hit counts out.
 
 A dozen queries at a time are multiplied with the candidates in float32. For each query the kernel
 
@@ -440,13 +440,15 @@ cdef extern from *:
     AVX2 static int32_t level_bits_avx2(const uint8_t *level, ptrdiff_t n, uint8_t least,
                                         const uint64_t *plane, uint64_t *bits)
     {
-        const __m256i below = _mm256_set1_epi8((char)(least - 1));
+        const __m256i from = _mm256_set1_epi8((char)least);              /* bytes are compared with signs alone */
         int32_t total = 0;
         for (ptrdiff_t i = 0; i < n; i += 64) {
-            const __m256i a = _mm256_cmpgt_epi8(_mm256_loadu_si256((const void *)(level + i)), below);
-            const __m256i b = _mm256_cmpgt_epi8(_mm256_loadu_si256((const void *)(level + i + 32)), below);
-            bits[i / 64] = (uint64_t)(uint32_t)_mm256_movemask_epi8(b) << 32
-                         | (uint32_t)_mm256_movemask_epi8(a);
+            const __m256i a = _mm256_loadu_si256((const void *)(level + i));
+            const __m256i b = _mm256_loadu_si256((const void *)(level + i + 32));
+            const __m256i high_a = _mm256_cmpeq_epi8(_mm256_max_epu8(a, from), a);
+            const __m256i high_b = _mm256_cmpeq_epi8(_mm256_max_epu8(b, from), b);
+            bits[i / 64] = (uint64_t)(uint32_t)_mm256_movemask_epi8(high_b) << 32
+                         | (uint32_t)_mm256_movemask_epi8(high_a);
             total += __builtin_popcountll(bits[i / 64] & plane[i / 64]);
         }
         return total;

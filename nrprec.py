@@ -241,8 +241,8 @@ def planes_of_columns(columns):
 
 
 def bit_planes(columns):
-    """(pieces, s, copies, 128) uint64 and start (k,) int32: bit i of [piece, start[column] + c − 1, copy], a
-    piece of 8,192 pictures, is codes[column, i] == c, for the values that have planes."""
+    """(pieces, s, copies, 128) uint64, start (k,) int32 and the most planes that a column has: bit i of
+    [piece, start[column] + c − 1, copy], a piece of 8,192 pictures, is codes[column, i] == c."""
     n, each = columns.codes.shape[1], planes_of_columns(columns)
     copies = [slice(None)] if columns.copies is None or not has_planes(columns) else columns.copies
     pieces, bits = -(-n // 8192), np.zeros(-(-n // 8192) * 1024, np.uint8)
@@ -253,7 +253,7 @@ def bit_planes(columns):
         for at, (column, c) in enumerate(values):
             bits[:-(-n // 8)] = np.packbits(codes[column] == c, bitorder="little")
             planes[:, at, i] = bits.view(np.uint64).reshape(pieces, 128)
-    return planes, (np.cumsum(each) - each).astype(np.int32)
+    return planes, (np.cumsum(each) - each).astype(np.int32), number_of_planes(columns)
 
 
 def permute_columns(columns, permutations):
@@ -270,6 +270,14 @@ def permute_columns(columns, permutations):
     return columns._replace(codes=np.concatenate([columns.codes.take(p, 1) for p in permutations]),
                             members=np.concatenate([i.take(columns.members) for i in inverse]),
                             member_row=np.concatenate(rows).astype(np.int32))
+
+
+def permutations_at_a_time(columns, memory_mib):
+    """How many, with all their columns, the share of memory for them holds."""
+    k, n = columns.codes.shape
+    each = 4 * n + n * int(planes_of_columns(columns).sum()) // 8
+    each += 0 if has_planes(columns) else k * n + 16 * n + 4 * n * len(columns.members)
+    return int(max(1, min(memory_mib * PLANES * 2 ** 20 // each, 2000)))
 
 
 def count_hits_numpy(space, columns, queries, by_index=False):
@@ -309,8 +317,7 @@ def count_hits(space, columns, planes, queries, sample, buffers, by_index=False,
     _knn.make_keys(vectors, space.panels, space.offset, ranges, keys, kept, number)
     hits, period = np.zeros((4, *entry.shape), np.int32), 0 if columns.copies is None else len(columns.values)
     _knn.count_hits(keys, kept, number, ranges, queries, bounds, *space.source(), space.aux, space.offset,
-                    DISTANCES.index(space.distance), *planes, number_of_planes(columns), entry,
-                    *columns[1:9], hits,  # codes … ranks
+                    DISTANCES.index(space.distance), *planes, entry, *columns[1:9], hits,  # codes … ranks
                     short.view(np.uint8), depths, by_index, period)
     if short.any():                                       # the sample misled
         hits[..., short] = count_hits(space, columns, planes, queries[short], sample, buffers, by_index, True)
@@ -320,13 +327,14 @@ def count_hits(space, columns, planes, queries, sample, buffers, by_index=False,
 def fit(x, n, k, permuted, threads, memory_mib):
     """How many threads memory_mib holds at work on n of the embeddings x and k columns, how many rows for
     each of them, and how many MiB hold all of them."""
-    if isinstance(x, np.memmap):                          # its pages count as this process's memory, too
-        memory_mib = max(memory_mib / 2, memory_mib - x.nbytes / 2 ** 20)
+    mapped = x.nbytes / 2 ** 20 if isinstance(x, np.memmap) else 0.0   # pages that count as ours, too
+    memory_mib = max(memory_mib / 2, memory_mib - mapped)
     row = 2 * n + n // 8 + n * permuted + 28 * k + 8 * SAMPLE + 8 * x.shape[1]
     memory, scratch = memory_mib * 2 ** 20, 23 * n        # beside its rows, for each
     workers = int(max(1, min(threads, memory // (scratch + ABREAST * row))))
     rows = max(1, int(memory / workers - scratch) // row)
-    return workers, rows, threads * (scratch + ABREAST * row) / 2 ** 20
+    needed = threads * (scratch + ABREAST * row) / 2 ** 20
+    return workers, rows, min(2 * needed, needed + mapped)
 
 
 def count_blocks(space, columns, queries, threads, memory_mib, by_index=False):
@@ -336,14 +344,15 @@ def count_blocks(space, columns, queries, threads, memory_mib, by_index=False):
     """
     n, period = columns.values.shape[::-1]
     k, words = period * (1 if columns.copies is None else len(columns.copies)), -(-n // 64)
-    workers, rows, _ = fit(space.x, n, k, k > period, threads, memory_mib)
+    permuted = columns.copies is not None
+    workers, rows, _ = fit(space.x, n, k, permuted, threads, memory_mib)
     least = 128 if has_planes(columns) else ABREAST
     rows = min(rows, BLOCK_ROWS, -(-len(queries) // workers), max(least, int(BLOCK_WORK / (n * k))))
     planes = bit_planes(columns)
     chosen = np.random.default_rng(0).choice(n, min(n, SAMPLE), replace=False)
     sample = chosen, panels_of(space.vectors(chosen))
     buffers = deque((np.empty((rows, 64 * words + 64), np.int16), np.empty((rows, words), np.uint64),
-                     np.empty((rows, 64 * words * (k > period)), np.uint8)) for _ in range(workers) if _knn)
+                     np.empty((rows, 64 * words * permuted), np.uint8)) for _ in range(workers) if _knn)
 
     def count(start):
         part = slice(start, min(start + rows, len(queries)))
@@ -474,7 +483,7 @@ def nr_precision(embeddings, labels, *, distance="euclidean", normalise=False, n
     permutations    N: p = (1 + extreme) / (1 + N), extreme: as far from the permuted ones' mean as observed
     queries         a random subset of so many queries, with standard errors; seed: of subset and permutations
     per_value       also the Score of each value's queries, Score.by_value, corrected over all of them
-    threads         all that this process may use; memory_mib: for blocks of similarities and permuted columns
+    threads         all that this process may use; memory_mib: for what they count in and permuted columns
     progress        called with (queries × columns done, in all) after each block
 
     Returns {name: Score}, or one Score for one array. Counts are exact: equal to float64 brute force. They
@@ -531,7 +540,7 @@ def corrected(scores):
 def score_columns(space, labels, null, max_neighbours, ties, permutations, queries, seed, per_value, threads,
                   memory_mib, tick):
     """Scores of columns (list of k) in which every picture of the space has a value, and of their values."""
-    n, k, columns = len(space.rows), len(labels), make_columns(labels, max_neighbours)
+    n, columns = len(space.rows), make_columns(labels, max_neighbours)
     chosen = np.arange(n)
     if queries is not None and queries < n:
         chosen = np.sort(np.random.default_rng([seed, 0]).choice(n, queries, replace=False))
@@ -540,10 +549,7 @@ def score_columns(space, labels, null, max_neighbours, ties, permutations, queri
     owners = [columns.entry_owner, np.arange(width)]      # whose a value's hits are: its property's, its own
     tested = owners if per_value and width * permutations <= MOST_TESTED else owners[:1]
 
-    # As many permuted columns at a time as their share of memory takes; the observed ride in the first pass.
-    each = 4 * n + n * int(planes_of_columns(columns).sum()) // 8
-    each += 0 if has_planes(columns) else k * n + 16 * n + 4 * n * len(columns.members)
-    per_pass = int(max(1, min(memory_mib * PLANES * 2 ** 20 // each, 2000))) if permutations else 1
+    per_pass = permutations_at_a_time(columns, memory_mib) if permutations else 1  # and the observed
     statistics = [[] for _ in tested]
     for begin in range(0, max(1, permutations), per_pass):
         last, first = min(begin + per_pass, permutations), int(begin == 0)
@@ -666,7 +672,7 @@ def parse_arguments(argv):
     add("--per-value", action="store_true", help="to --out also each value: which colours, which models")
     add("--seed", type=int, default=0, help="of permutations and query subset (0)")
     add("--threads", type=int, default=command.available_cpus(), metavar="N", help="cores to use (all)")
-    add("--memory-mib", type=int, default=512, metavar="N", help="for similarities, permuted labels (512)")
+    add("--memory-mib", type=int, default=512, metavar="N", help="for blocks, permuted labels (512)")
     add("--out", metavar="FILE.csv", help="also write a row for each embedding file and property")
     return command.parse_as_published(parser, argv, PUBLISHED)
 
@@ -754,11 +760,15 @@ def main(argv=None):
         collapsed = all((x[part] == x[0]).all() for part in slices(*x.shape))
         if collapsed:
             command.say(f"warning: {array}: all {len(x):,} embeddings are equal: none is nearer than another")
-        share = args.memory_mib * (1 - PLANES if args.permutations else 1)
-        workers, _, all_of_them = fit(x, len(x), len(labels), args.permutations > 0, args.threads, share)
+        share, k = args.memory_mib, len(labels)
+        if args.permutations:
+            columns = make_columns([codes for _, codes in coded.values()])
+            share *= 1 - PLANES
+            k *= 1 + min(args.permutations, permutations_at_a_time(columns, args.memory_mib))
+        workers, _, all_of_them = fit(x, len(x), k, args.permutations > 0, args.threads, share)
         if workers < args.threads:
             command.say(f"note: {array}: --memory-mib {args.memory_mib} holds {workers} of {args.threads} "
-                        f"threads at work, {args.memory_mib / share * all_of_them:.0f} all of them")
+                        f"threads at work, {np.ceil(args.memory_mib / share * all_of_them):.0f} all of them")
         with command.bar(1.0, name) as bar:
             scores = nr_precision(x, labels, distance=distance, normalise=normalise, **options,
                                   per_value=args.per_value,

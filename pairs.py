@@ -114,13 +114,18 @@ def count_pairs_numpy(space, order, ranges, groups, bins):
 def panels_of(rows):
     """Rows (n, m) float32 -> (P, m, 32), P even: row i is [i // 32, :, i % 32], zeros are behind the last."""
     n, m = rows.shape
-    room = np.zeros(-(-n // 64) * 2 * m * PANEL + 16, np.float32)
-    panels = room[-room.ctypes.data % 64 // 4:][:len(room) - 16].reshape(-1, m, PANEL)   # begin a cache line
-    whole = n // PANEL
+    panels, whole = zeros((-(-n // 64) * 2, m, PANEL), np.float32), n // PANEL
     panels[:whole] = rows[:whole * PANEL].reshape(whole, PANEL, m).swapaxes(1, 2)
     if n % PANEL:
         panels[whole, :, :n % PANEL] = rows[whole * PANEL:].T
     return panels
+
+
+def zeros(shape, dtype):
+    """np.zeros() that begins a cache line."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    room = np.zeros(size + 64, np.uint8)
+    return room[-room.ctypes.data % 64:][:size].view(dtype).reshape(shape)
 
 
 def in_turn(work, jobs, threads):

@@ -1,6 +1,7 @@
 """The kernel's counts and lists equal float64 brute force, with ties in expectation and by index: for every
 distance, cardinality, kind of input, block, thread count and instruction set."""
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -132,7 +133,7 @@ def test_rows_of_a_file_as_they_lie_there(dtype, distance, tmp_path):
 @pytest.mark.parametrize("kind", ("normal", "integers", "signs", "identical"))
 def test_permuted_columns(kind):
     """Copies of the columns under permutations count as columns of their own do: with planes for all values,
-    with rare ones and with more than 16 frequent ones, tied and not; in groups of queries and row by row."""
+    with rare ones and with more than 16 frequent ones, tied and not; one copy, too."""
     rng = np.random.default_rng(12)
     n = 333
     x = embeddings_of(kind, n, 5, rng)
@@ -153,7 +154,7 @@ def test_permuted_columns(kind):
 
 
 def test_permuted_columns_without_any_neighbour():
-    """All values are distinct: no R, no threshold, no mask."""
+    """All values are distinct: no R, no threshold, nothing to share."""
     x, labels = np.eye(10, dtype=np.float32), {"a": np.arange(10)}
     score = nrprec.nr_precision(x, labels, permutations=5)["a"]
     assert (score.queries, score.skipped) == (0, 10) and np.isnan([score.nr_precision, score.p_value]).all()
@@ -232,14 +233,50 @@ def test_permuted_columns_share_what_a_query_retrieves(isa, by_index):
     space, drawn = nrprec.prepare(x, "euclidean"), [np.arange(n), *(rng.permutation(n) for _ in range(4))]
     few = [rng.integers(0, values, n) for values in (2, 3, 10)]
     many = [rng.random(n) < share for share in np.linspace(0.05, 0.5, 200)]
-    for labels in (few, many[:60], many):
+    for labels, copies, least, most in ((few, 5, 1, 127), (few, 1, 1, 127), (many[::2], 3, 128, 255),
+                                        (many, 2, 256, 400)):
         columns = nrprec.make_columns(labels)
-        assert (len(columns.ranks) > 255) == (len(labels) == 200)
+        assert least <= len(columns.ranks) <= most
         with using(isa):
-            columns = nrprec.permute_columns(columns, drawn)
+            columns = nrprec.permute_columns(columns, drawn[-copies:])
             expected = nrprec.count_hits_numpy(space, columns, np.arange(0, n, 10), by_index)
             for part, hits in nrprec.count_blocks(space, columns, np.arange(0, n, 10), 2, 64, by_index):
                 np.testing.assert_array_equal(hits, expected[..., part])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_permuted_columns_of_many_candidates(isa):
+    """Planes of several pieces of 8,192 pictures, the last one short."""
+    rng, n = np.random.default_rng(1), 17_000
+    space = nrprec.prepare(rng.standard_normal((n, 3)).astype(np.float32), "euclidean")
+    columns = nrprec.make_columns([rng.integers(0, values, n) for values in (3, 10)])
+    drawn, queries = [rng.permutation(n) for _ in range(3)], np.sort(rng.choice(n, 30, replace=False))
+    with using(isa):
+        columns = nrprec.permute_columns(columns, drawn)
+        for part, hits in nrprec.count_blocks(space, columns, queries, 1, 64):
+            expected = nrprec.count_hits_numpy(space, columns, queries[part])
+            np.testing.assert_array_equal(hits, expected)
+
+
+def test_passes_over_the_permutations_change_nothing(monkeypatch):
+    """As few at a time as memory has room for: a last pass of one, passes of one."""
+    rng = np.random.default_rng(2)
+    x, labels = rng.standard_normal((300, 4)), {"a": rng.integers(0, 4, 300), "b": rng.integers(0, 40, 300)}
+    expected = nrprec.nr_precision(x, labels, permutations=7)
+    for at_a_time in (1, 3, 6):
+        monkeypatch.setattr(nrprec, "permutations_at_a_time", lambda columns, memory_mib, k=at_a_time: k)
+        assert nrprec.nr_precision(x, labels, permutations=7) == expected
+
+
+def test_the_command_says_where_memory_holds_fewer_threads(tmp_path, run_script):
+    np.save(tmp_path / "emb.npy", np.random.default_rng(3).standard_normal((20_000, 2)).astype(np.float32))
+    np.save(tmp_path / "labels.npy", np.arange(20_000) % 3)
+    command = [tmp_path / "emb.npy", tmp_path / "labels.npy", "--queries", "30", "--threads", "4"]
+    for options in ((), ("--permutations", "9")):
+        said = run_script("nrprec.py", *command, *options, "--memory-mib", "2")
+        workers, needed = re.search(r"2 holds (\d) of 4 threads at work, (\d+) all", said.stderr).groups()
+        assert said.returncode == 0 and workers == "1"
+        assert "at work" not in run_script("nrprec.py", *command, *options, "--memory-mib", needed).stderr
 
 
 def disturb(monkeypatch, bounds, rng):
