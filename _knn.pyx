@@ -1107,6 +1107,23 @@ def choose_ranges(const float[:, ::1] sample, const int64_t[::1] depth, const do
             choose_keys(&sample[b, 0], sample.shape[1], <double>depth[b] / n, bounds[b], &ranges[b, 0])
 
 
+def zeros(shape, dtype):
+    """np.zeros() that begins a cache line."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    room = np.zeros(size + 64, np.uint8)
+    return room[-room.ctypes.data % 64:][:size].view(dtype).reshape(shape)
+
+
+def panels_of(rows):
+    """Rows (n, m) float32 as make_keys() takes them: (P, m, 32), zeros behind the last."""
+    n, m = rows.shape
+    panels, whole = zeros((-(-n // 64) * 2, m, PANEL), np.float32), n // PANEL
+    panels[:whole] = rows[:whole * PANEL].reshape(whole, PANEL, m).swapaxes(1, 2)
+    if n % PANEL:
+        panels[whole, :, :n % PANEL] = rows[whole * PANEL:].T
+    return panels
+
+
 def multiply(const float[:, ::1] vectors, const float[:, :, ::1] panels, float[:, ::1] out):
     """Float32 products of vectors (B, m) with the candidates of panels (P, m, 32) -> out (B, P · 32)."""
     cdef ptrdiff_t m = vectors.shape[1], b, i, p

@@ -44,15 +44,12 @@ PUBLISHED = {"distance": "euclidean", "normalise": False, "null": "binomial", "m
              "ties": "index"}
 TIES = {"expected": "they count with their expectation", "index": "the order of the rows decides"}
 MANY_TIES = 0.01             # of the queries: then it is said
-PUBLISHED_THRESHOLD = 2.576  # two-sided 1 % of one z-score; the paper marks the mean of n of them by it
 BLOCK_WORK = 4e9             # comparisons in a block at most, a fraction of a second: progress, Ctrl-C
 PANEL, ABREAST = 32, 12      # candidates whose numbers stand side by side for the kernel; queries at a time
 FAR = -3e38                  # the offset of what stands behind the last candidate
 SAMPLE = 1024                # candidates that tell the keys' ranges
 BLOCK_ROWS = 192             # queries in one block: more are slower
 MOST_TESTED = 1e7            # permutations × values, which are kept: more values get no p-value
-SHOWN = (("R-Prec", "r_precision", 4), ("NR-Prec", "nr_precision", 2), ("± s.e.", "nr_precision_se", 2),
-         ("p_holm", "p_holm", 4))
 HEADER = ("embeddings,property,values,queries,skipped,distance,null,max_neighbours,r_precision,nr_precision,"
           "nr_precision_se,permutations,p_value,p_holm,normalised,ties,tied,missing,value").split(",")
 PLANES = 3 / 4               # of memory_mib, for the permuted columns
@@ -67,7 +64,8 @@ class Space(NamedTuple):
     x: np.ndarray        # (N, m) float16, float32 or float64 as they came, taken as float32
     rows: np.ndarray     # (n,) int64: where in x the embeddings stand
     lengths: np.ndarray  # (n,) float64: they are divided by these; (0,): they are not
-    panels: np.ndarray   # (P, m, 32) float32: centred, normalised or scaled by a power of two; norms <= 1
+    panels: np.ndarray   # (P, m, 32) float32: centred, normalised or scaled by a power of two; norms <= 1.
+                         # Number i is [i // 32, :, i % 32], zeros are behind the last; None without _knn
     offset: np.ndarray   # (P · 32,) float32
     bounds: np.ndarray   # (n,) float64: |float32 − true similarity| of query q is at most bounds[q]
     aux: np.ndarray      # (n,) float64: norms (cosine), variances (snr), else zeros
@@ -89,23 +87,6 @@ class Space(NamedTuple):
         return self.x.view(np.uint8), self.x.itemsize, self.rows, self.lengths
 
 
-def panels_of(rows):
-    """Rows (n, m) float32 -> (P, m, 32), P even: row i is [i // 32, :, i % 32], zeros are behind the last."""
-    n, m = rows.shape
-    panels, whole = zeros((-(-n // 64) * 2, m, PANEL), np.float32), n // PANEL
-    panels[:whole] = rows[:whole * PANEL].reshape(whole, PANEL, m).swapaxes(1, 2)
-    if n % PANEL:
-        panels[whole, :, :n % PANEL] = rows[whole * PANEL:].T
-    return panels
-
-
-def zeros(shape, dtype):
-    """np.zeros() that begins a cache line."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    room = np.zeros(size + 64, np.uint8)
-    return room[-room.ctypes.data % 64:][:size].view(dtype).reshape(shape)
-
-
 def prepare(x, distance, rows=None, normalise=False):
     """Embeddings x (N, m) of as_embeddings(), or their rows (n,) -> Space.
 
@@ -116,8 +97,8 @@ def prepare(x, distance, rows=None, normalise=False):
     rows = np.arange(len(x)) if rows is None else rows
     n, m = len(rows), x.shape[1]
     aux, norms, centre = np.zeros(n), np.empty(n), 0.0
-    panels = zeros((-(-n // 64) * 2, m, PANEL), np.float32)
-    offset = np.where(np.arange(len(panels) * PANEL) < n, 0.0, FAR).astype(np.float32)
+    panels = _knn and _knn.zeros((-(-n // 64) * 2, m, PANEL), np.float32)
+    offset = np.where(np.arange(-(-n // 64) * 64) < n, 0.0, FAR).astype(np.float32)
     parts = slices(n, m)
     space = Space(x, rows, np.empty(0), panels, offset, norms, aux, distance)
     if normalise:
@@ -142,8 +123,9 @@ def prepare(x, distance, rows=None, normalise=False):
     exponent = -int(np.frexp(norms.max())[1]) if norms.max() > 0 else 0
     for part in parts:
         scaled = np.ldexp(vectors(part), exponent).astype(np.float32)
-        some = panels_of(scaled)
-        panels[part.start // PANEL:][:len(some)] = some
+        if _knn:
+            some = _knn.panels_of(scaled)
+            panels[part.start // PANEL:][:len(some)] = some
         norms[part] = np.sqrt((scaled.astype(np.float64) ** 2).sum(1))
     if distance not in ("cosine", "dot_product"):
         offset[:n] = -norms ** 2 / 2
@@ -246,7 +228,7 @@ def bit_planes(columns):
     n, each = columns.codes.shape[1], planes_of_columns(columns)
     copies = [slice(None)] if columns.copies is None or not has_planes(columns) else columns.copies
     pieces, bits = -(-n // 8192), np.zeros(-(-n // 8192) * 1024, np.uint8)
-    planes = zeros((pieces, each.sum(), len(copies), 128), np.uint64)
+    planes = _knn.zeros((pieces, each.sum(), len(copies), 128), np.uint64)
     values = [(column, c + 1) for column, most in enumerate(each) for c in range(most)]
     for i, copy in enumerate(copies):
         codes = columns.codes[:, copy]
@@ -348,9 +330,9 @@ def count_blocks(space, columns, queries, threads, memory_mib, by_index=False):
     workers, rows, _ = fit(space.x, n, k, permuted, threads, memory_mib)
     least = 128 if has_planes(columns) else ABREAST
     rows = min(rows, BLOCK_ROWS, -(-len(queries) // workers), max(least, int(BLOCK_WORK / (n * k))))
-    planes = bit_planes(columns)
+    planes = _knn and bit_planes(columns)
     chosen = np.random.default_rng(0).choice(n, min(n, SAMPLE), replace=False)
-    sample = chosen, panels_of(space.vectors(chosen))
+    sample = chosen, _knn and _knn.panels_of(space.vectors(chosen))
     buffers = deque((np.empty((rows, 64 * words + 64), np.int16), np.empty((rows, words), np.uint64),
                      np.empty((rows, 64 * words * permuted), np.uint8)) for _ in range(workers) if _knn)
 
@@ -548,7 +530,6 @@ def score_columns(space, labels, null, max_neighbours, ties, permutations, queri
     width = len(columns.entry_depth)
     owners = [columns.entry_owner, np.arange(width)]      # whose a value's hits are: its property's, its own
     tested = owners if per_value and width * permutations <= MOST_TESTED else owners[:1]
-
     per_pass = permutations_at_a_time(columns, memory_mib) if permutations else 1  # and the observed
     statistics = [[] for _ in tested]
     for begin in range(0, max(1, permutations), per_pass):
@@ -677,32 +658,6 @@ def parse_arguments(argv):
     return command.parse_as_published(parser, argv, PUBLISHED)
 
 
-def print_results(names, results, permutations):
-    """Of one embedding its properties in rows; of several NR-Prec alone, one in a row."""
-    from dml_common import command, properties
-
-    def rounded(value, digits):
-        return f"{round(value, digits) + 0.0:.{digits}f}"    # never −0.00
-
-    lines = [["NR-Prec", *(" ".join(name.split()) for name in results[0])]]
-    for name, scores in zip(names, (list(r.values()) for r in results)):
-        marks = ["*" if (s.p_holm < properties.SIGNIFICANCE if permutations
-                         else s.nr_precision > PUBLISHED_THRESHOLD) else "" for s in scores]
-        lines.append([name, *(rounded(s.nr_precision, 2) + (mark or " ") for s, mark in zip(scores, marks))])
-    if len(results) == 1:
-        columns = [["property", *lines[0][1:]], ["values", *(f"{s.values:,}" for s in scores)],
-                   ["queries", *(f"{s.queries:,}" for s in scores)]]
-        for heading, field, digits in SHOWN:
-            if getattr(scores[0], field) is not None:
-                columns.append([heading, *(rounded(getattr(s, field), digits) for s in scores)])
-        lines = list(zip(*columns, ["", *marks]))
-    command.print_aligned(lines)
-    print(f"\n* p_holm < {properties.SIGNIFICANCE}: {permutations:,} permutations of each property, "
-          f"Holm-corrected over {len(results[0])} properties" if permutations else
-          f"\n* NR-Prec > {PUBLISHED_THRESHOLD}: the published mark, one z-score's 1 % threshold applied to "
-          "a mean of many; --permutations N tests the mean")
-
-
 def rows_of(array, distance, normalise, scores, args):
     """The rows of nrprec.csv of one embedding: a property's, and with --per-value its values' behind it."""
     from dml_common import files
@@ -788,7 +743,7 @@ def main(argv=None):
                         "many: its values have no p-values")
     if args.out is not None:
         files.write_table(args.out, HEADER, rows)
-    print_results(names, results, args.permutations)
+    properties.print_results(names, results, args.permutations)
 
 
 if __name__ == "__main__":

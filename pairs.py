@@ -111,23 +111,6 @@ def count_pairs_numpy(space, order, ranges, groups, bins):
     return counts
 
 
-def panels_of(rows):
-    """Rows (n, m) float32 -> (P, m, 32), P even: row i is [i // 32, :, i % 32], zeros are behind the last."""
-    n, m = rows.shape
-    panels, whole = zeros((-(-n // 64) * 2, m, PANEL), np.float32), n // PANEL
-    panels[:whole] = rows[:whole * PANEL].reshape(whole, PANEL, m).swapaxes(1, 2)
-    if n % PANEL:
-        panels[whole, :, :n % PANEL] = rows[whole * PANEL:].T
-    return panels
-
-
-def zeros(shape, dtype):
-    """np.zeros() that begins a cache line."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    room = np.zeros(size + 64, np.uint8)
-    return room[-room.ctypes.data % 64:][:size].view(dtype).reshape(shape)
-
-
 def in_turn(work, jobs, threads):
     """Yield work(*job) in the order of the jobs, from so many threads."""
     pool, waiting = ThreadPoolExecutor(threads), deque()
@@ -151,7 +134,7 @@ def count_pairs(space, order, ranges, groups, bins, threads, progress=None):
     if _knn is None:
         return count_pairs_numpy(space, order, ranges, groups, bins)
     unit, kinds = space.unit[order], np.array(bins, np.int64)
-    n, panels = len(unit), panels_of(unit)
+    n, panels = len(unit), _knn.panels_of(unit)
     rows = max(12, min(ROWS, n // (4 * threads) // 12 * 12))      # a dozen are multiplied at a time
     counts = np.zeros((groups[-1] + 1, 2, sum(bins)), np.int64)
 
@@ -271,7 +254,7 @@ def rank_queries(space, value, relevant, neighbours, threads, progress=None, by_
     n = len(value)
     counts, precision = np.zeros((n, 7), np.int64), np.zeros(n)
     value, offset, bounds = value.astype(np.int32), np.zeros(n, np.float32), np.full(n, space.bound)
-    rows, panels = max(1, min(RANKED, -(-n // threads))), panels_of(space.unit)
+    rows, panels = max(1, min(RANKED, -(-n // threads))), _knn and _knn.panels_of(space.unit)
 
     def rank(start):
         q, part = np.arange(start, min(start + rows, n)), slice(start, start + rows)

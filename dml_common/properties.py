@@ -1,14 +1,18 @@
-"""What nrprec.py's table of properties says before anything is counted: bins, values, who depends on whom."""
+"""What nrprec.py's table of properties says before anything is counted, bins, values, who depends on whom;
+and the table that the terminal shows afterwards."""
 from contextlib import suppress
 from itertools import combinations
 
 import numpy as np
 from scipy.special import gammaincc
 
-from dml_common import files
+from dml_common import command, files
 
 MOST_PAIRED = 500    # properties that are tested in pairs: some seconds
 SIGNIFICANCE = 0.01  # of Holm-corrected p-values: nrprec.py's p_holm, two properties' dependence
+PUBLISHED_THRESHOLD = 2.576  # two-sided 1 % of one z-score; the paper marks the mean of n of them by it
+SHOWN = (("R-Prec", "r_precision", 4), ("NR-Prec", "nr_precision", 2), ("± s.e.", "nr_precision_se", 2),
+         ("p_holm", "p_holm", 4))
 
 
 def read(table, pictures, args, notes):
@@ -131,3 +135,27 @@ def holm(p_values):
     adjusted = np.full(len(p), np.nan)
     adjusted[order] = np.maximum.accumulate(np.minimum(1.0, np.arange(len(order), 0, -1) * p[order]))
     return adjusted
+
+
+def print_results(names, results, permutations):
+    """Of one embedding its properties in rows; of several NR-Prec alone, one in a row."""
+    def rounded(value, digits):
+        return f"{round(value, digits) + 0.0:.{digits}f}"    # never −0.00
+
+    lines = [["NR-Prec", *(" ".join(name.split()) for name in results[0])]]
+    for name, scores in zip(names, (list(r.values()) for r in results)):
+        marks = ["*" if (s.p_holm < SIGNIFICANCE if permutations
+                         else s.nr_precision > PUBLISHED_THRESHOLD) else "" for s in scores]
+        lines.append([name, *(rounded(s.nr_precision, 2) + (mark or " ") for s, mark in zip(scores, marks))])
+    if len(results) == 1:
+        columns = [["property", *lines[0][1:]], ["values", *(f"{s.values:,}" for s in scores)],
+                   ["queries", *(f"{s.queries:,}" for s in scores)]]
+        for heading, field, digits in SHOWN:
+            if getattr(scores[0], field) is not None:
+                columns.append([heading, *(rounded(getattr(s, field), digits) for s in scores)])
+        lines = list(zip(*columns, ["", *marks]))
+    command.print_aligned(lines)
+    print(f"\n* p_holm < {SIGNIFICANCE}: {permutations:,} permutations of each property, "
+          f"Holm-corrected over {len(results[0])} properties" if permutations else
+          f"\n* NR-Prec > {PUBLISHED_THRESHOLD}: the published mark, one z-score's 1 % threshold applied to "
+          "a mean of many; --permutations N tests the mean")

@@ -351,7 +351,7 @@ def test_products_are_within_their_bound(isa, queries, n, m, seed):
     """Of any numbers of queries, candidates and dimensions, against float64; what is behind the last is 0."""
     rng = np.random.default_rng(seed)
     a, b = (rng.standard_normal((rows, m)).astype(np.float32) for rows in (queries, n))
-    panels = nrprec.panels_of(b)
+    panels = _knn.panels_of(b)
     out = np.full((queries, len(panels) * nrprec.PANEL), np.nan, np.float32)
     with using(isa):
         _knn.multiply(a, panels, out)

@@ -268,7 +268,7 @@ def test_products_may_be_as_wrong_as_their_bound():
     for bound in (space.bound, 1e-4, 1e-3, 0.04):        # beyond the true one: many pairs beside edges
         away = rng.standard_normal(space.unit.shape)     # no product changes by more than this one's length
         away *= 0.98 * (bound - space.bound) / np.linalg.norm(away, axis=1)[:, None]
-        panels = pairs.panels_of((space.unit + away).astype(np.float32))
+        panels = knn.panels_of((space.unit + away).astype(np.float32))
         counts, bins = np.zeros_like(expected), np.array([200, 30])
         knn.pair_histogram(space.unit, panels, 0, 0, ranges, value, position, *space.source(), space.norms,
                            bound, bins, counts)
