@@ -786,7 +786,7 @@ def use(name):
 
 
 cdef enum:
-    STRIP = 256                 # products of each of ABREAST queries that become keys together
+    STRIP = 128                 # products of each of ABREAST queries that become keys together
     TILE = 1 << 16              # numbers of candidates that stay in the cache for all queries
 
 DISTANCES = ("euclidean", "squared_euclidean", "cosine", "dot_product", "snr")
