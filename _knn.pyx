@@ -566,7 +566,11 @@ cdef extern from *:
         _mm256_storeu_si256((__m256i *)four, sum);
         return four[0] + four[1] + four[2] + four[3] + common_bits_loop(a + at, b + at, words - at);
     }
+    #ifdef __clang__
+    __attribute__((target("avx512f,avx512vpopcntdq")))
+    #else
     __attribute__((target("avx512f,avx512vpopcntdq,prefer-vector-width=512")))
+    #endif
     static int64_t common_bits_vpopcnt(const uint64_t *a, const uint64_t *b, ptrdiff_t words)
     {
         return common_bits_loop(a, b, words);
@@ -651,7 +655,7 @@ cdef extern from *:
             x = x > top ? top : x;
             const int32_t bin = (int32_t)x;
             const float part = x - (float)bin;
-            key[i] = (int16_t)((part < margin) | (part > other) ? open : bin);
+            key[i] = (int16_t)(((part < margin) | (part > other)) ? open : bin);
         }
     }
     EACH_ISA(void, to_bins, (const float *product, ptrdiff_t n, float half, float margin, int16_t *key),
