@@ -147,7 +147,8 @@ cdef extern from *:
     #define UNROLL _Pragma("GCC unroll 16")
     #if defined(__aarch64__) && defined(__GNUC__)
     #define ADD_NEON(a, b, sum) vfmaq_f32(sum, a, b)
-    PRODUCTS(products, float32x4_t, 4, 2, vdupq_n_f32(0.0f), vld1q_f32, vst1q_f32, vdupq_n_f32, ADD_NEON)
+    PRODUCTS(products_plain, float32x4_t, 4, 2, vdupq_n_f32(0.0f), vld1q_f32, vst1q_f32, vdupq_n_f32,
+             ADD_NEON)
     #else
     static void products_plain(const float *queries, const float *panel, ptrdiff_t m, float *out,
                                ptrdiff_t stride)
@@ -159,6 +160,7 @@ cdef extern from *:
             memcpy(out + row * stride, sum, sizeof(sum));
         }
     }
+    #endif
     #ifdef KNN_X86
     AVX512 PRODUCTS(products_avx512, __m512, 16, 12, _mm512_setzero_ps(), _mm512_loadu_ps, _mm512_storeu_ps,
                     _mm512_set1_ps, _mm512_fmadd_ps)
@@ -168,12 +170,14 @@ cdef extern from *:
     #define products_avx512 products_plain
     #define products_avx2 products_plain
     #endif
-    static void products(const float *queries, const float *panel, ptrdiff_t m, float *out, ptrdiff_t stride)
+    /* The same with `count` panels, (count, m, PANEL), whose products stand side by side. */
+    static void products(const float *queries, const float *panels, ptrdiff_t count, ptrdiff_t m, float *out,
+                         ptrdiff_t stride)
     {
-        (isa == 2 ? products_avx512 : isa == 1 ? products_avx2 : products_plain)(queries, panel, m, out,
-                                                                                 stride);
+        for (ptrdiff_t i = 0; i < count; i++, panels += m * PANEL, out += PANEL)
+            (isa == 2 ? products_avx512 : isa == 1 ? products_avx2 : products_plain)(queries, panels, m, out,
+                                                                                     stride);
     }
-    #endif
 
     #define BINS 16384         /* of the histogram: 64 KiB of counts; a row's bulk touches about half */
     #define BIN_SHIFT 2        /* 65,536 keys / BINS = 4 keys a bin */
@@ -440,7 +444,7 @@ cdef extern from *:
     AVX2 static int32_t level_bits_avx2(const uint8_t *level, ptrdiff_t n, uint8_t least,
                                         const uint64_t *plane, uint64_t *bits)
     {
-        const __m256i from = _mm256_set1_epi8((char)least);              /* bytes are compared with signs alone */
+        const __m256i from = _mm256_set1_epi8((char)least);        /* AVX2 compares bytes with signs alone */
         int32_t total = 0;
         for (ptrdiff_t i = 0; i < n; i += 64) {
             const __m256i a = _mm256_loadu_si256((const void *)(level + i));
@@ -736,7 +740,7 @@ cdef extern from *:
     void PREFETCHW(const void *address) noexcept nogil
     int __builtin_popcountll(uint64_t bits) noexcept nogil
     void PREFETCH(const void *address) noexcept nogil
-    void products(const float *queries, const float *panel, ptrdiff_t m, float *out,
+    void products(const float *queries, const float *panels, ptrdiff_t count, ptrdiff_t m, float *out,
                   ptrdiff_t stride) noexcept nogil
     void to_keys(const float *product, const float *offset, ptrdiff_t n, float low, float scale,
                  int16_t *key) noexcept nogil
@@ -1137,7 +1141,7 @@ def multiply(const float[:, ::1] vectors, const float[:, :, ::1] panels, float[:
     with nogil:
         for b in range(queries.shape[0]):
             for p in range(panels.shape[0]):
-                products(&queries[b, 0, 0], &panels[p, 0, 0], m, few, PANEL)
+                products(&queries[b, 0, 0], &panels[p, 0, 0], 1, m, few, PANEL)
                 for i in range(min(ABREAST, vectors.shape[0] - b * ABREAST)):
                     memcpy(&out[b * ABREAST + i, p * PANEL], few + i * PANEL, PANEL * sizeof(float))
 
@@ -1186,8 +1190,7 @@ def make_keys(const float[:, ::1] vectors, const float[:, :, ::1] panels, const 
                     prefetch_row(&keys[b + i, number[b + i]])
                 while p < stop:
                     width, at = min(STRIP // PANEL, stop - p), p * PANEL
-                    for i in range(width):
-                        products(&queries[g, 0, 0], &panels[p + i, 0, 0], m, strip + i * PANEL, STRIP)
+                    products(&queries[g, 0, 0], &panels[p, 0, 0], width, m, strip, STRIP)
                     for i in range(some):
                         number[b + i] += add_keys(strip + i * STRIP, &offset[at], width * PANEL,
                                                   &ranges[b + i, 0], &keys[b + i, number[b + i]],
@@ -1387,9 +1390,6 @@ cdef bint count_row(const Space *space, Row *row, uint8_t *depth, uint8_t *least
     if row.kept:
         sum_bits(row.kept, words, row.before)
     count_keys(row, <uint32_t>ranks[slot])
-    j = find_bin(row, ranks[slot], &low, &high[0], &above[0])
-    if row.kept and j << BIN_SHIFT <= margin_of_keys(row) + 1:
-        return False                          # items without keys may be among the nearest
     for i in range(row.keys, padded(row.keys)):
         row.key[i] = -32768
     slot = slots
@@ -1403,6 +1403,8 @@ cdef bint count_row(const Space *space, Row *row, uint8_t *depth, uint8_t *least
                 bin[cuts] = find_bin(row, ranks[slot], &low, &high[cuts], &above[cuts])
                 below[cuts] = low - 1
                 cuts += 1
+        if row.kept and not earlier and bin[0] << BIN_SHIFT <= margin_of_keys(row) + 1:
+            return False                      # items without keys may be among the nearest
         for j in range(cuts, CUTS + 1):
             below[j] = high[j] = 32767
         i = word = 0
@@ -1532,8 +1534,10 @@ def pair_histogram(const float[:, ::1] vectors, const float[:, :, ::1] panels, p
                 for i in range(p, min(p + ABREAST, first_row + vectors.shape[0])):
                     low = min(low, ranges[0, i] - first_column)
                     high = max(high, ranges[2, i] - first_column)
-                for i in range(max(low, 0) // PANEL, (min(high, columns) + PANEL - 1) // PANEL):
-                    products(&queries[r // ABREAST, 0, 0], &panels[i, 0, 0], m, product + i * PANEL, columns)
+                i, j = max(low, 0) // PANEL, (min(high, columns) + PANEL - 1) // PANEL
+                if i < j:
+                    products(&queries[r // ABREAST, 0, 0], &panels[i, 0, 0], j - i, m, product + i * PANEL,
+                             columns)
             if groups[p] != group:
                 flush(histogram, bins, &counts[group - groups[first_row], 0, 0], width)
                 group = groups[p]
@@ -1610,7 +1614,7 @@ def rank_hits(const float[:, ::1] vectors, const float[:, :, ::1] panels, const 
     Other arguments as count_hits(). No list is kept: memory does not grow with R.
     """
     cdef Space space = make_space(x, size, rows, norms[:0], norms, offset, 2)
-    cdef ptrdiff_t n = space.n, m = space.m, columns = panels.shape[0] * PANEL, b, i
+    cdef ptrdiff_t n = space.n, m = space.m, columns = panels.shape[0] * PANEL, b
     cdef float[:, :, ::1] side_by_side = abreast(vectors)
     cdef float[::1] room = np.empty(ABREAST * columns + 16, np.float32)
     cdef float *product = aligned(&room[0])
@@ -1625,8 +1629,9 @@ def rank_hits(const float[:, ::1] vectors, const float[:, :, ::1] panels, const 
     counts[:, :], precision[:] = 0, 0.0
     with nogil:
         for b in range(vectors.shape[0]):
-            for i in range(panels.shape[0] if b % ABREAST == 0 else 0):
-                products(&side_by_side[b // ABREAST, 0, 0], &panels[i, 0, 0], m, product + i * PANEL, columns)
+            if b % ABREAST == 0:
+                products(&side_by_side[b // ABREAST, 0, 0], &panels[0, 0, 0], panels.shape[0], m, product,
+                         columns)
             if relevant[b] == 0:
                 continue
             row.product, row.query, row.bound = product + b % ABREAST * columns, queries[b], bounds[b]

@@ -133,8 +133,8 @@ def count_pairs(space, order, ranges, groups, bins, threads, progress=None):
     """
     if _knn is None:
         return count_pairs_numpy(space, order, ranges, groups, bins)
-    unit, kinds = space.unit[order], np.array(bins, np.int64)
-    n, panels = len(unit), _knn.panels_of(unit)
+    unit, kinds = space.unit, np.array(bins, np.int64)
+    n, panels = len(order), _knn.panels_of(unit[order])
     rows = max(12, min(ROWS, n // (4 * threads) // 12 * 12))      # a dozen are multiplied at a time
     counts = np.zeros((groups[-1] + 1, 2, sum(bins)), np.int64)
 
@@ -147,7 +147,7 @@ def count_pairs(space, order, ranges, groups, bins, threads, progress=None):
 
     def count(a, b, c, d):
         tile = np.zeros((groups[b - 1] - groups[a] + 1, 2, sum(bins)), np.int64)
-        _knn.pair_histogram(unit[a:b], panels[c // PANEL:-(-d // PANEL)], a, c, ranges, groups, order,
+        _knn.pair_histogram(unit[order[a:b]], panels[c // PANEL:-(-d // PANEL)], a, c, ranges, groups, order,
                             *space.source(), space.norms, space.bound, kinds, tile)
         return a, b, tile, (b - a) * (d - c)
 

@@ -7,8 +7,7 @@
 
 Embeddings are random (seeded), labels have Table 5's cardinalities. The floor is the best of several block
 shapes and ways of threading. Permutations are extrapolated from 276 orders, which is one pass, of
-2,048 and 6,144 queries.
-Asserts nothing.
+2,048 and 6,144 queries. Asserts nothing.
 """
 import tempfile
 import time

@@ -289,7 +289,7 @@ def disturb(monkeypatch, bounds, rng):
 
     def make_keys(vectors, panels, offset, ranges, keys, kept, number):
         for b, q in enumerate(asked[-1]):
-            one, noise = slice(b, b + 1), rng.choice([-0.8, 0.0, 0.8], len(offset)) * bounds[q]
+            one, noise = slice(b, b + 1), rng.choice([-0.9, 0.0, 0.9], len(offset)) * bounds[q]
             make(vectors[one], panels, (offset + noise).astype(np.float32), ranges[one], keys[one], kept[one],
                  number[one])
 

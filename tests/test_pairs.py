@@ -266,19 +266,21 @@ def test_products_may_be_as_wrong_as_their_bound():
     expected = pairs.count_pairs_numpy(space, position, ranges, value, [200, 30])
     ranked = [pairs.rank_queries_numpy(space, value, position, relevant, 4, by_index) for by_index in (0, 1)]
     for bound in (space.bound, 1e-4, 1e-3, 0.04):        # beyond the true one: many pairs beside edges
-        away = rng.standard_normal(space.unit.shape)     # no product changes by more than this one's length
-        away *= 0.98 * (bound - space.bound) / np.linalg.norm(away, axis=1)[:, None]
-        panels = knn.panels_of((space.unit + away).astype(np.float32))
-        counts, bins = np.zeros_like(expected), np.array([200, 30])
-        knn.pair_histogram(space.unit, panels, 0, 0, ranges, value, position, *space.source(), space.norms,
-                           bound, bins, counts)
+        counts, bins, limits = np.zeros_like(expected), np.array([200, 30]), np.full(n, bound)
+        got = [(np.zeros((n, 7), np.int64), np.zeros(n)) for _ in ranked]
+        for q in range(n):                               # each product of row q is off by so much
+            noise, one = rng.choice([-0.98, 0.0, 0.98], (n, 1)) * (bound - 2e-7), slice(q, q + 1)
+            panels = knn.panels_of((space.unit + noise * space.unit[q]).astype(np.float32))
+            knn.pair_histogram(space.unit[one], panels, q, 0, ranges, value, position, *space.source(),
+                               space.norms, bound, bins, counts[value[q]:value[q] + 1])
+            for by_index, (found, precision) in enumerate(got):
+                knn.rank_hits(space.unit[one], panels, position[one], limits[one], *space.source(),
+                              space.norms, np.zeros(n, np.float32), value.astype(np.int32), relevant[one], 4,
+                              found[one], precision[one], by_index)
         np.testing.assert_array_equal(counts, expected)
-        for by_index in (0, 1):
-            got = np.zeros((n, 7), np.int64), np.zeros(n)
-            knn.rank_hits(space.unit, panels, position, np.full(n, bound), *space.source(), space.norms,
-                          np.zeros(n, np.float32), value.astype(np.int32), relevant, 4, *got, by_index)
-            np.testing.assert_array_equal(got[0], ranked[by_index][0])
-            np.testing.assert_array_equal(got[1], ranked[by_index][1])
+        for (found, precision), (places, sums) in zip(got, ranked):
+            np.testing.assert_array_equal(found, places)
+            np.testing.assert_array_equal(precision, sums)
 
 
 def test_order_names_and_lengths_of_the_rows_do_not_matter():
